@@ -1,0 +1,261 @@
+"""RunConfig: everything a run is, in typed, frozen sections; read from a recipe, written out in full."""
+
+import difflib
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from megakd.errors import UserError
+from megakd.files import digest, read_json, shipped
+
+# 2e9 is how people write token counts; JSON reads it as a float.
+Count = Annotated[int, BeforeValidator(lambda v: int(v) if isinstance(v, float) and v.is_integer() else v)]
+
+
+def live(default: Any, **constraints: Any) -> Any:
+    """A field that may change after the run was made; the change is recorded in history.jsonl."""
+    return Field(default, json_schema_extra={"live": True}, **constraints)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """teacher and student: a folder, a hub id, or `demo` (shipped). student None: made by `megakd compress`."""
+
+    teacher: str = "demo"
+    revision: str | None = None
+    student: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+
+
+class CompressConfig(Section):
+    """Shared core and wrappers of `rank` on each side, fitted by at most `sweeps` rounds of ALS."""
+
+    rank: int = Field(64, ge=1)
+    sweeps: int = Field(20, ge=0)
+    tolerance: float = Field(1e-4, ge=0)
+
+
+class DataConfig(Section):
+    """Where text comes from and how it is packed; see `megakd.data.documents` for what `source` may be."""
+
+    source: str = "HuggingFaceFW/fineweb"
+    subset: str | None = None
+    split: str = "train"
+    text_field: str = "text"
+    streaming: bool = True
+    sequence_length: Count = Field(2048, ge=2, le=65535)
+    tokens: Count = Field(int(2e9), ge=1)
+    holdout_fraction: float = Field(0.001, gt=0, lt=1)
+    holdout_tokens: Count = Field(int(1e6), ge=1)
+    shard_tokens: Count = Field(int(4e6), ge=1)
+
+
+class LogitsConfig(Section):
+    """What is kept of the teacher: the top_k tokens, and the mass of all others at each declared temperature."""
+
+    top_k: int = Field(64, ge=1)
+    temperatures: tuple[Annotated[float, Field(gt=0)], ...] = (1.0, 2.0)
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    batch_size: int = live(8, ge=1)
+
+
+class ObjectiveConfig(Section):
+    """(1 - alpha) * CE + alpha * T^2 * KL; tail: what the mass outside the stored tokens becomes."""
+
+    kind: Literal["cached"] = "cached"
+    alpha: float = Field(0.5, ge=0, le=1)
+    temperature: float = Field(2.0, gt=0)
+    tail: Literal["ghost", "truncated"] = "ghost"
+
+
+class OptimConfig(Section):
+    """AdamW. batch_tokens: positions a step over all ranks; micro_batch: windows a rank runs at once."""
+
+    lr: float = Field(5e-5, gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: int = Field(100, ge=0)
+    final_lr_ratio: float = Field(0.1, ge=0, le=1)
+    clip_norm: float = Field(1.0, gt=0)
+    batch_tokens: Count = Field(1048576, ge=1)
+    micro_batch: int = live(1, ge=1)
+
+
+class LrRule(Section):
+    """Parameters whose name `pattern` (a regex, searched) finds train at lr * lr_multiplier; 0 freezes them."""
+
+    pattern: str
+    lr_multiplier: float = Field(ge=0)
+
+
+class StageConfig(Section):
+    """A stretch of training with its own length and rules; the first rule that matches a parameter counts."""
+
+    name: str = Field(pattern=r"^[\w.-]+$")
+    tokens: Count = Field(ge=1)
+    lr: float | None = Field(None, gt=0)
+    lr_multipliers: tuple[LrRule, ...] = ()
+
+
+class EngineConfig(Section):
+    """local: one process. deepspeed: `config` names a file of ds_configs/ or a path, copied into `deepspeed`."""
+
+    kind: Literal["local", "deepspeed"] = "deepspeed"
+    config: str = "zero3"
+    deepspeed: dict[str, Any] | None = None
+    ranks: int = live(1, ge=1)
+
+
+class CheckpointConfig(Section):
+    """every_steps: besides the end of each stage. keep: how many of the newest stay, 0 keeps all."""
+
+    every_steps: int = live(500, ge=1)
+    keep: int = live(0, ge=0)
+
+
+class EvalConfig(Section):
+    batch_size: int = live(8, ge=1)
+
+
+class LogConfig(Section):
+    every_steps: int = live(10, ge=1)
+    tensorboard: bool = live(True)
+    wandb: Literal["offline", "online", "disabled"] = live("offline")
+    wandb_project: str = live("megakd")
+
+
+class RunConfig(Section):
+    name: str = "run"
+    seed: int = Field(0, ge=0)
+    model: ModelConfig = ModelConfig()
+    compress: CompressConfig = CompressConfig()
+    data: DataConfig = DataConfig()
+    logits: LogitsConfig = LogitsConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optim: OptimConfig = OptimConfig()
+    stages: tuple[StageConfig, ...] = Field((StageConfig(name="all", tokens=int(1e9)),), min_length=1)
+    engine: EngineConfig = EngineConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+    log: LogConfig = LogConfig()
+
+    def fingerprint(self, *sections: str) -> str:
+        """A hash of the named sections without their live fields; of the whole run when none is named."""
+        frozen = {path: v for path, v in flatten(self.model_dump(mode="json")) if not is_live(path)}
+        return digest({k: v for k, v in frozen.items() if not sections or k.split(".")[0] in sections})
+
+
+def load_recipe(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """A recipe (or a run's config.json) with overrides applied, the DeepSpeed file copied in, and checked."""
+    raw = read_json(path)
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: a recipe is a JSON object, not {type(raw).__name__}")
+    overrides = list(overrides)
+    if any(item.startswith("engine.config=") for item in overrides):
+        raw.get("engine", {}).pop("deepspeed", None)  # the copy of the file that the override replaces
+    config = parse(apply_overrides(raw, overrides), str(path))
+    names = [stage.name for stage in config.stages]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"{path}: stages: two stages are named {name!r}; checkpoints need distinct names")
+    return _with_deepspeed(config, path.parent)
+
+
+def parse(raw: dict[str, Any], source: str) -> RunConfig:
+    """Validate; the first thing wrong becomes a UserError `SOURCE: key: what is wrong and what would be right`."""
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(str(part) for part in first["loc"])
+        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        if first["type"] == "extra_forbidden":
+            raise UserError(f"{source}: unknown key {path!r}{_nearest(first['loc'])}{more}") from None
+        got = "" if first["type"] == "missing" else f", got {json.dumps(first['input'], default=str)[:80]}"
+        message = first["msg"][:1].lower() + first["msg"][1:]
+        raise UserError(f"{source}: {path}: {message}{got}{more}") from None
+
+
+def apply_overrides(raw: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """A copy of `raw` with every `section.key=value` set; value is JSON, or a string where it is not."""
+    raw = json.loads(json.dumps(raw))
+    for item in overrides:
+        path, equals, text = item.partition("=")
+        if not equals or not path:
+            raise UserError(f"override {item!r}: expected section.key=value, like optim.lr=1e-4")
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text
+        _set(raw, path.split("."), value, item)
+    return raw
+
+
+def _set(node: Any, keys: list[str], value: Any, item: str) -> None:
+    for key, following in zip(keys, [*keys[1:], None], strict=True):
+        if isinstance(node, list):
+            if not key.isdigit() or int(key) >= len(node):
+                raise UserError(f"override {item!r}: {key!r} is no index into a list of {len(node)}")
+            place: Any = int(key)
+        elif isinstance(node, dict):
+            place = key
+        else:
+            raise UserError(f"override {item!r}: {key!r} is below a value that holds no keys")
+        if following is None:
+            node[place] = value
+        else:
+            if isinstance(node, dict):
+                node.setdefault(place, {})
+            node = node[place]
+
+
+def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted path, leaf) of nested dicts; lists are leaves."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from flatten(inner, f"{prefix}.{key}" if prefix else key)
+    else:
+        yield prefix, value
+
+
+def is_live(path: str) -> bool:
+    """Whether the field at a dotted path may change after the run was made."""
+    section, _, key = path.partition(".")
+    model = RunConfig.model_fields[section].annotation
+    if not (isinstance(model, type) and issubclass(model, Section)) or key not in model.model_fields:
+        return False
+    return bool((model.model_fields[key].json_schema_extra or {}).get("live"))  # type: ignore[union-attr]
+
+
+def _nearest(location: tuple[int | str, ...]) -> str:
+    model: Any = RunConfig
+    for part in location[:-1]:
+        if isinstance(part, str):
+            model = model.model_fields[part].annotation
+            inner = [a for a in get_args(model) if isinstance(a, type) and issubclass(a, Section)]
+            model = inner[0] if inner else model
+    names = list(getattr(model, "model_fields", {}))
+    close = difflib.get_close_matches(str(location[-1]), names, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known keys are {', '.join(names)}"
+
+
+def _with_deepspeed(config: RunConfig, folder: Path) -> RunConfig:
+    """Copy the named DeepSpeed file into the config, so that the run never depends on a file that may change."""
+    engine = config.engine
+    if engine.kind != "deepspeed" or engine.deepspeed is not None:
+        return config
+    path = shipped("ds_configs", f"{engine.config}.json")
+    if not path.exists():
+        path = Path(engine.config) if Path(engine.config).exists() else folder / engine.config
+    if not path.exists():
+        known = ", ".join(sorted(p.stem for p in shipped("ds_configs", "").glob("*.json")))
+        raise UserError(f"engine.config: {engine.config!r} is neither a file nor one of {known}")
+    return config.model_copy(update={"engine": engine.model_copy(update={"deepspeed": read_json(path)})})

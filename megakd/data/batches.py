@@ -1,0 +1,90 @@
+"""Samples → Batch: pad, shift once, restart positions at documents."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from queue import Queue
+from threading import Event, Thread
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from megakd.data.records import IGNORED, Batch, Sample, TeacherTargets
+
+Item = TypeVar("Item")
+
+
+def collate(samples: Sequence[Sample], sequence_length: int) -> Batch:
+    """Pad samples to `sequence_length` positions and shift them once; padding is a document of its own without labels."""
+    shape = (len(samples), sequence_length)
+    tokens, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    labels = np.full(shape, IGNORED, np.int64)
+    for row, sample in enumerate(samples):
+        length = min(len(sample.tokens) - 1, sequence_length)
+        assert length > 0, (sample.key, len(sample.tokens))
+        tokens[row, :length] = sample.tokens[:length]
+        labels[row, :length] = sample.tokens[1 : length + 1]
+        starts = [s for s in sample.starts if s <= length]
+        positions[row] = _positions([*(s for s in starts if s < length), length], sequence_length)
+        labels[row, [s - 1 for s in starts if s > 0]] = IGNORED
+    return Batch(
+        torch.from_numpy(tokens),
+        torch.from_numpy(labels),
+        torch.from_numpy(positions),
+        _collate_targets([s.targets for s in samples], sequence_length),
+    )
+
+
+def _positions(starts: list[int], length: int) -> np.ndarray:
+    """0, 1, 2, … restarting at each start; [length]."""
+    index = np.arange(length)
+    return index - np.maximum.accumulate(np.where(np.isin(index, starts), index, 0))
+
+
+def _collate_targets(targets: Sequence[TeacherTargets | None], sequence_length: int) -> TeacherTargets | None:
+    if targets[0] is None:
+        return None
+
+    def padded(arrays: list[np.ndarray]) -> torch.Tensor:
+        out = np.zeros((len(arrays), sequence_length, *arrays[0].shape[1:]), arrays[0].dtype)
+        for row, array in enumerate(arrays):
+            out[row, : len(array)] = array[:sequence_length]
+        return torch.from_numpy(out)
+
+    ids, logprobs, log_tails, label_nll = (padded(list(field)) for field in zip(*targets, strict=True))  # type: ignore[arg-type]
+    return TeacherTargets(ids.long(), logprobs, log_tails, label_nll)
+
+
+def valid_tokens(samples: Iterable[Sample]) -> int:
+    """How many positions of the samples carry a label: what losses are divided by."""
+    return sum(len(sample.tokens) - len(sample.starts) for sample in samples)
+
+
+def prefetch(items: Iterable[Item], depth: int = 2) -> Iterator[Item]:
+    """The same items, made in a background thread up to `depth` ahead; an error in it is raised here."""
+    queue: Queue = Queue(depth)
+    stop = Event()
+    end = object()
+
+    def fill() -> None:
+        try:
+            for item in items:
+                queue.put((item, None))
+                if stop.is_set():
+                    return
+            queue.put((end, None))
+        except BaseException as error:  # handed over, not handled
+            queue.put((end, error))
+
+    Thread(target=fill, name="prefetch", daemon=True).start()
+    try:
+        while True:
+            item, error = queue.get()
+            if error is not None:
+                raise error
+            if item is end:
+                return
+            yield item
+    finally:
+        stop.set()
+        while not queue.empty():
+            queue.get_nowait()

@@ -1,0 +1,157 @@
+"""Documents, one string each, from the hub, parquet, jsonl, txt, or the text that every CPython carries."""
+
+import ast
+import glob
+import gzip
+import hashlib
+import json
+import sysconfig
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from megakd.errors import UserError
+
+SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt")
+
+
+def iter_documents(
+    source: str,
+    subset: str | None = None,
+    split: str = "train",
+    text_field: str = "text",
+    streaming: bool = True,
+    skip: int = 0,
+) -> Iterator[str]:
+    """The documents of `source` in a fixed order, without the first `skip`.
+
+    source: `python-docs` (no network), a file, folder or glob of parquet / jsonl[.gz|.zst] / txt files
+    (a txt file is one document a paragraph separated by two blank lines), else a data set on the hub,
+    streamed (`HuggingFaceFW/fineweb`). Raises UserError naming the file, line or field that is wrong.
+    """
+    if source == "python-docs":
+        return islice(python_documents(), skip, None)
+    files = _files(source)
+    if files:
+        return islice(_from_files(files, text_field), skip, None)
+    return _from_hub(source, subset, split, text_field, streaming, skip)
+
+
+def held_out(document: str, fraction: float) -> bool:
+    """Whether a document belongs to the hold-out: a function of its text alone, so no run ever trains on it."""
+    return int.from_bytes(hashlib.sha256(document.encode()).digest()[:8], "big") < fraction * 2**64
+
+
+def python_documents(roots: list[Path] | None = None) -> Iterator[str]:
+    """The language reference (`pydoc_data.topics`), then every module's docstrings, one document a module.
+
+    Each docstring appears once. roots: package folders to read instead of the standard library.
+    The text follows the Python version; its sha256 stands in the manifest beside every figure.
+    """
+    if roots is None:
+        from pydoc_data import topics
+
+        yield from (topics.topics[name] for name in sorted(topics.topics))
+    skipped = {"test", "tests", "site-packages", "dist-packages", "__pycache__", "idle_test"}
+    seen: set[str] = set()
+    for root in roots or [Path(sysconfig.get_paths()["stdlib"])]:
+        for path in sorted(root.rglob("*.py")):
+            if skipped.isdisjoint(path.relative_to(root).parts):
+                document = "\n\n".join(_new_docstrings(path, seen))
+                if document:
+                    yield document
+
+
+def _new_docstrings(path: Path, seen: set[str]) -> Iterator[str]:
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError, ValueError):  # files that are broken on purpose, for 2to3 and the like
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            docstring = ast.get_docstring(node)
+            if docstring and len(docstring) > 80 and docstring not in seen:
+                seen.add(docstring)
+                yield docstring
+
+
+def _files(source: str) -> list[Path]:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        files = sorted(f for f in path.rglob("*") if f.name.endswith(SUFFIXES))
+        if not files:
+            raise UserError(f"data.source: the folder {path} holds no file ending in {', '.join(SUFFIXES)}")
+        return files
+    files = [path] if path.is_file() else sorted(Path(f) for f in glob.glob(str(path), recursive=True))
+    if not files and (path.suffix in (".parquet", ".jsonl", ".txt", ".gz", ".zst") or source.startswith(("/", ".", "~"))):
+        raise UserError(f"data.source: no file at {source}")
+    for file in files:
+        if not file.name.endswith(SUFFIXES):
+            raise UserError(f"data.source: {file} is none of {', '.join(SUFFIXES)}")
+    return files
+
+
+def _from_files(files: list[Path], text_field: str) -> Iterator[str]:
+    for path in files:
+        if path.name.endswith(".parquet"):
+            yield from _from_parquet(path, text_field)
+        elif path.name.endswith(".txt"):
+            yield from (part for part in path.read_text(encoding="utf-8").split("\n\n\n") if part.strip())
+        else:
+            yield from _from_jsonl(path, text_field)
+
+
+def _from_parquet(path: Path, text_field: str) -> Iterator[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(path)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path}: not a parquet file ({error})") from error
+    if text_field not in table.schema_arrow.names:
+        raise UserError(f"{path}: no column {text_field!r}; data.text_field may be {', '.join(table.schema_arrow.names)}")
+    for batch in table.iter_batches(batch_size=256, columns=[text_field]):
+        yield from (text for text in batch.column(0).to_pylist() if text)
+
+
+def _from_jsonl(path: Path, text_field: str) -> Iterator[str]:
+    with _open_text(path) as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                text = json.loads(line)[text_field]
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{path}:{number}: not a JSON object with a field {text_field!r}") from error
+            if text:
+                yield text
+
+
+def _open_text(path: Path):
+    if path.name.endswith(".gz"):
+        return gzip.open(path, "rt", encoding="utf-8")
+    if path.name.endswith(".zst"):
+        import io
+
+        import zstandard
+
+        return io.TextIOWrapper(zstandard.ZstdDecompressor().stream_reader(path.open("rb")), encoding="utf-8")
+    return path.open(encoding="utf-8")
+
+
+def _from_hub(
+    source: str, subset: str | None, split: str, text_field: str, streaming: bool, skip: int
+) -> Iterator[str]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(source, subset, split=split, streaming=streaming)
+    except Exception as error:  # the hub's own errors are many; every one of them means: this source cannot be read
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"data.source: cannot open {source!r} as a file or a hub data set: {reason}") from error
+    for row in rows.skip(skip):
+        if text_field not in row:
+            raise UserError(f"data.source: {source} has no column {text_field!r}; data.text_field may be {', '.join(row)}")
+        if row[text_field]:
+            yield row[text_field]

@@ -1,0 +1,51 @@
+"""The nouns of the data path: TeacherTargets, Sample, Batch."""
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+IGNORED = -100  # label of a position that counts for no loss (padding, document borders)
+
+
+class TeacherTargets(NamedTuple):
+    """What the teacher says about the next token at each position; numpy in samples, torch in batches.
+
+    ids        [.., T, K] int     the K most probable tokens, most probable first
+    logprobs   [.., T, K] float32 log p over the full vocabulary at temperature 1
+    log_tails  [.., T, M] float32 log of the sum over all other tokens of p^(1/T), a column a declared temperature
+    label_nll  [.., T]    float32 -log p(token t+1); 0 where there is no label
+    """
+
+    ids: Any
+    logprobs: Any
+    log_tails: Any
+    label_nll: Any
+
+
+class Sample(NamedTuple):
+    """One packed window of at most T+1 tokens; position t reads tokens[t] and predicts tokens[t+1].
+
+    starts: offsets at which a document (or its continuation) begins, the first one 0. Attention, positions and
+    labels never cross such an offset. Neighbouring windows share one token, so each token is predicted once.
+    """
+
+    key: str
+    tokens: np.ndarray
+    starts: np.ndarray
+    targets: TeacherTargets | None = None
+
+
+class Batch(NamedTuple):
+    """Samples side by side, shifted once: labels[b, t] is the token after tokens[b, t], or IGNORED. All [B, T].
+
+    position_ids restart at every document: with no attention mask, transformers turns them into
+    block-diagonal causal attention (see tests/data/test_batches.py).
+    """
+
+    tokens: "torch.Tensor"
+    labels: "torch.Tensor"
+    position_ids: "torch.Tensor"
+    targets: TeacherTargets | None = None

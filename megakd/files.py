@@ -1,0 +1,126 @@
+"""Files that appear whole or not at all: written under a temporary name, synced, renamed."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from megakd.errors import UserError
+
+CANNOT_WRITE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENOSPC, errno.EDQUOT}
+
+
+@contextmanager
+def publishing(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path` to write a file or folder at; on success it is synced and renamed.
+
+    The temporary name carries host and process, so two writers of one file do not meet; the last to finish wins.
+    An error leaves nothing behind; a kill leaves `NAME.tmp-HOST-PID`, which no reader looks at.
+    """
+    temporary = path.with_name(f"{path.name}.tmp-{os.uname().nodename}-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove(temporary)
+        yield temporary
+        for file in [temporary, *temporary.rglob("*")] if temporary.is_dir() else [temporary]:
+            sync(file)
+        if temporary.is_dir():
+            remove(path)
+        os.replace(temporary, path)
+        sync(path.parent)
+    except OSError as error:
+        if error.errno in CANNOT_WRITE:
+            raise UserError(f"{path}: cannot be written: {error.strerror}") from error
+        raise
+    finally:
+        remove(temporary)
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to its device."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    elif path.is_symlink() or path.exists():
+        path.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Publish `value` as indented JSON."""
+    with publishing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value of a file; UserError naming file, line and column when it is missing or not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        place = f":{error.lineno}:{error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise UserError(f"{path}{place}: not valid JSON ({getattr(error, 'msg', error)})") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def append_json(path: Path, value: Any) -> None:
+    """Append one line of JSON."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(value, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """Every line of a JSON-lines file; a last line that a kill cut short is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise UserError(f"{path}:{number}: not valid JSON ({error.msg})") from error
+    return rows
+
+
+def sha256(path: Path) -> str:
+    """sha256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(value: Any) -> str:
+    """sha256 of a JSON value in canonical form, the first 16 hex digits."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def shipped(kind: str, name: str) -> Path:
+    """A file that comes with MegaKD: `ds_configs/zero3.json`, `launch/recipes/demo.json`, …
+
+    In a checkout these folders stand beside the package, in an installed wheel inside it.
+    """
+    package = Path(__file__).parent
+    inside, beside = package / kind / name, package.parent / kind / name
+    return inside if inside.exists() else beside

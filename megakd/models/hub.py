@@ -1,0 +1,171 @@
+"""Checkpoints on disk: resolve a name to a folder, read tensor by tensor, write sharded safetensors."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megakd.errors import UserError
+from megakd.files import read_json, shipped, write_json
+from megakd.models.spec import MoESpec
+
+SHARD_BYTES = 2 * 2**30
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def resolve(name: str, revision: str | None = None) -> Path:
+    """The folder of a model: itself, the shipped `demo`, or a download of a hub id. UserError when it is none."""
+    if name == "demo":
+        return shipped("assets", "demo-teacher")
+    if (Path(name) / "config.json").exists():
+        return Path(name)
+    if Path(name).exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise UserError(f"{name}: not a model folder (no config.json)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["*.json", "*.safetensors", "*.txt", "*.model"]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # the hub's errors are many; each means that this model cannot be had
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(f"{name}: neither a folder nor a model the hub gives: {reason}") from error
+
+
+def load_model(folder: Path, dtype: torch.dtype) -> Any:
+    """A causal LM of any family, compact students included, from a folder of safetensors."""
+    import megakd.models.student  # noqa: F401  (registers the student with AutoModelForCausalLM)
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{folder}: not a model that transformers can load ({str(error).splitlines()[0]})") from error
+
+
+def load_config(folder: Path) -> Any:
+    """The Hugging Face config of a folder."""
+    import megakd.models.student  # noqa: F401
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: no config.json that transformers can load ({str(error).splitlines()[0]})") from error
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """A hash of a checkpoint that any training step changes: per file its name, size, header, and 64 spread pieces.
+
+    Reading all of a 61 GB teacher takes minutes; 64 pieces of 64 KiB a file take none. Files under 4 MiB are read whole.
+    """
+    total = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        total.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            for place in range(0, size, max(size // 64, 65536)):
+                file.seek(place)
+                total.update(file.read(65536))
+    return total.hexdigest()[:16]
+
+
+class Checkpoint:
+    """The tensors of a folder of safetensors by name, one file or many, read when asked for."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        if (folder / INDEX).exists():
+            self.files: dict[str, str] = read_json(folder / INDEX)["weight_map"]
+        elif (folder / WEIGHTS).exists():
+            with self._open(WEIGHTS) as file:
+                self.files = dict.fromkeys(file.keys(), WEIGHTS)
+        else:
+            raise UserError(f"{folder}: neither {WEIGHTS} nor {INDEX} here; MegaKD reads safetensors")
+
+    def tensor(self, name: str) -> Tensor:
+        if name not in self.files:
+            raise UserError(f"{self.folder}: no tensor {name}")
+        with self._open(self.files[name]) as file:
+            return file.get_tensor(name)
+
+    def experts(self, spec: MoESpec, config: Any, layer: int, projection: str) -> Tensor:
+        """All experts' matrices of one projection, [E, d_out, d_in], from either layout; shapes are checked."""
+        expected = spec.shapes(config)[projection]
+        if spec.per_expert.format(i=layer, e=0, p=projection) in self.files:
+            names = [spec.per_expert.format(i=layer, e=e, p=projection) for e in range(config.num_experts)]
+            matrices = [self.tensor(name) for name in names]
+        else:
+            fused = (spec.fused_down if projection == "down" else spec.fused_gate_up).format(i=layer)
+            stack = self.tensor(fused)
+            if projection != "down":
+                stack = stack.chunk(2, dim=1)[projection == "up"]
+            names, matrices = [f"{fused}[{e}]" for e in range(len(stack))], list(stack)
+        for name, matrix in zip(names, matrices, strict=True):
+            if tuple(matrix.shape) != expected:
+                raise UserError(f"{self.folder}: {name} has shape {tuple(matrix.shape)}, config.json says {expected}")
+        if len(matrices) != config.num_experts:
+            raise UserError(f"{self.folder}: layer {layer} has {len(matrices)} experts, config.json says {config.num_experts}")
+        return torch.stack(matrices)
+
+    def _open(self, file: str) -> Any:
+        try:
+            return safe_open(str(self.folder / file), framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{self.folder / file}: cannot be read as safetensors ({error})") from error
+
+
+def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> None:
+    """Write (name, tensor) pairs as `model.safetensors`, or as numbered files with an index when they exceed one.
+
+    Tensors are taken one at a time; no more than one file's worth is held. `folder` should be a temporary one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    names: list[list[str]] = []
+    total = 0
+    for number, part in enumerate(_parts(tensors, shard_bytes)):
+        save_file(part, folder / f"part-{number:05d}", metadata={"format": "pt"})
+        names.append(list(part))
+        total += sum(t.numel() * t.element_size() for t in part.values())
+    if len(names) == 1:
+        (folder / "part-00000").rename(folder / WEIGHTS)
+        return
+    weight_map = {}
+    for number, part in enumerate(names):
+        file = f"model-{number + 1:05d}-of-{len(names):05d}.safetensors"
+        (folder / f"part-{number:05d}").rename(folder / file)
+        weight_map.update(dict.fromkeys(part, file))
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _parts(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[dict[str, Tensor]]:
+    part: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        count = tensor.numel() * tensor.element_size()
+        if part and size + count > limit:
+            yield part
+            part, size = {}, 0
+        part[name] = tensor.detach().cpu().contiguous().clone()
+        size += count
+    yield part
+
+
+def copy_side_files(source: Path, target: Path) -> None:
+    """Copy tokenizer and generation files (everything small but config and weights) into a model folder."""
+    skipped = ("config.json", INDEX, "training.json", "compress.json")
+    for path in sorted(source.iterdir()):
+        if path.is_file() and path.suffix in (".json", ".txt", ".model", ".jinja") and path.name not in skipped:
+            shutil.copyfile(path, target / path.name)
+
+
+def write_config(folder: Path, config: Any) -> None:
+    """Write a Hugging Face config as config.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", json.loads(config.to_json_string(use_diff=False)))

@@ -1,0 +1,121 @@
+"""The factored expert layer: one dense core a projection, low-rank wrappers an expert.
+
+Every expert matrix is W_e = L_e C + Q_e V_e^T with L_e = I + U_e S_e^T (gate, up), or its mirror
+W_e = C (I + U_e V_e^T) + U'_e P_e^T (down): docs/compression.md. The core runs once a token, not once a routed row.
+
+N tokens, D hidden, F expert hidden, E experts, A active experts, P = N*A routed rows, R rank.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+PROJECTIONS = ("gate", "up", "down")
+
+
+def wrapper_shapes(projection: str, experts: int, hidden: int, expert_hidden: int, rank: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the four factors of one projection, by parameter name; left factors have d_out rows, right ones d_in."""
+    d, f = hidden, expert_hidden
+    rows = {
+        "gate": {"input_wrapper_gate_left": f, "input_wrapper_gate_right": d, "output_wrapper_gate_left": f, "output_wrapper_gate_right": f},
+        "up": {"input_wrapper_up_left": f, "input_wrapper_up_right": d, "output_wrapper_up_left": f, "output_wrapper_up_right": f},
+        "down": {"input_wrapper_down_left": f, "input_wrapper_down_right": f, "output_wrapper_down_left": d, "output_wrapper_down_right": f},
+    }[projection]  # fmt: skip
+    return {name: (experts, count, rank) for name, count in rows.items()}
+
+
+class SharedCoreExperts(nn.Module):
+    """The wrappers of all experts of one layer. They are direct parameters, so that ZeRO-3 gathers them together."""
+
+    def __init__(self, experts: int, hidden: int, expert_hidden: int, rank: int, act_fn: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.num_experts = experts
+        self.act_fn = act_fn
+        for projection in PROJECTIONS:
+            for name, shape in wrapper_shapes(projection, experts, hidden, expert_hidden, rank).items():
+                self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+
+    def forward(self, x_ND: Tensor, gate_NF: Tensor, up_NF: Tensor, expert_NA: Tensor, weight_NA: Tensor) -> tuple[Tensor, Tensor]:
+        """From tokens and core(tokens) to (sum w (I + U V^T) h, sum w U' P^T h), both summed over a token's experts.
+
+        The caller applies the core of down_proj to the first, [N, F], and adds the second, [N, D].
+        """
+        inner_NF = torch.zeros_like(gate_NF)
+        outer_ND = torch.zeros_like(x_ND)
+        order_P = torch.argsort(expert_NA.flatten(), stable=True)
+        token_P = order_P // expert_NA.shape[1]
+        weight_P = weight_NA.flatten()[order_P].to(x_ND.dtype)
+        counts = torch.bincount(expert_NA.flatten(), minlength=self.num_experts).tolist()
+        for expert, (token, weight) in enumerate(zip(token_P.split(counts), weight_P.split(counts), strict=True)):
+            if len(token) == 0:
+                continue
+            x, weight = x_ND[token], weight[:, None]
+            gate = self._gate_or_up("gate", expert, x, gate_NF[token])
+            up = self._gate_or_up("up", expert, x, up_NF[token])
+            h = self.act_fn(gate) * up
+            inner = h + (h @ self.input_wrapper_down_right[expert]) @ self.input_wrapper_down_left[expert].T
+            outer = (h @ self.output_wrapper_down_right[expert]) @ self.output_wrapper_down_left[expert].T
+            inner_NF = inner_NF.index_add(0, token, weight * inner)
+            outer_ND = outer_ND.index_add(0, token, weight * outer)
+        return inner_NF, outer_ND
+
+    def _gate_or_up(self, projection: str, expert: int, x: Tensor, core: Tensor) -> Tensor:
+        """L C x + Q V^T x from core = C x, for one expert's rows."""
+        q, v = (getattr(self, f"input_wrapper_{projection}_{side}")[expert] for side in ("left", "right"))
+        u, s = (getattr(self, f"output_wrapper_{projection}_{side}")[expert] for side in ("left", "right"))
+        return core + (core @ s) @ u.T + (x @ v) @ q.T
+
+
+class SharedCoreMoeBlock(nn.Module):
+    """A family's MoE block with shared-core experts; the router is the family's own and stays named `gate`."""
+
+    def __init__(self, router: nn.Module, experts: int, hidden: int, expert_hidden: int, rank: int, activation: str):
+        super().__init__()
+        self.gate = router
+        self.shared_core = nn.ModuleDict(
+            {
+                "gate_proj": nn.Linear(hidden, expert_hidden, bias=False),
+                "up_proj": nn.Linear(hidden, expert_hidden, bias=False),
+                "down_proj": nn.Linear(expert_hidden, hidden, bias=False),
+            }
+        )
+        self.experts = SharedCoreExperts(experts, hidden, expert_hidden, rank, ACT2FN[activation])
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x_ND = hidden_states.reshape(-1, hidden_states.shape[-1])
+        _, weight_NA, expert_NA = self.gate(x_ND)
+        gate_NF, up_NF = self.shared_core["gate_proj"](x_ND), self.shared_core["up_proj"](x_ND)
+        inner_NF, outer_ND = self.experts(x_ND, gate_NF, up_NF, expert_NA, weight_NA)
+        return (self.shared_core["down_proj"](inner_NF) + outer_ND).view_as(hidden_states)
+
+
+def dense_weight(tensors: dict[str, Tensor], projection: str, expert: int) -> Tensor:
+    """One expert's matrix [d_out, d_in] expanded, in float32.
+
+    tensors: the layer's factors by name (`shared_core.gate_proj.weight`, `experts.input_wrapper_gate_left`, …).
+    """
+
+    def factor(wrapper: str, side: str) -> Tensor:
+        return tensors[f"experts.{wrapper}_wrapper_{projection}_{side}"][expert].float()
+
+    core = tensors[f"shared_core.{projection}_proj.weight"].float()
+    inner = factor("input", "left") @ factor("input", "right").T
+    outer = factor("output", "left") @ factor("output", "right").T
+    # gate, up: L C + Q V^T with outer = U S^T, inner = Q V^T; down: C (I + inner) + outer
+    return core + core @ inner + outer if projection == "down" else core + outer @ core + inner
+
+
+def naive_forward(block: Any, hidden_states: Tensor) -> Tensor:
+    """The same function through the expanded matrices, one expert and token at a time: the reference for tests."""
+    x_ND = hidden_states.reshape(-1, hidden_states.shape[-1])
+    _, weight_NA, expert_NA = block.gate(x_ND)
+    tensors = dict(block.named_parameters())
+    out = torch.zeros_like(x_ND)
+    for token, (weights, experts) in enumerate(zip(weight_NA, expert_NA, strict=True)):
+        for weight, expert in zip(weights, experts.tolist(), strict=True):
+            gate, up, down = (dense_weight(tensors, p, expert).to(x_ND.dtype) for p in PROJECTIONS)
+            out[token] += weight * (down @ (block.experts.act_fn(gate @ x_ND[token]) * (up @ x_ND[token])))
+    return out.view_as(hidden_states)

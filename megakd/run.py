@@ -1,0 +1,104 @@
+"""A run is a folder with one frozen config.json; every verb opens it and reads nothing else."""
+
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from megakd.config import RunConfig, apply_overrides, flatten, is_live, load_recipe, parse
+from megakd.errors import UserError
+from megakd.files import append_json, read_json, shipped, write_json
+
+# What a sibling run may take over from the run it was made from, and the sections each thing depends on.
+ARTIFACTS = {
+    "student-0": ("model", "compress"),
+    "data/tokens": ("model", "data"),
+    "data/logits": ("model", "data", "logits"),
+}
+
+
+class Run:
+    """RUN/ config.json history.jsonl metrics.jsonl evals.jsonl student-0/ data/ checkpoints/ export/ report.html"""
+
+    def __init__(self, folder: Path, config: RunConfig):
+        self.folder = folder
+        self.config = config
+
+    @classmethod
+    def create(cls, recipe: str | Path, overrides: Iterable[str], folder: str | Path) -> "Run":
+        """Resolve a recipe (a file, the name of a shipped one, or a run's folder) once and freeze it in `folder`.
+
+        From a run's folder, the student and data that the changed sections do not touch are linked, not made again.
+        """
+        folder, overrides = Path(folder), list(overrides)
+        if (folder / "config.json").exists():
+            raise UserError(f"{folder}: already a run; choose another folder or open it with any other verb")
+        source = _recipe_file(recipe)
+        run = cls(folder, load_recipe(source, overrides))
+        write_json(folder / "config.json", run.config.model_dump(mode="json"))
+        run.record("new", recipe=str(recipe), overrides=overrides, fingerprint=run.config.fingerprint())
+        if source.name == "config.json":
+            run._link_from(cls.open(source.parent))
+        return run
+
+    @classmethod
+    def open(cls, folder: str | Path, overrides: Iterable[str] = ()) -> "Run":
+        """Open a run; overrides may touch live fields only and are recorded (by rank 0)."""
+        folder, overrides = Path(folder), list(overrides)
+        file = folder / "config.json"
+        if not file.exists():
+            raise UserError(f"{folder}: no run here (no config.json); make one with: megakd new {folder} --from RECIPE")
+        raw = read_json(file)
+        config = parse(raw, str(file))
+        run = cls(folder, config)
+        if not overrides:
+            return run
+        changed = parse(apply_overrides(config.model_dump(mode="json"), overrides), f"{file} with overrides")
+        before, after = dict(flatten(config.model_dump(mode="json"))), dict(flatten(changed.model_dump(mode="json")))
+        changes = {k: [before.get(k), after.get(k)] for k in before.keys() | after.keys() if before.get(k) != after.get(k)}
+        for path in sorted(changes):
+            if not is_live(path):
+                raise UserError(
+                    f"{folder}: {path} is frozen; make a sibling run: megakd new {folder}-2 --from {folder} {' '.join(overrides)}"
+                )
+        run.config = changed
+        if changes and int(os.environ.get("RANK", "0")) == 0:
+            write_json(file, changed.model_dump(mode="json"))
+            run.record("change", fields=changes)
+        return run
+
+    def path(self, *parts: str) -> Path:
+        return self.folder.joinpath(*parts)
+
+    def record(self, event: str, **facts: Any) -> None:
+        """Append an event to history.jsonl."""
+        append_json(self.path("history.jsonl"), {"time": time.strftime("%FT%TZ", time.gmtime()), "event": event, **facts})
+
+    @property
+    def student_folder(self) -> Path:
+        """Where training starts: the student that was given, else the one `compress` makes."""
+        return Path(self.config.model.student) if self.config.model.student else self.path("student-0")
+
+    def _link_from(self, other: "Run") -> None:
+        linked = []
+        for name, sections in ARTIFACTS.items():
+            theirs = other.path(name)
+            if theirs.exists() and self.config.fingerprint(*sections) == other.config.fingerprint(*sections):
+                self.path(name).parent.mkdir(parents=True, exist_ok=True)
+                self.path(name).symlink_to(os.path.relpath(theirs.resolve(), self.path(name).parent.resolve()))
+                linked.append(name)
+        self.record("link", run=str(other.folder), linked=linked)
+
+
+def _recipe_file(recipe: str | Path) -> Path:
+    path = Path(recipe)
+    if path.is_dir():
+        return path / "config.json"
+    if not path.exists():
+        named = shipped("launch/recipes", f"{recipe}.json")
+        if named.exists():
+            return named
+        known = ", ".join(sorted(p.stem for p in shipped("launch/recipes", "").glob("*.json")))
+        raise UserError(f"{recipe}: no such recipe; give a JSON file, a run's folder, or one of {known}")
+    return path
