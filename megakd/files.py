@@ -1,6 +1,7 @@
 """Files that appear whole or not at all: written under a temporary name, synced, renamed."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -39,6 +40,15 @@ def publishing(path: Path) -> Iterator[Path]:
         raise
     finally:
         remove(temporary)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on `path` (made if missing); a process that dies lets go of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def sync(path: Path) -> None:

@@ -88,3 +88,9 @@ def prefetch(items: Iterable[Item], depth: int = 2) -> Iterator[Item]:
         stop.set()
         while not queue.empty():
             queue.get_nowait()
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with every tensor on `device`."""
+    targets = batch.targets and TeacherTargets(*(t.to(device, non_blocking=True) for t in batch.targets))
+    return Batch(*(t.to(device, non_blocking=True) for t in batch[:3]), targets=targets)

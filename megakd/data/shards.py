@@ -11,7 +11,7 @@ import io
 import os
 import tarfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,10 +39,12 @@ def shard_name(index: int) -> str:
     return f"shard-{index:05d}"
 
 
-def write_shard(folder: Path, name: str, samples: Iterable[Sample], facts: dict[str, Any], **extra: Any) -> int:
+def write_shard(
+    folder: Path, name: str, samples: Iterable[Sample], facts: dict[str, Any], state: Callable[[], Any] = lambda: None
+) -> int:
     """Write one tar and its sidecar, each atomically; returns the number of samples. Same samples, same bytes.
 
-    extra: more keys for the sidecar, such as where the writer of the next shard goes on.
+    state: asked after the last sample, kept in the sidecar: where the writer of the next shard goes on.
     """
     entries: list[Entry] = []
     tokens = 0
@@ -56,7 +58,7 @@ def write_shard(folder: Path, name: str, samples: Iterable[Sample], facts: dict[
         file.write(bytes(2 * BLOCK))
         file.flush()
         size, digest = file.tell(), sha256(temporary)
-    summary = {"tokens": tokens, "bytes": size, "sha256": digest, **extra}
+    summary = {"tokens": tokens, "bytes": size, "sha256": digest, "state": state()}
     write_json(folder / f"{name}.json", {"facts": facts, **summary, "samples": [list(e) for e in entries]})
     return len(entries)
 

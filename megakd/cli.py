@@ -1,0 +1,94 @@
+"""The command line: a verb, a run folder, overrides; verbs are imported when asked for."""
+
+import argparse
+import importlib
+import os
+import sys
+
+from megakd.errors import UserError
+
+# verb → (one line, does it open a run)
+VERBS = {
+    "new": ("make a run folder from a recipe", False),
+    "plan": ("parameters, bytes and steps of a run; starts nothing", True),
+    "compress": ("teacher experts → shared core and wrappers: RUN/student-0", True),
+    "tokenize": ("text → packed windows: RUN/data/tokens", True),
+    "generate-logits": ("teacher targets beside the tokens: RUN/data/logits", True),
+    "train": ("distil, stage by stage; resumes by itself", True),
+    "evaluate": ("held-out perplexity, KL to the teacher, agreement, size, speed", True),
+    "export": ("a Hugging Face folder: compact, or --dense for the stock architecture", True),
+    "inspect": ("explain a run, a folder of shards, a shard or a checkpoint", False),
+    "report": ("one self-contained HTML page: RUN/report.html", True),
+    "demo": ("all of it on a small teacher that ships with MegaKD, in minutes", False),
+}
+
+DESCRIPTION = "Distil a large Mixture-of-Experts teacher into a small student."
+
+EXAMPLES = """\
+examples:
+  megakd demo                                            the whole path, no network, no GPU
+  megakd new runs/a --from qwen3-30b-a3b-r64             a run from a shipped recipe
+  megakd new runs/b --from runs/a objective.alpha=0.9    a sibling; what is unchanged is shared
+  megakd compress runs/a
+  megakd train runs/a optim.micro_batch=2                live fields may change later
+
+`megakd VERB --help` explains a verb. Exit codes: 0 fine, 2 a mistake you can mend, 1 a bug, 85 stopped by a signal
+after saving a checkpoint.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of verbs alone; each verb adds its own arguments when it is imported."""
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {verb.ljust(width)}  {line}" for verb, (line, _) in VERBS.items())
+    parser = argparse.ArgumentParser(
+        prog="megakd",
+        usage="megakd VERB RUN [section.key=value ...]",
+        description=f"{DESCRIPTION}\n\nverbs:\n{verbs}",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("verb", choices=VERBS, metavar="VERB", help=argparse.SUPPRESS)
+    return parser
+
+
+def run_verb(argv: list[str]) -> None:
+    """Run one command line; raises UserError for a user's mistake."""
+    verb = build_parser().parse_args(argv[:1] or ["--help"]).verb
+    line, opens_run = VERBS[verb]
+    command = importlib.import_module(f"megakd.commands.{verb.replace('-', '_')}")
+    parser = argparse.ArgumentParser(
+        prog=f"megakd {verb}",
+        description=f"{line}\n\n{(command.__doc__ or '').partition('\n\n')[2]}" if command.__doc__ else line,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    if opens_run:
+        parser.add_argument("run", metavar="RUN", help="a run folder, made by `megakd new`")
+    if hasattr(command, "arguments"):
+        command.arguments(parser)
+    if opens_run:
+        parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes of live fields")
+    args = parser.parse_intermixed_args(argv[1:])
+    if not opens_run:
+        command.main(args)
+        return
+    from megakd.run import Run
+
+    command.main(Run.open(args.run, args.overrides), args)
+
+
+def main() -> None:
+    """Entry point: exit 0 fine, 2 a user's mistake in one line, 1 a bug with its traceback."""
+    try:
+        run_verb(sys.argv[1:])
+    except UserError as error:
+        rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+        sys.stderr.write(f"megakd{rank}: {error}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("megakd: interrupted\n")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""Make a run folder from a recipe.
+
+The recipe (a JSON file, the name of a shipped one, or another run's folder) and the overrides are resolved once,
+completed with defaults, checked, and frozen in RUN/config.json; every other verb reads that file alone.
+From another run's folder, the student and the data that the overrides do not touch are linked, not made again.
+
+examples:
+  megakd new runs/a --from demo
+  megakd new runs/b --from runs/a objective.alpha=0.0 name=ce-only
+"""
+
+import argparse
+
+from megakd.log import say
+from megakd.run import Run
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="the folder to make")
+    parser.add_argument("--from", dest="recipe", required=True, metavar="RECIPE", help="JSON file, shipped name, or run folder")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+
+
+def main(args: argparse.Namespace) -> None:
+    run = Run.create(args.recipe, args.overrides, args.run)
+    linked = [name for name in ("student-0", "data/tokens", "data/logits") if run.path(name).is_symlink()]
+    say(f"{run.folder}: a new run, {run.config.fingerprint()}" + (f", sharing {', '.join(linked)}" if linked else ""))

@@ -1,0 +1,130 @@
+"""Stream documents, tokenize and pack them: RUN/data/tokens/train and RUN/data/tokens/holdout.
+
+Documents are assigned to the hold-out by a hash of their text, so that no run ever trains on them. Killed and started
+again, it goes on after the last finished shard and writes what an undisturbed pass would have written.
+
+examples:
+  megakd tokenize runs/a
+"""
+
+import argparse
+import hashlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from typing import Any
+
+from megakd.config import DataConfig
+from megakd.data.documents import held_out, iter_documents
+from megakd.data.records import Sample
+from megakd.data.shards import finished, shard_name, write_manifest, write_shard
+from megakd.data.tokens import load_tokenizer, pack, tokenizer_facts
+from megakd.errors import UserError
+from megakd.log import Progress, short
+from megakd.models.hub import resolve
+from megakd.run import Run
+
+BATCH = 64  # documents tokenized at once: the fast tokenizers use all cores
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a pass stands. Counts are those of documents packed to their end (`text_hash`: sum of their sha256)."""
+
+    document: int = 0  # the next one to read from the source
+    token: int = 0  # and the first of its tokens that is not packed yet
+    windows: int = 0
+    documents: int = 0
+    text_bytes: int = 0
+    text_tokens: int = 0
+    text_hash: str = "0"
+
+
+def main(run: Run, args: argparse.Namespace) -> None:
+    folder = resolve(run.config.model.teacher, run.config.model.revision)
+    tokenizer = load_tokenizer(folder)
+    for part, budget in (("holdout", run.config.data.holdout_tokens), ("train", run.config.data.tokens)):
+        _tokenize_part(run, part, budget, tokenizer)
+
+
+def token_facts(data: DataConfig, part: str, tokenizer: dict[str, Any]) -> dict[str, Any]:
+    """What a folder of token shards says of itself: everything its content depends on."""
+    names = ("source", "subset", "split", "text_field", "sequence_length", "shard_tokens", "holdout_fraction")
+    return {"part": part, "tokenizer": tokenizer, **{name: getattr(data, name) for name in names}}
+
+
+def _tokenize_part(run: Run, part: str, budget: int, tokenizer: Any) -> None:
+    data, folder = run.config.data, run.path("data", "tokens", part)
+    facts = token_facts(data, part, tokenizer_facts(tokenizer))
+    limit = -(-budget // data.sequence_length)
+    per_shard = max(data.shard_tokens // data.sequence_length, 1)
+    names: list[str] = []
+    state = State()
+    while found := finished(folder, shard_name(len(names)), facts):
+        names.append(shard_name(len(names)))
+        state = State(**found["state"])
+    windows = _Windows(data, part, tokenizer, state)
+    progress = Progress(f"tokenize {part}", budget, "tokens", done=state.windows * data.sequence_length)
+    while windows.state.windows < limit:
+        samples = windows.take(min(per_shard, limit - windows.state.windows), progress)
+        first = next(samples, None)
+        if first is None:
+            break
+        names.append(shard_name(len(names)))
+        write_shard(folder, names[-1], _chain(first, samples), facts, lambda: asdict(windows.state))
+    state = windows.state
+    if not names:
+        raise UserError(
+            f"data.source: {data.source} gives no {part} document (data.holdout_fraction is {data.holdout_fraction}, "
+            f"{state.document} documents were read)"
+        )
+    write_manifest(folder, facts, names, **asdict(state))
+    progress.close(f"{state.documents} documents, {short(state.text_bytes)}B of text, {len(names)} shards")
+    if state.windows < limit:
+        run.record("tokenize", part=part, note=f"the source ended after {state.windows} of {limit} windows")
+
+
+def _chain(first: Sample, rest: Iterator[Sample]) -> Iterator[Sample]:
+    yield first
+    yield from rest
+
+
+class _Windows:
+    """The samples of one part from a State on; `state` is always what a resume after the last sample needs."""
+
+    def __init__(self, data: DataConfig, part: str, tokenizer: Any, state: State):
+        self.data, self.part, self.tokenizer = data, part, tokenizer
+        self.before = self.state = state
+        self.windows = pack(self._documents(), data.sequence_length, state.token)
+
+    def take(self, count: int, progress: Progress) -> Iterator[Sample]:
+        for window in islice(self.windows, count):
+            index = self.state.windows
+            document, token = window.after
+            base = self.before if document == self.before.document else self.after
+            self.state = replace(base, document=document, token=token, windows=index + 1)
+            progress.update(self.data.sequence_length)
+            yield Sample(f"{index:09d}", window.tokens, window.starts)
+
+    def _documents(self) -> Iterator[tuple[int, list[int]]]:
+        """(index in the source, tokens with the end token) of this part's documents; keeps the counts before and after each."""
+        data = self.data
+        texts = enumerate(
+            iter_documents(data.source, data.subset, data.split, data.text_field, data.streaming, self.state.document), self.state.document
+        )
+        mine = ((i, t) for i, t in texts if held_out(t, data.holdout_fraction) == (self.part == "holdout"))
+        self.after = self.state
+        while batch := list(islice(mine, BATCH)):
+            encoded = self.tokenizer([text for _, text in batch], add_special_tokens=False, verbose=False)["input_ids"]
+            for (index, text), ids in zip(batch, encoded, strict=True):
+                tokens = [*ids, self.tokenizer.eos_token_id]
+                self.before = replace(self.after, document=index)
+                content = text.encode()
+                self.after = State(
+                    document=index + 1,
+                    documents=self.before.documents + 1,
+                    text_bytes=self.before.text_bytes + len(content),
+                    text_tokens=self.before.text_tokens + len(tokens),
+                    text_hash=f"{(int(self.before.text_hash, 16) + int(hashlib.sha256(content).hexdigest(), 16)) % 2**256:x}",
+                )
+                yield index, tokens

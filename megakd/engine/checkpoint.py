@@ -1,0 +1,91 @@
+"""Checkpoints: written aside, published whole, found again, rotated.
+
+checkpoints/<stage>/step-000500/   progress.json   where the run stands
+                                   weights/        a Hugging Face folder, for evaluate, export and the next stage
+                                   state/          the engine's own, for exact resume on the same ranks
+"""
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from megakd.dist import World, barrier
+from megakd.engine.base import Engine
+from megakd.errors import UserError
+from megakd.files import read_json, remove, sync, write_json
+from megakd.models.hub import write_weights
+
+
+class Progress(NamedTuple):
+    """Where training stands: `step` of all stages, `stage_step` of stage `stage`, samples and counted tokens consumed."""
+
+    stage: int = 0
+    stage_step: int = 0
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+
+
+class Saved(NamedTuple):
+    folder: Path
+    progress: Progress
+
+    @property
+    def weights(self) -> Path:
+        return self.folder / "weights"
+
+
+def save_checkpoint(folder: Path, engine: Engine, progress: Progress, world: World, describe: Callable[[Path], None], ranks: int) -> None:
+    """Publish a checkpoint of all ranks at `folder`: readers see nothing until it is whole.
+
+    describe: adds config and tokenizer to the weights folder. A checkpoint cut short by a kill stays in a folder
+    ending in `.tmp`, which the next save removes.
+    """
+    temporary = folder.with_name(folder.name + ".tmp")
+    if world.first:
+        remove(temporary)
+        temporary.mkdir(parents=True)
+    barrier()
+    engine.save(temporary / "state")
+    weights = ((name.removeprefix("student."), tensor) for name, tensor in engine.weights())
+    if world.first:
+        write_weights(temporary / "weights", weights)
+        describe(temporary / "weights")
+    else:
+        for _ in weights:  # gathering is collective
+            pass
+    barrier()
+    if world.first:
+        write_json(temporary / "progress.json", {**progress._asdict(), "ranks": ranks})
+        for path in [*temporary.rglob("*"), temporary]:
+            sync(path)
+        remove(folder)
+        os.replace(temporary, folder)
+        sync(folder.parent)
+    barrier()
+
+
+def published(checkpoints: Path) -> list[Saved]:
+    """All whole checkpoints of a run, oldest first."""
+    found = []
+    for path in checkpoints.glob("*/step-*"):
+        if re.fullmatch(r"step-\d+", path.name) and (path / "progress.json").exists():
+            fields = read_json(path / "progress.json")
+            found.append(Saved(path, Progress(**{name: fields[name] for name in Progress._fields})))
+    return sorted(found, key=lambda saved: saved.progress)
+
+
+def check_ranks(saved: Saved, ranks: int) -> None:
+    """Exact resume needs the ranks that saved: UserError names both numbers."""
+    before = read_json(saved.folder / "progress.json")["ranks"]
+    if before != ranks:
+        raise UserError(f"{saved.folder}: saved by {before} ranks, this is a world of {ranks}; resume with {before} ranks")
+
+
+def rotate(checkpoints: Path, keep: int, protected: set[Path]) -> None:
+    """Delete all but the newest `keep` checkpoints (0: none) and those protected."""
+    for saved in published(checkpoints)[: -keep or None] if keep else []:
+        if saved.folder not in protected:
+            remove(saved.folder)

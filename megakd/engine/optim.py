@@ -1,0 +1,99 @@
+"""Parameter groups from regex rules, the AdamW they share, and the learning-rate schedule."""
+
+import math
+import re
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from megakd.config import LrRule, OptimConfig
+from megakd.errors import UserError
+
+
+class Assignment(NamedTuple):
+    """One parameter, the index of the rule that it got (None: no rule), and its multiplier (0: frozen)."""
+
+    name: str
+    parameter: nn.Parameter
+    rule: int | None
+    multiplier: float
+
+
+def assign_rules(module: nn.Module, rules: tuple[LrRule, ...]) -> list[Assignment]:
+    """Every parameter with the first rule whose pattern is found in its canonical name; without one, multiplier 1.
+
+    Canonical names are those of the student alone (`model.layers.0.mlp.shared_core.gate_proj.weight`).
+    Raises UserError for a pattern that is no regex, and for a rule that no parameter gets, naming what took its place.
+    """
+    patterns = []
+    for rule in rules:
+        try:
+            patterns.append(re.compile(rule.pattern))
+        except re.error as error:
+            raise UserError(f"lr_multipliers: {rule.pattern!r} is not a regular expression: {error}") from error
+    assigned = []
+    for name, parameter in module.named_parameters():
+        name = canonical_name(name)
+        first = next((i for i, pattern in enumerate(patterns) if pattern.search(name)), None)
+        assigned.append(Assignment(name, parameter, first, 1.0 if first is None else rules[first].lr_multiplier))
+    for index, pattern in enumerate(patterns):
+        if all(a.rule != index for a in assigned):
+            found = [a for a in assigned if pattern.search(a.name)]
+            if found:
+                earlier = sorted({rules[a.rule].pattern for a in found if a.rule is not None})
+                why = f"all {len(found)} parameters it matches are taken by earlier rules: {', '.join(earlier)}"
+            else:
+                why = f"it matches no parameter; names look like {assigned[0].name} and {assigned[len(assigned) // 2].name}"
+            raise UserError(f"lr_multipliers: the rule {rules[index].pattern!r} has no effect: {why}")
+    return assigned
+
+
+def canonical_name(name: str) -> str:
+    """A parameter's name below the student, whatever wraps it."""
+    return name.removeprefix("module.").removeprefix("student.")
+
+
+def build_optimizer(module: nn.Module, rules: tuple[LrRule, ...], optim: OptimConfig, lr: float) -> torch.optim.AdamW:
+    """AdamW with a group for each (multiplier, decay); parameters with multiplier 0 stop requiring gradients.
+
+    Weight decay never touches norms and biases (parameters of one dimension). Raises UserError when nothing is left to train.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for assigned in assign_rules(module, rules):
+        assigned.parameter.requires_grad_(assigned.multiplier > 0)
+        if assigned.multiplier > 0:
+            # ZeRO-3 leaves an empty tensor behind and keeps the shape in ds_shape
+            shape = getattr(assigned.parameter, "ds_shape", assigned.parameter.shape)
+            decay = optim.weight_decay if len(shape) > 1 else 0.0
+            groups.setdefault((assigned.multiplier, decay), []).append(assigned.parameter)
+    if not groups:
+        raise UserError("lr_multipliers: every parameter is frozen; a stage must train something")
+    settings = [
+        {"params": parameters, "lr": lr * multiplier, "base_lr": lr * multiplier, "weight_decay": decay}
+        for (multiplier, decay), parameters in groups.items()
+    ]
+    return torch.optim.AdamW(settings, lr=lr, betas=optim.betas, eps=optim.eps)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Every group's rate becomes its own base rate times `factor`."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+
+
+def schedule(optim: OptimConfig, step: int, steps: int) -> float:
+    """The factor of the learning rate at `step` of a stage of `steps`: linear warmup, then cosine, linear or constant.
+
+    Warmup takes at most half of the stage; the last step comes to `final_lr_ratio`.
+    """
+    warmup = min(optim.warmup_steps, steps // 2)
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(steps - 1 - warmup, 1)
+    final = optim.final_lr_ratio
+    if optim.schedule == "cosine":
+        return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
+    if optim.schedule == "linear":
+        return final + (1 - final) * (1 - progress)
+    return 1.0

@@ -1,0 +1,116 @@
+"""What a person watches: a progress line with ETA, and metrics to metrics.jsonl, TensorBoard and W&B."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from megakd.config import LogConfig
+from megakd.files import append_json, publishing, read_json_lines
+
+
+def say(message: str) -> None:
+    """One line for the person at the terminal."""
+    sys.stderr.write(message + "\n")
+    sys.stderr.flush()
+
+
+class Progress:
+    """`generate-logits  34%  120k/350k tokens  5.3k tokens/s  ETA 0:42`, redrawn on a terminal, else a line every 10 s.
+
+    done: what was finished before (a resumed pass), which does not count for the rate.
+    """
+
+    def __init__(self, name: str, total: float, unit: str, done: float = 0, quiet: bool = False):
+        self.name, self.total, self.unit, self.quiet = name, max(total, 1), unit, quiet
+        self.done = self.before = done
+        self.start = self.shown = time.perf_counter()
+        self.terminal = sys.stderr.isatty()
+
+    def update(self, count: float, note: str = "") -> None:
+        self.done += count
+        now = time.perf_counter()
+        if not self.quiet and now - self.shown >= (0.2 if self.terminal else 10):
+            self.shown = now
+            sys.stderr.write(("\r\x1b[K" if self.terminal else "") + self.line(note) + ("" if self.terminal else "\n"))
+            sys.stderr.flush()
+
+    def line(self, note: str = "") -> str:
+        seconds = max(time.perf_counter() - self.start, 1e-9)
+        rate = (self.done - self.before) / seconds
+        eta = clock((self.total - self.done) / rate) if rate > 0 else "?"
+        counts = f"{short(self.done)}/{short(self.total)} {self.unit}"
+        return f"{self.name}  {min(self.done / self.total, 1):4.0%}  {counts}  {short(rate)} {self.unit}/s  ETA {eta}  {note}".rstrip()
+
+    def close(self, note: str = "") -> None:
+        if not self.quiet:
+            seconds = time.perf_counter() - self.start
+            rate = (self.done - self.before) / max(seconds, 1e-9)
+            counts = f"{short(self.done)} {self.unit} in {clock(seconds)}, {short(rate)} {self.unit}/s"
+            sys.stderr.write(("\r\x1b[K" if self.terminal else "") + f"{self.name}: {counts}  {note}".rstrip() + "\n")
+            sys.stderr.flush()
+
+
+class MetricLog:
+    """Writes each step's metrics everywhere under the same names; resumed at `step`, forgets what came after it."""
+
+    def __init__(self, folder: Path, config: LogConfig, name: str, run_id: str, frozen: dict[str, Any], step: int):
+        self.file = folder / "metrics.jsonl"
+        rows = read_json_lines(self.file)
+        if any(row["step"] > step for row in rows):
+            with publishing(self.file) as temporary:
+                temporary.write_text("".join(json.dumps(r) + "\n" for r in rows if r["step"] <= step), encoding="utf-8")
+        self.board = self.wandb = None
+        if config.tensorboard:
+            from torch.utils.tensorboard.writer import SummaryWriter
+
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        if config.wandb != "disabled":
+            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+            import wandb
+
+            settings = wandb.Settings(silent=True, console="off", disable_git=True, x_disable_stats=True)
+            self.wandb = wandb.init(
+                project=config.wandb_project, name=name, id=run_id, resume="allow", mode=config.wandb,
+                dir=str(folder), config=frozen, settings=settings,
+            )  # fmt: skip
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        append_json(self.file, {"step": step, **metrics})
+        numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float)}
+        if self.board is not None:
+            for key, value in numbers.items():
+                self.board.add_scalar(f"train/{key}", value, step)
+        if self.wandb is not None:
+            self.wandb.log({f"train/{k}": v for k, v in numbers.items()}, step=step)
+
+    def close(self) -> None:
+        if self.board is not None:
+            self.board.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def short(number: float) -> str:
+    """1234567 → 1.23M, in three digits."""
+    for limit, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= limit:
+            return f"{number / limit:.3g}{suffix}"
+    return f"{number:.3g}"
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss or m:ss."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+def table(headers: list[str], rows: list[list[str]]) -> str:
+    """A plain text table, first column left, the others right."""
+    columns = [[h, *(row[i] for row in rows)] for i, h in enumerate(headers)]
+    widths = [max(map(len, column)) for column in columns]
+    lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))) for row in [headers, *rows]]
+    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
