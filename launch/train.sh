@@ -19,4 +19,4 @@ else
   port=${MASTER_PORT:-$("$PYTHON" -c 'from megakd.dist import free_port; print(free_port())')}
   where=(--num_gpus "${RANKS:-1}" --master_addr 127.0.0.1 --master_port "$port")
 fi
-exec "$PYTHON" -m deepspeed.launcher.runner "${where[@]}" --module megakd train "$@"
+exec "$PYTHON" -m deepspeed.launcher.runner "${where[@]}" --log_level warning --no_local_rank --module megakd train "$@"

@@ -59,7 +59,7 @@ def run_verb(argv: list[str]) -> None:
     command = importlib.import_module(f"megakd.commands.{verb.replace('-', '_')}")
     parser = argparse.ArgumentParser(
         prog=f"megakd {verb}",
-        description=f"{line}\n\n{(command.__doc__ or '').partition('\n\n')[2]}" if command.__doc__ else line,
+        description=command.__doc__ or line,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     if opens_run:
@@ -79,8 +79,10 @@ def run_verb(argv: list[str]) -> None:
 
 def main() -> None:
     """Entry point: exit 0 fine, 2 a user's mistake in one line, 1 a bug with its traceback."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        run_verb(sys.argv[1:])
+        # launchers put --local_rank=N before the verb; LOCAL_RANK in the environment says the same
+        run_verb([arg for arg in sys.argv[1:] if not arg.startswith("--local_rank=")])
     except UserError as error:
         rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
         sys.stderr.write(f"megakd{rank}: {error}\n")

@@ -3,7 +3,7 @@
 Model, for E matrices W_e [d_out, d_in] (docs/compression.md, sections 1 and 3):
     W_e ~ L_e C + Q_e V_e^T,   L_e = I + U_e S_e^T,   C [d_out, d_in]; U, S, Q [d_out, R]; V [d_in, R]
 `down` is fitted transposed, so that the core's short side is always the expert's hidden size.
-Every block has a closed form and the error never grows.
+Every block has a closed form, and the error never grows.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 OVER_RELAXATION = 1.9  # of the core's step
+# Output wrappers act on the core's singular directions above this share of the largest. Below it they would have to be
+# huge (|U S^T| 272 instead of 19 on a trained 192 x 192 layer, for 0.3 % less error), useless in bf16 and to an optimizer.
+CORE_FLOOR = 0.05
 
 
 class Fit(NamedTuple):
@@ -65,10 +68,10 @@ def fit_shared_core(
     errors = _errors(weights, core, u, s, q, v)
     done = 0
     for done in range(1, sweeps + 1):
-        before = errors.sum()
+        before, kept_factors = errors, (core, u.clone(), s.clone(), q.clone(), v.clone())
         core = _fit_core(weights, core, u, s, q, v)
         left, sigma, right = torch.linalg.svd(core, full_matrices=False)
-        kept = sigma > sigma[0] * 1e-5
+        kept = sigma > sigma[0] * CORE_FLOOR
         left, sigma, right = left[:, kept], sigma[kept], right[kept]
         for e in range(experts):
             # S^T C = (S^T T) Z with C = T Z, Z orthonormal: the best U (T^T S)^T is a truncated SVD of the residual times Z^T
@@ -78,9 +81,24 @@ def fit_shared_core(
             q[e], v[e] = truncated_svd(weights[e] - core - u[e] @ (s[e].T @ core), rank, start)
         errors = _errors(weights, core, u, s, q, v)
         progress()
-        if before - errors.sum() <= tolerance * before:
+        if errors.sum() > before.sum():  # only the floor can do that: the directions it keeps move with the core
+            errors, (core, u, s, q, v) = before, kept_factors
             break
-    return Fit(core, u, s, q, v, (errors / norms).sqrt(), done)
+        if before.sum() - errors.sum() <= tolerance * before.sum():
+            break
+    return Fit(core, *balance(u, s), *balance(q, v), (errors / norms).sqrt(), done)
+
+
+def balance(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """The same products left right^T with columns of equal norm on both sides, [E, d, R] each.
+
+    ALS leaves all scale on one side; an optimizer with one step size for both then breaks the model at once (measured:
+    cross entropy 3.8 to 9.5 in the first step of Adam at lr 2e-4).
+    """
+    norms_left, norms_right = left.norm(dim=1, keepdim=True), right.norm(dim=1, keepdim=True)
+    scale = (norms_right / norms_left.clamp(min=1e-12)).sqrt()
+    scale = torch.where((norms_left > 0) & (norms_right > 0), scale, 1.0)
+    return left * scale, right / scale
 
 
 def truncated_svd(matrix: Tensor, rank: int, start: Tensor, iterations: int = 3) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,10 @@ def load_model(folder: Path, dtype: torch.dtype) -> Any:
     """A causal LM of any family, compact students included, from a folder of safetensors."""
     import megakd.models.student  # noqa: F401  (registers the student with AutoModelForCausalLM)
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     try:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
     except (OSError, ValueError, SafetensorError) as error:

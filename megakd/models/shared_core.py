@@ -33,6 +33,8 @@ class SharedCoreExperts(nn.Module):
     def __init__(self, experts: int, hidden: int, expert_hidden: int, rank: int, act_fn: Callable[[Tensor], Tensor]):
         super().__init__()
         self.num_experts = experts
+        # a plain function, not a child module: experts without tokens skip it, and ZeRO-3 ends the run when ranks
+        # call different numbers of modules
         self.act_fn = act_fn
         for projection in PROJECTIONS:
             for name, shape in wrapper_shapes(projection, experts, hidden, expert_hidden, rank).items():
@@ -82,7 +84,7 @@ class SharedCoreMoeBlock(nn.Module):
                 "down_proj": nn.Linear(expert_hidden, hidden, bias=False),
             }
         )
-        self.experts = SharedCoreExperts(experts, hidden, expert_hidden, rank, ACT2FN[activation])
+        self.experts = SharedCoreExperts(experts, hidden, expert_hidden, rank, ACT2FN[activation].forward)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         x_ND = hidden_states.reshape(-1, hidden_states.shape[-1])

@@ -1,0 +1,69 @@
+"""The whole path on a small teacher that ships with MegaKD: no network, no GPU, minutes on two cores.
+
+compress → tokenize → generate-logits → train in two stages under DeepSpeed ZeRO-3 on 2 ranks → the same training with
+cross entropy alone → evaluate → export → report. Every number of the table it ends with is measured in this run.
+Started again on the same folder, it goes on where it stopped.
+
+examples:
+  megakd demo
+  megakd demo --folder runs/mine --teacher path/to/a/qwen3-moe
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from megakd.cli import run_verb
+from megakd.commands.evaluate import evaluate, quality_table
+from megakd.errors import UserError
+from megakd.log import clock, say
+from megakd.run import Run
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--folder", type=Path, default=Path("demo"), help="where runs go (default: demo)")
+    parser.add_argument("--teacher", default="demo", help="a Qwen3-MoE folder of your own")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes of the recipe")
+
+
+def main(args: argparse.Namespace) -> None:
+    start = time.perf_counter()
+    kd, ce = args.folder / "kd", args.folder / "ce"
+    teacher = str(Path(args.teacher).resolve()) if Path(args.teacher).exists() else args.teacher
+    if not (kd / "config.json").exists():
+        _verb("new", str(kd), "--from", "demo", f"model.teacher={teacher}", *args.overrides)
+    for verb in ("compress", "tokenize", "generate-logits"):
+        _verb(verb, str(kd))
+    if not (ce / "config.json").exists():
+        _verb("new", str(ce), "--from", str(kd), "objective.alpha=0", "name=ce-alone")
+    for run in (kd, ce):
+        _train(run)
+    rows = evaluate(Run.open(kd)), evaluate(Run.open(ce))
+    _verb("export", str(kd))
+    _verb("export", str(kd), "--dense")
+    _verb("report", str(kd), "--baseline", str(ce))
+    shown = [rows[0][0], rows[0][1], rows[0][-1], rows[1][-1]]
+    print("\n" + quality_table(shown, ["teacher", "student, compressed", "student, after KD", "student, after CE alone"]))  # noqa: T201
+    opened, closed = (shown[1]["kl"] - shown[0]["kl"]), (shown[1]["kl"] - shown[2]["kl"])
+    gap = shown[1]["nll"] - shown[0]["nll"]
+    print(  # noqa: T201
+        f"\nKD closed {closed / opened:.0%} of the KL that compression opened (CE alone: "
+        f"{(shown[1]['kl'] - shown[3]['kl']) / opened:.0%}) and {(shown[1]['nll'] - shown[2]['nll']) / gap:.0%} of the loss "
+        f"(CE alone: {(shown[1]['nll'] - shown[3]['nll']) / gap:.0%}), at {shown[2]['tokens']:,} tokens each.\n"
+        f"{clock(time.perf_counter() - start)} in all; look at {kd / 'report.html'}"
+    )
+
+
+def _verb(*argv: str) -> None:
+    say(f"\n$ megakd {' '.join(argv)}")
+    run_verb(list(argv))
+
+
+def _train(run: Path) -> None:
+    """In a process of its own: it starts the launcher and ends with an exit code."""
+    say(f"\n$ megakd train {run}")
+    code = subprocess.call([sys.executable, "-m", "megakd", "train", str(run)])
+    if code:
+        raise UserError(f"{run}: training ended with exit code {code}; run it again to go on: megakd train {run}")

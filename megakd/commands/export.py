@@ -1,0 +1,74 @@
+"""Write the trained student as a Hugging Face folder: RUN/export, or RUN/export-dense with --dense.
+
+compact  the shared-core model; load it with transformers after `import megakd.models.student`
+dense    expanded to the family's stock architecture in the hub's own layout; needs no MegaKD
+
+examples:
+  megakd export runs/a
+  megakd export runs/a --dense
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megakd.engine.checkpoint import published
+from megakd.errors import UserError
+from megakd.files import publishing
+from megakd.log import say, short
+from megakd.models.hub import Checkpoint, copy_side_files, load_config, write_config, write_weights
+from megakd.models.shared_core import PROJECTIONS, dense_weight
+from megakd.models.spec import SPECS
+from megakd.models.student import SharedCoreQwen3MoeConfig
+from megakd.run import Run
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dense", action="store_true", help="expand to the stock architecture")
+    parser.add_argument("--checkpoint", type=Path, help="a checkpoint folder (default: the last one, else student-0)")
+    parser.add_argument("--out", type=Path, help="where to write (default: RUN/export or RUN/export-dense)")
+
+
+def main(run: Run, args: argparse.Namespace) -> None:
+    saved = published(run.path("checkpoints"))
+    source = args.checkpoint / "weights" if args.checkpoint else saved[-1].weights if saved else run.student_folder
+    if not (source / "config.json").exists():
+        raise UserError(f"{source}: no model here; give --checkpoint RUN/checkpoints/STAGE/step-N, or run: megakd compress {run.folder}")
+    target = args.out or run.path("export-dense" if args.dense else "export")
+    config = load_config(source)
+    dtype = getattr(torch, run.config.model.dtype)
+    with publishing(target) as temporary:
+        if args.dense:
+            if not isinstance(config, SharedCoreQwen3MoeConfig):
+                raise UserError(f"{source}: model type {config.model_type!r} is stock already; export without --dense")
+            write_weights(temporary, dense_tensors(Checkpoint(source), config, dtype))
+            config = config.dense()
+        else:
+            checkpoint = Checkpoint(source)
+            write_weights(temporary, ((name, checkpoint.tensor(name).to(dtype)) for name in checkpoint.files))
+        config.dtype = dtype
+        write_config(temporary, config)
+        copy_side_files(source, temporary)
+    size = sum(path.stat().st_size for path in target.glob("*.safetensors"))
+    say(f"{target}: {config.architectures[0]}, {short(size)}B, from {source}")
+
+
+def dense_tensors(checkpoint: Checkpoint, config: SharedCoreQwen3MoeConfig, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """The stock model's tensors, experts one by one as hubs store them; a layer's factors are in memory at a time."""
+    spec = SPECS["qwen3_moe"]
+    blocks = {spec.block.format(i=i) + ".": i for i in spec.moe_layers(config)}
+    inside = ("experts.", "shared_core.")
+    for name in checkpoint.files:
+        if not any(name.startswith(block) and name.removeprefix(block).startswith(inside) for block in blocks):
+            yield name, checkpoint.tensor(name).to(dtype)
+    for block, layer in blocks.items():
+        factors = {n.removeprefix(block): checkpoint.tensor(n) for n in checkpoint.files if n.startswith(block)}
+        for projection in PROJECTIONS:
+            for expert in range(config.num_experts):
+                name = spec.per_expert.format(i=layer, e=expert, p=projection)
+                yield name, dense_weight(factors, projection, expert).to(dtype)
+
+

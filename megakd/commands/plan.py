@@ -1,0 +1,67 @@
+"""What a run will take, from its configuration and the teacher's config.json alone; starts nothing.
+
+examples:
+  megakd plan runs/a
+"""
+
+import argparse
+from typing import Any
+
+from megakd.log import short, table
+from megakd.models.hub import load_config, resolve
+from megakd.models.shared_core import PROJECTIONS, wrapper_shapes
+from megakd.models.spec import spec_for
+from megakd.run import Run
+
+
+def main(run: Run, args: argparse.Namespace) -> None:
+    print(table(["plan", ""], [*sizes(run), *lengths(run)]))  # noqa: T201
+
+
+def sizes(run: Run) -> list[list[str]]:
+    """Parameters and bytes of teacher and student, experts apart."""
+    folder = resolve(run.config.model.teacher, run.config.model.revision)
+    config = load_config(folder)
+    dense, compact, rest = parameter_counts(config, run.config.compress.rank, str(folder))
+    width = 2 if run.config.model.dtype == "bfloat16" else 4
+    student = compact + rest
+    return [
+        ["teacher", f"{short(dense + rest)} parameters, {short(dense)} in experts"],
+        ["student", f"{short(student)} parameters, {short(compact)} in experts ({compact / dense:.1%} of the teacher's)"],
+        ["student weights", f"{short(student * width)}B in {run.config.model.dtype}"],
+        ["training state", f"{short(student * 16)}B over all ranks (fp32 master, two Adam moments, gradient), before activations"],
+    ]
+
+
+def parameter_counts(config: Any, rank: int, place: str) -> tuple[int, int, int]:
+    """(teacher's experts, student's experts, all other parameters), counted on an empty model."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    spec = spec_for(config, place)
+    layers, experts = len(spec.moe_layers(config)), config.num_experts
+    dense = compact = 0
+    for projection in PROJECTIONS:
+        rows, columns = spec.shapes(config)[projection]
+        dense += layers * experts * rows * columns
+        factors = wrapper_shapes(projection, experts, config.hidden_size, config.moe_intermediate_size, rank).values()
+        compact += layers * (rows * columns + sum(e * n * r for e, n, r in factors))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return dense, compact, sum(p.numel() for p in model.parameters()) - dense
+
+
+def lengths(run: Run) -> list[list[str]]:
+    """Tokens, bytes and steps of the passes."""
+    config = run.config
+    data, stored = config.data, config.data.tokens + config.data.holdout_tokens
+    upper = config.logits.top_k * 6 + 2 * len(config.logits.temperatures) + 4 + 4
+    rows = [
+        ["tokens to cache", f"{short(stored)} in {-(-data.tokens // data.shard_tokens)} shards of {short(data.shard_tokens)}"],
+        ["cache on disk", f"at most {short(stored * upper)}B ({upper} bytes a token before compression)"],
+    ]
+    for stage in config.stages:
+        steps = -(-stage.tokens // config.optim.batch_tokens)
+        passes = stage.tokens / data.tokens
+        rows.append([f"stage {stage.name}", f"{steps} steps of {short(config.optim.batch_tokens)} tokens, {passes:.2f} passes over the cache"])
+    return rows

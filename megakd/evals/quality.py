@@ -1,0 +1,76 @@
+"""How good a model is on the hold-out: perplexity, bits per byte, KL to the teacher, agreement, size, speed."""
+
+import math
+import time
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megakd.data.batches import collate, prefetch
+from megakd.data.records import IGNORED, Batch
+from megakd.data.shards import ShardSet
+from megakd.log import Progress
+from megakd.losses.distill import topk_kl
+
+
+class Quality(NamedTuple):
+    """Means over the labelled positions of the hold-out.
+
+    kl: KL(teacher || model) at T = 1 in nats, all tokens that are not stored as one bucket (a lower bound of the full KL).
+    top1: share of positions where both put the same token first. topk: share of the teacher's k tokens among the model's k.
+    bits_per_byte: NLL in bits times tokens a byte of text; comparable across tokenizers.
+    """
+
+    perplexity: float
+    bits_per_byte: float
+    kl: float
+    top1: float
+    topk: float
+    nll: float
+    positions: int
+    parameters: int
+    bytes: int
+    tokens_per_second: float
+
+
+@torch.no_grad()
+def evaluate_model(model: Any, holdout: ShardSet, tokens_per_byte: float, batch_size: int, device: torch.device, name: str) -> Quality:
+    """Run `model` over a hold-out with teacher targets; tokens_second counts the forward passes alone."""
+    model = model.eval().to(device)
+    facts = holdout.facts
+    length, vocab_size = facts["tokens"]["sequence_length"], facts["vocab_size"]
+    starts = range(0, len(holdout), batch_size)
+    batches = (collate([holdout[i] for i in range(s, min(s + batch_size, len(holdout)))], length) for s in starts)
+    progress = Progress(f"evaluate {name}", len(holdout), "windows")
+    sums, seconds, tokens = torch.zeros(5, dtype=torch.float64), 0.0, 0
+    for batch in prefetch(batches):
+        start = time.perf_counter()
+        logits = model(batch.tokens.to(device), position_ids=batch.position_ids.to(device), use_cache=False).logits
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds += time.perf_counter() - start
+        tokens += batch.tokens.numel()
+        sums += batch_sums(logits[..., :vocab_size].cpu(), batch)
+        progress.update(len(batch.tokens))
+    progress.close()
+    nll, kl, top1, topk, positions = (sums / sums[4]).tolist()[:4] + [int(sums[4])]
+    parameters = {p.data_ptr(): p for p in model.parameters()}.values()
+    return Quality(
+        math.exp(nll), nll / math.log(2) * tokens_per_byte, kl, top1, topk, nll, positions,
+        sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters), tokens / seconds,
+    )  # fmt: skip
+
+
+def batch_sums(logits: Tensor, batch: Batch) -> Tensor:
+    """Sums over labelled positions of (NLL, KL at T = 1, top-1 agreement, top-k overlap, 1), float64 [5]."""
+    counted = batch.labels != IGNORED
+    logits_NV, labels_N, targets = logits[counted].float(), batch.labels[counted], batch.targets
+    assert targets is not None
+    ids_NK = targets.ids[counted]
+    nll = torch.nn.functional.cross_entropy(logits_NV, labels_N, reduction="sum")
+    kl = topk_kl(logits_NV, ids_NK, targets.logprobs[counted], targets.log_tails[..., 0][counted], 1.0, "ghost").sum()
+    mine_NK = logits_NV.topk(ids_NK.shape[-1]).indices
+    top1 = (mine_NK[:, 0] == ids_NK[:, 0]).sum()
+    overlap = torch.zeros_like(logits_NV, dtype=torch.bool).scatter(1, mine_NK, True).gather(1, ids_NK).float().mean(1).sum()
+    return torch.stack([nll.double(), kl.double(), top1.double(), overlap.double(), counted.sum().double()])

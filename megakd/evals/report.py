@@ -1,0 +1,125 @@
+"""One self-contained HTML page for a run: plots inline, tables, the frozen configuration."""
+
+import base64
+import html
+import io
+import json
+from collections.abc import Callable
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1b1f24; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid #d0d7de; padding-bottom: .2rem; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; } td, th { padding: .25rem .8rem; text-align: right; }
+td:first-child, th:first-child { text-align: left; } tr:nth-child(even) { background: #f6f8fa; } th { border-bottom: 2px solid #d0d7de; }
+img { max-width: 100%; } pre { background: #f6f8fa; padding: 1rem; overflow: auto; font-size: 12px; } .grid { display: grid;
+grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr)); gap: 1rem; } .note { color: #59636e; }
+"""
+
+
+def render_report(
+    config: dict[str, Any],
+    metrics: list[dict[str, Any]],
+    evals: list[dict[str, Any]],
+    compress: dict[str, Any] | None,
+    baseline: tuple[str, list[dict[str, Any]]] | None = None,
+) -> str:
+    """The page; parts for which nothing was recorded say so. baseline: a name and evals of a run to draw beside."""
+    curves = {name: rows for name, rows in (("this run", evals), *([baseline] if baseline else [])) if rows}
+    parts = [f"<h1>MegaKD run: {html.escape(config['name'])}</h1>"]
+    parts += ["<h2>Held-out quality</h2>", _quality(curves), '<div class="grid">', *_evaluation_plots(curves), "</div>"]
+    parts += ["<h2>Training</h2>"]
+    if metrics:
+        names = [("loss", "loss"), ("ce", "cross entropy"), ("kl_t1", "KL(teacher || student), T = 1"), ("lr", "learning rate")]
+        names += [("grad_norm", "gradient norm"), ("tokens_per_second", "tokens a second")]
+        parts += ['<div class="grid">', *(_training_plot(metrics, key, title) for key, title in names), "</div>"]
+    else:
+        parts.append('<p class="note">No training step was recorded yet.</p>')
+    parts += ["<h2>Compression</h2>", _compression(compress)]
+    parts += ["<h2>Configuration</h2>", f"<pre>{html.escape(json.dumps(config, indent=2, ensure_ascii=False))}</pre>"]
+    body = "\n".join(parts)
+    title = f"<title>MegaKD: {html.escape(config['name'])}</title>"
+    return f'<!doctype html><html lang="en"><meta charset="utf-8">{title}<style>{STYLE}</style><body>{body}</body></html>\n'
+
+
+def plot(title: str, draw: Callable[[Axes], None], xlabel: str) -> str:
+    """An `<img>` with the plot inside, as SVG."""
+    figure, axes = plt.subplots(figsize=(5.6, 3.2), layout="constrained")
+    draw(axes)
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel(xlabel, fontsize=9)
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=8, frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    plt.close(figure)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img alt="{html.escape(title)}" src="data:image/svg+xml;base64,{data}">'
+
+
+def _quality(curves: dict[str, list[dict[str, Any]]]) -> str:
+    if not curves:
+        return '<p class="note">Nothing was evaluated yet: megakd evaluate RUN.</p>'
+    headers = ["model", "tokens", "perplexity", "bits/byte", "KL", "top-1", "top-k", "parameters", "MB", "tokens/s"]
+    rows = []
+    for name, evals in curves.items():
+        for row in evals:
+            label = row["model"] if name == "this run" else f"{name}: {row['model']}"
+            numbers = [f"{row['tokens']:,}", f"{row['perplexity']:.2f}", f"{row['bits_per_byte']:.3f}", f"{row['kl']:.4f}"]
+            numbers += [f"{row['top1']:.1%}", f"{row['topk']:.1%}", f"{row['parameters']:,}", f"{row['bytes'] / 1e6:.1f}"]
+            rows.append([label, *numbers, f"{row['tokens_per_second']:,.0f}"])
+    return _table(headers, rows)
+
+
+def _evaluation_plots(curves: dict[str, list[dict[str, Any]]]) -> list[str]:
+    def draw(axes: Axes, key: str) -> None:
+        for name, evals in curves.items():
+            trained = [row for row in evals if row["model"] != "teacher"]
+            axes.plot([row["tokens"] for row in trained], [row[key] for row in trained], marker="o", markersize=3, label=name)
+        teacher = next((row for rows in curves.values() for row in rows if row["model"] == "teacher"), None)
+        if teacher and key == "perplexity":
+            axes.axhline(teacher[key], linestyle="--", color="gray", label="teacher")
+
+    if not any(row["tokens"] for rows in curves.values() for row in rows):
+        return []
+    titles = {"perplexity": "held-out perplexity", "kl": "held-out KL(teacher || student)", "top1": "top-1 agreement"}
+    return [plot(title, lambda axes, key=key: draw(axes, key), "tokens trained on") for key, title in titles.items()]
+
+
+def _training_plot(metrics: list[dict[str, Any]], key: str, title: str) -> str:
+    def draw(axes: Axes) -> None:
+        for stage in dict.fromkeys(row["stage"] for row in metrics):
+            rows = [row for row in metrics if row["stage"] == stage and key in row]
+            axes.plot([row["step"] for row in rows], [row[key] for row in rows], linewidth=1, label=stage)
+
+    return plot(title, draw, "step")
+
+
+def _compression(compress: dict[str, Any] | None) -> str:
+    if compress is None:
+        return '<p class="note">The student was not made by compress.</p>'
+    means = {(p["layer"], p["projection"]): sum(p["errors"]) / len(p["errors"]) for p in compress["parts"]}
+    layers = sorted({layer for layer, _ in means})
+    projections = list(dict.fromkeys(projection for _, projection in means))
+
+    def draw(axes: Axes) -> None:
+        for projection in projections:
+            axes.plot(layers, [means[layer, projection] for layer in layers], marker="o", markersize=3, label=projection)
+        axes.set_ylim(bottom=0)
+
+    rows = [[str(layer), *(f"{means[layer, p]:.4f}" for p in projections)] for layer in layers]
+    image = plot(f"relative weight error, rank {compress['rank']}, mean over experts", draw, "layer")
+    return f'<div class="grid">{image}<div>{_table(["layer", *projections], rows)}</div></div>'
+
+
+def _table(headers: list[str], rows: list[list[str]]) -> str:
+    head = "".join(f"<th>{html.escape(h)}</th>" for h in headers)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
+    return f"<table><tr>{head}</tr>{body}</table>"
