@@ -35,7 +35,11 @@ def read_world() -> World:
         raise UserError(f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers: {error}") from error
     if not 0 <= rank < size:
         raise UserError(f"RANK={rank} with WORLD_SIZE={size}: a rank runs from 0 to WORLD_SIZE - 1")
-    device = torch.device("cuda", local_rank % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
+    device = (
+        torch.device("cuda", local_rank % torch.cuda.device_count())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
     return World(rank, size, device)
 
 
@@ -47,7 +51,11 @@ def join_world() -> World:
     # launcher sets LOCAL_SIZE, so it is overwritten. The op's build is skipped too: a killed build leaves a lock that
     # hangs every later run.
     os.environ["LOCAL_SIZE"] = "0"
-    for name, value in {"RANK": world.rank, "WORLD_SIZE": world.size, "LOCAL_RANK": world.rank if world.size == 1 else 0}.items():
+    for name, value in {
+        "RANK": world.rank,
+        "WORLD_SIZE": world.size,
+        "LOCAL_RANK": world.rank if world.size == 1 else 0,
+    }.items():
         os.environ.setdefault(name, str(value))
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if "MASTER_PORT" not in os.environ:

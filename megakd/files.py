@@ -43,11 +43,17 @@ def publishing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on `path` (made if missing); a process that dies lets go of it."""
+def locked(path: Path, otherwise: str | None = None) -> Iterator[None]:
+    """Hold an exclusive lock on `path` (made if missing); a process that dies lets go of it.
+
+    otherwise: instead of waiting for another holder, raise UserError with this message.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if otherwise else 0))
+        except BlockingIOError:
+            raise UserError(f"{path.parent}: {otherwise}") from None
         yield
 
 

@@ -108,9 +108,13 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
-def table(headers: list[str], rows: list[list[str]]) -> str:
-    """A plain text table, first column left, the others right."""
-    columns = [[h, *(row[i] for row in rows)] for i, h in enumerate(headers)]
-    widths = [max(map(len, column)) for column in columns]
-    lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))) for row in [headers, *rows]]
-    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+def table(headers: list[str], rows: list[list[str]], left: bool = False) -> str:
+    """A plain text table: the first column flush left, the others flush right (`left`: all flush left)."""
+    widths = [max(len(row[i]) for row in [headers, *rows]) for i in range(len(headers))]
+
+    def line(row: list[str]) -> str:
+        return "  ".join(
+            c.ljust(w) if left or i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+
+    return "\n".join([line(headers), "  ".join("-" * w for w in widths), *map(line, rows)])

@@ -56,7 +56,9 @@ class Run:
             return run
         changed = parse(apply_overrides(config.model_dump(mode="json"), overrides), f"{file} with overrides")
         before, after = dict(flatten(config.model_dump(mode="json"))), dict(flatten(changed.model_dump(mode="json")))
-        changes = {k: [before.get(k), after.get(k)] for k in before.keys() | after.keys() if before.get(k) != after.get(k)}
+        changes = {
+            k: [before.get(k), after.get(k)] for k in before.keys() | after.keys() if before.get(k) != after.get(k)
+        }
         for path in sorted(changes):
             if not is_live(path):
                 raise UserError(
@@ -73,7 +75,9 @@ class Run:
 
     def record(self, event: str, **facts: Any) -> None:
         """Append an event to history.jsonl."""
-        append_json(self.path("history.jsonl"), {"time": time.strftime("%FT%TZ", time.gmtime()), "event": event, **facts})
+        append_json(
+            self.path("history.jsonl"), {"time": time.strftime("%FT%TZ", time.gmtime()), "event": event, **facts}
+        )
 
     @property
     def student_folder(self) -> Path:

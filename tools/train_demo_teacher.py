@@ -91,7 +91,11 @@ def main() -> None:
     report = {
         "command": " ".join(["python", *sys.argv]),
         "seed": args.seed,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
         "text_sha256": hashlib.sha256("\n".join(train_text + more).encode()).hexdigest(),
         "tokens": args.steps * ROWS * SEQUENCE,
         "held_out_loss": history,
@@ -131,7 +135,9 @@ def held_out_loss(model: Qwen3MoeForCausalLM, samples: list[Sample]) -> float:
         batch = collate(samples[first : first + ROWS], SEQUENCE)
         logits = model(batch.tokens, position_ids=batch.position_ids, use_cache=False).logits
         labels = batch.labels.flatten()
-        total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels, ignore_index=IGNORED, reduction="sum").item()
+        total += torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels, ignore_index=IGNORED, reduction="sum"
+        ).item()
         count += (labels != IGNORED).sum().item()
     return total / count
 

@@ -23,7 +23,15 @@ from megakd.errors import UserError
 from megakd.files import locked, publishing, read_json, remove, write_json
 from megakd.log import Progress, say, table
 from megakd.models.fit import fit_projection
-from megakd.models.hub import Checkpoint, copy_side_files, load_config, resolve, weights_fingerprint, write_config, write_weights
+from megakd.models.hub import (
+    Checkpoint,
+    copy_side_files,
+    load_config,
+    resolve,
+    weights_fingerprint,
+    write_config,
+    write_weights,
+)
 from megakd.models.shared_core import PROJECTIONS
 from megakd.models.spec import spec_for
 from megakd.models.student import student_config
@@ -52,7 +60,13 @@ def main(run: Run, args: argparse.Namespace) -> None:
             if not torch.isfinite(weights).all():
                 raise UserError(f"{folder}: layer {layer} {projection}_proj holds NaN or infinite weights")
             error = _fit_part(run, parts, layer, projection, weights)
-            run.record("compress", layer=layer, projection=projection, error=error, seconds=round(time.perf_counter() - started, 3))
+            run.record(
+                "compress",
+                layer=layer,
+                projection=projection,
+                error=error,
+                seconds=round(time.perf_counter() - started, 3),
+            )
         progress.update(1)
     progress.close()
     if all(_part(parts, *task).exists() for task in tasks):
@@ -78,7 +92,9 @@ def error_table(report: dict[str, Any]) -> str:
 def _check_rank(run: Run, shapes: dict[str, tuple[int, int]]) -> None:
     smallest = min(min(shape) for shape in shapes.values())
     if run.config.compress.rank > smallest:
-        raise UserError(f"{run.folder}: compress.rank={run.config.compress.rank} exceeds the experts' smaller side, {smallest}")
+        raise UserError(
+            f"{run.folder}: compress.rank={run.config.compress.rank} exceeds the experts' smaller side, {smallest}"
+        )
 
 
 def _part(parts: Path, layer: int, projection: str) -> Path:
@@ -90,14 +106,21 @@ def _fit_part(run: Run, parts: Path, layer: int, projection: str, weights: torch
     tensors, fit = fit_projection(weights, projection, settings.rank, settings.sweeps, settings.tolerance)
     dtype = getattr(torch, run.config.model.dtype)
     path = _part(parts, layer, projection)
-    report = {"layer": layer, "projection": projection, "sweeps": fit.sweeps, "errors": [round(e, 6) for e in fit.errors.tolist()]}
+    report = {
+        "layer": layer,
+        "projection": projection,
+        "sweeps": fit.sweeps,
+        "errors": [round(e, 6) for e in fit.errors.tolist()],
+    }
     write_json(path.with_suffix(".json"), report)
     with publishing(path) as temporary:
         save_file({name: t.to(dtype).contiguous() for name, t in tensors.items()}, temporary)
     return round(fit.errors.mean().item(), 6)
 
 
-def _assemble(run: Run, folder: Path, config: Any, checkpoint: Checkpoint, parts: Path, tasks: list[tuple[int, str]]) -> None:
+def _assemble(
+    run: Run, folder: Path, config: Any, checkpoint: Checkpoint, parts: Path, tasks: list[tuple[int, str]]
+) -> None:
     spec = spec_for(config, str(folder))
     dtype = getattr(torch, run.config.model.dtype)
     tokenizer = tokenizer_facts(load_tokenizer(folder))
@@ -117,7 +140,11 @@ def _assemble(run: Run, folder: Path, config: Any, checkpoint: Checkpoint, parts
         write_config(temporary, student)
         copy_side_files(folder, temporary)
         report = {
-            "teacher": {"id": run.config.model.teacher, "revision": run.config.model.revision, "weights": weights_fingerprint(folder)},
+            "teacher": {
+                "id": run.config.model.teacher,
+                "revision": run.config.model.revision,
+                "weights": weights_fingerprint(folder),
+            },
             "tokenizer": tokenizer,
             "rank": run.config.compress.rank,
             "parts": [read_json(_part(parts, *task).with_suffix(".json")) for task in tasks],

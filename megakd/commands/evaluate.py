@@ -36,7 +36,9 @@ class Subject(NamedTuple):
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", help="teacher, student-0, last, or a model folder; measured again even if it has a line")
+    parser.add_argument(
+        "--model", help="teacher, student-0, last, or a model folder; measured again even if it has a line"
+    )
 
 
 def main(run: Run, args: argparse.Namespace) -> None:
@@ -56,8 +58,15 @@ def evaluate(run: Run, only: str | None = None) -> list[dict[str, Any]]:
             continue
         model = load_model(subject.folder, getattr(torch, run.config.model.dtype))
         tokens_per_byte = text["text_tokens"] / text["text_bytes"]
-        quality = evaluate_model(model, holdout, tokens_per_byte, run.config.eval.batch_size, read_world().device, subject.name)
-        row = {"model": subject.name, "step": subject.progress.step, "tokens": subject.progress.tokens, "stage": subject.stage}
+        quality = evaluate_model(
+            model, holdout, tokens_per_byte, run.config.eval.batch_size, read_world().device, subject.name
+        )
+        row = {
+            "model": subject.name,
+            "step": subject.progress.step,
+            "tokens": subject.progress.tokens,
+            "stage": subject.stage,
+        }
         rows.append({**row, **quality._asdict()})
         append_json(run.path("evals.jsonl"), rows[-1])
     return rows
@@ -86,6 +95,20 @@ def quality_table(rows: list[dict[str, Any]], names: list[str] | None = None) ->
     lines = []
     for name, row in zip(names or [row["model"] for row in rows], rows, strict=True):
         quality = Quality(**{field: row[field] for field in Quality._fields})
-        numbers = [f"{quality.perplexity:.2f}", f"{quality.bits_per_byte:.3f}", f"{quality.kl:.4f}", f"{quality.top1:.1%}", f"{quality.topk:.1%}"]
-        lines.append([name, *numbers, f"{quality.parameters:,}", f"{quality.bytes / 1e6:.1f}", f"{quality.tokens_per_second:,.0f}"])
+        numbers = [
+            f"{quality.perplexity:.2f}",
+            f"{quality.bits_per_byte:.3f}",
+            f"{quality.kl:.4f}",
+            f"{quality.top1:.1%}",
+            f"{quality.topk:.1%}",
+        ]
+        lines.append(
+            [
+                name,
+                *numbers,
+                f"{quality.parameters:,}",
+                f"{quality.bytes / 1e6:.1f}",
+                f"{quality.tokens_per_second:,.0f}",
+            ]
+        )
     return table(headers, lines)

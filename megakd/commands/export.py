@@ -36,7 +36,9 @@ def main(run: Run, args: argparse.Namespace) -> None:
     saved = published(run.path("checkpoints"))
     source = args.checkpoint / "weights" if args.checkpoint else saved[-1].weights if saved else run.student_folder
     if not (source / "config.json").exists():
-        raise UserError(f"{source}: no model here; give --checkpoint RUN/checkpoints/STAGE/step-N, or run: megakd compress {run.folder}")
+        raise UserError(
+            f"{source}: no model here; give --checkpoint RUN/checkpoints/STAGE/step-N, or run: megakd compress {run.folder}"
+        )
     target = args.out or run.path("export-dense" if args.dense else "export")
     config = load_config(source)
     dtype = getattr(torch, run.config.model.dtype)
@@ -56,7 +58,9 @@ def main(run: Run, args: argparse.Namespace) -> None:
     say(f"{target}: {config.architectures[0]}, {short(size)}B, from {source}")
 
 
-def dense_tensors(checkpoint: Checkpoint, config: SharedCoreQwen3MoeConfig, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def dense_tensors(
+    checkpoint: Checkpoint, config: SharedCoreQwen3MoeConfig, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
     """The stock model's tensors, experts one by one as hubs store them; a layer's factors are in memory at a time."""
     spec = SPECS["qwen3_moe"]
     blocks = {spec.block.format(i=i) + ".": i for i in spec.moe_layers(config)}
@@ -70,5 +74,3 @@ def dense_tensors(checkpoint: Checkpoint, config: SharedCoreQwen3MoeConfig, dtyp
             for expert in range(config.num_experts):
                 name = spec.per_expert.format(i=layer, e=expert, p=projection)
                 yield name, dense_weight(factors, projection, expert).to(dtype)
-
-

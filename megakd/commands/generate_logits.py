@@ -35,7 +35,9 @@ def main(run: Run, args: argparse.Namespace) -> None:
     sets = {part: ShardSet(run.path("data", "tokens", part)) for part in ("holdout", "train")}
     for tokens in sets.values():
         if tokens.facts["tokenizer"] != tokenizer:
-            raise UserError(f"{tokens.folder}: tokenized with another tokenizer than {folder} has; run: megakd tokenize RUN in a new run")
+            raise UserError(
+                f"{tokens.folder}: tokenized with another tokenizer than {folder} has; run: megakd tokenize RUN in a new run"
+            )
     teacher: list[Any] = []  # loaded when the first shard needs it
     for part, tokens in sets.items():
         target = run.path("data", "logits", part)
@@ -45,9 +47,13 @@ def main(run: Run, args: argparse.Namespace) -> None:
         if todo and not teacher:
             teacher.append(load_model(folder, getattr(torch, run.config.logits.dtype)).eval().to(world.device))
             if run.config.logits.top_k > tokenizer["vocab_size"]:
-                raise UserError(f"logits.top_k: {run.config.logits.top_k} exceeds the vocabulary of {tokenizer['vocab_size']}")
+                raise UserError(
+                    f"logits.top_k: {run.config.logits.top_k} exceeds the vocabulary of {tokenizer['vocab_size']}"
+                )
         done = sum(sidecar["tokens"] for name, sidecar in mine if name not in todo)
-        progress = Progress(f"generate-logits {part}", sum(sidecar["tokens"] for _, sidecar in mine), "tokens", done=done)
+        progress = Progress(
+            f"generate-logits {part}", sum(sidecar["tokens"] for _, sidecar in mine), "tokens", done=done
+        )
         write_manifest(target, facts, tokens.manifest["shards"])
         for name in todo:
             first = sum(len(s["samples"]) for n, s in zip(tokens.names, tokens.sidecars, strict=True) if n < name)
@@ -83,7 +89,9 @@ def _with_targets(
     size, length = run.config.logits.batch_size, tokens.facts["sequence_length"]
     for start in range(indices.start, indices.stop, size):
         samples = [tokens[i] for i in range(start, min(start + size, indices.stop))]
-        targets = teacher_targets(teacher, collate(samples, length), facts["vocab_size"], facts["top_k"], tuple(facts["temperatures"]))
+        targets = teacher_targets(
+            teacher, collate(samples, length), facts["vocab_size"], facts["top_k"], tuple(facts["temperatures"])
+        )
         for row, sample in enumerate(samples):
             count = len(sample.tokens) - 1
             own = TeacherTargets(*(np.asarray(field[row, :count]) for field in targets))

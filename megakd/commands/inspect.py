@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megakd.config import flatten
 from megakd.data.shards import ShardSet
 from megakd.data.tokens import load_tokenizer
 from megakd.engine.optim import assign_rules
@@ -39,7 +40,9 @@ def main(args: argparse.Namespace) -> None:
             shards.verify()
         text = describe_shards(shards) + (f"\nverified: {len(shards)} samples, every byte" if args.verify else "")
     elif (path / "progress.json").exists():
-        text = f"checkpoint {path}\n" + table(["progress", ""], [[k, str(v)] for k, v in read_json(path / "progress.json").items()])
+        text = f"checkpoint {path}\n" + table(
+            ["progress", ""], [[k, str(v)] for k, v in read_json(path / "progress.json").items()], left=True
+        )
         text += "\n\n" + describe_model(path / "weights")
     elif (path / "config.json").exists():
         text = describe_model(path)
@@ -75,10 +78,10 @@ def describe_run(run: Run) -> str:
 
 def describe_shards(shards: ShardSet) -> str:
     """What a folder of shards is, and its first sample in words."""
-    rows = [[key, str(value)] for key, value in shards.facts.items()]
+    rows = [[key, str(value)] for key, value in flatten(shards.facts)]
     rows += [["shards", str(len(shards.names))], ["samples", f"{len(shards):,}"], ["tokens", f"{shards.tokens:,}"]]
     rows += [["bytes a token", f"{shards.bytes / shards.tokens:.1f}"]]
-    return table([str(shards.folder), ""], rows) + "\n\n" + _describe_sample(shards)
+    return table([str(shards.folder), ""], rows, left=True) + "\n\n" + _describe_sample(shards)
 
 
 def _describe_sample(shards: ShardSet) -> str:
@@ -90,7 +93,8 @@ def _describe_sample(shards: ShardSet) -> str:
     for position in range(min(3, len(sample.tokens) - 1)):
         targets = sample.targets
         best = ", ".join(
-            f"{show(i)} {np.exp(p):.1%}" for i, p in zip(targets.ids[position][:4], targets.logprobs[position][:4], strict=True)
+            f"{show(i)} {np.exp(p):.1%}"
+            for i, p in zip(targets.ids[position][:4], targets.logprobs[position][:4], strict=True)
         )
         tail = float(np.exp(targets.log_tails[position][0]))
         lines.append(

@@ -17,7 +17,9 @@ from megakd.run import Run
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="the folder to make")
-    parser.add_argument("--from", dest="recipe", required=True, metavar="RECIPE", help="JSON file, shipped name, or run folder")
+    parser.add_argument(
+        "--from", dest="recipe", required=True, metavar="RECIPE", help="JSON file, shipped name, or run folder"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
 
 

@@ -15,7 +15,7 @@ from megakd.run import Run
 
 
 def main(run: Run, args: argparse.Namespace) -> None:
-    print(table(["plan", ""], [*sizes(run), *lengths(run)]))  # noqa: T201
+    print(table(["plan", ""], [*sizes(run), *lengths(run)], left=True))  # noqa: T201
 
 
 def sizes(run: Run) -> list[list[str]]:
@@ -27,9 +27,15 @@ def sizes(run: Run) -> list[list[str]]:
     student = compact + rest
     return [
         ["teacher", f"{short(dense + rest)} parameters, {short(dense)} in experts"],
-        ["student", f"{short(student)} parameters, {short(compact)} in experts ({compact / dense:.1%} of the teacher's)"],
+        [
+            "student",
+            f"{short(student)} parameters, {short(compact)} in experts ({compact / dense:.1%} of the teacher's)",
+        ],
         ["student weights", f"{short(student * width)}B in {run.config.model.dtype}"],
-        ["training state", f"{short(student * 16)}B over all ranks (fp32 master, two Adam moments, gradient), before activations"],
+        [
+            "training state",
+            f"{short(student * 16)}B over all ranks (fp32 master, two Adam moments, gradient), before activations",
+        ],
     ]
 
 
@@ -57,11 +63,19 @@ def lengths(run: Run) -> list[list[str]]:
     data, stored = config.data, config.data.tokens + config.data.holdout_tokens
     upper = config.logits.top_k * 6 + 2 * len(config.logits.temperatures) + 4 + 4
     rows = [
-        ["tokens to cache", f"{short(stored)} in {-(-data.tokens // data.shard_tokens)} shards of {short(data.shard_tokens)}"],
+        [
+            "tokens to cache",
+            f"{short(stored)} in {-(-data.tokens // data.shard_tokens)} shards of {short(data.shard_tokens)}",
+        ],
         ["cache on disk", f"at most {short(stored * upper)}B ({upper} bytes a token before compression)"],
     ]
     for stage in config.stages:
         steps = -(-stage.tokens // config.optim.batch_tokens)
         passes = stage.tokens / data.tokens
-        rows.append([f"stage {stage.name}", f"{steps} steps of {short(config.optim.batch_tokens)} tokens, {passes:.2f} passes over the cache"])
+        rows.append(
+            [
+                f"stage {stage.name}",
+                f"{steps} steps of {short(config.optim.batch_tokens)} tokens, {passes:.2f} passes over the cache",
+            ]
+        )
     return rows

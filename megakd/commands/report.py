@@ -25,7 +25,10 @@ def main(run: Run, args: argparse.Namespace) -> None:
     baseline = None
     if args.baseline:
         other = Run.open(args.baseline)
-        baseline = (other.config.name, [r for r in read_json_lines(other.path("evals.jsonl")) if r["model"] != "teacher"])
+        baseline = (
+            other.config.name,
+            [r for r in read_json_lines(other.path("evals.jsonl")) if r["model"] != "teacher"],
+        )
     page = render_report(
         run.config.model_dump(mode="json"),
         read_json_lines(run.path("metrics.jsonl")),

@@ -110,7 +110,8 @@ class _Windows:
         """(index in the source, tokens with the end token) of this part's documents; keeps the counts before and after each."""
         data = self.data
         texts = enumerate(
-            iter_documents(data.source, data.subset, data.split, data.text_field, data.streaming, self.state.document), self.state.document
+            iter_documents(data.source, data.subset, data.split, data.text_field, data.streaming, self.state.document),
+            self.state.document,
         )
         mine = ((i, t) for i, t in texts if held_out(t, data.holdout_fraction) == (self.part == "holdout"))
         self.after = self.state

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -34,7 +35,7 @@ from megakd.engine.checkpoint import Progress, Saved, check_ranks, published, ro
 from megakd.engine.ds_json import deepspeed_config
 from megakd.engine.optim import assign_rules, build_optimizer, schedule
 from megakd.errors import UserError
-from megakd.files import read_json, shipped
+from megakd.files import locked, read_json, shipped
 from megakd.log import MetricLog, clock, say, short
 from megakd.models.hub import copy_side_files, load_config, load_model, write_config
 from megakd.objectives.cached import CachedDistillation
@@ -52,11 +53,13 @@ class Step(NamedTuple):
 
 def main(run: Run, args: argparse.Namespace) -> None:
     dataset = check(run)
-    if run.config.engine.kind == "deepspeed" and run.config.engine.ranks > 1 and "RANK" not in os.environ:
+    if run.config.engine.kind == "deepspeed" and run.config.engine.ranks > 1 and not was_launched():
         sys.exit(launch(run))
     world = join_world() if run.config.engine.kind == "deepspeed" else read_world()
     check_world(run.config, world)
-    with StopSignals() as stop:
+    # ranks outlive a launcher that was killed: a second training in the same folder must not start beside them
+    alone = locked(run.path("train.lock"), "is being trained by another process; wait for it or stop it")
+    with StopSignals() as stop, alone if world.first else nullcontext():
         saved = next(reversed(published(run.path("checkpoints"))), None)
         finished = train(run, dataset, saved, world, stop)
     close_world()
@@ -71,7 +74,9 @@ def train(run: Run, dataset: ShardSet, saved: Saved | None, world: World, stop: 
         run.record("train", ranks=world.size, step=progress.step, resumed=str(saved.folder) if saved else None)
         if saved:
             say(f"train: going on from {saved.folder}")
-    log = MetricLog(run.folder, run.config.log, run.config.name, *_identity(run), progress.step) if world.first else None
+    log = (
+        MetricLog(run.folder, run.config.log, run.config.name, *_identity(run), progress.step) if world.first else None
+    )
     try:
         for index, stage in enumerate(run.config.stages):
             steps = stage_steps(run.config, stage)
@@ -110,7 +115,10 @@ def train_stage(
         report = engine.step((to_device(batch, world.device) for batch in step.micro_batches), step.tokens, factor)
         windows = config.optim.batch_tokens // config.data.sequence_length
         progress = progress._replace(
-            stage_step=progress.stage_step + 1, step=progress.step + 1, samples=progress.samples + windows, tokens=progress.tokens + step.tokens
+            stage_step=progress.stage_step + 1,
+            step=progress.step + 1,
+            samples=progress.samples + windows,
+            tokens=progress.tokens + step.tokens,
         )
         watch.step_done(report, step.tokens, (stage.lr or config.optim.lr) * factor, progress, waited, log)
         stop.agree(world)
@@ -160,7 +168,9 @@ def build_objective(config: RunConfig, folder: Path, dataset: ShardSet) -> Cache
     """The student of `folder` inside the run's objective."""
     # without DeepSpeed's fp32 masters the weights themselves stay float32, and the forward runs under autocast
     dtype = torch.bfloat16 if config.model.dtype == "bfloat16" and config.engine.kind == "deepspeed" else torch.float32
-    return CachedDistillation(load_model(folder, dtype), config.objective, dataset.facts["vocab_size"], dataset.facts["temperatures"])
+    return CachedDistillation(
+        load_model(folder, dtype), config.objective, dataset.facts["vocab_size"], dataset.facts["temperatures"]
+    )
 
 
 def build_engine(config: RunConfig, objective: CachedDistillation, stage: StageConfig, world: World) -> Engine:
@@ -219,21 +229,30 @@ def check(run: Run) -> ShardSet:
             assign_rules(skeleton, stage.lr_multipliers)
         except UserError as error:
             raise UserError(f"{run.folder}: stage {stage.name!r}: {error}") from error
-    if "RANK" not in os.environ:
-        check_world(config, World(0, config.engine.ranks if config.engine.kind == "deepspeed" else 1, torch.device("cpu")))
+    if not was_launched():
+        check_world(
+            config, World(0, config.engine.ranks if config.engine.kind == "deepspeed" else 1, torch.device("cpu"))
+        )
     return dataset
 
 
 def check_world(config: RunConfig, world: World) -> None:
     """The batch must divide among the ranks, and the local engine is one process."""
     if config.engine.kind == "local" and world.size > 1:
-        raise UserError(f"engine.kind: local is one process, this is a world of {world.size}; set engine.kind=deepspeed in a new run")
+        raise UserError(
+            f"engine.kind: local is one process, this is a world of {world.size}; set engine.kind=deepspeed in a new run"
+        )
     windows = config.optim.batch_tokens // config.data.sequence_length
     if windows % (world.size * config.optim.micro_batch):
         raise UserError(
             f"optim.batch_tokens: {windows} windows a step do not divide among {world.size} ranks x optim.micro_batch "
             f"{config.optim.micro_batch}; change optim.micro_batch, engine.ranks or the batch"
         )
+
+
+def was_launched() -> bool:
+    """Whether a launcher or srun started this process as one rank of several."""
+    return "RANK" in os.environ or read_world().size > 1
 
 
 def launch(run: Run) -> int:
@@ -286,7 +305,9 @@ class Watch:
     def data_ready(self) -> float:
         return time.perf_counter() - self.asked
 
-    def step_done(self, report: StepReport, tokens: int, lr: float, progress: Progress, waited: float, log: MetricLog | None) -> None:
+    def step_done(
+        self, report: StepReport, tokens: int, lr: float, progress: Progress, waited: float, log: MetricLog | None
+    ) -> None:
         now = time.perf_counter()
         seconds = now - self.asked
         self.asked = now
@@ -294,8 +315,22 @@ class Watch:
             return
         means = {name: value / max(tokens, 1) for name, value in report.sums.items()}
         means["loss"] = means.pop("total")
-        timing = {"tokens_per_second": tokens / seconds, "data_wait_share": waited / seconds, "memory_gb": peak_memory_gb()}
-        log.write(progress.step, {"stage": self.stage.name, "tokens": progress.tokens, **means, "lr": lr, "grad_norm": report.grad_norm, **timing})
+        timing = {
+            "tokens_per_second": tokens / seconds,
+            "data_wait_share": waited / seconds,
+            "memory_gb": peak_memory_gb(),
+        }
+        log.write(
+            progress.step,
+            {
+                "stage": self.stage.name,
+                "tokens": progress.tokens,
+                **means,
+                "lr": lr,
+                "grad_norm": report.grad_norm,
+                **timing,
+            },
+        )
         if progress.stage_step % self.config.log.every_steps == 0 or progress.stage_step == self.steps:
             left = (now - self.start) / (progress.stage_step - self.first_step) * (self.steps - progress.stage_step)
             losses = " ".join(f"{name} {means[name]:.4f}" for name in means)
@@ -313,5 +348,3 @@ def peak_memory_gb() -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-

@@ -45,7 +45,12 @@ def decode(data: bytes) -> TeacherTargets:
         raise DamagedRecord(f"starts with {magic!r}, not {MAGIC!r}")
     if zlib.crc32(body) != crc:
         raise DamagedRecord("checksum does not match")
-    shapes = [("<i4", (positions, entries)), ("<f2", (positions, entries)), ("<f2", (positions, temperatures)), ("<f4", (positions,))]
+    shapes = [
+        ("<i4", (positions, entries)),
+        ("<f2", (positions, entries)),
+        ("<f2", (positions, temperatures)),
+        ("<f4", (positions,)),
+    ]
     size = sum(np.dtype(kind).itemsize * int(np.prod(shape)) for kind, shape in shapes)
     try:
         raw = zstandard.ZstdDecompressor().decompress(body, max_output_size=size)

@@ -83,7 +83,9 @@ def _files(source: str) -> list[Path]:
             raise UserError(f"data.source: the folder {path} holds no file ending in {', '.join(SUFFIXES)}")
         return files
     files = [path] if path.is_file() else sorted(Path(f) for f in glob.glob(str(path), recursive=True))
-    if not files and (path.suffix in (".parquet", ".jsonl", ".txt", ".gz", ".zst") or source.startswith(("/", ".", "~"))):
+    if not files and (
+        path.suffix in (".parquet", ".jsonl", ".txt", ".gz", ".zst") or source.startswith(("/", ".", "~"))
+    ):
         raise UserError(f"data.source: no file at {source}")
     for file in files:
         if not file.name.endswith(SUFFIXES):
@@ -110,7 +112,9 @@ def _from_parquet(path: Path, text_field: str) -> Iterator[str]:
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise UserError(f"{path}: not a parquet file ({error})") from error
     if text_field not in table.schema_arrow.names:
-        raise UserError(f"{path}: no column {text_field!r}; data.text_field may be {', '.join(table.schema_arrow.names)}")
+        raise UserError(
+            f"{path}: no column {text_field!r}; data.text_field may be {', '.join(table.schema_arrow.names)}"
+        )
     for batch in table.iter_batches(batch_size=256, columns=[text_field]):
         yield from (text for text in batch.column(0).to_pylist() if text)
 
@@ -152,6 +156,8 @@ def _from_hub(
         raise UserError(f"data.source: cannot open {source!r} as a file or a hub data set: {reason}") from error
     for row in rows.skip(skip):
         if text_field not in row:
-            raise UserError(f"data.source: {source} has no column {text_field!r}; data.text_field may be {', '.join(row)}")
+            raise UserError(
+                f"data.source: {source} has no column {text_field!r}; data.text_field may be {', '.join(row)}"
+            )
         if row[text_field]:
             yield row[text_field]

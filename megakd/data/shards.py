@@ -74,7 +74,9 @@ def finished(folder: Path, name: str, facts: dict[str, Any]) -> dict[str, Any] |
 
 def write_manifest(folder: Path, facts: dict[str, Any], shards: list[str], **extra: Any) -> None:
     """State what the folder holds; identical input gives identical bytes, so any worker may write it."""
-    write_json(folder / "manifest.json", {"format": "megakd-shards", "version": 1, "facts": facts, "shards": shards, **extra})
+    write_json(
+        folder / "manifest.json", {"format": "megakd-shards", "version": 1, "facts": facts, "shards": shards, **extra}
+    )
 
 
 class ShardSet:
@@ -115,8 +117,7 @@ class ShardSet:
             raise UserError(f"{sidecar}: was written for other data than the manifest beside it; {_maker(self.folder)}")
         if tar.stat().st_size != found["bytes"]:
             raise UserError(
-                f"{tar}: {tar.stat().st_size} bytes where its index says {found['bytes']}: cut short or changed; "
-                f"delete it and {_maker(self.folder)}"
+                f"{tar}: {tar.stat().st_size} bytes where its index says {found['bytes']}: cut short or changed; delete it and {_maker(self.folder)}"
             )
         return found
 
@@ -148,7 +149,9 @@ class ShardSet:
         """Re-read everything: the sha256 of every tar, then every sample; raises UserError at the first fault."""
         for name, sidecar in zip(self.names, self.sidecars, strict=True):
             if sha256(self.folder / f"{name}.tar") != sidecar["sha256"]:
-                raise UserError(f"{self.folder / name}.tar: sha256 differs from its index; delete it and {_maker(self.folder)}")
+                raise UserError(
+                    f"{self.folder / name}.tar: sha256 differs from its index; delete it and {_maker(self.folder)}"
+                )
         for index in range(len(self)):
             self[index]
 
@@ -192,5 +195,3 @@ def _sample(key: str, chunk: bytes) -> Sample:
 def _maker(folder: Path) -> str:
     verb = "generate-logits" if folder.parent.name == "logits" else "tokenize"
     return f"run: megakd {verb} RUN"
-
-

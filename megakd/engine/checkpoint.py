@@ -37,7 +37,9 @@ class Saved(NamedTuple):
         return self.folder / "weights"
 
 
-def save_checkpoint(folder: Path, engine: Engine, progress: Progress, world: World, describe: Callable[[Path], None], ranks: int) -> None:
+def save_checkpoint(
+    folder: Path, engine: Engine, progress: Progress, world: World, describe: Callable[[Path], None], ranks: int
+) -> None:
     """Publish a checkpoint of all ranks at `folder`: readers see nothing until it is whole.
 
     describe: adds config and tokenizer to the weights folder. A checkpoint cut short by a kill stays in a folder
@@ -81,7 +83,9 @@ def check_ranks(saved: Saved, ranks: int) -> None:
     """Exact resume needs the ranks that saved: UserError names both numbers."""
     before = read_json(saved.folder / "progress.json")["ranks"]
     if before != ranks:
-        raise UserError(f"{saved.folder}: saved by {before} ranks, this is a world of {ranks}; resume with {before} ranks")
+        raise UserError(
+            f"{saved.folder}: saved by {before} ranks, this is a world of {ranks}; resume with {before} ranks"
+        )
 
 
 def rotate(checkpoints: Path, keep: int, protected: set[Path]) -> None:

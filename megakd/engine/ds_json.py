@@ -26,7 +26,9 @@ def deepspeed_config(config: RunConfig, ranks: int, windows: int) -> dict[str, A
     user = dict(config.engine.deepspeed or {})
     for key, field in OWNED.items():
         if key in user and user[key] != "auto":
-            raise UserError(f"{config.engine.config} (DeepSpeed file): {key!r} is decided by the run's {field}; delete it there")
+            raise UserError(
+                f"{config.engine.config} (DeepSpeed file): {key!r} is decided by the run's {field}; delete it there"
+            )
         user.pop(key, None)
     micro = config.optim.micro_batch
     zero = {"stage": 0, **user.pop("zero_optimization", {})}

@@ -14,7 +14,9 @@ from megakd.engine.optim import set_learning_rate
 class LocalEngine:
     """float32 weights; with `bfloat16` the forward runs under autocast, so the weights are their own masters."""
 
-    def __init__(self, objective: nn.Module, optimizer: torch.optim.Optimizer, clip_norm: float, dtype: str, device: torch.device):
+    def __init__(
+        self, objective: nn.Module, optimizer: torch.optim.Optimizer, clip_norm: float, dtype: str, device: torch.device
+    ):
         self.objective = objective.to(device)
         self.optimizer = optimizer
         self.clip_norm = clip_norm

@@ -35,7 +35,9 @@ class Quality(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate_model(model: Any, holdout: ShardSet, tokens_per_byte: float, batch_size: int, device: torch.device, name: str) -> Quality:
+def evaluate_model(
+    model: Any, holdout: ShardSet, tokens_per_byte: float, batch_size: int, device: torch.device, name: str
+) -> Quality:
     """Run `model` over a hold-out with teacher targets; tokens_second counts the forward passes alone."""
     model = model.eval().to(device)
     facts = holdout.facts
@@ -72,5 +74,7 @@ def batch_sums(logits: Tensor, batch: Batch) -> Tensor:
     kl = topk_kl(logits_NV, ids_NK, targets.logprobs[counted], targets.log_tails[..., 0][counted], 1.0, "ghost").sum()
     mine_NK = logits_NV.topk(ids_NK.shape[-1]).indices
     top1 = (mine_NK[:, 0] == ids_NK[:, 0]).sum()
-    overlap = torch.zeros_like(logits_NV, dtype=torch.bool).scatter(1, mine_NK, True).gather(1, ids_NK).float().mean(1).sum()
+    overlap = (
+        torch.zeros_like(logits_NV, dtype=torch.bool).scatter(1, mine_NK, True).gather(1, ids_NK).float().mean(1).sum()
+    )
     return torch.stack([nll.double(), kl.double(), top1.double(), overlap.double(), counted.sum().double()])

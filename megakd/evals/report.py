@@ -36,7 +36,12 @@ def render_report(
     parts += ["<h2>Held-out quality</h2>", _quality(curves), '<div class="grid">', *_evaluation_plots(curves), "</div>"]
     parts += ["<h2>Training</h2>"]
     if metrics:
-        names = [("loss", "loss"), ("ce", "cross entropy"), ("kl_t1", "KL(teacher || student), T = 1"), ("lr", "learning rate")]
+        names = [
+            ("loss", "loss"),
+            ("ce", "cross entropy"),
+            ("kl_t1", "KL(teacher || student), T = 1"),
+            ("lr", "learning rate"),
+        ]
         names += [("grad_norm", "gradient norm"), ("tokens_per_second", "tokens a second")]
         parts += ['<div class="grid">', *(_training_plot(metrics, key, title) for key, title in names), "</div>"]
     else:
@@ -72,8 +77,18 @@ def _quality(curves: dict[str, list[dict[str, Any]]]) -> str:
     for name, evals in curves.items():
         for row in evals:
             label = row["model"] if name == "this run" else f"{name}: {row['model']}"
-            numbers = [f"{row['tokens']:,}", f"{row['perplexity']:.2f}", f"{row['bits_per_byte']:.3f}", f"{row['kl']:.4f}"]
-            numbers += [f"{row['top1']:.1%}", f"{row['topk']:.1%}", f"{row['parameters']:,}", f"{row['bytes'] / 1e6:.1f}"]
+            numbers = [
+                f"{row['tokens']:,}",
+                f"{row['perplexity']:.2f}",
+                f"{row['bits_per_byte']:.3f}",
+                f"{row['kl']:.4f}",
+            ]
+            numbers += [
+                f"{row['top1']:.1%}",
+                f"{row['topk']:.1%}",
+                f"{row['parameters']:,}",
+                f"{row['bytes'] / 1e6:.1f}",
+            ]
             rows.append([label, *numbers, f"{row['tokens_per_second']:,.0f}"])
     return _table(headers, rows)
 
@@ -82,7 +97,9 @@ def _evaluation_plots(curves: dict[str, list[dict[str, Any]]]) -> list[str]:
     def draw(axes: Axes, key: str) -> None:
         for name, evals in curves.items():
             trained = [row for row in evals if row["model"] != "teacher"]
-            axes.plot([row["tokens"] for row in trained], [row[key] for row in trained], marker="o", markersize=3, label=name)
+            axes.plot(
+                [row["tokens"] for row in trained], [row[key] for row in trained], marker="o", markersize=3, label=name
+            )
         teacher = next((row for rows in curves.values() for row in rows if row["model"] == "teacher"), None)
         if teacher and key == "perplexity":
             axes.axhline(teacher[key], linestyle="--", color="gray", label="teacher")
@@ -111,7 +128,9 @@ def _compression(compress: dict[str, Any] | None) -> str:
 
     def draw(axes: Axes) -> None:
         for projection in projections:
-            axes.plot(layers, [means[layer, projection] for layer in layers], marker="o", markersize=3, label=projection)
+            axes.plot(
+                layers, [means[layer, projection] for layer in layers], marker="o", markersize=3, label=projection
+            )
         axes.set_ylim(bottom=0)
 
     rows = [[str(layer), *(f"{means[layer, p]:.4f}" for p in projections)] for layer in layers]

@@ -50,7 +50,9 @@ def distill_loss(
     return DistillTerms(total, ce.detach(), kl.detach(), kl_t1)
 
 
-def topk_kl(logits_NV: Tensor, ids_NK: Tensor, logprobs_NK: Tensor, log_tail_N: Tensor, temperature: float, tail: Tail) -> Tensor:
+def topk_kl(
+    logits_NV: Tensor, ids_NK: Tensor, logprobs_NK: Tensor, log_tail_N: Tensor, temperature: float, tail: Tail
+) -> Tensor:
     """KL(teacher || student) at temperature T per token, from K stored teacher entries, [N]; never negative.
 
     Teacher: P_k proportional to p_k^(1/T). Student: Q = softmax(logits / T) over all V tokens.

@@ -31,7 +31,12 @@ class Fit(NamedTuple):
 
 
 def fit_projection(
-    weights: Tensor, projection: str, rank: int, sweeps: int, tolerance: float, progress: Callable[[], None] = lambda: None
+    weights: Tensor,
+    projection: str,
+    rank: int,
+    sweeps: int,
+    tolerance: float,
+    progress: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, Tensor], Fit]:
     """Tensors of one layer's projection by student parameter name, and the fit they come from.
 

@@ -41,9 +41,10 @@ def resolve(name: str, revision: str | None = None) -> Path:
 
 def load_model(folder: Path, dtype: torch.dtype) -> Any:
     """A causal LM of any family, compact students included, from a folder of safetensors."""
-    import megakd.models.student  # noqa: F401  (registers the student with AutoModelForCausalLM)
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
+
+    import megakd.models.student  # noqa: F401  (registers the student with AutoModelForCausalLM)
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
@@ -55,13 +56,16 @@ def load_model(folder: Path, dtype: torch.dtype) -> Any:
 
 def load_config(folder: Path) -> Any:
     """The Hugging Face config of a folder."""
-    import megakd.models.student  # noqa: F401
     from transformers import AutoConfig
+
+    import megakd.models.student  # noqa: F401
 
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: no config.json that transformers can load ({str(error).splitlines()[0]})") from error
+        raise UserError(
+            f"{folder}: no config.json that transformers can load ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def weights_fingerprint(folder: Path) -> str:
@@ -115,7 +119,9 @@ class Checkpoint:
             if tuple(matrix.shape) != expected:
                 raise UserError(f"{self.folder}: {name} has shape {tuple(matrix.shape)}, config.json says {expected}")
         if len(matrices) != config.num_experts:
-            raise UserError(f"{self.folder}: layer {layer} has {len(matrices)} experts, config.json says {config.num_experts}")
+            raise UserError(
+                f"{self.folder}: layer {layer} has {len(matrices)} experts, config.json says {config.num_experts}"
+            )
         return torch.stack(matrices)
 
     def _open(self, file: str) -> Any:
@@ -135,6 +141,7 @@ def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_byt
     total = 0
     for number, part in enumerate(_parts(tensors, shard_bytes)):
         save_file(part, folder / f"part-{number:05d}", metadata={"format": "pt"})
+        (folder / f"part-{number:05d}").chmod(0o644)  # safetensors writes for the owner alone; clusters share folders
         names.append(list(part))
         total += sum(t.numel() * t.element_size() for t in part.values())
     if len(names) == 1:

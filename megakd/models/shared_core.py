@@ -16,7 +16,9 @@ from transformers.activations import ACT2FN
 PROJECTIONS = ("gate", "up", "down")
 
 
-def wrapper_shapes(projection: str, experts: int, hidden: int, expert_hidden: int, rank: int) -> dict[str, tuple[int, ...]]:
+def wrapper_shapes(
+    projection: str, experts: int, hidden: int, expert_hidden: int, rank: int
+) -> dict[str, tuple[int, ...]]:
     """Shapes of the four factors of one projection, by parameter name; left factors have d_out rows, right ones d_in."""
     d, f = hidden, expert_hidden
     rows = {
@@ -40,7 +42,9 @@ class SharedCoreExperts(nn.Module):
             for name, shape in wrapper_shapes(projection, experts, hidden, expert_hidden, rank).items():
                 self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
 
-    def forward(self, x_ND: Tensor, gate_NF: Tensor, up_NF: Tensor, expert_NA: Tensor, weight_NA: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x_ND: Tensor, gate_NF: Tensor, up_NF: Tensor, expert_NA: Tensor, weight_NA: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """From tokens and core(tokens) to (sum w (I + U V^T) h, sum w U' P^T h), both summed over a token's experts.
 
         The caller applies the core of down_proj to the first, [N, F], and adds the second, [N, D].

@@ -11,7 +11,9 @@ CHUNK = 512  # positions in float32 at once: 0.6 GB at a vocabulary of 152k, wit
 
 
 @torch.no_grad()
-def teacher_targets(model: Any, batch: Batch, vocab_size: int, top_k: int, temperatures: tuple[float, ...]) -> TeacherTargets:
+def teacher_targets(
+    model: Any, batch: Batch, vocab_size: int, top_k: int, temperatures: tuple[float, ...]
+) -> TeacherTargets:
     """Targets of every position of a batch (tensors [B, T, ..] on the CPU), over the first `vocab_size` logits.
 
     Padded vocabularies are cut before normalising: log-probabilities are those over real tokens.
@@ -25,7 +27,9 @@ def teacher_targets(model: Any, batch: Batch, vocab_size: int, top_k: int, tempe
     return TeacherTargets(*fields)
 
 
-def targets_from_logits(logits_NV: Tensor, labels_N: Tensor, top_k: int, temperatures: tuple[float, ...]) -> TeacherTargets:
+def targets_from_logits(
+    logits_NV: Tensor, labels_N: Tensor, top_k: int, temperatures: tuple[float, ...]
+) -> TeacherTargets:
     """Targets of N positions from their whole float logits.
 
     log_tails[n, m] = log of the sum over tokens outside the top k of p^(1/T_m): the sum of powers, not the power of the sum.

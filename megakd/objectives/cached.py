@@ -32,7 +32,9 @@ class CachedDistillation(nn.Module):
         self.column = temperatures.index(config.temperature) if config.temperature in temperatures else 0
 
     def forward(self, batch: Batch) -> LossReport:
-        logits = self.student(batch.tokens, position_ids=batch.position_ids, use_cache=False).logits[..., : self.vocab_size]
+        logits = self.student(batch.tokens, position_ids=batch.position_ids, use_cache=False).logits[
+            ..., : self.vocab_size
+        ]
         if batch.targets is None:
             raise UserError("the samples carry no teacher targets; run: megakd generate-logits RUN")
         counted = batch.labels != IGNORED

@@ -1,0 +1,186 @@
+"""What tests share: a teacher that is made in a second, runs over it, and processes started as a user would."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast, Qwen3MoeForCausalLM
+
+from megakd.data.documents import python_documents
+from megakd.models.tiny import tiny_moe_config, train_tokenizer
+from megakd.run import Run
+
+ROOT = Path(__file__).parent.parent
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # inherited by every process that a test starts
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+torch.set_num_threads(1)
+
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 8}
+SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2}
+VOCABULARY = 400
+
+
+@pytest.fixture(scope="session")
+def documents() -> list[str]:
+    """Some 60 documents of real English."""
+    found = []
+    for document in python_documents():
+        found.append(document[:1500])
+        if len(found) == 60:
+            return found
+    raise AssertionError(f"only {len(found)} documents")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
+    return train_tokenizer(documents, VOCABULARY)
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A Hugging Face folder: 2 layers of 4 experts, random weights that are large enough to have opinions."""
+    folder = tmp_path_factory.mktemp("teacher")
+    return make_teacher(folder, tokenizer, seed=0)
+
+
+def make_teacher(folder: Path, tokenizer: PreTrainedTokenizerFast, seed: int, **changes: Any) -> Path:
+    torch.manual_seed(seed)
+    model = Qwen3MoeForCausalLM(tiny_moe_config(VOCABULARY, **{**SMALL, **changes}))
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def recipe(tmp_path_factory: pytest.TempPathFactory, teacher: Path, documents: list[str]) -> Path:
+    """A whole run in seconds: 32-token windows, 4 shards, two stages of 4 and 6 steps on the local engine."""
+    folder = tmp_path_factory.mktemp("recipe")
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
+    value = {
+        "name": "test",
+        "model": {"teacher": str(teacher), "dtype": "float32"},
+        "compress": {"rank": 4, "sweeps": 3},
+        "data": {
+            "source": str(folder / "text.jsonl"),
+            "sequence_length": 32,
+            "tokens": 8000,
+            "holdout_fraction": 0.1,
+            "holdout_tokens": 1000,
+            "shard_tokens": 2000,
+        },
+        "logits": {"top_k": 16, "temperatures": [1.0, 2.0], "dtype": "float32", "batch_size": 8},
+        "objective": {"alpha": 0.7, "temperature": 2.0},
+        "optim": {"lr": 1e-3, "warmup_steps": 2, "batch_tokens": 512, "micro_batch": 4},
+        "stages": [
+            {
+                "name": "experts",
+                "tokens": 2048,
+                "lr_multipliers": [
+                    {"pattern": "shared_core|wrapper", "lr_multiplier": 1.0},
+                    {"pattern": ".*", "lr_multiplier": 0.0},
+                ],
+            },
+            {
+                "name": "all",
+                "tokens": 3072,
+                "lr": 5e-4,
+                "lr_multipliers": [{"pattern": "embed_tokens", "lr_multiplier": 0.1}],
+            },
+        ],
+        "engine": {"kind": "local"},
+        "checkpoint": {"every_steps": 3},
+        "log": {"every_steps": 1, "tensorboard": False, "wandb": "disabled"},
+    }
+    path = folder / "recipe.json"
+    path.write_text(json.dumps(value))
+    return path
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> Path:
+    """A run with student-0, tokens and logits; read-only: make siblings of it (`sibling`)."""
+    folder = tmp_path_factory.mktemp("runs") / "prepared"
+    megakd("new", folder, "--from", recipe)
+    for verb in ("compress", "tokenize", "generate-logits"):
+        megakd(verb, folder)
+    return folder
+
+
+@pytest.fixture
+def sibling(prepared: Path, tmp_path: Path) -> Callable[..., Run]:
+    """sibling("optim.lr=1e-3", …): a new run over the same student and data."""
+    count = 0
+
+    def make(*overrides: str) -> Run:
+        nonlocal count
+        count += 1
+        return Run.create(prepared, overrides, tmp_path / f"run-{count}")
+
+    return make
+
+
+def megakd(*argv: object, code: int = 0, env: dict[str, str] | None = None) -> str:
+    """`megakd ARGV` in a process of its own; its output, after checking the exit code."""
+    done = subprocess.run(
+        command(*argv), capture_output=True, text=True, env={**os.environ, **(env or {})}, timeout=600
+    )
+    output = done.stdout + done.stderr
+    assert done.returncode == code, (
+        f"megakd {' '.join(map(str, argv))}: exit {done.returncode}, expected {code}\n{output}"
+    )
+    return output
+
+
+def command(*argv: object) -> list[str]:
+    return [sys.executable, "-m", "megakd", *map(str, argv)]
+
+
+def kill_when(argv: list[object], ready: Callable[[], bool], timeout: float = 300) -> bool:
+    """Start `megakd ARGV`, kill -9 it and all it started once `ready()`; False when it ended before that."""
+    process = subprocess.Popen(command(*argv), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + timeout
+    while process.poll() is None and time.monotonic() < deadline:
+        if ready():
+            family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
+            for pid in family:
+                if psutil.pid_exists(pid):
+                    psutil.Process(pid).kill()
+            process.wait()
+            return True
+        time.sleep(0.005)
+    assert process.poll() is not None, f"{argv} was not ready within {timeout} s"
+    return False
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what depends on the clock."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    timing = ("tokens_per_second", "data_wait_share", "memory_gb")
+    return [{k: v for k, v in row.items() if k not in timing} for row in rows]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder with its content."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def run_ranks(ranks: int, *argv: object) -> str:
+    """`megakd ARGV` on `ranks` real processes through launch/train.sh's launcher (argv starts with a run)."""
+    done = subprocess.run(
+        ["bash", str(ROOT / "launch" / "train.sh"), *map(str, argv)],
+        capture_output=True, text=True, timeout=600, env={**os.environ, "PYTHON": sys.executable, "RANKS": str(ranks)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr

@@ -1,0 +1,60 @@
+"""One loss curve, whatever executes it: local, ZeRO-0, 2 and 3, 1 and 2 ranks, accumulation 1 and 4."""
+
+import pytest
+
+from tests.conftest import megakd, metrics, run_ranks
+
+TOLERANCE = 2e-5  # float32, 10 steps over two stages; what differs is the order of sums
+
+
+def curve(rows: list[dict]) -> list[tuple]:
+    return [(row["step"], row["tokens"], row["loss"], row["ce"], row["kl"], row["kl_t1"]) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def local_curve(prepared, tmp_path_factory):
+    run = tmp_path_factory.mktemp("local") / "run"
+    megakd("new", run, "--from", prepared)
+    megakd("train", run)
+    return curve(metrics(run))
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("ranks, accumulation", [(1, 1), (1, 4), (2, 1), (2, 4)])
+@pytest.mark.parametrize("zero", ["zero2", "zero3"])
+def test_deepspeed_gives_the_local_curve(local_curve, sibling, zero, ranks, accumulation):
+    micro_batch = 16 // ranks // accumulation
+    run = sibling(
+        "engine.kind=deepspeed", f"engine.config={zero}", f"engine.ranks={ranks}", f"optim.micro_batch={micro_batch}"
+    )
+    megakd("train", run.folder) if ranks == 1 else run_ranks(ranks, run.folder)
+    found = curve(metrics(run.folder))
+    assert len(found) == len(local_curve) == 10
+    for mine, expected in zip(found, local_curve, strict=True):
+        assert mine[:2] == expected[:2]
+        assert mine[2:] == pytest.approx(expected[2:], abs=TOLERANCE)
+
+
+def test_local_accumulation_gives_the_same_curve(local_curve, sibling):
+    run = sibling("optim.micro_batch=16")
+    megakd("train", run.folder)
+    for mine, expected in zip(curve(metrics(run.folder)), local_curve, strict=True):
+        assert mine == pytest.approx(expected, abs=TOLERANCE)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("engine", [["local"], ["deepspeed", "zero0"], ["deepspeed", "zero2"], ["deepspeed", "zero3"]])
+def test_bfloat16_trains_close_to_float32(local_curve, prepared, sibling, engine):
+    kind, *config = engine
+    student = f"model.student={prepared / 'student-0'}"  # given, so that the run need not compress in bfloat16
+    run = sibling("model.dtype=bfloat16", student, f"engine.kind={kind}", *(f"engine.config={c}" for c in config))
+    run.path("data").mkdir(exist_ok=True)
+    for name in ("tokens", "logits"):
+        run.path("data", name).symlink_to((prepared / "data" / name).resolve())
+    megakd("train", run.folder)
+    for mine, expected in zip(curve(metrics(run.folder)), local_curve, strict=True):
+        assert mine[2:] == pytest.approx(expected[2:], rel=0.03)
+
+
+def test_curve_falls(local_curve):
+    assert local_curve[-1][5] < 0.7 * local_curve[0][5]

@@ -1,0 +1,123 @@
+"""kill -9 anywhere, start again: what an undisturbed run would have written."""
+
+import os
+import random
+import signal
+import subprocess
+
+import pytest
+
+from megakd.run import Run
+from tests.conftest import command, files, kill_when, megakd, metrics
+
+
+def steps_logged(run: Run) -> int:
+    path = run.path("metrics.jsonl")
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("engine", [["engine.kind=local"], ["engine.kind=deepspeed", "engine.ranks=2"]])
+def test_killed_training_goes_on_as_if_nothing_had_happened(sibling, engine):
+    undisturbed, killed = sibling(*engine), sibling(*engine)
+    megakd("train", undisturbed.folder)
+    expected = metrics(undisturbed.folder)
+    for after in sorted(random.sample(range(1, 9), 2)):
+        kill_when(["train", killed.folder], lambda after=after: steps_logged(killed) >= after)
+    megakd("train", killed.folder)
+    assert metrics(killed.folder) == expected
+    if "engine.kind=local" in engine:
+        weights = "checkpoints/all/step-000010/weights/model.safetensors"
+        assert killed.path(weights).read_bytes() == undisturbed.path(weights).read_bytes()
+    before = steps_logged(killed)
+    megakd("train", killed.folder)  # finished: nothing to do
+    assert steps_logged(killed) == before
+
+
+@pytest.mark.ranks
+def test_signal_saves_a_checkpoint_and_leaves_with_85(sibling):
+    undisturbed, stopped = sibling(), sibling("stages.1.tokens=3072")
+    megakd("train", undisturbed.folder)
+    process = subprocess.Popen(command("train", stopped.folder), stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "experts 2/4" in line:
+            process.send_signal(signal.SIGTERM)
+            break
+    process.communicate()
+    assert process.returncode == 85
+    assert [p.name for p in stopped.path("checkpoints").glob("*/step-*")]
+    megakd("train", stopped.folder)
+    assert metrics(stopped.folder) == metrics(undisturbed.folder)
+
+
+def test_second_training_in_the_same_folder_is_refused(sibling):
+    run = sibling()
+    process = subprocess.Popen(command("train", run.folder), stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    next(line for line in process.stderr if "experts 1/4" in line)
+    process.send_signal(signal.SIGSTOP)
+    assert "is being trained by another process" in megakd("train", run.folder, code=2)
+    process.send_signal(signal.SIGCONT)
+    process.communicate()
+    assert process.returncode == 0
+
+
+def test_checkpoint_of_another_number_of_ranks_is_refused(sibling):
+    run = sibling("engine.kind=deepspeed", "engine.config=zero2")
+    megakd("train", run.folder)
+    # make it look unfinished: the last checkpoint is that of step 3
+    for path in run.path("checkpoints").glob("*/step-*"):
+        if path.name != "step-000003":
+            path.rename(path.with_name(path.name + ".away"))
+    message = megakd("train", run.folder, "engine.ranks=2", code=2)
+    assert "saved by 1 ranks, this is a world of 2" in message
+
+
+def test_killed_capture_gives_the_same_bytes(prepared, recipe, tmp_path):
+    run = tmp_path / "run"
+    megakd("new", run, "--from", prepared)
+    (run / "data" / "logits").unlink()
+    target = run / "data" / "logits"
+    assert kill_when(["generate-logits", run], lambda: (target / "train" / "shard-00000.json").exists())
+    left = {p.name for p in target.rglob("*.json")}
+    assert "shard-00003.json" not in left, "the kill came too late to test anything"
+    megakd("generate-logits", run)
+    assert files(target).keys() >= files((prepared / "data" / "logits").resolve()).keys()
+    for name, content in files((prepared / "data" / "logits").resolve()).items():
+        assert (target / name).read_bytes() == content, name
+
+
+def test_two_workers_capture_what_one_does(prepared, tmp_path):
+    run = tmp_path / "run"
+    megakd("new", run, "--from", prepared)
+    (run / "data" / "logits").unlink()
+    workers = [
+        subprocess.Popen(command("generate-logits", run), env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"})
+        for rank in range(2)
+    ]
+    assert [worker.wait() for worker in workers] == [0, 0]
+    assert files(run / "data" / "logits") == files((prepared / "data" / "logits").resolve())
+
+
+def test_killed_compression_gives_the_same_bytes(prepared, recipe, tmp_path):
+    run = tmp_path / "run"
+    megakd("new", run, "--from", recipe)
+    killed = kill_when(["compress", run], lambda: any((run / "compress").glob("*.safetensors")))
+    assert killed and not (run / "student-0").exists()
+    workers = [
+        subprocess.Popen(command("compress", run), env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"})
+        for rank in range(2)
+    ]
+    assert [worker.wait() for worker in workers] == [0, 0]
+    assert files(run / "student-0") == files(prepared / "student-0")
+
+
+def test_killed_tokenizing_gives_the_same_bytes(prepared, recipe, tmp_path):
+    run = tmp_path / "run"
+    megakd("new", run, "--from", recipe)
+    target = run / "data" / "tokens"
+    kill_when(["tokenize", run], lambda: (target / "train" / "shard-00000.json").exists())
+    megakd("tokenize", run)
+    for name, content in files(prepared / "data" / "tokens").items():
+        assert (target / name).read_bytes() == content, name
