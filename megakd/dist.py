@@ -2,8 +2,10 @@
 
 import hashlib
 import os
+import signal
 import socket
 from dataclasses import dataclass
+from types import FrameType
 
 import torch
 import torch.distributed
@@ -103,3 +105,25 @@ def close_world() -> None:
     """Leave the process group, if one was joined."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+class StopSignals:
+    """SIGTERM and SIGUSR1 ask for a checkpoint and an end; all ranks agree on the step."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> "StopSignals":
+        self.previous = {n: signal.signal(n, self._ask) for n in (signal.SIGTERM, signal.SIGUSR1)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            # after a stop, a late signal must not end the process before its exit code is given
+            signal.signal(number, signal.SIG_IGN if self.asked else handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+
+    def agree(self, world: World) -> None:
+        self.asked = sum_over_ranks([float(self.asked)], world.device)[0] > 0

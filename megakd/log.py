@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import sys
 import time
 from pathlib import Path
@@ -42,7 +43,8 @@ class Progress:
         rate = (self.done - self.before) / seconds
         eta = clock((self.total - self.done) / rate) if rate > 0 else "?"
         counts = f"{short(self.done)}/{short(self.total)} {self.unit}"
-        return f"{self.name}  {min(self.done / self.total, 1):4.0%}  {counts}  {short(rate)} {self.unit}/s  ETA {eta}  {note}".rstrip()
+        share = min(self.done / self.total, 1)
+        return f"{self.name}  {share:4.0%}  {counts}  {short(rate)} {self.unit}/s  ETA {eta}  {note}".rstrip()
 
     def close(self, note: str = "") -> None:
         if not self.quiet:
@@ -91,6 +93,59 @@ class MetricLog:
             self.board.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+
+class StageWatch:
+    """Times the steps of a stage; hands their metrics to a MetricLog and a line to the terminal (on the first rank)."""
+
+    def __init__(self, stage: str, steps: int, first_step: int, every_steps: int, log: MetricLog | None):
+        self.stage, self.steps, self.first_step, self.every_steps, self.log = stage, steps, first_step, every_steps, log
+        self.start = self.asked = time.perf_counter()
+        self.waited = 0.0
+
+    def data_ready(self) -> None:
+        """The step's data is here; what passed since the last step was waiting."""
+        self.waited = time.perf_counter() - self.asked
+
+    def resume_clock(self) -> None:
+        """Leave out what passed since the last step, such as saving a checkpoint."""
+        self.asked = time.perf_counter()
+
+    def step_done(
+        self, stage_step: int, step: int, seen: int, tokens: int, sums: dict[str, float], lr: float, norm: float
+    ) -> None:
+        """Log a step of `tokens` counted tokens; stage_step, step: done in the stage, in all; seen: tokens in all."""
+        now = time.perf_counter()
+        seconds = now - self.asked
+        self.asked = now
+        if self.log is None:
+            return
+        means = {"loss" if name == "total" else name: value / max(tokens, 1) for name, value in sums.items()}
+        speed, wait, memory = tokens / seconds, self.waited / seconds, peak_memory_gb()
+        timing = {"tokens_per_second": speed, "data_wait_share": wait, "memory_gb": memory}
+        self.log.write(step, {"stage": self.stage, "tokens": seen, **means, "lr": lr, "grad_norm": norm, **timing})
+        if stage_step % self.every_steps == 0 or stage_step == self.steps:
+            left = (now - self.start) / (stage_step - self.first_step) * (self.steps - stage_step)
+            parts = [
+                f"{self.stage} {stage_step}/{self.steps} {stage_step / self.steps:.0%}",
+                " ".join(f"{name} {value:.4f}" for name, value in means.items()),
+                f"lr {lr:.2e}",
+                f"grad {norm:.2f}",
+                f"{short(speed)} tokens/s",
+                f"wait {wait:.1%}",
+                f"{memory:.2f} GB",
+                f"ETA {clock(left)}",
+            ]
+            say(" | ".join(parts))
+
+
+def peak_memory_gb() -> float:
+    """Peak memory of this process: of its GPU where it has one, else resident."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def short(number: float) -> str:

@@ -62,7 +62,8 @@ class Run:
         for path in sorted(changes):
             if not is_live(path):
                 raise UserError(
-                    f"{folder}: {path} is frozen; make a sibling run: megakd new {folder}-2 --from {folder} {' '.join(overrides)}"
+                    f"{folder}: {path} is frozen; make a sibling run: "
+                    f"megakd new {folder}-2 --from {folder} {' '.join(overrides)}"
                 )
         run.config = changed
         if changes and int(os.environ.get("RANK", "0")) == 0:

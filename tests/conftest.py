@@ -46,18 +46,30 @@ def tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
-def teacher(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
-    """A Hugging Face folder: 2 layers of 4 experts, random weights that are large enough to have opinions."""
-    folder = tmp_path_factory.mktemp("teacher")
-    return make_teacher(folder, tokenizer, seed=0)
+def teacher(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast, documents: list[str]
+) -> Path:
+    """A Hugging Face folder: 2 layers of 4 experts, trained for some seconds so that it has something to teach."""
+    return make_teacher(tmp_path_factory.mktemp("teacher"), tokenizer, documents, seed=0, steps=150)
 
 
-def make_teacher(folder: Path, tokenizer: PreTrainedTokenizerFast, seed: int, **changes: Any) -> Path:
+def make_teacher(
+    folder: Path, tokenizer: PreTrainedTokenizerFast, documents: list[str], seed: int, steps: int, **changes: Any
+) -> Path:
     torch.manual_seed(seed)
     model = Qwen3MoeForCausalLM(tiny_moe_config(VOCABULARY, **{**SMALL, **changes}))
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.15)
+    ids = torch.tensor([i for text in tokenizer(documents, verbose=False)["input_ids"] for i in text])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(steps):
+        starts = torch.randint(len(ids) - 33, (16,))
+        windows = torch.stack([ids[start : start + 33] for start in starts])
+        logits = model(windows[:, :-1], use_cache=False).logits
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

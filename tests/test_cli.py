@@ -81,8 +81,8 @@ def test_rule_that_matches_nothing(fails, sibling):
     assert not run.path("metrics.jsonl").exists() and not run.path("checkpoints").exists()
 
 
-def test_logits_of_another_teacher(fails, sibling, tokenizer, tmp_path):
-    other = make_teacher(tmp_path / "other", tokenizer, seed=1)
+def test_logits_of_another_teacher(fails, sibling, tokenizer, documents, tmp_path):
+    other = make_teacher(tmp_path / "other", tokenizer, documents, seed=1, steps=0)
     run = sibling(f"model.teacher={other}")  # nothing is shared with another teacher
     megakd("compress", run.folder)
     donor = sibling()

@@ -47,12 +47,13 @@ def main(args: argparse.Namespace) -> None:
     shown = [rows[0][0], rows[0][1], rows[0][-1], rows[1][-1]]
     print(
         "\n" + quality_table(shown, ["teacher", "student, compressed", "student, after KD", "student, after CE alone"])
-    )  # noqa: T201
+    )
     opened, closed = (shown[1]["kl"] - shown[0]["kl"]), (shown[1]["kl"] - shown[2]["kl"])
     gap = shown[1]["nll"] - shown[0]["nll"]
-    print(  # noqa: T201
+    print(
         f"\nKD closed {closed / opened:.0%} of the KL that compression opened (CE alone: "
-        f"{(shown[1]['kl'] - shown[3]['kl']) / opened:.0%}) and {(shown[1]['nll'] - shown[2]['nll']) / gap:.0%} of the loss "
+        f"{(shown[1]['kl'] - shown[3]['kl']) / opened:.0%}) and "
+        f"{(shown[1]['nll'] - shown[2]['nll']) / gap:.0%} of the loss "
         f"(CE alone: {(shown[1]['nll'] - shown[3]['nll']) / gap:.0%}), at {shown[2]['tokens']:,} tokens each.\n"
         f"{clock(time.perf_counter() - start)} in all; look at {kd / 'report.html'}"
     )

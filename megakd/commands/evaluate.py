@@ -43,7 +43,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(run: Run, args: argparse.Namespace) -> None:
     rows = evaluate(run, args.model)
-    print(quality_table(rows))  # noqa: T201
+    print(quality_table(rows))
 
 
 def evaluate(run: Run, only: str | None = None) -> list[dict[str, Any]]:

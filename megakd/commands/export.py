@@ -37,7 +37,8 @@ def main(run: Run, args: argparse.Namespace) -> None:
     source = args.checkpoint / "weights" if args.checkpoint else saved[-1].weights if saved else run.student_folder
     if not (source / "config.json").exists():
         raise UserError(
-            f"{source}: no model here; give --checkpoint RUN/checkpoints/STAGE/step-N, or run: megakd compress {run.folder}"
+            f"{source}: no model here; give --checkpoint RUN/checkpoints/STAGE/step-N, "
+            f"or run: megakd compress {run.folder}"
         )
     target = args.out or run.path("export-dense" if args.dense else "export")
     config = load_config(source)

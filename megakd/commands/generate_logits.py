@@ -36,7 +36,8 @@ def main(run: Run, args: argparse.Namespace) -> None:
     for tokens in sets.values():
         if tokens.facts["tokenizer"] != tokenizer:
             raise UserError(
-                f"{tokens.folder}: tokenized with another tokenizer than {folder} has; run: megakd tokenize RUN in a new run"
+                f"{tokens.folder}: tokenized with another tokenizer than {folder} has; "
+                "run: megakd tokenize RUN in a new run"
             )
     teacher: list[Any] = []  # loaded when the first shard needs it
     for part, tokens in sets.items():

@@ -48,7 +48,7 @@ def main(args: argparse.Namespace) -> None:
         text = describe_model(path)
     else:
         raise UserError(f"{path}: neither a run, nor shards, nor a checkpoint, nor a model folder")
-    print(text)  # noqa: T201
+    print(text)
 
 
 def describe_run(run: Run) -> str:
@@ -98,7 +98,8 @@ def _describe_sample(shards: ShardSet) -> str:
         )
         tail = float(np.exp(targets.log_tails[position][0]))
         lines.append(
-            f"after {show(sample.tokens[position])} comes {show(sample.tokens[position + 1])} (NLL {targets.label_nll[position]:.2f}); "
+            f"after {show(sample.tokens[position])} comes {show(sample.tokens[position + 1])} "
+            f"(NLL {targets.label_nll[position]:.2f}); "
             f"the teacher says {best}, …; {tail:.1%} outside the {targets.ids.shape[1]} stored"
         )
     return "\n".join(lines)

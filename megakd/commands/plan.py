@@ -15,7 +15,7 @@ from megakd.run import Run
 
 
 def main(run: Run, args: argparse.Namespace) -> None:
-    print(table(["plan", ""], [*sizes(run), *lengths(run)], left=True))  # noqa: T201
+    print(table(["plan", ""], [*sizes(run), *lengths(run)], left=True))
 
 
 def sizes(run: Run) -> list[list[str]]:

@@ -107,7 +107,7 @@ class _Windows:
             yield Sample(f"{index:09d}", window.tokens, window.starts)
 
     def _documents(self) -> Iterator[tuple[int, list[int]]]:
-        """(index in the source, tokens with the end token) of this part's documents; keeps the counts before and after each."""
+        """(index in the source, tokens with the end token) of this part's documents; keeps the counts around each."""
         data = self.data
         texts = enumerate(
             iter_documents(data.source, data.subset, data.split, data.text_field, data.streaming, self.state.document),
@@ -126,6 +126,11 @@ class _Windows:
                     documents=self.before.documents + 1,
                     text_bytes=self.before.text_bytes + len(content),
                     text_tokens=self.before.text_tokens + len(tokens),
-                    text_hash=f"{(int(self.before.text_hash, 16) + int(hashlib.sha256(content).hexdigest(), 16)) % 2**256:x}",
+                    text_hash=_add_hashes(self.before.text_hash, hashlib.sha256(content).hexdigest()),
                 )
                 yield index, tokens
+
+
+def _add_hashes(total: str, more: str) -> str:
+    """The sum of two hex numbers modulo 2^256: a hash of a set of documents that can be resumed."""
+    return f"{(int(total, 16) + int(more, 16)) % 2**256:x}"

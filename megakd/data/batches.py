@@ -14,7 +14,7 @@ Item = TypeVar("Item")
 
 
 def collate(samples: Sequence[Sample], sequence_length: int) -> Batch:
-    """Pad samples to `sequence_length` positions and shift them once; padding is a document of its own without labels."""
+    """Pad samples to `sequence_length` positions and shift them once; padding is a document without labels."""
     shape = (len(samples), sequence_length)
     tokens, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     labels = np.full(shape, IGNORED, np.int64)

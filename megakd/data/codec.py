@@ -36,7 +36,7 @@ def encode(targets: TeacherTargets) -> bytes:
 
 
 def decode(data: bytes) -> TeacherTargets:
-    """The inverse of `encode` up to fp16 rounding; column 0 of log_tails must be temperature 1. Raises DamagedRecord."""
+    """The inverse of `encode` up to fp16 rounding; column 0 of log_tails is temperature 1. Raises DamagedRecord."""
     if len(data) < HEADER.size:
         raise DamagedRecord(f"{len(data)} bytes are too few for a header")
     magic, positions, entries, temperatures, crc = HEADER.unpack_from(data)

@@ -117,7 +117,8 @@ class ShardSet:
             raise UserError(f"{sidecar}: was written for other data than the manifest beside it; {_maker(self.folder)}")
         if tar.stat().st_size != found["bytes"]:
             raise UserError(
-                f"{tar}: {tar.stat().st_size} bytes where its index says {found['bytes']}: cut short or changed; delete it and {_maker(self.folder)}"
+                f"{tar}: {tar.stat().st_size} bytes where its index says {found['bytes']}: cut short or changed; "
+                f"delete it and {_maker(self.folder)}"
             )
         return found
 

@@ -71,7 +71,7 @@ def tokenizer_facts(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int | str
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a Hugging Face folder, from its own files alone; UserError when there is none or it has no end token."""
+    """The tokenizer of a Hugging Face folder, from its own files alone; UserError without one or its end token."""
     from transformers import AutoTokenizer
 
     try:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class StepReport(NamedTuple):
-    """Named loss sums over the step's tokens on all ranks (`total` among them), and the gradient norm before clipping."""
+    """Named loss sums over the tokens of all ranks (`total` among them), and the gradient norm before clipping."""
 
     sums: dict[str, float]
     grad_norm: float

@@ -19,7 +19,7 @@ from megakd.models.hub import write_weights
 
 
 class Progress(NamedTuple):
-    """Where training stands: `step` of all stages, `stage_step` of stage `stage`, samples and counted tokens consumed."""
+    """Where training stands: `step` of all stages, `stage_step` of stage `stage`, samples and counted tokens taken."""
 
     stage: int = 0
     stage_step: int = 0

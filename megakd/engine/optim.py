@@ -44,7 +44,8 @@ def assign_rules(module: nn.Module, rules: tuple[LrRule, ...]) -> list[Assignmen
                 earlier = sorted({rules[a.rule].pattern for a in found if a.rule is not None})
                 why = f"all {len(found)} parameters it matches are taken by earlier rules: {', '.join(earlier)}"
             else:
-                why = f"it matches no parameter; names look like {assigned[0].name} and {assigned[len(assigned) // 2].name}"
+                examples = assigned[0].name, assigned[len(assigned) // 2].name
+                why = f"it matches no parameter; names look like {examples[0]} and {examples[1]}"
             raise UserError(f"lr_multipliers: the rule {rules[index].pattern!r} has no effect: {why}")
     return assigned
 
@@ -57,7 +58,7 @@ def canonical_name(name: str) -> str:
 def build_optimizer(module: nn.Module, rules: tuple[LrRule, ...], optim: OptimConfig, lr: float) -> torch.optim.AdamW:
     """AdamW with a group for each (multiplier, decay); parameters with multiplier 0 stop requiring gradients.
 
-    Weight decay never touches norms and biases (parameters of one dimension). Raises UserError when nothing is left to train.
+    Weight decay never touches norms and biases (parameters of one dimension). UserError when nothing is left to train.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for assigned in assign_rules(module, rules):

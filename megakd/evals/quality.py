@@ -17,8 +17,9 @@ from megakd.losses.distill import topk_kl
 class Quality(NamedTuple):
     """Means over the labelled positions of the hold-out.
 
-    kl: KL(teacher || model) at T = 1 in nats, all tokens that are not stored as one bucket (a lower bound of the full KL).
-    top1: share of positions where both put the same token first. topk: share of the teacher's k tokens among the model's k.
+    kl: KL(teacher || model) at T = 1 in nats, tokens that are not stored as one bucket: a lower bound of the full KL.
+    top1: share of positions where both put the same token first.
+    topk: share of the teacher's k stored tokens that are among the model's first k.
     bits_per_byte: NLL in bits times tokens a byte of text; comparable across tokenizers.
     """
 
@@ -38,7 +39,7 @@ class Quality(NamedTuple):
 def evaluate_model(
     model: Any, holdout: ShardSet, tokens_per_byte: float, batch_size: int, device: torch.device, name: str
 ) -> Quality:
-    """Run `model` over a hold-out with teacher targets; tokens_second counts the forward passes alone."""
+    """Run `model` over a hold-out with teacher targets; tokens_per_second counts the forward passes alone."""
     model = model.eval().to(device)
     facts = holdout.facts
     length, vocab_size = facts["tokens"]["sequence_length"], facts["vocab_size"]
@@ -56,7 +57,7 @@ def evaluate_model(
         sums += batch_sums(logits[..., :vocab_size].cpu(), batch)
         progress.update(len(batch.tokens))
     progress.close()
-    nll, kl, top1, topk, positions = (sums / sums[4]).tolist()[:4] + [int(sums[4])]
+    nll, kl, top1, topk, positions = *(sums / sums[4]).tolist()[:4], int(sums[4])
     parameters = {p.data_ptr(): p for p in model.parameters()}.values()
     return Quality(
         math.exp(nll), nll / math.log(2) * tokens_per_byte, kl, top1, topk, nll, positions,

@@ -15,11 +15,18 @@ from matplotlib.axes import Axes
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1b1f24; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid #d0d7de; padding-bottom: .2rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; } td, th { padding: .25rem .8rem; text-align: right; }
-td:first-child, th:first-child { text-align: left; } tr:nth-child(even) { background: #f6f8fa; } th { border-bottom: 2px solid #d0d7de; }
-img { max-width: 100%; } pre { background: #f6f8fa; padding: 1rem; overflow: auto; font-size: 12px; } .grid { display: grid;
-grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr)); gap: 1rem; } .note { color: #59636e; }
+h1 { font-size: 1.6rem; }
+h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid #d0d7de; padding-bottom: .2rem; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+td, th { padding: .25rem .8rem; text-align: right; }
+td:first-child, th:first-child { text-align: left; }
+th { border-bottom: 2px solid #d0d7de; }
+tr:nth-child(even) { background: #f6f8fa; }
+img { max-width: 100%; }
+pre { background: #f6f8fa; padding: 1rem; overflow: auto; font-size: 12px; }
+.scroll { overflow-x: auto; }
+.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr)); gap: 1rem; }
+.note { color: #59636e; }
 """
 
 
@@ -49,8 +56,8 @@ def render_report(
     parts += ["<h2>Compression</h2>", _compression(compress)]
     parts += ["<h2>Configuration</h2>", f"<pre>{html.escape(json.dumps(config, indent=2, ensure_ascii=False))}</pre>"]
     body = "\n".join(parts)
-    title = f"<title>MegaKD: {html.escape(config['name'])}</title>"
-    return f'<!doctype html><html lang="en"><meta charset="utf-8">{title}<style>{STYLE}</style><body>{body}</body></html>\n'
+    head = f"<title>MegaKD: {html.escape(config['name'])}</title><style>{STYLE}</style>"
+    return f'<!doctype html><html lang="en"><meta charset="utf-8">{head}<body>{body}</body></html>\n'
 
 
 def plot(title: str, draw: Callable[[Axes], None], xlabel: str) -> str:
@@ -141,4 +148,4 @@ def _compression(compress: dict[str, Any] | None) -> str:
 def _table(headers: list[str], rows: list[list[str]]) -> str:
     head = "".join(f"<th>{html.escape(h)}</th>" for h in headers)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
-    return f"<table><tr>{head}</tr>{body}</table>"
+    return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'

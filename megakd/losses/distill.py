@@ -57,7 +57,7 @@ def topk_kl(
 
     Teacher: P_k proportional to p_k^(1/T). Student: Q = softmax(logits / T) over all V tokens.
     ghost      the mass outside the K entries is one more bucket on both sides: a true KL of a coarser distribution.
-               Student's bucket: logsumexp over the complement, never log(1 - sum), which is NaN once the sum rounds to 1.
+               Student's bucket: logsumexp over the complement, never log(1 - sum): NaN once the sum rounds to 1.
     truncated  the teacher renormalised over its K entries and zero elsewhere; biased towards them.
     """
     scaled_NV = logits_NV / temperature

@@ -71,7 +71,7 @@ def load_config(folder: Path) -> Any:
 def weights_fingerprint(folder: Path) -> str:
     """A hash of a checkpoint that any training step changes: per file its name, size, header, and 64 spread pieces.
 
-    Reading all of a 61 GB teacher takes minutes; 64 pieces of 64 KiB a file take none. Files under 4 MiB are read whole.
+    Reading all of a 61 GB teacher takes minutes, 64 pieces of 64 KiB a file none. Files under 4 MiB are read whole.
     """
     total = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):

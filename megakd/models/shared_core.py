@@ -19,14 +19,12 @@ PROJECTIONS = ("gate", "up", "down")
 def wrapper_shapes(
     projection: str, experts: int, hidden: int, expert_hidden: int, rank: int
 ) -> dict[str, tuple[int, ...]]:
-    """Shapes of the four factors of one projection, by parameter name; left factors have d_out rows, right ones d_in."""
+    """Shapes [E, rows, R] of the four factors of one projection, by parameter name."""
     d, f = hidden, expert_hidden
-    rows = {
-        "gate": {"input_wrapper_gate_left": f, "input_wrapper_gate_right": d, "output_wrapper_gate_left": f, "output_wrapper_gate_right": f},
-        "up": {"input_wrapper_up_left": f, "input_wrapper_up_right": d, "output_wrapper_up_left": f, "output_wrapper_up_right": f},
-        "down": {"input_wrapper_down_left": f, "input_wrapper_down_right": f, "output_wrapper_down_left": d, "output_wrapper_down_right": f},
-    }[projection]  # fmt: skip
-    return {name: (experts, count, rank) for name, count in rows.items()}
+    # (input left, input right, output left, output right)
+    rows = (f, f, d, f) if projection == "down" else (f, d, f, f)
+    names = [f"{wrapper}_wrapper_{projection}_{side}" for wrapper in ("input", "output") for side in ("left", "right")]
+    return {name: (experts, count, rank) for name, count in zip(names, rows, strict=True)}
 
 
 class SharedCoreExperts(nn.Module):

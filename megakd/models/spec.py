@@ -10,7 +10,7 @@ from megakd.errors import UserError
 class MoESpec:
     """One family. Names are those of checkpoint files; `{i}` layer, `{e}` expert, `{p}` gate, up or down.
 
-    Hubs store experts one by one (per_expert); transformers fuses them when it saves (gate_up [E, 2F, D], down [E, D, F]).
+    Hubs store experts one by one (per_expert); some checkpoints fuse them (gate_up [E, 2F, D], down [E, D, F]).
     """
 
     model_type: str

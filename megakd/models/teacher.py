@@ -32,7 +32,7 @@ def targets_from_logits(
 ) -> TeacherTargets:
     """Targets of N positions from their whole float logits.
 
-    log_tails[n, m] = log of the sum over tokens outside the top k of p^(1/T_m): the sum of powers, not the power of the sum.
+    log_tails[n, m] = log of the sum over tokens outside the top k of p^(1/T_m): of powers, not the power of the sum.
     """
     log_z_N1 = logits_NV.logsumexp(-1, keepdim=True)
     values_NK, ids_NK = logits_NV.topk(top_k)

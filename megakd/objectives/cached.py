@@ -24,7 +24,8 @@ class CachedDistillation(nn.Module):
         if config.tail == "ghost" and config.temperature not in temperatures:
             raise UserError(
                 f"objective.temperature: the logits carry tails for T = {', '.join(f'{t:g}' for t in temperatures)}, "
-                f"not {config.temperature:g}; add it to logits.temperatures in a new run, or set objective.tail=truncated"
+                f"not {config.temperature:g}; add it to logits.temperatures in a new run, "
+                "or set objective.tail=truncated"
             )
         self.student = student
         self.config = config

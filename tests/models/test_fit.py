@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -51,7 +53,9 @@ def test_tensors_are_the_parameters_of_a_block(projection):
     hidden, expert_hidden = (rows, columns) if projection == "down" else (columns, rows)
     block = SharedCoreMoeBlock(torch.nn.Identity(), experts, hidden, expert_hidden, 3, "silu")
     tensors, _ = fit_projection(randn(*SHAPES[projection]).bfloat16(), projection, 3, 2, 0)
-    expected = {name: p.shape for name, p in block.named_parameters() if f"_{projection}_" in name or f".{projection}_" in name}
+    expected = {
+        name: p.shape for name, p in block.named_parameters() if f"_{projection}_" in name or f".{projection}_" in name
+    }
     assert {name: t.shape for name, t in tensors.items()} == expected
     assert all(t.dtype == torch.float32 and t.isfinite().all() for t in tensors.values())
 
@@ -61,7 +65,7 @@ def test_error_never_grows_with_sweeps(shape):
     weights = randn(*shape) + 2 * randn(*shape[1:], seed=1)
     norms = weights.flatten(1).norm(dim=1)
     totals = [(fit_shared_core(weights, 2, sweeps, 0).errors * norms).square().sum().item() for sweeps in range(12)]
-    assert all(after <= before * (1 + 1e-6) for before, after in zip(totals, totals[1:], strict=False)), totals
+    assert all(after <= before * (1 + 1e-6) for before, after in pairwise(totals)), totals
     assert totals[11] < 0.95 * totals[0]
 
 
@@ -77,19 +81,19 @@ def test_no_sweep_is_the_mean_and_the_best_correction(shape):
 @pytest.mark.parametrize("projection", PROJECTIONS)
 @pytest.mark.parametrize("experts, rows, columns, rank", [(4, 9, 13, 1), (6, 15, 23, 2)])
 def test_recovers_experts_that_are_of_the_model(experts, rows, columns, rank, projection):
-    """Measured: 0.0024 and 0.0017 after 200 sweeps; mean and SVD of the same rank leave 0.15 and 0.26."""
-    weights = generated(experts, rows, columns, rank, scale=0.3)
+    """Measured after 200 sweeps: 1e-5 and 0.0033 at worst; mean and SVD of the same rank leave 0.06 and 0.12."""
+    weights = generated(experts, rows, columns, rank, scale=0.2)
     weights = weights.mT.contiguous() if projection == "down" else weights
     tensors, _ = fit_projection(weights, projection, rank, 200, 0)
     errors = relative_errors(weights, tensors, projection)
     assert errors.max() < 1e-2
-    assert svd_errors(weights, rank).min() > 0.1
+    assert svd_errors(weights, rank).min() > 0.05
 
 
 def test_beats_the_svd_where_experts_have_nothing_in_common():
-    """Measured: 0.73 of the SVD's error and 0.5 of its square on independent matrices."""
+    """Measured: 0.49 of the SVD's error, with twice its factors."""
     weights = randn(6, 13, 19)
-    assert fit_shared_core(weights, 3, 20, 1e-4).errors.mean() < 0.85 * svd_errors(weights, 3).mean()
+    assert fit_shared_core(weights, 3, 20, 1e-4).errors.mean() < 0.6 * svd_errors(weights, 3).mean()
 
 
 @pytest.mark.parametrize("projection", PROJECTIONS)
@@ -163,7 +167,7 @@ def test_truncated_svd_is_the_best_approximation(shape):
 
 @pytest.mark.parametrize("shape", [(120, 90), (90, 120)])
 def test_truncated_svd_of_a_flat_spectrum_is_nearly_the_best(shape):
-    """Without any decay the randomised branch loses most; measured: 1.0026 of the best error."""
+    """Without any decay the randomised branch loses most; measured: 1.0028 of the best error."""
     matrix = randn(*shape).double()
     left, right = truncated_svd(matrix, 4, randn(shape[1], 12, seed=2).double())
     best = torch.linalg.svdvals(matrix)[4:].norm()

@@ -1,0 +1,71 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from megakd.models.hub import load_model
+from tests.conftest import megakd
+
+STOCK = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+assert not any(name.startswith("megakd") for name in sys.modules)
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+assert type(model).__name__ == "Qwen3MoeForCausalLM", type(model)
+ids = torch.load(sys.argv[2], weights_only=True)
+torch.save(model(ids, use_cache=False).logits.detach(), sys.argv[3])
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+out = model.generate(**tokenizer("Return the", return_tensors="pt"), max_new_tokens=5, do_sample=False)
+print(tokenizer.decode(out[0]))
+assert not any(name.startswith("megakd") for name in sys.modules)
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(prepared, tmp_path_factory):
+    run = tmp_path_factory.mktemp("export") / "run"
+    megakd("new", run, "--from", prepared)
+    megakd("train", run)
+    return run
+
+
+def test_dense_export_is_the_student_in_plain_transformers(trained, tmp_path):
+    """In a process that never imports megakd, to 1e-4 relative in float32."""
+    megakd("export", trained, "--dense")
+    ids = torch.randint(400, (3, 29), generator=torch.Generator().manual_seed(0))
+    torch.save(ids, tmp_path / "ids.pt")
+    script = [sys.executable, "-c", STOCK, str(trained / "export-dense"), str(tmp_path / "ids.pt"), str(tmp_path / "out.pt")]
+    done = subprocess.run(script, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    stock = torch.load(tmp_path / "out.pt", weights_only=True)
+    student = load_model(trained / "checkpoints" / "all" / "step-000010" / "weights", torch.float32)
+    with torch.no_grad():
+        mine = student(ids, use_cache=False).logits
+    assert (stock - mine).norm() / mine.norm() <= 1e-4
+
+
+def test_compact_export_is_the_last_checkpoint(trained):
+    megakd("export", trained)
+    exported = AutoModelForCausalLM.from_pretrained(trained / "export")
+    last = load_model(trained / "checkpoints" / "all" / "step-000010" / "weights", torch.float32)
+    assert type(exported).__name__ == "SharedCoreQwen3MoeForCausalLM"
+    for (name, mine), theirs in zip(exported.named_parameters(), last.parameters(), strict=True):
+        assert torch.equal(mine, theirs), name
+
+
+def test_earlier_checkpoint_can_be_named(trained, tmp_path):
+    megakd("export", trained, "--checkpoint", trained / "checkpoints" / "experts" / "step-000003", "--out", tmp_path / "early")
+    early = load_model(tmp_path / "early", torch.float32)
+    start = load_model(trained / "student-0", torch.float32)
+    frozen = early.model.embed_tokens.weight  # the first stage trains experts alone
+    assert torch.equal(frozen, start.model.embed_tokens.weight)
+    core = early.model.layers[0].mlp.shared_core["gate_proj"].weight
+    assert not torch.equal(core, start.model.layers[0].mlp.shared_core["gate_proj"].weight)
+
+
+def test_stock_student_is_not_expanded(trained, teacher):
+    run = trained.parent / "stock"
+    megakd("new", run, "--from", trained, f"model.student={teacher}")
+    assert "is stock already" in megakd("export", run, "--dense", code=2)

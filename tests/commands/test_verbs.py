@@ -1,0 +1,102 @@
+"""What the other verbs write and print, on a real small run."""
+
+import json
+
+import numpy as np
+import pytest
+
+from megakd.data.shards import ShardSet
+from tests.conftest import megakd
+
+
+@pytest.fixture(scope="module")
+def trained(prepared, tmp_path_factory):
+    run = tmp_path_factory.mktemp("verbs") / "run"
+    megakd("new", run, "--from", prepared, "log.tensorboard=true", "checkpoint.keep=2")
+    megakd("train", run)
+    return run
+
+
+def test_holdout_and_training_tokens_share_no_document(prepared):
+    train, holdout = (ShardSet(prepared / "data" / "tokens" / part) for part in ("train", "holdout"))
+    assert holdout.manifest["documents"] > 0 and train.manifest["documents"] > 0
+    assert train.manifest["text_hash"] != holdout.manifest["text_hash"]
+
+    def windows(shards: ShardSet) -> set[bytes]:
+        return {shards[i].tokens.tobytes() for i in range(len(shards))}
+
+    assert not windows(train) & windows(holdout)
+
+
+def test_stored_targets_are_the_teachers(prepared, teacher):
+    """A float64 softmax of the live teacher over one window, against what the shards decode to."""
+    import torch
+
+    from megakd.data.batches import collate
+    from megakd.models.hub import load_model
+
+    shards = ShardSet(prepared / "data" / "logits" / "train")
+    sample = shards[5]
+    batch = collate([sample], 32)
+    with torch.no_grad():
+        logits = load_model(teacher, torch.float32)(batch.tokens, position_ids=batch.position_ids, use_cache=False).logits
+    logp = logits[0].double().log_softmax(-1).numpy()
+    targets = sample.targets
+    assert targets is not None
+    for t in range(len(sample.tokens) - 1):
+        assert np.allclose(logp[t, targets.ids[t]], targets.logprobs[t], atol=0.01)
+        rest = np.delete(logp[t], targets.ids[t])
+        assert np.isclose(np.exp(rest).sum(), np.exp(targets.log_tails[t, 0]), rtol=0.01)
+        assert np.isclose(np.exp(rest / 2).sum(), np.exp(targets.log_tails[t, 1]), rtol=0.01)
+        if batch.labels[0, t] >= 0:
+            assert np.isclose(-logp[t, batch.labels[0, t]], targets.label_nll[t], atol=1e-4)
+
+
+def test_evaluate_measures_once_and_knows_the_teacher(trained):
+    first = megakd("evaluate", trained)
+    rows = {r["model"]: r for r in map(json.loads, (trained / "evals.jsonl").read_text().splitlines())}
+    assert list(rows) == ["teacher", "student-0", "all/step-000007", "all/step-000010"]  # rotation kept two
+    assert rows["teacher"]["kl"] < 1e-4 and rows["teacher"]["top1"] > 0.99
+    assert rows["all/step-000010"]["kl"] < rows["student-0"]["kl"]
+    assert rows["all/step-000010"]["step"] == 10 and "teacher" in first
+    megakd("evaluate", trained)
+    assert len((trained / "evals.jsonl").read_text().splitlines()) == 4
+    assert "teacher" in megakd("evaluate", trained, "--model", "teacher")
+
+
+def test_report_has_all_parts(trained):
+    megakd("evaluate", trained)
+    megakd("report", trained)
+    page = (trained / "report.html").read_text()
+    assert page.count("data:image/svg+xml;base64,") >= 9
+    for text in ("held-out", "experts", "sequence_length", "Compression", "all/step-000010"):
+        assert text.lower() in page.lower()
+
+
+def test_inspect_shows_rules_shards_and_checkpoints(trained):
+    run = megakd("inspect", trained)
+    assert "shared_core|wrapper" in run and "stage all" in run and "embed_tokens" in run
+    shards = megakd("inspect", trained / "data" / "logits" / "train", "--verify")
+    assert "the teacher says" in shards and "verified" in shards
+    assert "stage_step" in megakd("inspect", trained / "checkpoints" / "all" / "step-000010")
+    assert "qwen3_moe_shared_core" in megakd("inspect", trained / "student-0")
+
+
+def test_plan_counts_what_compress_makes(trained):
+    from safetensors.torch import load_file
+
+    from megakd.commands.plan import sizes
+    from megakd.log import short
+    from megakd.run import Run
+
+    student = sum(t.numel() for t in load_file(trained / "student-0" / "model.safetensors").values())
+    assert short(student) in dict(sizes(Run.open(trained)))["student"]
+    assert "steps of" in megakd("plan", trained)
+
+
+def test_compress_report_names_every_matrix(prepared):
+    report = json.loads((prepared / "student-0" / "compress.json").read_text())
+    assert {(p["layer"], p["projection"], len(p["errors"])) for p in report["parts"]} == {
+        (layer, projection, 4) for layer in range(2) for projection in ("gate", "up", "down")
+    }
+    assert all(0 < e < 1 for p in report["parts"] for e in p["errors"])

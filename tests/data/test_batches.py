@@ -1,0 +1,179 @@
+import threading
+from collections.abc import Iterator
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from megakd.data.batches import collate, prefetch, to_device, valid_tokens
+from megakd.data.records import IGNORED, Sample, TeacherTargets
+from megakd.data.tokens import pack
+
+
+def sample(tokens: list[int], starts: list[int], targets: TeacherTargets | None = None) -> Sample:
+    return Sample("0", np.array(tokens, np.int32), np.array(starts, np.int32), targets)
+
+
+def random_samples(seed: int, sequence_length: int) -> list[Sample]:
+    """Windows as packing makes them, among them starts at the last token and a short last window."""
+    chooser = np.random.default_rng(seed)
+    documents = [chooser.integers(1, 400, chooser.integers(1, 2 * sequence_length)).tolist() for _ in range(7)]
+    return [Sample(str(i), w.tokens, w.starts) for i, w in enumerate(pack(enumerate(documents), sequence_length))]
+
+
+def reference_row(sample: Sample, sequence_length: int) -> tuple[list[int], list[int], list[int]]:
+    """tokens, labels and positions of a sample, one document after the other."""
+    tokens, labels, positions = [], [], []
+    bounds = [*sample.starts.tolist(), len(sample.tokens)]
+    for start, end in pairwise(bounds):
+        document = sample.tokens[start:end].tolist()
+        tokens += document
+        labels += [*document[1:], IGNORED]
+        positions += range(len(document))
+    length = len(tokens) - 1  # the last token is only a label
+    padding = sequence_length - length
+    return (
+        tokens[:length] + [0] * padding,
+        labels[:length] + [IGNORED] * padding,
+        positions[:length] + list(range(padding)),
+    )
+
+
+def targets_of(length: int, entries: int = 3, temperatures: int = 2, seed: int = 0) -> TeacherTargets:
+    chooser = np.random.default_rng(seed)
+    values = [chooser.random(shape, np.float32) for shape in ((length, entries), (length, temperatures), (length,))]
+    return TeacherTargets(chooser.integers(0, 400, (length, entries)).astype(np.int32), *values)
+
+
+def test_an_example():
+    batch = collate([sample([5, 6, 7, 8, 9, 3], [0, 2, 5]), sample([1, 2], [0])], 5)
+    assert batch.tokens.tolist() == [[5, 6, 7, 8, 9], [1, 0, 0, 0, 0]]
+    assert batch.labels.tolist() == [[6, IGNORED, 8, 9, IGNORED], [2, IGNORED, IGNORED, IGNORED, IGNORED]]
+    assert batch.position_ids.tolist() == [[0, 1, 0, 1, 2], [0, 0, 1, 2, 3]]
+    assert batch.targets is None
+    assert {t.dtype for t in batch[:3]} == {torch.int64}
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("sequence_length", [2, 5, 16])
+def test_collate_matches_reference(seed, sequence_length):
+    samples = random_samples(seed, sequence_length)
+    batch = collate(samples, sequence_length)
+    for row, one in enumerate(samples):
+        tokens, labels, positions = reference_row(one, sequence_length)
+        assert (batch.tokens[row].tolist(), batch.labels[row].tolist(), batch.position_ids[row].tolist()) == (
+            tokens,
+            labels,
+            positions,
+        )
+    assert (
+        (batch.labels != IGNORED).sum() == valid_tokens(samples) == sum(len(s.tokens) - len(s.starts) for s in samples)
+    )
+
+
+def test_samples_pad_to_more_positions_than_they_have():
+    samples = random_samples(0, 5)
+    batch = collate(samples, 9)
+    assert batch.tokens.shape == (len(samples), 9)
+    assert (batch.labels[:, 5:] == IGNORED).all() and (batch.labels != IGNORED).sum() == valid_tokens(samples)
+    assert (batch.position_ids[:-1, 5:] == torch.arange(4)).all()
+
+
+def test_targets_are_padded_and_keep_their_place():
+    targets = [targets_of(5, seed=1), targets_of(1, seed=2)]
+    batch = collate([sample([1, 2, 3, 4, 5, 6], [0], targets[0]), sample([1, 2], [0], targets[1])], 5)
+    assert batch.targets is not None
+    for field, *per_sample in zip(batch.targets, *targets, strict=True):
+        assert field.shape == (2, 5, *per_sample[0].shape[1:])
+        assert np.array_equal(field[0].numpy(), per_sample[0]) and np.array_equal(field[1, :1].numpy(), per_sample[1])
+        assert (field[1, 1:] == 0).all()
+    assert batch.targets.ids.dtype == torch.int64  # an index for gather
+    assert (
+        batch.targets.logprobs.dtype == batch.targets.log_tails.dtype == batch.targets.label_nll.dtype == torch.float32
+    )
+
+
+def test_to_device_keeps_everything():
+    batch = collate([sample([1, 2, 3], [0, 1], targets_of(2))], 3)
+    moved = to_device(batch, torch.device("cpu"))
+    assert all(
+        torch.equal(a, b) for a, b in zip([*batch[:3], *batch.targets], [*moved[:3], *moved.targets], strict=True)
+    )
+    assert to_device(collate([sample([1, 2], [0])], 3), torch.device("cpu")).targets is None
+
+
+@torch.no_grad()
+def test_packed_windows_give_the_logits_of_each_document_alone(teacher):
+    """position_ids that restart and no mask are block-diagonal attention: no document sees another, nor the padding."""
+    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).eval()
+    samples = random_samples(3, 24)
+    assert max(len(s.starts) for s in samples) > 2 and len(samples[-1].tokens) < 25
+    batch = collate(samples, 24)
+    packed = model(batch.tokens, position_ids=batch.position_ids, use_cache=False).logits
+    for row, one in enumerate(samples):
+        for start, end in pairwise([*one.starts.tolist(), len(one.tokens)]):
+            end = min(end, len(one.tokens) - 1)
+            if start < end:
+                alone = model(batch.tokens[row : row + 1, start:end], use_cache=False).logits[0]
+                assert torch.allclose(packed[row, start:end], alone, atol=1e-4), (row, start, end)
+    one_document = model(batch.tokens, position_ids=torch.arange(24).expand(len(samples), -1), use_cache=False).logits
+    assert not torch.allclose(packed, one_document, atol=1e-2)  # so the above could have failed
+
+
+@pytest.mark.parametrize("depth", [1, 2, 7])
+def test_prefetch_yields_the_same_items(depth):
+    items = [None, 0, "x", *range(20)]
+    assert list(prefetch(iter(items), depth)) == items
+    assert list(prefetch([], depth)) == []
+
+
+def test_prefetch_works_ahead_but_not_further_than_its_depth():
+    made: list[int] = []
+    reached = threading.Event()
+
+    def source() -> Iterator[int]:
+        for i in range(100):
+            made.append(i)
+            if i == 3:
+                reached.set()
+            yield i
+
+    items = prefetch(source(), depth=3)
+    assert next(items) == 0
+    assert reached.wait(10)  # 1, 2 and 3 are made though nobody has asked for them
+    assert len(made) <= 5  # one taken, three waiting, one in hand
+    items.close()
+
+
+def test_prefetch_passes_on_the_error_after_the_items_before_it():
+    def source() -> Iterator[int]:
+        yield 1
+        yield 2
+        raise RuntimeError("broken source")
+
+    items = prefetch(source())
+    assert [next(items), next(items)] == [1, 2]
+    with pytest.raises(RuntimeError, match="broken source"):
+        next(items)
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("taken", [1, 4])
+def test_prefetch_ends_its_thread_when_the_reader_leaves(depth, taken):
+    threads: list[threading.Thread] = []
+
+    def endless() -> Iterator[int]:
+        threads.append(threading.current_thread())
+        i = 0
+        while True:
+            yield i
+            i += 1
+
+    items = prefetch(endless(), depth)
+    assert [next(items) for _ in range(taken)] == list(range(taken))
+    items.close()
+    assert threads[0] is not threading.current_thread()
+    threads[0].join(timeout=20)
+    assert not threads[0].is_alive()

@@ -1,0 +1,246 @@
+import gzip
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from datetime import datetime
+from itertools import islice
+from pathlib import Path
+from pydoc_data import topics
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from megakd.data.documents import held_out, iter_documents, python_documents
+from megakd.errors import UserError
+
+TEXTS = ["one\ntwo", "Grüße, 東京 🙂", "  leading and trailing  ", 'quotes " and \\ backslashes', "the end"]
+FINEWEB = ["text", "id", "dump", "url", "date", "file_path", "language", "language_score", "token_count"]
+LONG = "A docstring that is longer than eighty characters is kept as text, whatever it is that it says: {}."
+
+
+def lines_of(texts: list[str]) -> str:
+    return "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts))
+
+
+def write(folder: Path, kind: str, texts: list[str]) -> Path:
+    """The texts as a file of one of the five kinds."""
+    path = folder / f"some.{kind}"
+    if kind == "parquet":
+        rows = {
+            "text": texts,
+            "id": [f"<urn:uuid:{i}>" for i in range(len(texts))],
+            "dump": ["CC-MAIN-2024-10"] * len(texts),
+            "url": ["https://example.org/"] * len(texts),
+            "date": [datetime(2024, 2, 29).isoformat()] * len(texts),
+            "file_path": ["s3://commoncrawl/x.warc.gz"] * len(texts),
+            "language": ["en"] * len(texts),
+            "language_score": [0.97] * len(texts),
+            "token_count": list(range(len(texts))),
+        }
+        assert list(rows) == FINEWEB
+        pyarrow.parquet.write_table(pyarrow.table(rows), path, row_group_size=2)
+    elif kind == "txt":
+        path.write_text("\n\n\n".join(texts), encoding="utf-8")
+    else:
+        content = lines_of(texts).encode()
+        if kind == "jsonl.gz":
+            content = gzip.compress(content)
+        elif kind == "jsonl.zst":
+            content = zstandard.compress(content)
+        path.write_bytes(content)
+    return path
+
+
+def error_of(source: object, **arguments: object) -> str:
+    with pytest.raises(UserError) as caught:
+        list(iter_documents(str(source), **arguments))
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_python_documents_are_the_same_every_time():
+    documents = list(islice(python_documents(), 130))
+    assert documents == list(islice(python_documents(), 130))
+    modules = documents[len(topics.topics) :]
+    assert len(modules) > 30 and len(modules) == len(set(modules))
+    assert list(islice(iter_documents("python-docs", skip=97), 5)) == documents[97:102]
+
+
+def test_each_docstring_appears_once(tmp_path):
+    first, second, third, inner = (LONG.format(name) for name in ("first", "second", "third", "inner"))
+    (tmp_path / "a.py").write_text(
+        f'"""{first}"""\ndef f():\n    """{second}"""\nclass C:\n    def g(self):\n        """{inner}"""\n'
+    )
+    (tmp_path / "b.py").write_text(f'"""{second}"""\nasync def h():\n    """{third}"""\n')
+    (tmp_path / "c.py").write_text(f'"""{third}"""\n')  # nothing new: no document
+    (tmp_path / "d.py").write_text('"""Too short."""\n')
+    (tmp_path / "e.py").write_text(f'"""{LONG.format("broken")}"""\nprint "python 2"\n')
+    (tmp_path / "f.py").write_bytes(b'"""' + LONG.format("latin").encode() + b'\xe9"""\n')
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "g.py").write_text(f'"""{LONG.format("in a test")}"""\n')
+    documents = list(python_documents([tmp_path]))
+    assert len(documents) == 2
+    assert Counter("\n\n".join(documents).split("\n\n")) == Counter([first, second, inner, third])
+    assert documents[1] == third
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "jsonl.gz", "jsonl.zst", "txt"])
+def test_every_kind_of_file_gives_its_texts(tmp_path, kind):
+    path = write(tmp_path, kind, TEXTS)
+    assert list(iter_documents(str(path))) == TEXTS
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "jsonl.gz", "jsonl.zst", "txt"])
+def test_skip_leaves_out_the_first_documents(tmp_path, kind):
+    path = write(tmp_path, kind, TEXTS)
+    for skip in range(len(TEXTS) + 2):
+        assert list(iter_documents(str(path), skip=skip)) == TEXTS[skip:]
+
+
+def test_other_columns_and_fields_can_be_the_text(tmp_path):
+    assert list(iter_documents(str(write(tmp_path, "parquet", TEXTS)), text_field="language")) == ["en"] * len(TEXTS)
+    (tmp_path / "a.jsonl").write_text('{"body": "x"}\n')
+    assert list(iter_documents(str(tmp_path / "a.jsonl"), text_field="body")) == ["x"]
+
+
+def test_empty_texts_and_blank_lines_are_no_documents(tmp_path):
+    (tmp_path / "a.jsonl").write_text('\n{"text": ""}\n{"text": null}\n  \n{"text": "x"}\n')
+    (tmp_path / "b.txt").write_text("\n\n\none\n\n\n \n\n\ntwo\n\nstill two")
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["", "y", None]}), tmp_path / "c.parquet")
+    assert list(iter_documents(str(tmp_path / "a.jsonl"))) == ["x"]
+    assert [d.strip() for d in iter_documents(str(tmp_path / "b.txt"))] == ["one", "two\n\nstill two"]
+    assert list(iter_documents(str(tmp_path / "c.parquet"))) == ["y"]
+
+
+def test_folder_and_glob_read_files_in_name_order(tmp_path, monkeypatch):
+    for name, texts in {
+        "b.jsonl": ["3", "4"],
+        "a.jsonl": ["1", "2"],
+        "deep/c.jsonl": ["5"],
+        "README.md": ["no text"],
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(lines_of(texts))
+    assert list(iter_documents(str(tmp_path))) == ["1", "2", "3", "4", "5"]
+    assert list(iter_documents(str(tmp_path), skip=3)) == ["4", "5"]
+    assert list(iter_documents(str(tmp_path / "*.jsonl"))) == ["1", "2", "3", "4"]
+    assert list(iter_documents(str(tmp_path / "**" / "*.jsonl"))) == ["1", "2", "3", "4", "5"]
+    monkeypatch.chdir(tmp_path)
+    assert list(iter_documents("deep/c.jsonl")) == ["5"]
+
+
+def test_zst_files_of_several_frames_are_read_to_their_end(tmp_path):
+    """pzstd and `cat a.zst b.zst` write such files."""
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(b"".join(zstandard.compress(lines_of([text]).encode()) for text in TEXTS))
+    assert list(iter_documents(str(path))) == TEXTS
+
+
+def test_held_out_depends_on_the_text_alone():
+    texts = [f"document {i}" for i in range(4000)]
+    for fraction in (0.01, 0.2, 0.5):
+        share = sum(held_out(t, fraction) for t in texts) / len(texts)
+        assert abs(share - fraction) < 4 * (fraction * (1 - fraction) / len(texts)) ** 0.5
+        assert [held_out(t, fraction) for t in reversed(texts)] == [held_out(t, fraction) for t in texts][::-1]
+    assert all(held_out(t, 0.5) for t in texts if held_out(t, 0.2))  # a larger hold-out holds the smaller one
+
+
+def test_missing_file_is_named(tmp_path):
+    for source in (tmp_path / "none.jsonl", tmp_path / "none", tmp_path / "*.jsonl", "not/here.parquet", "./not-here"):
+        assert str(source) in error_of(source)
+
+
+def test_wrong_suffix_is_named_with_the_right_ones(tmp_path):
+    (tmp_path / "a.csv").write_text("text\nx\n")
+    message = error_of(tmp_path / "a.csv")
+    assert "a.csv" in message and ".parquet" in message and ".jsonl.zst" in message
+    assert ".jsonl" in error_of(tmp_path)  # a folder without any
+
+
+def test_missing_column_names_the_columns_there_are(tmp_path):
+    message = error_of(write(tmp_path, "parquet", TEXTS), text_field="content")
+    assert "some.parquet" in message and "'content'" in message
+    assert all(name in message for name in FINEWEB)
+
+
+def test_a_file_that_is_not_parquet_is_named(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"this is not parquet")
+    assert "a.parquet" in error_of(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.zst"])
+@pytest.mark.parametrize("bad", ['{"body": "no text"}', '{"text": "cut', '["text"]', "7", '"text"'])
+def test_bad_line_is_named_with_its_number(tmp_path, kind, bad):
+    content = (lines_of(["one", "two"]) + "\n" + bad + "\n").encode()
+    path = tmp_path / f"a.{kind}"
+    path.write_bytes({"jsonl": bytes, "jsonl.gz": gzip.compress, "jsonl.zst": zstandard.compress}[kind](content))
+    assert f"a.{kind}:4:" in error_of(path)
+
+
+def test_a_text_that_is_no_string_is_named_with_its_place(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"text": 5}\n')
+    assert "a.jsonl:2:" in error_of(tmp_path / "a.jsonl")
+
+
+def test_a_column_that_holds_no_text_is_named(tmp_path):
+    assert "'token_count'" in error_of(write(tmp_path, "parquet", TEXTS), text_field="token_count")
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+def test_bytes_that_are_not_utf8_are_an_error_with_the_file(tmp_path, kind):
+    path = tmp_path / f"a.{kind}"
+    path.write_bytes('{"text": "é"}\n'.encode("latin-1"))
+    assert path.name in error_of(path)
+
+
+@pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst"])
+def test_a_compressed_file_that_is_cut_is_an_error_with_the_file(tmp_path, kind):
+    """As after a download that broke off: its documents must not be taken for all there are."""
+    path = write(tmp_path, kind, [f"{i} {text}" for i in range(300) for text in TEXTS])
+    path.write_bytes(path.read_bytes()[:-40])
+    assert path.name in error_of(path)
+
+
+@pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst"])
+def test_a_file_that_is_not_compressed_as_its_name_says_is_an_error_with_the_file(tmp_path, kind):
+    path = tmp_path / f"a.{kind}"
+    path.write_text(lines_of(TEXTS))
+    assert path.name in error_of(path)
+
+
+def test_a_lone_surrogate_does_not_get_as_far_as_the_hash(tmp_path):
+    """JSON can spell half a character; it must be mended or refused with its place, not stop the pass later."""
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "good"}\n{"text": "half \\ud83d of one"}\n')
+    try:
+        documents = list(iter_documents(str(path)))
+    except UserError as error:
+        assert "a.jsonl:2" in str(error)
+    else:
+        assert len(documents) == 2 and all(isinstance(held_out(d, 0.5), bool) for d in documents)
+
+
+def test_hub_source_that_cannot_be_reached_is_one_line():
+    """In a process of its own: the hub's client reads HF_HUB_OFFLINE when it is imported."""
+    program = """if True:
+        from megakd.data.documents import iter_documents
+        from megakd.errors import UserError
+        try:
+            next(iter_documents("nobody/no-such-data-set"))
+        except UserError as error:
+            print(error)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 1 and "'nobody/no-such-data-set'" in done.stdout

@@ -1,0 +1,167 @@
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from megakd.commands.train import build_objective
+from megakd.config import OptimConfig
+from megakd.data.batches import collate
+from megakd.data.shards import ShardSet
+from megakd.dist import World
+from megakd.engine.checkpoint import Progress, Saved, check_ranks, published, rotate, save_checkpoint
+from megakd.engine.local import LocalEngine
+from megakd.engine.optim import build_optimizer
+from megakd.errors import UserError
+from megakd.models.hub import load_config, write_config
+from megakd.run import Run
+from tests.conftest import files
+
+WORLD = World(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def dataset(prepared) -> Iterator[ShardSet]:
+    shards = ShardSet(prepared / "data" / "logits" / "train")
+    yield shards
+    shards.close()
+
+
+@pytest.fixture(scope="module")
+def engine(prepared, dataset) -> LocalEngine:
+    run = Run.open(prepared)
+    objective = build_objective(run.config, run.student_folder, dataset)
+    return LocalEngine(objective, build_optimizer(objective, (), OptimConfig(), 1e-3), 1.0, "float32", WORLD.device)
+
+
+def step(engine: LocalEngine, dataset: ShardSet) -> Any:
+    return engine.step([collate([dataset[0], dataset[1]], 32)], 60, 1.0)
+
+
+@pytest.fixture
+def save(prepared, engine, tmp_path):
+    """save(path, progress, fails): a checkpoint below tmp_path."""
+
+    def describe(weights: Path) -> None:
+        write_config(weights, load_config(prepared / "student-0"))
+
+    def fail(weights: Path) -> None:
+        raise RuntimeError("killed here")
+
+    def run(path: str, progress: Progress, fails: bool = False, ranks: int = 1) -> Path:
+        save_checkpoint(tmp_path / path, engine, progress, WORLD, fail if fails else describe, ranks)
+        return tmp_path / path
+
+    return run
+
+
+def fake(checkpoints: Path, path: str, progress: Progress) -> Path:
+    """A published checkpoint as far as finding and rotating go."""
+    folder = checkpoints / path
+    (folder / "weights").mkdir(parents=True)
+    (folder / "progress.json").write_text(json.dumps({**progress._asdict(), "ranks": 1}))
+    return folder
+
+
+def test_a_checkpoint_is_found_whole(save, engine, dataset, tmp_path):
+    step(engine, dataset)
+    progress = Progress(1, 4, 12, 345, 6789)
+    folder = save("all/step-000012", progress)
+    assert published(tmp_path) == [Saved(folder, progress)]
+    assert sorted(p.name for p in folder.iterdir()) == ["progress.json", "state", "weights"]
+    assert [p.name for p in folder.parent.iterdir()] == ["step-000012"]  # nothing temporary is left
+    loaded = dict(AutoModelForCausalLM.from_pretrained(published(tmp_path)[0].weights).named_parameters())
+    mine = {name.removeprefix("student."): tensor for name, tensor in engine.weights()}
+    assert loaded.keys() == mine.keys() and all(torch.equal(loaded[name], tensor) for name, tensor in mine.items())
+
+
+def test_the_engine_goes_on_from_it(save, engine, dataset):
+    step(engine, dataset)
+    folder = save("all/step-000001", Progress(0, 1, 1, 2, 60))
+    expected = [step(engine, dataset) for _ in range(2)]
+    engine.load(folder / "state")
+    assert [step(engine, dataset) for _ in range(2)] == expected
+
+
+def test_what_is_not_published_is_not_listed(tmp_path):
+    (tmp_path / "all" / "step-000007").mkdir(parents=True)  # no progress.json
+    assert published(tmp_path) == [] and published(tmp_path / "missing") == []
+    fake(tmp_path, "all/step-000008.tmp", Progress(0, 8, 8))  # complete, but never renamed
+    fake(tmp_path, "all/step-last", Progress(0, 9, 9))
+    assert published(tmp_path) == []
+    good = fake(tmp_path, "all/step-000002", Progress(0, 2, 2))
+    assert [saved.folder for saved in published(tmp_path)] == [good]
+
+
+def test_a_save_cut_short_leaves_what_was_published(save, tmp_path):
+    """An error between weights and progress; the next save clears what it left and publishes."""
+    first = save("all/step-000001", Progress(0, 1, 1))
+    before = files(first)
+    for path, progress in (("all/step-000001", Progress(0, 1, 1)), ("all/step-000002", Progress(0, 2, 2))):
+        with pytest.raises(RuntimeError, match="killed here"):
+            save(path, progress, fails=True)
+        assert files(first) == before
+        assert [saved.folder for saved in published(tmp_path)] == [first]
+    leftover = tmp_path / "all" / "step-000002.tmp"
+    assert leftover.is_dir()
+    (leftover / "weights" / "rubbish.safetensors").write_bytes(b"x")
+    second = save("all/step-000002", Progress(0, 2, 2))
+    assert [saved.folder for saved in published(tmp_path)] == [first, second]
+    assert not leftover.exists() and not list(second.rglob("rubbish*"))
+
+
+def test_saving_again_replaces_it_whole(save):
+    folder = save("all/step-000001", Progress(0, 1, 1, 10, 100))
+    (folder / "weights" / "old-file").write_text("x")
+    save("all/step-000001", Progress(0, 1, 1, 20, 200))
+    assert published(folder.parent.parent)[0].progress.tokens == 200
+    assert not (folder / "weights" / "old-file").exists()
+
+
+def test_oldest_first_whatever_the_names(tmp_path):
+    """By stage, then steps as numbers: neither stage names nor digits sort like that."""
+    order = [
+        ("warm", 0, 5),
+        ("warm", 0, 90),
+        ("b", 1, 100),
+        ("b", 1, 999_999),
+        ("a", 2, 1_000_000),
+        ("a", 2, 10_000_000),
+    ]
+    for stage, index, steps in random.Random(0).sample(order, len(order)):
+        fake(tmp_path, f"{stage}/step-{steps:06d}", Progress(index, steps - index * 95, steps))
+    assert [
+        (saved.folder.parent.name, saved.progress.stage, saved.progress.step) for saved in published(tmp_path)
+    ] == order
+
+
+@pytest.mark.parametrize(
+    "keep, protected, left",
+    [
+        (0, [], [1, 2, 3, 4, 5]),
+        (1, [], [5]),
+        (2, [], [4, 5]),
+        (2, [1, 4], [1, 4, 5]),
+        (1, [5], [5]),
+        (9, [], [1, 2, 3, 4, 5]),
+    ],
+)
+def test_rotate_keeps_the_newest_and_the_protected(tmp_path, keep, protected, left):
+    folders = {n: fake(tmp_path, f"{'ab'[n > 2]}/step-{n:06d}", Progress(int(n > 2), n, n)) for n in (3, 1, 5, 2, 4)}
+    unpublished = tmp_path / "a" / "step-000000.tmp"
+    unpublished.mkdir()
+    rotate(tmp_path, keep, {folders[n] for n in protected})
+    assert [saved.progress.step for saved in published(tmp_path)] == left
+    assert [n for n in sorted(folders) if folders[n].exists()] == left and unpublished.exists()
+
+
+def test_another_number_of_ranks_is_refused_naming_both(save, tmp_path):
+    folder = save("all/step-000001", Progress(0, 1, 1), ranks=4)
+    saved = published(tmp_path)[0]
+    check_ranks(saved, 4)
+    with pytest.raises(UserError, match=rf"{folder}.*saved by 4 ranks.*world of 2.*resume with 4 ranks"):
+        check_ranks(saved, 2)

@@ -1,0 +1,108 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from megakd.data.batches import collate
+from megakd.data.records import IGNORED, Batch
+from megakd.data.shards import ShardSet
+from megakd.evals.quality import batch_sums, evaluate_model
+from megakd.models.hub import load_model
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def holdout(prepared):
+    shards = ShardSet(prepared / "data" / "logits" / "holdout")
+    yield shards
+    shards.close()
+
+
+def reference_sums(logits: Tensor, batch: Batch) -> list[float]:
+    """One position after the other in Python floats."""
+    nll = kl = 0.0
+    top1 = overlap = positions = 0.0
+    for row, position in (batch.labels != IGNORED).nonzero().tolist():
+        log_q = torch.log_softmax(logits[row, position].double(), 0).tolist()
+        ids, log_p, tails, _ = (field[row, position].tolist() for field in batch.targets)
+        nll -= log_q[batch.labels[row, position]]
+        rest = sum(math.exp(x) for i, x in enumerate(log_q) if i not in ids)
+        mass = sum(map(math.exp, log_p)) + math.exp(tails[0])
+        parts = [(math.exp(x) / mass, math.exp(log_q[i])) for i, x in zip(ids, log_p, strict=True)] + [
+            (math.exp(tails[0]) / mass, rest)
+        ]
+        kl += sum(p * math.log(p / q) for p, q in parts)
+        mine = sorted(range(len(log_q)), key=lambda i: -log_q[i])[: len(ids)]
+        top1 += mine[0] == ids[0]
+        overlap += len(set(mine) & set(ids)) / len(ids)
+        positions += 1
+    return [nll, kl, top1, overlap, positions]
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.5, 3.0])
+def test_sums_are_those_of_the_reference(holdout, teacher, noise):
+    batch = collate([holdout[i] for i in range(3)], 37)
+    with torch.no_grad():
+        logits = load_model(teacher, torch.float32).eval()(batch.tokens, position_ids=batch.position_ids).logits
+    logits = logits + noise * torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))
+    expected = reference_sums(logits, batch)
+    assert batch_sums(logits, batch).tolist() == pytest.approx(expected, rel=1e-4, abs=1e-3)
+    assert (expected[2] < expected[4]) == (noise > 0)  # agreement is whole without noise, and only then
+
+
+def test_the_teacher_agrees_with_itself(holdout, teacher):
+    """float32 logits: what is left is the rounding of stored targets to fp16."""
+    quality = evaluate_model(load_model(teacher, torch.float32), holdout, 0.25, 8, CPU, "teacher")
+    labelled = [
+        holdout[i].targets.label_nll[collate([holdout[i]], len(holdout[i].tokens) - 1).labels[0].numpy() != IGNORED]
+        for i in range(len(holdout))
+    ]
+    stored = [x for part in labelled for x in part.tolist()]
+    assert quality.positions == len(stored) == sum(entry.labels for entry in holdout.entries)
+    assert 0 <= quality.kl < 1e-5
+    assert quality.top1 == 1.0
+    assert quality.topk > 0.999
+    assert quality.perplexity == pytest.approx(math.exp(sum(stored) / len(stored)), rel=1e-5)
+    assert quality.nll == pytest.approx(math.log(quality.perplexity), rel=1e-9)
+    assert quality.bits_per_byte == pytest.approx(quality.nll / math.log(2) * 0.25, rel=1e-9)
+    assert quality.tokens_per_second > 0
+
+
+def test_a_student_is_worse_and_the_batch_size_does_not_matter(holdout, prepared):
+    student = load_model(prepared / "student-0", torch.float32)
+    found = [
+        evaluate_model(student, holdout, 0.25, size, CPU, "student")._replace(tokens_per_second=0)
+        for size in (1, 7, 500)
+    ]
+    assert found[0] == pytest.approx(found[1], rel=1e-5) and found[0] == pytest.approx(found[2], rel=1e-5)
+    assert found[0].kl > 0.01 and 0 < found[0].top1 < 1 and 0 < found[0].topk < 1
+
+
+def test_size_counts_tied_embeddings_once(holdout, teacher):
+    model = load_model(teacher, torch.bfloat16)
+    quality = evaluate_model(model, holdout, 0.25, 8, CPU, "teacher")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    count = sum(tensor.numel() for name, tensor in model.state_dict().items() if name != "lm_head.weight")
+    assert (quality.parameters, quality.bytes) == (count, 2 * count)
+    assert quality.kl < 1e-2  # bfloat16 alone
+
+
+def test_padding_of_the_vocabulary_is_cut(holdout, teacher):
+    torch.manual_seed(0)
+    model = load_model(teacher, torch.float32)
+    expected = evaluate_model(model, holdout, 0.25, 8, CPU, "teacher")
+    model.resize_token_embeddings(416, mean_resizing=False)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[400:].normal_(std=2.0)
+    found = evaluate_model(model, holdout, 0.25, 8, CPU, "padded")
+    assert (found.nll, found.kl, found.top1) == pytest.approx((expected.nll, expected.kl, expected.top1), abs=1e-6)
+
+
+def test_evaluation_switches_dropout_off(holdout, teacher):
+    model = load_model(teacher, torch.float32)
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    model.train()
+    assert evaluate_model(model, holdout, 0.25, 8, CPU, "teacher").kl < 1e-5

@@ -1,0 +1,214 @@
+import base64
+import json
+import re
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+
+from megakd.config import RunConfig, parse
+from megakd.evals.report import plot, render_report
+
+TRAINING = [
+    "loss",
+    "cross entropy",
+    "KL(teacher || student), T = 1",
+    "learning rate",
+    "gradient norm",
+    "tokens a second",
+]
+EVALUATION = ["held-out perplexity", "held-out KL(teacher || student)", "top-1 agreement"]
+
+
+class Page(HTMLParser):
+    """What a browser would see: tags with attributes, text, cells of tables; tags must nest."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text: dict[str, str] = {}
+        self.rows: list[list[str]] = []
+        self.feed(text)
+        self.close()
+        assert self.open == [], self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        tag = self.open[-1] if self.open else ""
+        self.text[tag] = self.text.get(tag, "") + data
+        if tag in ("td", "th"):
+            self.rows[-1][-1] += data
+
+    @property
+    def images(self) -> dict[str, str]:
+        """SVG source by title."""
+        found = {}
+        for tag, attributes in self.tags:
+            if tag == "img":
+                kind, data = attributes["src"].split(",", 1)
+                assert kind == "data:image/svg+xml;base64"
+                found[attributes["alt"]] = base64.b64decode(data, validate=True).decode()
+        return found
+
+
+def config(**changes: Any) -> dict[str, Any]:
+    return RunConfig(**changes).model_dump(mode="json")
+
+
+def metrics(stages: list[str]) -> list[dict[str, Any]]:
+    keys = ("loss", "ce", "kl", "kl_t1", "lr", "grad_norm", "tokens_per_second", "data_wait_share")
+    return [
+        {"step": s + 1, "stage": stages[s * len(stages) // 6], "tokens": 100 * s, **{k: 1 / (s + 1) for k in keys}}
+        for s in range(6)
+    ]
+
+
+def evaluation(model: str, tokens: int, perplexity: float) -> dict[str, Any]:
+    numbers = {
+        "bits_per_byte": 1.5,
+        "kl": 0.25,
+        "top1": 0.625,
+        "topk": 0.5,
+        "parameters": 1234567,
+        "bytes": 2469134,
+        "tokens_per_second": 4321.0,
+    }
+    return {"model": model, "tokens": tokens, "step": 0, "stage": None, "perplexity": perplexity, **numbers}
+
+
+EVALS = [evaluation("teacher", 0, 11.11), evaluation("student-0", 0, 99.5), evaluation("all/step-000006", 600, 22.22)]
+COMPRESS = {
+    "rank": 7,
+    "parts": [
+        {"layer": layer, "projection": p, "errors": [0.1 * (i + 1), 0.3 + layer / 100]}
+        for layer in (10, 2)
+        for i, p in enumerate(("gate", "up", "down"))
+    ],
+}
+
+
+def drawn(svg: str) -> set[str]:
+    """Texts of a plot: matplotlib leaves each as a comment beside its outlines."""
+    return set(re.findall(r"<!-- (.*?) -->", svg))
+
+
+def test_page_needs_nothing_beside_it():
+    page = render_report(config(), metrics(["experts", "all"]), EVALS, COMPRESS, ("other", EVALS[1:]))
+    parsed = Page(page)
+    assert {tag for tag, _ in parsed.tags}.isdisjoint({"script", "link", "iframe", "object", "embed", "base"})
+    for text in (page, *parsed.images.values()):
+        assert not re.search(r"""\b(src|href|srcset|data)\s*=\s*["']?\s*(https?:|//)""", text, re.I)
+        assert not re.search(r"@import|url\(\s*[\"']?(https?:|//)", text, re.I)
+        assert "<script" not in text
+    assert all(attributes.get("src", "data:").startswith("data:") for _, attributes in parsed.tags)
+    assert page.startswith("<!doctype html>") and 'charset="utf-8"' in page
+
+
+def test_every_metric_is_drawn_with_every_stage():
+    images = Page(render_report(config(), metrics(["experts", "all"]), EVALS, COMPRESS)).images
+    assert list(images) == [*EVALUATION, *TRAINING, "relative weight error, rank 7, mean over experts"]
+    for title in TRAINING:
+        assert {"experts", "all", title, "step"} <= drawn(images[title])
+    for title in EVALUATION:
+        assert {"this run", title, "tokens trained on"} <= drawn(images[title])
+    assert "teacher" in drawn(images["held-out perplexity"])
+    assert {"gate", "up", "down", "layer"} <= drawn(images[list(images)[-1]])
+
+
+def test_a_stage_that_was_not_reached_is_not_drawn():
+    images = Page(render_report(config(), metrics(["experts"]), [], None)).images
+    assert list(images) == TRAINING
+    assert all("experts" in drawn(svg) and "all" not in drawn(svg) for svg in images.values())
+
+
+def test_tables_hold_the_numbers():
+    rows = Page(render_report(config(), [], EVALS, COMPRESS)).rows
+    assert rows[0] == [
+        "model",
+        "tokens",
+        "perplexity",
+        "bits/byte",
+        "KL",
+        "top-1",
+        "top-k",
+        "parameters",
+        "MB",
+        "tokens/s",
+    ]
+    assert rows[1] == ["teacher", "0", "11.11", "1.500", "0.2500", "62.5%", "50.0%", "1,234,567", "2.5", "4,321"]
+    assert [row[:3] for row in rows[2:4]] == [["student-0", "0", "99.50"], ["all/step-000006", "600", "22.22"]]
+    # mean over experts of each layer, in the order of layers
+    assert rows[4:] == [
+        ["layer", "gate", "up", "down"],
+        ["2", "0.2100", "0.2600", "0.3100"],
+        ["10", "0.2500", "0.3000", "0.3500"],
+    ]
+
+
+def test_configuration_is_there_whole_and_escaped():
+    nasty = """</pre><script>alert("1")</script>&amp;'é"""
+    value = config(name=nasty, data={"source": "<b>/x"})
+    page = render_report(value, [], [evaluation(nasty, 0, 1.0)], None, (nasty, [evaluation("<i>", 5, 1.0)]))
+    parsed = Page(page)
+    assert "<script" not in page and "<i>" not in page and "<b>" not in page
+    assert nasty in parsed.text["h1"] and nasty in parsed.text["title"]
+    assert parse(json.loads(parsed.text["pre"]), "report") == parse(value, "here")
+    assert [row[0] for row in parsed.rows] == ["model", nasty, f"{nasty}: <i>"]
+
+
+def test_a_run_with_nothing_recorded_says_so():
+    page = render_report(config(name="empty"), [], [], None)
+    parsed = Page(page)
+    notes = parsed.text["p"]
+    assert not parsed.images and not parsed.rows
+    assert "megakd evaluate RUN" in notes and "No training step" in notes and "not made by compress" in notes
+    assert parsed.text["h1"] == "MegaKD run: empty"
+
+
+def test_before_training_there_is_a_table_but_no_curve():
+    parsed = Page(render_report(config(), [], EVALS[:2], COMPRESS))
+    assert len(parsed.images) == 1  # the compression's
+    assert [row[0] for row in parsed.rows[:3]] == ["model", "teacher", "student-0"]
+
+
+@pytest.mark.parametrize("own", [EVALS, []], ids=["both", "baseline alone"])
+def test_a_baseline_is_drawn_and_listed_beside(own):
+    parsed = Page(
+        render_report(config(), metrics(["all"]), own, None, ("old run", [*EVALS[1:2], evaluation("x", 300, 33.33)]))
+    )
+    for title in EVALUATION:
+        texts = drawn(parsed.images[title])
+        assert "old run" in texts and ("this run" in texts) == bool(own)
+    names = [row[0] for row in parsed.rows[1:]]
+    assert names == [*(row["model"] for row in own), "old run: student-0", "old run: x"]
+
+
+def test_a_baseline_without_evaluations_adds_nothing():
+    parsed = Page(render_report(config(), [], EVALS, None, ("old run", [])))
+    assert "old run" not in drawn(parsed.images[EVALUATION[0]]) and len(parsed.rows) == 4
+
+
+def test_metrics_that_some_steps_lack():
+    """Rows of an older version, or a metric only some objectives have."""
+    rows = metrics(["all"])
+    del rows[2]["kl_t1"]
+    rows[3]["loss"] = float("nan")
+    assert list(Page(render_report(config(), rows, [], None)).images) == TRAINING
+
+
+def test_plot_escapes_its_title_and_shows_a_legend_of_labels():
+    image = Page(plot("<a> & b", lambda axes: axes.plot([1, 2], [3, 4], label="line"), "x axis")).images
+    assert list(image) == ["<a> & b"]
+    assert {"line", "x axis"} <= drawn(image["<a> & b"])

@@ -1,0 +1,336 @@
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from megakd.errors import UserError
+from megakd.files import shipped
+from megakd.models.hub import (
+    INDEX,
+    WEIGHTS,
+    Checkpoint,
+    copy_side_files,
+    load_config,
+    load_model,
+    resolve,
+    weights_fingerprint,
+    write_config,
+    write_weights,
+)
+from megakd.models.shared_core import PROJECTIONS
+from megakd.models.spec import SPECS
+from megakd.models.tiny import tiny_moe_config
+
+SPEC = SPECS["qwen3_moe"]
+CONFIG = tiny_moe_config(16, hidden_size=10, moe_intermediate_size=6, num_experts=3, num_hidden_layers=2)
+
+
+def matrices(layer: int, projection: str) -> Tensor:
+    """[E, d_out, d_in], different for every layer and projection."""
+    generator = torch.Generator().manual_seed(10 * layer + PROJECTIONS.index(projection))
+    return torch.randn(3, *SPEC.shapes(CONFIG)[projection], generator=generator)
+
+
+def hub_layout() -> dict[str, Tensor]:
+    """One 2-D tensor an expert and projection."""
+    found = {}
+    for layer in range(2):
+        for projection in PROJECTIONS:
+            for expert, matrix in enumerate(matrices(layer, projection)):
+                found[f"model.layers.{layer}.mlp.experts.{expert}.{projection}_proj.weight"] = matrix.clone()
+    return found
+
+
+def fused_layout() -> dict[str, Tensor]:
+    """Gate over up [E, 2F, D], and down [E, D, F]."""
+    found = {}
+    for layer in range(2):
+        gate_up = torch.cat([matrices(layer, "gate"), matrices(layer, "up")], 1)
+        found[f"model.layers.{layer}.mlp.experts.gate_up_proj"] = gate_up
+        found[f"model.layers.{layer}.mlp.experts.down_proj"] = matrices(layer, "down")
+    return found
+
+
+LAYOUTS = {"hub": hub_layout, "fused": fused_layout}
+
+
+def refused(*parts: object) -> Any:
+    """UserError that says each of `parts`."""
+    return pytest.raises(UserError, match="(?s)" + "".join(f"(?=.*{re.escape(str(part))})" for part in parts))
+
+
+@pytest.mark.parametrize("limit", [2**30, 500], ids=["one file", "many files"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_experts_are_the_same_from_either_layout(layout, limit, tmp_path):
+    write_weights(tmp_path, LAYOUTS[layout]().items(), limit)
+    assert (tmp_path / INDEX).exists() == (limit == 500)
+    checkpoint = Checkpoint(tmp_path)
+    for layer in range(2):
+        for projection in PROJECTIONS:
+            assert torch.equal(checkpoint.experts(SPEC, CONFIG, layer, projection), matrices(layer, projection))
+
+
+def test_experts_are_those_of_the_loaded_model(teacher):
+    config, checkpoint = load_config(teacher), Checkpoint(teacher)
+    for layer, block in enumerate(load_model(teacher, torch.float32).model.layers):
+        gate, up = block.mlp.experts.gate_up_proj.chunk(2, dim=1)
+        for projection, expected in zip(PROJECTIONS, (gate, up, block.mlp.experts.down_proj), strict=True):
+            assert torch.equal(checkpoint.experts(SPEC, config, layer, projection), expected)
+
+
+@pytest.mark.parametrize(
+    "layout, name",
+    [("hub", "model.layers.1.mlp.experts.2.down_proj.weight"), ("fused", "model.layers.1.mlp.experts.down_proj")],
+)
+def test_a_missing_tensor_is_named(layout, name, tmp_path):
+    tensors = LAYOUTS[layout]()
+    del tensors[name]
+    write_weights(tmp_path, tensors.items())
+    with refused(tmp_path, name):
+        Checkpoint(tmp_path).experts(SPEC, CONFIG, 1, "down")
+    assert torch.equal(Checkpoint(tmp_path).experts(SPEC, CONFIG, 0, "down"), matrices(0, "down"))
+
+
+@pytest.mark.parametrize(
+    "layout, name, wrong, shape",
+    [
+        ("hub", "model.layers.0.mlp.experts.1.up_proj.weight", (6, 11), (6, 11)),
+        ("hub", "model.layers.0.mlp.experts.0.up_proj.weight", (10, 6), (10, 6)),  # transposed
+        ("fused", "model.layers.0.mlp.experts.gate_up_proj", (3, 14, 10), (7, 10)),
+        (
+            "fused",
+            "model.layers.0.mlp.experts.gate_up_proj",
+            (3, 10, 12),
+            (5, 12),
+        ),  # [E, D, 2F], as other families store it
+    ],
+)
+def test_a_wrong_shape_is_named_with_the_right_one(layout, name, wrong, shape, tmp_path):
+    write_weights(tmp_path, (LAYOUTS[layout]() | {name: torch.zeros(wrong)}).items())
+    with refused(tmp_path, name, shape, (6, 10)):
+        Checkpoint(tmp_path).experts(SPEC, CONFIG, 0, "up")
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_wrong_number_of_experts_is_named(count, tmp_path):
+    write_weights(tmp_path, {"model.layers.0.mlp.experts.down_proj": torch.zeros(count, 10, 6)}.items())
+    with refused(tmp_path, "layer 0", f"{count} experts", 3):
+        Checkpoint(tmp_path).experts(SPEC, CONFIG, 0, "down")
+
+
+def test_more_experts_in_the_files_than_in_the_config_are_not_left_out_in_silence(tmp_path):
+    """The hub's layout too: a config that says 3 beside a checkpoint of 4 is another model's."""
+    extra = {f"model.layers.0.mlp.experts.3.{p}_proj.weight": torch.zeros(SPEC.shapes(CONFIG)[p]) for p in PROJECTIONS}
+    write_weights(tmp_path, (hub_layout() | extra).items())
+    with refused(tmp_path, "layer 0", "experts", 3):
+        Checkpoint(tmp_path).experts(SPEC, CONFIG, 0, "up")
+
+
+def test_an_unknown_tensor_is_named(teacher):
+    with refused(teacher, "model.nothing"):
+        Checkpoint(teacher).tensor("model.nothing")
+
+
+def test_a_folder_without_weights_is_refused(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    with refused(tmp_path, WEIGHTS, INDEX):
+        Checkpoint(tmp_path)
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    write_weights(tmp_path, hub_layout().items(), 500)
+    name = "model.layers.1.mlp.experts.0.up_proj.weight"
+    lost = tmp_path / Checkpoint(tmp_path).files[name]
+    lost.unlink()
+    with refused(lost):
+        Checkpoint(tmp_path).experts(SPEC, CONFIG, 1, "up")
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage that is no safetensors", b"\xff" * 64])
+def test_garbage_is_named(content, tmp_path):
+    (tmp_path / WEIGHTS).write_bytes(content)
+    with refused(tmp_path / WEIGHTS):
+        Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.9])
+def test_a_file_cut_short_is_named(share, tmp_path):
+    write_weights(tmp_path, hub_layout().items())
+    file = tmp_path / WEIGHTS
+    file.write_bytes(file.read_bytes()[: int(file.stat().st_size * share)])
+    with refused(file):
+        Checkpoint(tmp_path).experts(SPEC, CONFIG, 0, "up")
+
+
+def test_an_index_that_names_a_tensor_which_its_file_lacks(tmp_path):
+    """As when one shard of another model was copied in."""
+    write_weights(tmp_path, hub_layout().items(), 500)
+    name = "model.layers.1.mlp.experts.0.up_proj.weight"
+    file = tmp_path / Checkpoint(tmp_path).files[name]
+    save_file({"other": torch.zeros(2)}, file)
+    with refused(file.name, name):
+        Checkpoint(tmp_path).tensor(name)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}"])
+def test_a_broken_index_is_named(text, tmp_path):
+    (tmp_path / INDEX).write_text(text)
+    with refused(tmp_path / INDEX):
+        Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("limit", [10_000, 40_000])
+def test_sharded_weights_load_back(teacher, limit, tmp_path):
+    original = Checkpoint(teacher)
+    write_weights(tmp_path, ((name, original.tensor(name)) for name in original.files), limit)
+    copied = Checkpoint(tmp_path)
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    assert len(shards) > 3 and not list(tmp_path.glob("part-*"))
+    assert [p.name for p in shards] == [
+        f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))
+    ]
+    assert copied.files.keys() == original.files.keys() and set(copied.files.values()) == {p.name for p in shards}
+    largest = max(original.tensor(name).nbytes for name in original.files)
+    assert all(
+        sum(copied.tensor(n).nbytes for n in copied.files if copied.files[n] == p.name) <= max(limit, largest)
+        for p in shards
+    )
+    index = json.loads((tmp_path / INDEX).read_text())
+    assert index["metadata"]["total_size"] == sum(original.tensor(name).nbytes for name in original.files)
+    assert all(torch.equal(copied.tensor(name), original.tensor(name)) for name in original.files)
+    write_config(tmp_path, load_config(teacher))
+    theirs, mine = AutoModelForCausalLM.from_pretrained(teacher), AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(theirs.parameters(), mine.parameters(), strict=True))
+
+
+def test_written_tensors_may_be_views_and_parameters(tmp_path):
+    """Tied, transposed and sliced tensors share memory, which safetensors refuses."""
+    base = torch.nn.Parameter(torch.randn(6, 4))
+    tensors = {"a": base, "tied": base, "transposed": base.T, "row": base[1]}
+    write_weights(tmp_path, tensors.items())
+    found = Checkpoint(tmp_path)
+    assert all(torch.equal(found.tensor(name), tensor) for name, tensor in tensors.items())
+
+
+def test_fingerprint_changes_with_any_tensor(tmp_path):
+    """One value of any tensor of a small file; and it does not depend on where the folder is."""
+    tensors = hub_layout()
+    write_weights(tmp_path / "a", tensors.items(), 1000)
+    write_weights(tmp_path / "elsewhere" / "b", tensors.items(), 1000)
+    first = weights_fingerprint(tmp_path / "a")
+    assert weights_fingerprint(tmp_path / "elsewhere" / "b") == first
+    (tmp_path / "a" / "config.json").write_text("{}")
+    assert weights_fingerprint(tmp_path / "a") == first
+    seen = {first}
+    for number, name in enumerate(tensors):
+        changed = tensors | {name: tensors[name].clone()}
+        changed[name].view(-1)[-1] += 1e-3
+        write_weights(tmp_path / str(number), changed.items(), 1000)
+        seen.add(weights_fingerprint(tmp_path / str(number)))
+    assert len(seen) == 1 + len(tensors)
+
+
+def test_fingerprint_of_a_large_file_sees_a_training_step(tmp_path):
+    """Above 4 MiB pieces are read; a step changes every value, and size, names and file names always count."""
+    values = torch.randn(3, 700_001)
+    write_weights(tmp_path / "a", {"x": values}.items())
+    write_weights(tmp_path / "stepped", {"x": values + 1e-3}.items())
+    write_weights(tmp_path / "renamed", {"y": values}.items())
+    write_weights(tmp_path / "shaped", {"x": values.view(-1)}.items())
+    write_weights(tmp_path / "longer", {"x": torch.cat([values, torch.zeros(3, 1)], 1)}.items())
+    prints = [weights_fingerprint(path) for path in sorted(tmp_path.iterdir())]
+    assert len(set(prints)) == 5
+
+
+def test_resolve_of_folders(teacher, tmp_path):
+    assert resolve(str(teacher)) == teacher
+    assert resolve("demo") == shipped("assets", "demo-teacher")
+    for name in (str(tmp_path), str(tmp_path / "missing"), "./missing", "~/missing", "a/b/c"):
+        with refused(name, "config.json"):
+            resolve(name)
+
+
+def test_resolve_of_what_the_hub_does_not_give():
+    """Tests are offline, so this is also what a machine without network says."""
+    with refused("nobody/nothing-of-this-name", "hub"):
+        resolve("nobody/nothing-of-this-name", "some-revision")
+
+
+@pytest.mark.parametrize(
+    "text", [None, "{", "{}", '{"model_type": "unheard_of"}'], ids=["missing", "broken", "empty", "unknown"]
+)
+def test_load_config_refuses_what_is_no_config(text, tmp_path):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with refused(tmp_path, "config.json"):
+        load_config(tmp_path)
+
+
+def test_load_model_gives_the_dtype_asked_for(teacher, prepared):
+    for folder in (teacher, prepared / "student-0"):
+        for dtype in (torch.float32, torch.bfloat16):
+            assert {p.dtype for p in load_model(folder, dtype).parameters()} == {dtype}
+
+
+def broken_copy(teacher: Path, folder: Path, change: str) -> Path:
+    write_config(folder, load_config(teacher))
+    content = (teacher / WEIGHTS).read_bytes()
+    if change != "no weights":
+        (folder / WEIGHTS).write_bytes({"cut short": content[: len(content) // 2], "garbage": b"garbage" * 9}[change])
+    return folder
+
+
+@pytest.mark.parametrize("change", ["no weights", "cut short", "garbage"])
+def test_load_model_refuses_broken_folders(teacher, tmp_path, change):
+    with refused(tmp_path / "model"):
+        load_model(broken_copy(teacher, tmp_path / "model", change), torch.float32)
+
+
+def test_load_model_refuses_weights_of_another_shape(teacher, tmp_path):
+    config = load_config(teacher)
+    config.moe_intermediate_size = 20
+    write_config(tmp_path, config)
+    (tmp_path / WEIGHTS).write_bytes((teacher / WEIGHTS).read_bytes())
+    with refused(tmp_path):
+        load_model(tmp_path, torch.float32)
+
+
+@pytest.mark.parametrize("missing", ["model.layers.1.self_attn.q_proj.weight", "model.norm.weight"])
+def test_load_model_refuses_missing_tensors(teacher, tmp_path, missing):
+    """transformers would fill them with random numbers and only warn."""
+    checkpoint = Checkpoint(teacher)
+    write_weights(tmp_path, ((name, checkpoint.tensor(name)) for name in checkpoint.files if name != missing))
+    write_config(tmp_path, load_config(teacher))
+    with refused(tmp_path, missing):
+        load_model(tmp_path, torch.float32)
+
+
+def test_config_is_written_whole(teacher, tmp_path):
+    write_config(tmp_path / "new", load_config(teacher))
+    theirs, mine = ({**load_config(folder).to_dict(), "_name_or_path": ""} for folder in (teacher, tmp_path / "new"))
+    assert mine == theirs
+
+
+def test_side_files_are_those_that_are_neither_config_nor_weights(tmp_path):
+    source, target = tmp_path / "a", tmp_path / "b"
+    source.mkdir()
+    target.mkdir()
+    copied = [
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "merges.txt",
+        "spiece.model",
+        "chat_template.jinja",
+        "generation_config.json",
+    ]
+    for name in [*copied, "config.json", INDEX, WEIGHTS, "compress.json", "training.json", "README.md"]:
+        (source / name).write_text(name)
+    (source / "folder.json").mkdir()
+    copy_side_files(source, target)
+    assert {p.name: p.read_text() for p in target.iterdir()} == {name: name for name in copied}

@@ -1,0 +1,271 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from megakd.config import RunConfig, apply_overrides, flatten, is_live, load_recipe, parse
+from megakd.errors import UserError
+from megakd.files import shipped
+
+LIVE = {
+    "logits.batch_size",
+    "optim.micro_batch",
+    "engine.ranks",
+    "checkpoint.every_steps",
+    "checkpoint.keep",
+    "eval.batch_size",
+    "log.every_steps",
+    "log.tensorboard",
+    "log.wandb",
+    "log.wandb_project",
+}
+
+
+def write(folder: Path, value: Any, name: str = "recipe.json") -> Path:
+    path = folder / name
+    path.write_text(value if isinstance(value, str) else json.dumps(value))
+    return path
+
+
+def error_of(folder: Path, value: Any, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_recipe(write(folder, value), overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def leaves(config: RunConfig) -> dict[str, Any]:
+    return dict(flatten(config.model_dump(mode="json")))
+
+
+def test_empty_recipe_is_the_documented_defaults(tmp_path):
+    config = load_recipe(write(tmp_path, {}))
+    assert config.model_copy(update={"engine": RunConfig().engine}) == RunConfig()
+    assert (config.compress.rank, config.data.sequence_length, config.data.tokens) == (64, 2048, 2_000_000_000)
+    assert (config.objective.alpha, config.objective.temperature, config.logits.temperatures) == (0.5, 2.0, (1.0, 2.0))
+    assert [stage.name for stage in config.stages] == ["all"]
+
+
+@pytest.mark.parametrize("path", sorted(shipped("launch/recipes", "").glob("*.json")), ids=lambda path: path.stem)
+def test_shipped_recipes_parse_and_read_back_what_they_dump(tmp_path, path):
+    config = load_recipe(path)
+    assert load_recipe(write(tmp_path, config.model_dump(mode="json"))) == config
+
+
+def test_overrides(tmp_path):
+    recipe = {"stages": [{"name": "a", "tokens": 3}, {"name": "b", "tokens": 4}], "optim": {"lr": 0.1}}
+    config = load_recipe(
+        write(tmp_path, recipe),
+        [
+            "stages.0.tokens=5",
+            'stages.1.lr_multipliers=[{"pattern": "x=y", "lr_multiplier": 0}]',
+            "optim.lr=1e-4",
+            "optim.betas=[0.8, 0.9]",
+            "model.student=null",
+            "model.teacher=Qwen/Qwen3-30B-A3B",
+            'data.subset="10"',
+            "data.split=train[:1%]=",
+            "data.tokens=2e9",
+            "log.tensorboard=false",
+            "seed=1",
+            "seed=2",
+            "name=",
+        ],
+    )
+    assert [(s.name, s.tokens) for s in config.stages] == [("a", 5), ("b", 4)]
+    rule = config.stages[1].lr_multipliers[0]
+    assert (rule.pattern, rule.lr_multiplier) == ("x=y", 0)
+    assert (config.optim.lr, config.optim.betas) == (1e-4, (0.8, 0.9))
+    assert (config.model.student, config.model.teacher) == (None, "Qwen/Qwen3-30B-A3B")
+    assert (config.data.subset, config.data.split, config.data.tokens) == ("10", "train[:1%]=", 2_000_000_000)
+    assert config.log.tensorboard is False and config.seed == 2 and config.name == ""
+
+
+def test_overrides_leave_their_input_alone():
+    raw = {"stages": [{"name": "a", "tokens": 3}]}
+    assert apply_overrides(raw, ["stages.0.tokens=5", "optim.lr=1"])["stages"][0]["tokens"] == 5
+    assert raw == {"stages": [{"name": "a", "tokens": 3}]}
+
+
+@pytest.mark.parametrize(
+    "override", ["optim.lr", "=3", "stages.7.tokens=5", "stages.x=5", "name.x=1", "stages.0.name.x=1"]
+)
+def test_bad_override_is_quoted(tmp_path, override):
+    assert repr(override) in error_of(tmp_path, {"name": "n", "stages": [{"name": "a", "tokens": 3}]}, override)
+
+
+@pytest.mark.parametrize(
+    "value, key, nearest",
+    [
+        ({"optm": {}}, "optm", "optim"),
+        ({"optim": {"learning_rate": 1}}, "optim.learning_rate", None),
+        ({"optim": {"weight_decy": 1}}, "optim.weight_decy", "weight_decay"),
+        ({"stages": [{"name": "a", "tokens": 1}, {"name": "b", "token": 1, "tokens": 1}]}, "stages.1.token", "tokens"),
+        (
+            {
+                "stages": [
+                    {"name": "a", "tokens": 1, "lr_multipliers": [{"patern": "x", "pattern": "x", "lr_multiplier": 1}]}
+                ]
+            },
+            "stages.0.lr_multipliers.0.patern",
+            "pattern",
+        ),
+    ],
+)
+def test_unknown_key_names_the_nearest(tmp_path, value, key, nearest):
+    message = error_of(tmp_path, value)
+    assert "recipe.json" in message and f"unknown key '{key}'" in message
+    assert f"did you mean '{nearest}'?" in message if nearest else "known keys are lr, betas, eps" in message
+
+
+def test_unknown_key_in_an_override_names_the_nearest(tmp_path):
+    assert "'objective.alhpa'" in error_of(tmp_path, {}, "objective.alhpa=1")
+    assert "did you mean 'alpha'?" in error_of(tmp_path, {}, "objective.alhpa=1")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "compress.rank=many",
+        "compress.rank=-4",
+        "compress.rank=0",
+        "compress.rank=2.5",
+        "objective.alpha=2",
+        "objective.alpha=-0.1",
+        "objective.temperature=0",
+        "objective.kind=magic",
+        "data.sequence_length=70000",
+        "data.holdout_fraction=0",
+        "data.tokens=1.5",
+        "data.tokens=Infinity",
+        "data.source=7",
+        "optim.lr=NaN",
+        "optim.betas=[0.9]",
+        "logits.temperatures=[1, 0]",
+        "logits.temperatures=1",
+        "model.dtype=int8",
+        "stages=[]",
+        "stages=x",
+        "log.wandb=maybe",
+        "optim=3",
+        "engine.deepspeed=[]",
+    ],
+)
+def test_wrong_value_names_file_and_key_and_value(tmp_path, override):
+    key, _, value = override.partition("=")
+    message = error_of(tmp_path, {}, override)
+    assert message.startswith(f"{tmp_path / 'recipe.json'}: {key}")
+    assert "required" in message or value.strip("[]").split(", ")[-1] in message
+
+
+def test_missing_key_and_the_number_of_other_faults(tmp_path):
+    assert "recipe.json: stages.0.tokens: field required" in error_of(tmp_path, {"stages": [{"name": "a"}]})
+    assert "(and 2 more)" in error_of(tmp_path, {"seed": -1, "compress": {"rank": 0}, "optim": {"lr": 0}})
+
+
+def test_stages_need_distinct_names_that_can_be_folders(tmp_path):
+    stage = {"name": "same", "tokens": 1}
+    assert "recipe.json: stages" in error_of(tmp_path, {"stages": [stage, {"name": "other", "tokens": 1}, stage]})
+    assert "'same'" in error_of(tmp_path, {"stages": [stage, stage]})
+    assert "stages.0.name" in error_of(tmp_path, {"stages": [{"name": "a/b", "tokens": 1}]})
+
+
+def test_broken_json_names_line_and_column(tmp_path):
+    assert "recipe.json:2:14: not valid JSON" in error_of(tmp_path, '{"seed": 1,\n "name": "x" "y"}')
+    assert "recipe.json:1:1: not valid JSON" in error_of(tmp_path, "")
+    with pytest.raises(UserError, match=r"none\.json: no such file"):
+        load_recipe(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("value", ["[]", "3", "null", '"text"'])
+def test_a_recipe_is_an_object(tmp_path, value):
+    assert "recipe.json: a recipe is a JSON object" in error_of(tmp_path, value)
+
+
+def test_a_section_that_is_none_is_an_error_whatever_overrides_it(tmp_path):
+    assert "engine" in error_of(tmp_path, {"engine": "zero3"})
+    assert "engine" in error_of(tmp_path, {"engine": "zero3"}, "engine.config=zero2")
+
+
+@pytest.mark.parametrize("name", ["zero0", "zero2", "zero3"])
+def test_deepspeed_file_is_copied_in_by_name(tmp_path, name):
+    config = load_recipe(write(tmp_path, {}), [f"engine.config={name}"])
+    assert config.engine.deepspeed == json.loads(shipped("ds_configs", f"{name}.json").read_text())
+    assert parse(config.model_dump(mode="json"), "again") == config
+
+
+def test_deepspeed_file_is_copied_in_by_path(tmp_path, monkeypatch):
+    (tmp_path / "deep").mkdir()
+    write(tmp_path / "deep", {"zero_optimization": {"stage": 1}}, "mine.json")
+    recipe = {"engine": {"config": "deep/mine.json"}}  # relative to the recipe
+    assert load_recipe(write(tmp_path, recipe)).engine.deepspeed == {"zero_optimization": {"stage": 1}}
+    monkeypatch.chdir(tmp_path / "deep")  # or to where we are
+    assert load_recipe(write(tmp_path, {}), ["engine.config=mine.json"]).engine.deepspeed == {
+        "zero_optimization": {"stage": 1}
+    }
+    absolute = f"engine.config={tmp_path / 'deep' / 'mine.json'}"
+    assert load_recipe(write(tmp_path, {}), [absolute]).engine.deepspeed == {"zero_optimization": {"stage": 1}}
+
+
+def test_deepspeed_copy_is_kept_until_another_file_is_named(tmp_path):
+    frozen = load_recipe(write(tmp_path, {"engine": {"config": "zero2"}})).model_dump(mode="json")
+    frozen["engine"]["deepspeed"]["mine"] = 1
+    assert load_recipe(write(tmp_path, frozen)).engine.deepspeed["mine"] == 1
+    assert "mine" not in load_recipe(write(tmp_path, frozen), ["engine.config=zero2"]).engine.deepspeed
+    assert load_recipe(write(tmp_path, {"engine": {"kind": "local"}})).engine.deepspeed is None
+
+
+def test_unknown_deepspeed_file_lists_the_known_ones(tmp_path):
+    message = error_of(tmp_path, {}, "engine.config=zero9")
+    assert "engine.config: 'zero9'" in message and "zero0, zero2, zero3" in message
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "{"])
+def test_deepspeed_file_that_is_no_object_is_named(tmp_path, content):
+    write(tmp_path, content, "mine.json")
+    assert "mine.json" in error_of(tmp_path, {}, "engine.config=mine.json")
+
+
+def test_live_fields_are_these():
+    assert {path for path in leaves(RunConfig()) if is_live(path)} == LIVE
+    assert not is_live("stages") and not is_live("engine.deepspeed.zero_optimization.stage")
+
+
+def test_fingerprint_changes_with_every_frozen_field_and_with_no_live_one():
+    tries = [True, False, 3, 7, 0.25, "truncated", "linear", "local", "online", "float32", [0.5, 0.75]]
+    tries += [[{"name": "b", "tokens": 3}], {"a": {"b": 1}}]
+    only_one_value = {"objective.kind"}
+    config = RunConfig()
+    for path in leaves(config):
+        for value in tries:
+            try:
+                changed = parse(apply_overrides(config.model_dump(mode="json"), [f"{path}={json.dumps(value)}"]), "")
+            except UserError:
+                continue
+            if leaves(changed) != leaves(config):
+                break
+        else:
+            assert path in only_one_value
+            continue
+        section, *_ = path.split(".")
+        moved = {name for name in RunConfig.model_fields if changed.fingerprint(name) != config.fingerprint(name)}
+        assert moved == (set() if path in LIVE else {section}), path
+        assert (changed.fingerprint() == config.fingerprint()) == (path in LIVE), path
+
+
+def test_fingerprint_is_a_function_of_the_values(tmp_path):
+    left = load_recipe(write(tmp_path, {"seed": 1, "optim": {"lr": 0.5, "eps": 1e-8}}))
+    right = load_recipe(write(tmp_path, {"optim": {"eps": 1e-8, "lr": 5e-1}, "seed": 1.0}))
+    assert left.fingerprint() == right.fingerprint()
+    assert left.fingerprint("model", "data") == right.fingerprint("data", "model") != left.fingerprint("model")
+
+
+def test_models_refuse_assignment():
+    config = RunConfig()
+    for section, name in ((config, "seed"), (config.optim, "lr"), (config.stages[0], "tokens"), (config.log, "wandb")):
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(section, name, 1)
+    assert config == RunConfig()

@@ -1,0 +1,293 @@
+import errno
+import fcntl
+import json
+import select
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megakd.errors import UserError
+from megakd.files import (
+    append_json,
+    digest,
+    locked,
+    publishing,
+    read_json,
+    read_json_lines,
+    remove,
+    sha256,
+    shipped,
+    write_json,
+)
+
+HOLD = """if True:
+    import sys
+    from pathlib import Path
+    from megakd.files import locked
+    with locked(Path(sys.argv[1])):
+        print("held", flush=True)
+        sys.stdin.read()
+"""
+
+
+def files(folder: Path) -> dict[str, str]:
+    return {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_file_appears_whole_at_the_end(tmp_path):
+    path = tmp_path / "deep" / "file"
+    with publishing(path) as temporary:
+        temporary.write_text("new")
+        assert not path.exists() and temporary.parent == path.parent
+    assert files(tmp_path) == {"deep/file": "new"}
+    with publishing(path) as temporary:
+        temporary.write_text("newer")
+        assert path.read_text() == "new"
+    assert files(tmp_path) == {"deep/file": "newer"}
+
+
+def test_a_folder_replaces_the_one_before(tmp_path):
+    for names in (["a", "b"], ["b", "c"]):
+        with publishing(tmp_path / "folder") as temporary:
+            temporary.mkdir()
+            before = files(tmp_path / "folder")
+            for name in names:
+                (temporary / name).write_text(name)
+            assert files(tmp_path / "folder") == before
+        assert files(tmp_path) == {f"folder/{name}": name for name in names}
+    with publishing(tmp_path / "folder" / "a") as temporary:
+        temporary.write_text("file")
+    with publishing(tmp_path / "folder" / "a") as temporary:  # and a file
+        temporary.mkdir()
+        (temporary / "inside").write_text("x")
+    assert files(tmp_path) == {"folder/a/inside": "x", "folder/b": "b", "folder/c": "c"}
+
+
+@pytest.mark.parametrize("error", [RuntimeError("ours"), KeyboardInterrupt(), UserError("theirs"), OSError("some")])
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_nothing_is_left_after_an_exception(tmp_path, kind, error):
+    path = tmp_path / "target"
+    write_json(path, 1)
+    with pytest.raises(type(error)) as caught, publishing(path) as temporary:
+        if kind == "folder":
+            temporary.mkdir()
+            (temporary / "half").write_text("half")
+        else:
+            temporary.write_text("half")
+        raise error
+    assert caught.value is error
+    assert files(tmp_path) == {"target": "1\n"} and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_writer_of_the_same_name_left_is_no_hindrance(tmp_path):
+    with publishing(tmp_path / "x") as temporary:
+        name = temporary.name
+        temporary.write_text("1")
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "old").write_text("old")
+    with publishing(tmp_path / "x") as temporary:
+        assert not temporary.exists()
+        temporary.write_text("2")
+    assert files(tmp_path) == {"x": "2"}
+
+
+def in_a_file(folder: Path) -> Path:
+    (folder / "file").write_text("")
+    return folder / "file" / "x.json"
+
+
+def below_a_file(folder: Path) -> Path:
+    return in_a_file(folder).parent / "deep" / "x.json"
+
+
+def at_a_folder(folder: Path) -> Path:
+    (folder / "folder" / "inside").mkdir(parents=True)
+    return folder / "folder"
+
+
+@pytest.mark.parametrize("place", [in_a_file, below_a_file, at_a_folder])
+@pytest.mark.parametrize("write", [write_json, append_json])
+def test_target_that_cannot_be_written_is_a_user_error(tmp_path, write: Callable, place: Callable):
+    path = place(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match="cannot be written") as caught:
+        write(path, {})
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_full_disk_is_a_user_error(tmp_path):
+    with pytest.raises(UserError, match="No space left") as caught, publishing(tmp_path / "x") as temporary:
+        temporary.write_text("half")
+        Path("/dev/full").write_text("more")  # as a write to the file itself would fail
+    assert str(tmp_path / "x") in str(caught.value) and list(tmp_path.iterdir()) == []
+    assert isinstance(caught.value.__cause__, OSError) and caught.value.__cause__.errno == errno.ENOSPC
+
+
+def test_remove_takes_what_is_there_but_not_what_a_link_points_to(tmp_path):
+    for name in ("file", "link", "broken", "none", "folder"):
+        (tmp_path / "kept").mkdir(exist_ok=True)
+        (tmp_path / "kept" / "x").write_text("x")
+        (tmp_path / "file").write_text("")
+        (tmp_path / "folder" / "deep").mkdir(parents=True, exist_ok=True)
+        for link, target in (("link", "kept"), ("broken", "nowhere")):
+            if not (tmp_path / link).is_symlink():
+                (tmp_path / link).symlink_to(target)
+        remove(tmp_path / name)
+        assert not (tmp_path / name).exists() and not (tmp_path / name).is_symlink()
+        assert (tmp_path / "kept" / "x").read_text() == "x"
+
+
+def test_json_round_trip(tmp_path):
+    value = {"b": [1, 2.5, None, True], "a": {"Grüße": "東京 🙂\n"}}
+    write_json(tmp_path / "x.json", value)
+    text = (tmp_path / "x.json").read_text(encoding="utf-8")
+    assert read_json(tmp_path / "x.json") == value == json.loads(text)
+    assert (
+        "東京" in text and text.endswith("}\n") and text.index('"b"') < text.index('"a"')
+    )  # readable, in the given order
+
+
+@pytest.mark.parametrize(
+    "content, place",
+    [(b'{"a": 1,\n  "b": }', ":2:8: not valid JSON"), (b"", ":1:1: not valid JSON"), (b'"\xff"', ": not valid JSON")],
+)
+def test_read_json_names_the_place(tmp_path, content, place):
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        read_json(tmp_path / "x.json")
+    assert str(caught.value).startswith(f"{tmp_path / 'x.json'}{place}") and "\n" not in str(caught.value)
+
+
+def test_read_json_of_no_file(tmp_path):
+    for path, reason in (
+        (tmp_path / "none.json", "no such file"),
+        (tmp_path, "cannot be read"),
+        (in_a_file(tmp_path), "cannot be read"),
+    ):
+        with pytest.raises(UserError, match=reason) as caught:
+            read_json(path)
+        assert str(path) in str(caught.value)
+
+
+def test_json_lines_round_trip(tmp_path):
+    path = tmp_path / "deep" / "x.jsonl"
+    assert read_json_lines(path) == []
+    rows = [{"step": 1, "note": "Grüße\n"}, {"step": 2}, [], 3]
+    for row in rows:
+        append_json(path, row)
+    assert read_json_lines(path) == rows and len(path.read_text(encoding="utf-8").splitlines()) == 4
+
+
+def test_a_last_line_cut_anywhere_is_left_out(tmp_path):
+    path = tmp_path / "x.jsonl"
+    first, last = b'{"step": 1}\n', '{"step": 2, "note": "Grüße"}'.encode()
+    for length in range(len(last)):  # in the middle of a character, too
+        path.write_bytes(first + last[:length])
+        assert read_json_lines(path) == [{"step": 1}], length
+    path.write_bytes(first + last)  # only the end of the line is missing
+    assert read_json_lines(path)[0] == {"step": 1}
+
+
+def test_appending_after_a_cut_line_spoils_no_row(tmp_path):
+    """A run that was killed while it wrote goes on: what it adds must not be glued to the half line."""
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "lo')
+    append_json(path, {"step": 2, "loss": 0.5})
+    append_json(path, {"step": 3})
+    assert read_json_lines(path) == [{"step": 1}, {"step": 2, "loss": 0.5}, {"step": 3}]
+
+
+def test_a_broken_line_in_the_middle_is_named(tmp_path):
+    path = tmp_path / "x.jsonl"
+    for content in (
+        '{"step": 1}\n{"step": 2, "lo\n{"step": 3}\n',
+        '{"step": 1}\nbroken\n',
+        '{"step": 1}\nbroken\n{"cut',
+    ):
+        path.write_text(content)
+        with pytest.raises(UserError, match=r"x\.jsonl:2: not valid JSON"):
+            read_json_lines(path)
+
+
+def test_sha256_is_that_of_coreutils(tmp_path):
+    (tmp_path / "x").write_bytes(bytes(range(256)) * 99)
+    listed = subprocess.run(["sha256sum", str(tmp_path / "x")], capture_output=True, text=True, check=True)
+    assert sha256(tmp_path / "x") == listed.stdout.split()[0]
+
+
+def test_digest_is_canonical():
+    assert digest({"a": 1, "b": [1, {"c": None, "d": "é"}]}) == digest({"b": [1, {"d": "é", "c": None}], "a": 1})
+    values = [
+        {},
+        [],
+        None,
+        0,
+        "0",
+        "",
+        {"a": 1},
+        {"a": 2},
+        {"a": "1"},
+        {"b": 1},
+        {"a": [1]},
+        [1, 2],
+        [2, 1],
+        {"a": {"b": 1}},
+    ]
+    assert len({digest(value) for value in values}) == len(values)
+    assert digest((1, 2)) == digest([1, 2])  # as JSON has it
+    assert digest({"a": 1}) == "015abd7f5cc57a2d"  # printf '{"a":1}' | sha256sum: fingerprints in old runs stay valid
+
+
+def held(path: Path) -> bool:
+    """Whether somebody holds the lock."""
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
+
+
+def test_locked_excludes_a_second_process_until_it_lets_go_or_dies(tmp_path):
+    path = tmp_path / "deep" / "lock"
+    for end in ("let go", "die"):
+        other = subprocess.Popen(
+            [sys.executable, "-c", HOLD, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        try:
+            assert other.stdout is not None and other.stdout.readline() == "held\n"
+            assert held(path)
+            if end == "let go":
+                other.communicate(timeout=60)
+                assert other.returncode == 0
+            else:
+                other.kill()
+                other.wait()
+        finally:
+            other.kill()
+            other.communicate()
+        with locked(path):  # would wait for ever
+            assert held(path)
+        assert not held(path)
+
+
+def test_locked_waits_for_the_holder(tmp_path):
+    """The second process says that it holds the lock only after the first has let go."""
+    path = tmp_path / "lock"
+    program = HOLD.replace("    with", "    print('begun', flush=True)\n    with")
+    with locked(path):
+        argv = [sys.executable, "-c", program, str(path)]
+        other = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+        assert other.stdout is not None and other.stdout.readline() == b"begun\n"
+        assert select.select([other.stdout], [], [], 0.2)[0] == []
+    output, _ = other.communicate(timeout=60)
+    assert output == b"held\n" and other.returncode == 0
+
+
+def test_shipped_files_are_found():
+    assert read_json(shipped("ds_configs", "zero3.json"))["zero_optimization"]["stage"] == 3
+    assert shipped("launch/recipes", "demo.json").is_file() and not shipped("ds_configs", "none.json").exists()

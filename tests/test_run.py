@@ -1,0 +1,173 @@
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megakd.errors import UserError
+from megakd.files import read_json, read_json_lines
+from megakd.run import Run
+
+RECIPE = {
+    "name": "test",
+    "model": {"teacher": "demo", "dtype": "float32"},
+    "stages": [{"name": "a", "tokens": 10}],
+    "engine": {"kind": "local"},
+}
+MADE = ("student-0", "data/tokens", "data/logits")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps(RECIPE))
+    return path
+
+
+@pytest.fixture
+def made(recipe: Path, tmp_path: Path) -> Run:
+    """A run with a file where the student, the tokens and the logits would be."""
+    run = Run.create(recipe, [], tmp_path / "runs" / "a")
+    for name in MADE:
+        run.path(name).mkdir(parents=True)
+        run.path(name, "file").write_text(name)
+    return run
+
+
+def history(run: Run) -> list[dict[str, Any]]:
+    return read_json_lines(run.path("history.jsonl"))
+
+
+def error_of(function: Callable[..., object], *arguments: object) -> str:
+    with pytest.raises(UserError) as caught:
+        function(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_create_and_open(recipe, tmp_path):
+    run = Run.create(recipe, ["optim.lr=0.5", "seed=3"], tmp_path / "deep" / "a")
+    assert (run.config.optim.lr, run.config.seed, run.config.name) == (0.5, 3, "test")
+    opened = Run.open(tmp_path / "deep" / "a")
+    assert opened.config == run.config and opened.folder == run.folder
+    assert read_json(run.path("config.json")) == run.config.model_dump(mode="json")  # in full, defaults too
+    [event] = history(run)
+    assert (event["event"], event["recipe"], event["overrides"]) == ("new", str(recipe), ["optim.lr=0.5", "seed=3"])
+    assert event["fingerprint"] == run.config.fingerprint()
+
+
+def test_the_recipe_is_read_once(recipe, tmp_path):
+    run = Run.create(recipe, [], tmp_path / "a")
+    recipe.write_text("{}")
+    assert Run.open(tmp_path / "a").config == run.config
+
+
+def test_shipped_recipe_by_name(tmp_path):
+    assert Run.create("demo", [], tmp_path / "a").config.name == "demo"
+    message = error_of(Run.create, "dmeo", [], tmp_path / "b")
+    assert "dmeo" in message and "demo" in message.replace("dmeo", "")
+
+
+def test_existing_run_is_refused_and_left_alone(recipe, made):
+    before = made.path("config.json").read_bytes()
+    assert str(made.folder) in error_of(Run.create, recipe, ["seed=9"], made.folder)
+    assert made.path("config.json").read_bytes() == before and len(history(made)) == 1
+
+
+def test_nothing_is_made_of_a_recipe_that_is_wrong(recipe, tmp_path):
+    error_of(Run.create, recipe, ["compress.rank=-1"], tmp_path / "a")
+    error_of(Run.create, tmp_path / "none.json", [], tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_missing_run_says_how_to_make_one(tmp_path):
+    message = error_of(Run.open, tmp_path / "none")
+    assert str(tmp_path / "none") in message and "megakd new" in message
+    assert str(tmp_path) in error_of(Run.open, tmp_path)
+    assert "config.json" in error_of(Run.create, tmp_path, [], tmp_path / "b")
+
+
+def test_live_override_is_written_and_recorded(made):
+    run = Run.open(made.folder, ["optim.micro_batch=4", "log.wandb=disabled", "eval.batch_size=8"])
+    assert (run.config.optim.micro_batch, run.config.log.wandb) == (4, "disabled")
+    assert Run.open(made.folder).config == run.config != made.config
+    assert run.config.fingerprint() == made.config.fingerprint()
+    event = history(run)[-1]
+    assert event["event"] == "change"
+    assert event["fields"] == {
+        "optim.micro_batch": [1, 4],
+        "log.wandb": ["offline", "disabled"],
+    }  # eval.batch_size was 8 already
+
+
+def test_override_that_changes_nothing_is_not_recorded(made):
+    before = made.path("config.json").read_bytes()
+    Run.open(made.folder, ["optim.micro_batch=1", "optim.lr=5e-5"])
+    assert len(history(made)) == 1 and made.path("config.json").read_bytes() == before
+
+
+def test_only_rank_0_writes(made, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert Run.open(made.folder, ["optim.micro_batch=4"]).config.optim.micro_batch == 4
+    assert Run.open(made.folder).config.optim.micro_batch == 1 and len(history(made)) == 1
+
+
+@pytest.mark.parametrize("override", ["optim.lr=0.1", "seed=5", "stages.0.tokens=11", "engine.config=zero2"])
+def test_frozen_override_is_refused_with_the_way_to_a_sibling(made, override):
+    before = made.path("config.json").read_bytes()
+    message = error_of(Run.open, made.folder, ["log.every_steps=3", override])
+    assert override.split("=")[0].split(".0")[0] in message and "frozen" in message
+    assert f"megakd new {made.folder}-2 --from {made.folder}" in message and override in message
+    assert made.path("config.json").read_bytes() == before and len(history(made)) == 1
+
+
+def test_wrong_override_names_the_file(made):
+    assert "config.json" in error_of(Run.open, made.folder, ["optim.micro_batch=0"])
+    assert "config.json" in error_of(Run.open, made.folder, ["optim.microbatch=2"])
+
+
+@pytest.mark.parametrize(
+    "overrides, linked",
+    [
+        ([], MADE),
+        (["optim.lr=0.1", "objective.alpha=1", "stages.0.tokens=5", "seed=1", "name=b"], MADE),
+        (["logits.batch_size=2"], MADE),  # live: the logits do not depend on it
+        (["logits.top_k=32"], ("student-0", "data/tokens")),
+        (["data.tokens=1000"], ("student-0",)),
+        (["compress.rank=8"], ("data/tokens", "data/logits")),
+        (["compress.rank=8", "logits.top_k=32"], ("data/tokens",)),
+        (["model.teacher=other"], ()),
+    ],
+)
+def test_sibling_links_what_its_changes_do_not_touch(made, tmp_path, overrides, linked):
+    sibling = Run.create(made.folder, overrides, tmp_path / "elsewhere" / "b")
+    for name in MADE:
+        assert sibling.path(name).exists() == (name in linked), name
+        if name in linked:
+            assert sibling.path(name, "file").read_text() == name and sibling.path(name).samefile(made.path(name))
+    assert [event["event"] for event in history(sibling)] == ["new", "link"]
+    assert history(sibling)[-1]["linked"] == list(linked)
+    assert not sibling.path("metrics.jsonl").exists()
+
+
+def test_sibling_of_a_sibling_outlives_it(made, tmp_path):
+    middle = Run.create(made.folder, ["seed=1"], tmp_path / "runs" / "b")
+    last = Run.create(middle.folder / "config.json", ["seed=2"], tmp_path / "runs" / "c")
+    shutil.rmtree(middle.folder)
+    assert last.path("data", "tokens", "file").read_text() == "data/tokens"
+    moved = (tmp_path / "runs").rename(tmp_path / "moved")  # links are relative
+    assert (moved / "c" / "student-0" / "file").read_text() == "student-0"
+
+
+def test_a_plain_recipe_links_nothing(recipe, made, tmp_path):
+    run = Run.create(recipe, [], tmp_path / "runs" / "b")
+    assert not run.path("student-0").exists() and not run.path("data").exists()
+
+
+def test_training_starts_at_the_given_student_or_the_compressed_one(recipe, tmp_path):
+    run = Run.create(recipe, [], tmp_path / "a")
+    assert run.student_folder == tmp_path / "a" / "student-0"
+    run = Run.create(recipe, [f"model.student={tmp_path / 'mine'}"], tmp_path / "b")
+    assert run.student_folder == tmp_path / "mine"
