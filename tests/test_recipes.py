@@ -37,7 +37,7 @@ def test_written_config_is_the_same_run(recipe: Path, tmp_path: Path):
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
 def test_rules_of_recipes_match_real_parameters(recipe: Path):
-    """On a student of the recipe's family and tying: Qwen3-30B-A3B has an untied head, the demo's teacher a tied one."""
+    """On a student with the recipe's tying: Qwen3-30B-A3B has an untied head, the demo's teacher a tied one."""
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -62,6 +62,7 @@ def main(run: Run, args: argparse.Namespace) -> None:
             samples = _with_targets(run, teacher[0], tokens, range(first, first + count), facts, world, progress)
             write_shard(target, name, samples, facts)
         progress.close()
+        run.record("generate-logits", part=part, worker=f"{world.rank}/{world.size}", shards=todo)
         missing = [name for name in tokens.names if finished(target, name, facts) is None]
         if missing:
             say(f"generate-logits {part}: this worker's share is done; {len(missing)} shards are left to others")

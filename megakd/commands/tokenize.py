@@ -20,7 +20,8 @@ from megakd.data.records import Sample
 from megakd.data.shards import finished, shard_name, write_manifest, write_shard
 from megakd.data.tokens import load_tokenizer, pack, tokenizer_facts
 from megakd.errors import UserError
-from megakd.log import Progress, short
+from megakd.files import read_json
+from megakd.log import Progress, say, short
 from megakd.models.hub import resolve
 from megakd.run import Run
 
@@ -56,6 +57,10 @@ def token_facts(data: DataConfig, part: str, tokenizer: dict[str, Any]) -> dict[
 def _tokenize_part(run: Run, part: str, budget: int, tokenizer: Any) -> None:
     data, folder = run.config.data, run.path("data", "tokens", part)
     facts = token_facts(data, part, tokenizer_facts(tokenizer))
+    manifest = folder / "manifest.json"
+    if manifest.exists() and read_json(manifest)["facts"] == facts:
+        say(f"tokenize {part}: finished")
+        return
     limit = -(-budget // data.sequence_length)
     per_shard = max(data.shard_tokens // data.sequence_length, 1)
     names: list[str] = []
@@ -81,7 +86,8 @@ def _tokenize_part(run: Run, part: str, budget: int, tokenizer: Any) -> None:
     write_manifest(folder, facts, names, **asdict(state))
     progress.close(f"{state.documents} documents, {short(state.text_bytes)}B of text, {len(names)} shards")
     if state.windows < limit:
-        run.record("tokenize", part=part, note=f"the source ended after {state.windows} of {limit} windows")
+        say(f"tokenize {part}: the source ended after {state.windows} of {limit} windows")
+    run.record("tokenize", part=part, documents=state.documents, windows=state.windows, wanted=limit)
 
 
 def _chain(first: Sample, rest: Iterator[Sample]) -> Iterator[Sample]:

@@ -36,7 +36,8 @@ def test_dense_export_is_the_student_in_plain_transformers(trained, tmp_path):
     megakd("export", trained, "--dense")
     ids = torch.randint(400, (3, 29), generator=torch.Generator().manual_seed(0))
     torch.save(ids, tmp_path / "ids.pt")
-    script = [sys.executable, "-c", STOCK, str(trained / "export-dense"), str(tmp_path / "ids.pt"), str(tmp_path / "out.pt")]
+    paths = [trained / "export-dense", tmp_path / "ids.pt", tmp_path / "out.pt"]
+    script = [sys.executable, "-c", STOCK, *map(str, paths)]
     done = subprocess.run(script, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     stock = torch.load(tmp_path / "out.pt", weights_only=True)
@@ -56,7 +57,8 @@ def test_compact_export_is_the_last_checkpoint(trained):
 
 
 def test_earlier_checkpoint_can_be_named(trained, tmp_path):
-    megakd("export", trained, "--checkpoint", trained / "checkpoints" / "experts" / "step-000003", "--out", tmp_path / "early")
+    checkpoint = trained / "checkpoints" / "experts" / "step-000003"
+    megakd("export", trained, "--checkpoint", checkpoint, "--out", tmp_path / "early")
     early = load_model(tmp_path / "early", torch.float32)
     start = load_model(trained / "student-0", torch.float32)
     frozen = early.model.embed_tokens.weight  # the first stage trains experts alone

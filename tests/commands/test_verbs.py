@@ -39,7 +39,8 @@ def test_stored_targets_are_the_teachers(prepared, teacher):
     sample = shards[5]
     batch = collate([sample], 32)
     with torch.no_grad():
-        logits = load_model(teacher, torch.float32)(batch.tokens, position_ids=batch.position_ids, use_cache=False).logits
+        model = load_model(teacher, torch.float32)
+        logits = model(batch.tokens, position_ids=batch.position_ids, use_cache=False).logits
     logp = logits[0].double().log_softmax(-1).numpy()
     targets = sample.targets
     assert targets is not None

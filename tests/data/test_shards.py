@@ -102,6 +102,7 @@ def test_tar_lists_the_members(written):
         f"{key}.{suffix}" for key in keys for suffix in ("tokens.npy", "starts.npy", "targets.mkd")
     ]
     assert listed.stderr == ""
+    assert (written / "shard-00002.tar").read_bytes().endswith(bytes(1024))  # the two empty blocks that end an archive
 
 
 def test_webdataset_opens_the_shards(written):
