@@ -46,9 +46,7 @@ def tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
-def teacher(
-    tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast, documents: list[str]
-) -> Path:
+def teacher(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> Path:
     """A Hugging Face folder: 2 layers of 4 experts, trained for some seconds so that it has something to teach."""
     return make_teacher(tmp_path_factory.mktemp("teacher"), tokenizer, documents, seed=0, steps=150)
 

@@ -288,6 +288,19 @@ def test_locked_waits_for_the_holder(tmp_path):
     assert output == b"held\n" and other.returncode == 0
 
 
+def test_locked_can_refuse_instead_of_waiting(tmp_path):
+    path = tmp_path / "lock"
+    with locked(path, otherwise="somebody trains here"):
+        with (
+            pytest.raises(UserError, match="somebody trains here") as caught,
+            locked(path, otherwise="somebody trains here"),
+        ):
+            pass
+        assert str(tmp_path) in str(caught.value) and held(path)
+    with locked(path, otherwise="somebody trains here"):
+        pass
+
+
 def test_shipped_files_are_found():
     assert read_json(shipped("ds_configs", "zero3.json"))["zero_optimization"]["stage"] == 3
     assert shipped("launch/recipes", "demo.json").is_file() and not shipped("ds_configs", "none.json").exists()

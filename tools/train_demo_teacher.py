@@ -16,7 +16,6 @@ import json
 import math
 import os
 import platform
-import sys
 import time
 from pathlib import Path
 
@@ -85,11 +84,11 @@ def main() -> None:
             saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "history": history, "step": done}
             torch.save(saved, state.with_suffix(".tmp"))
             os.replace(state.with_suffix(".tmp"), state)
-    model.to(torch.bfloat16).save_pretrained(args.out)
+    model.bfloat16().save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     state.unlink(missing_ok=True)
     report = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": f"python tools/train_demo_teacher.py OUT --steps {args.steps} --seed {args.seed}",
         "seed": args.seed,
         "versions": {
             "python": platform.python_version(),

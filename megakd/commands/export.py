@@ -57,7 +57,7 @@ def main(run: Run, args: argparse.Namespace) -> None:
         copy_side_files(source, temporary)
     size = sum(path.stat().st_size for path in target.glob("*.safetensors"))
     run.record("export", folder=str(target), source=str(source))
-    say(f"{target}: {config.architectures[0]}, {short(size)}B, from {source}")
+    say(f"{target}: {(config.architectures or ['?'])[0]}, {short(size)}B, from {source}")
 
 
 def dense_tensors(

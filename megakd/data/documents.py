@@ -9,6 +9,7 @@ import sysconfig
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from megakd.errors import UserError
 
@@ -154,6 +155,7 @@ def _from_hub(
     except Exception as error:  # the hub's own errors are many; every one of them means: this source cannot be read
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"data.source: cannot open {source!r} as a file or a hub data set: {reason}") from error
+    row: Any
     for row in rows.skip(skip):
         if text_field not in row:
             raise UserError(

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -54,7 +54,7 @@ def pack(documents: Iterable[tuple[int, list[int]]], sequence_length: int, skip_
         yield Window(np.array(buffer, np.int32), np.array(starts, np.int32), Cursor(index + 1, 0))
 
 
-def tokenizer_facts(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int | str]:
+def tokenizer_facts(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
     """What must be equal for token ids to mean the same: real vocabulary size, end token, hash of behaviour.
 
     The hash covers every (token, id) pair and the ids of probe texts, so that equal vocabularies with other

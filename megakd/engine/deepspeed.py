@@ -18,6 +18,7 @@ TAG = "state"
 class DeepSpeedEngine:
     def __init__(self, objective: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], world: World):
         self.world = world
+        self.engine: Any
         self.engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=config)
         self.optimizer = optimizer
 
@@ -32,7 +33,7 @@ class DeepSpeedEngine:
             self.engine.step()  # counts micro-batches, updates weights at the last one
             for name, value in {"total": report.total, **report.terms}.items():
                 sums[name] = sums.get(name, 0.0) + value.item()
-        grad_norm = self.engine.get_global_grad_norm()
+        grad_norm = self.engine.get_global_grad_norm() or 0.0
         reduced = sum_over_ranks(list(sums.values()), self.world.device)
         return StepReport(dict(zip(sums, reduced, strict=True)), float(grad_norm))
 

@@ -32,11 +32,17 @@ def deepspeed_config(config: RunConfig, ranks: int, windows: int) -> dict[str, A
         user.pop(key, None)
     micro = config.optim.micro_batch
     zero = {"stage": 0, **user.pop("zero_optimization", {})}
+    unset = [key for key, value in zero.items() if value == "auto"]
+    if unset:
+        raise UserError(
+            f'{config.engine.config} (DeepSpeed file): zero_optimization.{unset[0]} is "auto", which MegaKD does not '
+            "fill in; give a value, or delete it for DeepSpeed's default"
+        )
     return {
         "steps_per_print": 10**9,
+        "zero_allow_untested_optimizer": True,
         **user,
         "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": windows // (ranks * micro),
         "gradient_clipping": config.optim.clip_norm,

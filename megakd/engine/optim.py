@@ -86,7 +86,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
 def schedule(optim: OptimConfig, step: int, steps: int) -> float:
     """The factor of the learning rate at `step` of a stage of `steps`: linear warmup, then cosine, linear or constant.
 
-    Warmup takes at most half of the stage; the last step comes to `final_lr_ratio`.
+    Warmup takes at most half of the stage; after it, the last step comes to `final_lr_ratio` (but for `constant`).
     """
     warmup = min(optim.warmup_steps, steps // 2)
     if step < warmup:

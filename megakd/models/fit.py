@@ -69,7 +69,7 @@ def fit_shared_core(
     q, v = weights.new_zeros(experts, rows, rank), weights.new_zeros(experts, columns, rank)
     for e in range(experts):
         q[e], v[e] = truncated_svd(weights[e] - core, rank, start)
-    norms = weights.square().sum((1, 2))
+    norms = weights.square().sum((1, 2)).clamp(min=torch.finfo(weights.dtype).tiny)  # an expert of zeros has error 0
     errors = _errors(weights, core, u, s, q, v)
     done = 0
     while done < sweeps:

@@ -49,9 +49,16 @@ def load_model(folder: Path, dtype: torch.dtype) -> Any:
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
-    except (OSError, ValueError, SafetensorError) as error:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder}: not a model that transformers can load ({str(error).splitlines()[0]})") from error
+    model, info = loaded
+    if info["missing_keys"]:  # transformers would go on with random numbers in their place
+        missing = sorted(info["missing_keys"])
+        raise UserError(f"{folder}: {len(missing)} tensors of the model are missing, the first is {missing[0]}")
+    return model
 
 
 def load_config(folder: Path) -> Any:
@@ -90,7 +97,10 @@ class Checkpoint:
     def __init__(self, folder: Path):
         self.folder = folder
         if (folder / INDEX).exists():
-            self.files: dict[str, str] = read_json(folder / INDEX)["weight_map"]
+            index = read_json(folder / INDEX)
+            if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
+                raise UserError(f"{folder / INDEX}: no weight_map from tensor names to files in it")
+            self.files: dict[str, str] = index["weight_map"]
         elif (folder / WEIGHTS).exists():
             with self._open(WEIGHTS) as file:
                 self.files = dict.fromkeys(file.keys(), WEIGHTS)
@@ -101,7 +111,10 @@ class Checkpoint:
         if name not in self.files:
             raise UserError(f"{self.folder}: no tensor {name}")
         with self._open(self.files[name]) as file:
-            return file.get_tensor(name)
+            try:
+                return file.get_tensor(name)
+            except SafetensorError as error:
+                raise UserError(f"{self.folder / self.files[name]}: cannot give {name} ({error})") from error
 
     def experts(self, spec: MoESpec, config: Any, layer: int, projection: str) -> Tensor:
         """All experts' matrices of one projection, [E, d_out, d_in], from either layout; shapes are checked."""
@@ -109,6 +122,10 @@ class Checkpoint:
         if spec.per_expert.format(i=layer, e=0, p=projection) in self.files:
             names = [spec.per_expert.format(i=layer, e=e, p=projection) for e in range(config.num_experts)]
             matrices = [self.tensor(name) for name in names]
+            if spec.per_expert.format(i=layer, e=config.num_experts, p=projection) in self.files:
+                raise UserError(
+                    f"{self.folder}: layer {layer} has more experts than the {config.num_experts} of config.json"
+                )
         else:
             fused = (spec.fused_down if projection == "down" else spec.fused_gate_up).format(i=layer)
             stack = self.tensor(fused)

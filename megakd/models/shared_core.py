@@ -38,7 +38,9 @@ class SharedCoreExperts(nn.Module):
         self.act_fn = act_fn
         for projection in PROJECTIONS:
             for name, shape in wrapper_shapes(projection, experts, hidden, expert_hidden, rank).items():
-                self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+                # zero left factors: a new layer starts as its core, and gradients reach the left factors at once
+                factor = torch.zeros(shape) if name.endswith("_left") else torch.randn(shape) * shape[1] ** -0.5
+                self.register_parameter(name, nn.Parameter(factor))
 
     def forward(
         self, x_ND: Tensor, gate_NF: Tensor, up_NF: Tensor, expert_NA: Tensor, weight_NA: Tensor
@@ -60,17 +62,21 @@ class SharedCoreExperts(nn.Module):
             gate = self._gate_or_up("gate", expert, x, gate_NF[token])
             up = self._gate_or_up("up", expert, x, up_NF[token])
             h = self.act_fn(gate) * up
-            inner = h + (h @ self.input_wrapper_down_right[expert]) @ self.input_wrapper_down_left[expert].T
-            outer = (h @ self.output_wrapper_down_right[expert]) @ self.output_wrapper_down_left[expert].T
-            inner_NF = inner_NF.index_add(0, token, weight * inner)
-            outer_ND = outer_ND.index_add(0, token, weight * outer)
+            (u, v), (u_out, p) = self._factors("input", "down", expert), self._factors("output", "down", expert)
+            inner, outer = h + (h @ v) @ u.T, (h @ p) @ u_out.T
+            # under autocast the products are of another type than the sums
+            inner_NF = inner_NF.index_add(0, token, (weight * inner).to(inner_NF.dtype))
+            outer_ND = outer_ND.index_add(0, token, (weight * outer).to(outer_ND.dtype))
         return inner_NF, outer_ND
 
     def _gate_or_up(self, projection: str, expert: int, x: Tensor, core: Tensor) -> Tensor:
         """L C x + Q V^T x from core = C x, for one expert's rows."""
-        q, v = (getattr(self, f"input_wrapper_{projection}_{side}")[expert] for side in ("left", "right"))
-        u, s = (getattr(self, f"output_wrapper_{projection}_{side}")[expert] for side in ("left", "right"))
+        (q, v), (u, s) = self._factors("input", projection, expert), self._factors("output", projection, expert)
         return core + (core @ s) @ u.T + (x @ v) @ q.T
+
+    def _factors(self, wrapper: str, projection: str, expert: int) -> tuple[Tensor, Tensor]:
+        left, right = (getattr(self, f"{wrapper}_wrapper_{projection}_{side}") for side in ("left", "right"))
+        return left[expert], right[expert]
 
 
 class SharedCoreMoeBlock(nn.Module):
@@ -91,21 +97,23 @@ class SharedCoreMoeBlock(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         x_ND = hidden_states.reshape(-1, hidden_states.shape[-1])
         _, weight_NA, expert_NA = self.gate(x_ND)
-        gate_NF, up_NF = self.shared_core["gate_proj"](x_ND), self.shared_core["up_proj"](x_ND)
-        inner_NF, outer_ND = self.experts(x_ND, gate_NF, up_NF, expert_NA, weight_NA)
-        return (self.shared_core["down_proj"](inner_NF) + outer_ND).view_as(hidden_states)
+        core: Any = self.shared_core
+        inner_NF, outer_ND = self.experts(x_ND, core["gate_proj"](x_ND), core["up_proj"](x_ND), expert_NA, weight_NA)
+        return (core["down_proj"](inner_NF) + outer_ND).view_as(hidden_states)
 
 
 def dense_weight(tensors: dict[str, Tensor], projection: str, expert: int) -> Tensor:
-    """One expert's matrix [d_out, d_in] expanded, in float32.
+    """One expert's matrix [d_out, d_in] expanded, in float32 (float64 stays float64).
 
     tensors: the layer's factors by name (`shared_core.gate_proj.weight`, `experts.input_wrapper_gate_left`, …).
     """
 
-    def factor(wrapper: str, side: str) -> Tensor:
-        return tensors[f"experts.{wrapper}_wrapper_{projection}_{side}"][expert].float()
+    core = tensors[f"shared_core.{projection}_proj.weight"]
+    core = core.to(torch.promote_types(core.dtype, torch.float32))
 
-    core = tensors[f"shared_core.{projection}_proj.weight"].float()
+    def factor(wrapper: str, side: str) -> Tensor:
+        return tensors[f"experts.{wrapper}_wrapper_{projection}_{side}"][expert].to(core.dtype)
+
     inner = factor("input", "left") @ factor("input", "right").T
     outer = factor("output", "left") @ factor("output", "right").T
     # gate, up: L C + Q V^T with outer = U S^T, inner = Q V^T; down: C (I + inner) + outer

@@ -2,12 +2,10 @@
 
 from typing import Any
 
-import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
-from megakd.models.shared_core import SharedCoreExperts, SharedCoreMoeBlock
+from megakd.models.shared_core import SharedCoreMoeBlock
 
 
 class SharedCoreQwen3MoeConfig(Qwen3MoeConfig):
@@ -46,17 +44,6 @@ class SharedCoreQwen3MoeForCausalLM(Qwen3MoeForCausalLM):
                     config.hidden_act,
                 )
         self.post_init()
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)  # type: ignore[operator]
-        if isinstance(module, SharedCoreExperts):
-            for name, parameter in module.named_parameters():
-                # zero left factors: the layer starts as its core, and gradients reach the left factors at once
-                if name.endswith("_left"):
-                    nn.init.zeros_(parameter)
-                else:
-                    nn.init.normal_(parameter, std=self.config.initializer_range)
 
 
 AutoConfig.register(SharedCoreQwen3MoeConfig.model_type, SharedCoreQwen3MoeConfig)

@@ -22,7 +22,9 @@ def reference_token(teacher: Tensor, student: Tensor, ids: list[int], temperatur
     if tail == "truncated":
         mass = sum(p[i] for i in ids)
         return reference_kl([p[i] / mass for i in ids], [q[i] for i in ids])
-    return reference_kl([p[i] for i in ids] + [sum(p[i] for i in rest)], [q[i] for i in ids] + [sum(q[i] for i in rest)])
+    return reference_kl(
+        [p[i] for i in ids] + [sum(p[i] for i in rest)], [q[i] for i in ids] + [sum(q[i] for i in rest)]
+    )
 
 
 def example(shape: tuple[int, int, int], temperature: float, dtype: torch.dtype = torch.float64, seed: int = 0):
@@ -42,7 +44,9 @@ def example(shape: tuple[int, int, int], temperature: float, dtype: torch.dtype 
 def test_kl_matches_dense_reference(shape, temperature, tail):
     teacher, student, _, (ids, logprobs, log_tail, _) = example(shape, temperature)
     found = topk_kl(student, ids, logprobs, log_tail, temperature, tail)
-    expected = [reference_token(t, s, i.tolist(), temperature, tail) for t, s, i in zip(teacher, student, ids, strict=True)]
+    expected = [
+        reference_token(t, s, i.tolist(), temperature, tail) for t, s, i in zip(teacher, student, ids, strict=True)
+    ]
     assert torch.allclose(found, torch.tensor(expected, dtype=torch.float64), atol=1e-10)
     assert (found >= -1e-12).all()
 
@@ -73,7 +77,9 @@ def test_total_is_the_documented_formula():
     terms = distill_loss(student, labels, *rest, 0.3, 2.0, "ghost")
     ce = sum(-torch.log_softmax(s, 0)[label] for s, label in zip(student, labels, strict=True))
     kl = sum(reference_token(t, s, i.tolist(), 2.0, "ghost") for t, s, i in zip(teacher, student, rest[0], strict=True))
-    kl_t1 = sum(reference_token(t, s, i.tolist(), 1.0, "ghost") for t, s, i in zip(teacher, student, rest[0], strict=True))
+    kl_t1 = sum(
+        reference_token(t, s, i.tolist(), 1.0, "ghost") for t, s, i in zip(teacher, student, rest[0], strict=True)
+    )
     assert terms.total.item() == pytest.approx(float(0.7 * ce + 0.3 * 4 * kl), abs=1e-9)
     assert (terms.ce.item(), terms.kl.item(), terms.kl_t1.item()) == pytest.approx((float(ce), kl, kl_t1), abs=1e-9)
 
