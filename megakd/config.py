@@ -59,7 +59,7 @@ class DataConfig(Section):
 class LogitsConfig(Section):
     """What is kept of the teacher: the top_k tokens, and the mass of all others at each declared temperature."""
 
-    top_k: int = Field(64, ge=1)
+    top_k: int = Field(64, ge=1, le=65535)
     temperatures: tuple[Annotated[float, Field(gt=0)], ...] = (1.0, 2.0)
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     batch_size: int = live(8, ge=1)
@@ -159,8 +159,8 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
     if not isinstance(raw, dict):
         raise UserError(f"{path}: a recipe is a JSON object, not {type(raw).__name__}")
     overrides = list(overrides)
-    if any(item.startswith("engine.config=") for item in overrides):
-        raw.get("engine", {}).pop("deepspeed", None)  # the copy of the file that the override replaces
+    if any(item.startswith("engine.config=") for item in overrides) and isinstance(raw.get("engine"), dict):
+        raw["engine"] = {k: v for k, v in raw["engine"].items() if k != "deepspeed"}  # the copy that it replaces
     config = parse(apply_overrides(raw, overrides), str(path))
     names = [stage.name for stage in config.stages]
     for name in names:
@@ -176,7 +176,8 @@ def parse(raw: dict[str, Any], source: str) -> RunConfig:
     except ValidationError as error:
         first = error.errors()[0]
         path = ".".join(str(part) for part in first["loc"])
-        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        others = sum(e["type"] != "too_short" for e in error.errors()[1:])  # a broken list also counts as too short
+        more = f" (and {others} more)" if others else ""
         if first["type"] == "extra_forbidden":
             raise UserError(f"{source}: unknown key {path!r}{_nearest(first['loc'])}{more}") from None
         got = "" if first["type"] == "missing" else f", got {json.dumps(first['input'], default=str)[:80]}"
@@ -258,4 +259,7 @@ def _with_deepspeed(config: RunConfig, folder: Path) -> RunConfig:
     if not path.exists():
         known = ", ".join(sorted(p.stem for p in shipped("ds_configs", "").glob("*.json")))
         raise UserError(f"engine.config: {engine.config!r} is neither a file nor one of {known}")
-    return config.model_copy(update={"engine": engine.model_copy(update={"deepspeed": read_json(path)})})
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: a DeepSpeed file is a JSON object, not {type(content).__name__}")
+    return config.model_copy(update={"engine": engine.model_copy(update={"deepspeed": content})})

@@ -41,7 +41,7 @@ class Progress:
     def line(self, note: str = "") -> str:
         seconds = max(time.perf_counter() - self.start, 1e-9)
         rate = (self.done - self.before) / seconds
-        eta = clock((self.total - self.done) / rate) if rate > 0 else "?"
+        eta = clock(max(self.total - self.done, 0) / rate) if rate > 0 else "?"
         counts = f"{short(self.done)}/{short(self.total)} {self.unit}"
         share = min(self.done / self.total, 1)
         return f"{self.name}  {share:4.0%}  {counts}  {short(rate)} {self.unit}/s  ETA {eta}  {note}".rstrip()
@@ -151,7 +151,7 @@ def peak_memory_gb() -> float:
 def short(number: float) -> str:
     """1234567 → 1.23M, in three digits."""
     for limit, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= limit:
+        if abs(number) >= limit * 0.9995:
             return f"{number / limit:.3g}{suffix}"
     return f"{number:.3g}"
 

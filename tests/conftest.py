@@ -9,6 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported, which reads it once
+os.environ["OMP_NUM_THREADS"] = "1"  # inherited by every process that a test starts
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 import psutil
 import pytest
 import torch
@@ -19,9 +23,6 @@ from megakd.models.tiny import tiny_moe_config, train_tokenizer
 from megakd.run import Run
 
 ROOT = Path(__file__).parent.parent
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["OMP_NUM_THREADS"] = "1"  # inherited by every process that a test starts
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
 torch.set_num_threads(1)
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 8}

@@ -271,7 +271,9 @@ def was_launched() -> bool:
 
 def launch(run: Run) -> int:
     """Start launch/train.sh for this machine's ranks and pass signals on; its exit code."""
-    environment = {**os.environ, "PYTHON": sys.executable, "RANKS": str(run.config.engine.ranks)}
+    accelerator = os.environ.get("DS_ACCELERATOR") or ("cuda" if torch.cuda.is_available() else "cpu")
+    own = {"PYTHON": sys.executable, "RANKS": str(run.config.engine.ranks), "DS_ACCELERATOR": accelerator}
+    environment = {**os.environ, **own}
     process = subprocess.Popen(["bash", str(shipped("launch", "train.sh")), str(run.folder)], env=environment)
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, lambda n, _: process.send_signal(n))

@@ -4,12 +4,18 @@ import ast
 import glob
 import gzip
 import hashlib
+import io
 import json
 import sysconfig
+import zlib
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import zstandard
 
 from megakd.errors import UserError
 
@@ -96,28 +102,30 @@ def _files(source: str) -> list[Path]:
 
 def _from_files(files: list[Path], text_field: str) -> Iterator[str]:
     for path in files:
-        if path.name.endswith(".parquet"):
-            yield from _from_parquet(path, text_field)
-        elif path.name.endswith(".txt"):
-            yield from (part for part in path.read_text(encoding="utf-8").split("\n\n\n") if part.strip())
-        else:
-            yield from _from_jsonl(path, text_field)
+        try:
+            yield from _from_file(path, text_field)
+        except (EOFError, OSError, UnicodeDecodeError, zlib.error, zstandard.ZstdError, pyarrow.ArrowInvalid) as error:
+            raise UserError(f"{path}: cannot be read to its end: {error}") from error
+
+
+def _from_file(path: Path, text_field: str) -> Iterator[str]:
+    if path.name.endswith(".parquet"):
+        return _from_parquet(path, text_field)
+    if path.name.endswith(".txt"):
+        return (part for part in path.read_text(encoding="utf-8").split("\n\n\n") if part.strip())
+    return _from_jsonl(path, text_field)
 
 
 def _from_parquet(path: Path, text_field: str) -> Iterator[str]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path}: not a parquet file ({error})") from error
+    table = pyarrow.parquet.ParquetFile(path)
     if text_field not in table.schema_arrow.names:
-        raise UserError(
-            f"{path}: no column {text_field!r}; data.text_field may be {', '.join(table.schema_arrow.names)}"
-        )
+        names = ", ".join(table.schema_arrow.names)
+        raise UserError(f"{path}: no column {text_field!r}; data.text_field may be {names}")
+    kind = table.schema_arrow.field(text_field).type
+    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+        raise UserError(f"{path}: column {text_field!r} holds {kind}, not text")
     for batch in table.iter_batches(batch_size=256, columns=[text_field]):
-        yield from (text for text in batch.column(0).to_pylist() if text)
+        yield from (_encodable(text) for text in batch.column(0).to_pylist() if text)
 
 
 def _from_jsonl(path: Path, text_field: str) -> Iterator[str]:
@@ -129,20 +137,56 @@ def _from_jsonl(path: Path, text_field: str) -> Iterator[str]:
                 text = json.loads(line)[text_field]
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{path}:{number}: not a JSON object with a field {text_field!r}") from error
+            if text is not None and not isinstance(text, str):
+                raise UserError(f"{path}:{number}: field {text_field!r} holds {type(text).__name__}, not text")
             if text:
-                yield text
+                yield _encodable(text)
 
 
-def _open_text(path: Path):
+def _encodable(text: str) -> str:
+    """The text with lone surrogates, which JSON may hold and UTF-8 may not, as question marks."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _open_text(path: Path) -> Any:
     if path.name.endswith(".gz"):
         return gzip.open(path, "rt", encoding="utf-8")
     if path.name.endswith(".zst"):
-        import io
-
-        import zstandard
-
-        return io.TextIOWrapper(zstandard.ZstdDecompressor().stream_reader(path.open("rb")), encoding="utf-8")
+        return io.TextIOWrapper(_WholeZstd(path), encoding="utf-8")
     return path.open(encoding="utf-8")
+
+
+class _WholeZstd(io.RawIOBase):
+    """A zstd file as a stream that refuses to end inside a frame: zstandard's own reader ends there in silence."""
+
+    def __init__(self, path: Path):
+        self.file = path.open("rb")
+        self.decoder = zstandard.ZstdDecompressor().decompressobj()
+        self.ready = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self.ready:
+            data = self.decoder.unused_data if self.decoder.eof else b""
+            if self.decoder.eof:
+                data = data or self.file.read(1 << 20)
+                if not data:
+                    return 0
+                self.decoder = zstandard.ZstdDecompressor().decompressobj()
+            else:
+                data = self.file.read(1 << 20)
+                if not data:
+                    raise EOFError("the compressed data ends before its end marker")
+            self.ready = self.decoder.decompress(data)
+        count = min(len(buffer), len(self.ready))
+        buffer[:count], self.ready = self.ready[:count], self.ready[count:]
+        return count
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
 
 
 def _from_hub(
@@ -162,4 +206,4 @@ def _from_hub(
                 f"data.source: {source} has no column {text_field!r}; data.text_field may be {', '.join(row)}"
             )
         if row[text_field]:
-            yield row[text_field]
+            yield _encodable(row[text_field])

@@ -19,7 +19,7 @@ h1 { font-size: 1.6rem; }
 h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid #d0d7de; padding-bottom: .2rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 td, th { padding: .25rem .8rem; text-align: right; }
-td:first-child, th:first-child { text-align: left; }
+td:first-child, th:first-child { text-align: left; white-space: nowrap; }
 th { border-bottom: 2px solid #d0d7de; }
 tr:nth-child(even) { background: #f6f8fa; }
 img { max-width: 100%; }
@@ -139,6 +139,7 @@ def _compression(compress: dict[str, Any] | None) -> str:
                 layers, [means[layer, projection] for layer in layers], marker="o", markersize=3, label=projection
             )
         axes.set_ylim(bottom=0)
+        axes.xaxis.get_major_locator().set_params(integer=True)
 
     rows = [[str(layer), *(f"{means[layer, p]:.4f}" for p in projections)] for layer in layers]
     image = plot(f"relative weight error, rank {compress['rank']}, mean over experts", draw, "layer")

@@ -61,16 +61,19 @@ def topk_kl(
     truncated  the teacher renormalised over its K entries and zero elsewhere; biased towards them.
     """
     scaled_NV = logits_NV / temperature
-    log_z_N = scaled_NV.logsumexp(-1)
-    log_q_NK = scaled_NV.gather(-1, ids_NK) - log_z_N[:, None]
+    scaled_NK = scaled_NV.gather(-1, ids_NK)
     log_p_NK = logprobs_NK.to(scaled_NV.dtype) / temperature
     if tail == "truncated":
         log_p_NK = log_p_NK.log_softmax(-1)
+        log_q_NK = scaled_NK - scaled_NV.logsumexp(-1, keepdim=True)
         return (log_p_NK.exp() * (log_p_NK - log_q_NK)).sum(-1)
     log_tail_N = log_tail_N.to(scaled_NV.dtype)
     total_N = torch.logaddexp(log_p_NK.logsumexp(-1), log_tail_N)
     log_p_NK, log_tail_N = log_p_NK - total_N[:, None], log_tail_N - total_N
-    log_q_tail_N = scaled_NV.scatter(-1, ids_NK, -torch.inf).logsumexp(-1) - log_z_N
+    log_rest_N = scaled_NV.scatter(-1, ids_NK, -torch.inf).logsumexp(-1)
+    # the normaliser from its two parts: one pass over the vocabulary, not two
+    log_z_N = torch.logaddexp(scaled_NK.logsumexp(-1), log_rest_N)
+    log_q_NK, log_q_tail_N = scaled_NK - log_z_N[:, None], log_rest_N - log_z_N
     tail_N = log_tail_N.exp()
     # where the teacher has no tail (K = V) the bucket adds 0, whatever the student's -inf
     bucket_N = torch.where(tail_N > 0, tail_N * (log_tail_N - log_q_tail_N), 0.0)

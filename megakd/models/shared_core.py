@@ -49,24 +49,22 @@ class SharedCoreExperts(nn.Module):
 
         The caller applies the core of down_proj to the first, [N, F], and adds the second, [N, D].
         """
-        inner_NF = torch.zeros_like(gate_NF)
-        outer_ND = torch.zeros_like(x_ND)
         order_P = torch.argsort(expert_NA.flatten(), stable=True)
         token_P = order_P // expert_NA.shape[1]
-        weight_P = weight_NA.flatten()[order_P].to(x_ND.dtype)
+        weight_P1 = weight_NA.flatten()[order_P, None]
         counts = torch.bincount(expert_NA.flatten(), minlength=self.num_experts).tolist()
-        for expert, (token, weight) in enumerate(zip(token_P.split(counts), weight_P.split(counts), strict=True)):
-            if len(token) == 0:
-                continue
-            x, weight = x_ND[token], weight[:, None]
-            gate = self._gate_or_up("gate", expert, x, gate_NF[token])
-            up = self._gate_or_up("up", expert, x, up_NF[token])
-            h = self.act_fn(gate) * up
-            (u, v), (u_out, p) = self._factors("input", "down", expert), self._factors("output", "down", expert)
-            inner, outer = h + (h @ v) @ u.T, (h @ p) @ u_out.T
-            # under autocast the products are of another type than the sums
-            inner_NF = inner_NF.index_add(0, token, (weight * inner).to(inner_NF.dtype))
-            outer_ND = outer_ND.index_add(0, token, (weight * outer).to(outer_ND.dtype))
+        rows = zip(*(rows_ND[token_P].split(counts) for rows_ND in (x_ND, gate_NF, up_NF)), strict=True)
+        inner, outer = [], []
+        for expert, (x, gate, up) in enumerate(rows):
+            if len(x) > 0:
+                h = self.act_fn(self._gate_or_up("gate", expert, x, gate)) * self._gate_or_up("up", expert, x, up)
+                (u, v), (u_out, p) = self._factors("input", "down", expert), self._factors("output", "down", expert)
+                inner.append(h + (h @ v) @ u.T)
+                outer.append((h @ p) @ u_out.T)
+        # under autocast the products are of another type than the sums
+        inner_PF, outer_PD = torch.cat(inner) * weight_P1, torch.cat(outer) * weight_P1
+        inner_NF = torch.zeros_like(gate_NF).index_add(0, token_P, inner_PF.to(gate_NF.dtype))
+        outer_ND = torch.zeros_like(x_ND).index_add(0, token_P, outer_PD.to(x_ND.dtype))
         return inner_NF, outer_ND
 
     def _gate_or_up(self, projection: str, expert: int, x: Tensor, core: Tensor) -> Tensor:
