@@ -147,6 +147,15 @@ class RunConfig(Section):
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
 
+    @property
+    def windows_per_step(self) -> int:
+        """Windows of one optimizer step over all ranks."""
+        return self.optim.batch_tokens // self.data.sequence_length
+
+    def steps_of(self, stage: StageConfig) -> int:
+        """Optimizer steps of a stage: its tokens over the batch, rounded up."""
+        return -(-stage.tokens // self.optim.batch_tokens)
+
     def fingerprint(self, *sections: str) -> str:
         """A hash of the named sections without their live fields; of the whole run when none is named."""
         frozen = {path: v for path, v in flatten(self.model_dump(mode="json")) if not is_live(path)}

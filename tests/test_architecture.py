@@ -17,7 +17,7 @@ ORDER: tuple[set[str], ...] = (
     {"models", "losses"},
     {"objectives"},
     {"engine"},
-    {"evals"},
+    {"evals", "preflight"},
     {"commands"},
     {"cli"},
     {"__main__"},

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from megakd.config import flatten
 from megakd.data.shards import ShardSet
@@ -21,7 +20,7 @@ from megakd.engine.optim import assign_rules
 from megakd.errors import UserError
 from megakd.files import read_json
 from megakd.log import short, table
-from megakd.models.hub import Checkpoint, load_config, resolve
+from megakd.models.hub import Checkpoint, empty_model, load_config, resolve
 from megakd.run import Run
 
 
@@ -53,14 +52,10 @@ def main(args: argparse.Namespace) -> None:
 
 def describe_run(run: Run) -> str:
     """The run's stages; for each rule, how many parameters it got, their elements, and one of them."""
-    from transformers import AutoModelForCausalLM
-
     parts = [f"run {run.folder}: {run.config.name}, fingerprint {run.config.fingerprint()}"]
     if not (run.student_folder / "config.json").exists():
         return "\n".join([*parts, f"no student yet; run: megakd compress {run.folder}"])
-    config = load_config(run.student_folder)
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config)
+    model = empty_model(run.student_folder)
     for stage in run.config.stages:
         assigned = assign_rules(model, stage.lr_multipliers)
         rows = []

@@ -8,7 +8,7 @@ import argparse
 from typing import Any
 
 from megakd.log import short, table
-from megakd.models.hub import load_config, resolve
+from megakd.models.hub import empty_model, load_config, resolve
 from megakd.models.shared_core import PROJECTIONS, wrapper_shapes
 from megakd.models.spec import spec_for
 from megakd.run import Run
@@ -22,7 +22,8 @@ def sizes(run: Run) -> list[list[str]]:
     """Parameters and bytes of teacher and student, experts apart."""
     folder = resolve(run.config.model.teacher, run.config.model.revision)
     config = load_config(folder)
-    dense, compact, rest = parameter_counts(config, run.config.compress.rank, str(folder))
+    dense, compact = expert_parameters(config, run.config.compress.rank, str(folder))
+    rest = sum(p.numel() for p in empty_model(folder).parameters()) - dense
     width = 2 if run.config.model.dtype == "bfloat16" else 4
     student = compact + rest
     return [
@@ -39,11 +40,8 @@ def sizes(run: Run) -> list[list[str]]:
     ]
 
 
-def parameter_counts(config: Any, rank: int, place: str) -> tuple[int, int, int]:
-    """(teacher's experts, student's experts, all other parameters), counted on an empty model."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
+def expert_parameters(config: Any, rank: int, place: str) -> tuple[int, int]:
+    """Parameters in the teacher's experts, and in the student's."""
     spec = spec_for(config, place)
     layers, experts = len(spec.moe_layers(config)), config.num_experts
     dense = compact = 0
@@ -52,9 +50,7 @@ def parameter_counts(config: Any, rank: int, place: str) -> tuple[int, int, int]
         dense += layers * experts * rows * columns
         factors = wrapper_shapes(projection, experts, config.hidden_size, config.moe_intermediate_size, rank).values()
         compact += layers * (rows * columns + sum(e * n * r for e, n, r in factors))
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return dense, compact, sum(p.numel() for p in model.parameters()) - dense
+    return dense, compact
 
 
 def lengths(run: Run) -> list[list[str]]:
@@ -70,7 +66,7 @@ def lengths(run: Run) -> list[list[str]]:
         ["cache on disk", f"at most {short(stored * upper)}B ({upper} bytes a token before compression)"],
     ]
     for stage in config.stages:
-        steps = -(-stage.tokens // config.optim.batch_tokens)
+        steps = config.steps_of(stage)
         passes = stage.tokens / data.tokens
         rows.append(
             [

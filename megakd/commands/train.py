@@ -26,17 +26,16 @@ from megakd.data.batches import collate, prefetch, to_device
 from megakd.data.records import Batch
 from megakd.data.shards import ShardSet
 from megakd.data.stream import Stream, share
-from megakd.data.tokens import load_tokenizer, tokenizer_facts
 from megakd.dist import StopSignals, World, close_world, join_world, read_world, seed_step
 from megakd.engine.base import Engine
 from megakd.engine.checkpoint import Progress, Saved, check_ranks, published, rotate, save_checkpoint
 from megakd.engine.ds_json import deepspeed_config
-from megakd.engine.optim import assign_rules, build_optimizer, schedule
-from megakd.errors import UserError
-from megakd.files import locked, read_json, shipped
+from megakd.engine.optim import build_optimizer, schedule
+from megakd.files import locked, shipped
 from megakd.log import MetricLog, StageWatch, say
 from megakd.models.hub import copy_side_files, load_config, load_model, write_config
 from megakd.objectives.cached import CachedDistillation
+from megakd.preflight import check, check_world, was_launched
 from megakd.run import Run
 
 STOPPED = 85  # exit code: stopped by a signal, checkpoint saved; schedulers requeue on it
@@ -76,10 +75,8 @@ def train(run: Run, dataset: ShardSet, world: World, stop: StopSignals) -> bool:
         log = MetricLog(run.folder, run.config.log, run.config.name, *_identity(run), progress.step)
     try:
         for index, stage in enumerate(run.config.stages):
-            if saved is None or (saved.progress.stage, saved.progress.stage_step) < (
-                index,
-                stage_steps(run.config, stage),
-            ):
+            reached = (saved.progress.stage, saved.progress.stage_step) if saved else (0, 0)
+            if reached < (index, run.config.steps_of(stage)):
                 saved = train_stage(run, index, dataset, saved, world, stop, log)
             if stop.asked:
                 return False
@@ -94,7 +91,7 @@ def train_stage(
 ) -> Saved:
     """Stage `index`, to its end or a signal: exactly on from `saved` if it is of this stage, else from its weights."""
     config, stage = run.config, run.config.stages[index]
-    steps, start = stage_steps(config, stage), saved.weights if saved else run.student_folder
+    steps, start = config.steps_of(stage), saved.weights if saved else run.student_folder
     engine = build_engine(config, build_objective(config, start, dataset), stage, world)
     progress = saved.progress if saved else Progress()
     if saved and progress.stage == index:
@@ -112,7 +109,7 @@ def train_stage(
             stage=index,
             stage_step=progress.stage_step + 1,
             step=progress.step + 1,
-            samples=progress.samples + windows_per_step(config),
+            samples=progress.samples + config.windows_per_step,
             tokens=progress.tokens + step.tokens,
         )
         lr = (stage.lr or config.optim.lr) * factor
@@ -149,22 +146,12 @@ def stage_data(config: RunConfig, dataset: ShardSet, progress: Progress, steps: 
     """The remaining steps of a stage; the order is that of the data, whatever the number of ranks."""
     stream = Stream(len(dataset), config.seed)
     length = config.data.sequence_length
-    windows = windows_per_step(config)
+    windows = config.windows_per_step
     for step in range(steps - progress.stage_step):
         indices = stream.take(progress.samples + step * windows, windows)
         micro = share(indices, world.rank, world.size, config.optim.micro_batch)
         tokens = sum(dataset.entries[i].labels for i in indices)
         yield Step([collate([dataset[i] for i in part], length) for part in micro], tokens)
-
-
-def windows_per_step(config: RunConfig) -> int:
-    """Windows of one optimizer step over all ranks."""
-    return config.optim.batch_tokens // config.data.sequence_length
-
-
-def stage_steps(config: RunConfig, stage: StageConfig) -> int:
-    """Optimizer steps of a stage: its tokens over the batch, rounded up."""
-    return -(-stage.tokens // config.optim.batch_tokens)
 
 
 def build_objective(config: RunConfig, folder: Path, dataset: ShardSet) -> CachedDistillation:
@@ -188,85 +175,8 @@ def build_engine(config: RunConfig, objective: CachedDistillation, stage: StageC
         return LocalEngine(objective, optimizer, config.optim.clip_norm, config.model.dtype, world.device)
     from megakd.engine.deepspeed import DeepSpeedEngine
 
-    settings = deepspeed_config(config, world.size, windows_per_step(config))
+    settings = deepspeed_config(config, world.size, config.windows_per_step)
     return DeepSpeedEngine(objective, optimizer, settings, world)
-
-
-def check(run: Run) -> ShardSet:
-    """All that can be wrong before any rank starts: data, student, rules, ranks and checkpoint belong to this run."""
-    config, student = run.config, run.student_folder
-    if not (student / "config.json").exists():
-        raise UserError(f"{student}: no student here; run: megakd compress {run.folder}")
-    dataset = ShardSet(run.path("data", "logits", "train"))
-    _check_data(run, dataset)
-    with torch.device("meta"):
-        from transformers import AutoModelForCausalLM
-
-        skeleton: Any = AutoModelForCausalLM.from_config(load_config(student))
-    CachedDistillation(skeleton, config.objective, dataset.facts["vocab_size"], dataset.facts["temperatures"])
-    for stage in config.stages:
-        try:
-            assign_rules(skeleton, stage.lr_multipliers)
-        except UserError as error:
-            raise UserError(f"{run.folder}: stage {stage.name!r}: {error}") from error
-    if config.engine.kind == "deepspeed":
-        deepspeed_config(config, 1, 1)
-    if not was_launched():
-        ranks = config.engine.ranks if config.engine.kind == "deepspeed" else 1
-        check_world(config, World(0, ranks, torch.device("cpu")))
-        saved = next(reversed(published(run.path("checkpoints"))), None)
-        if saved and saved.progress.stage_step < stage_steps(config, config.stages[saved.progress.stage]):
-            check_ranks(saved, ranks)
-    return dataset
-
-
-def _check_data(run: Run, dataset: ShardSet) -> None:
-    """The logits come from the student's teacher, with the student's tokenizer, in windows of the run's length."""
-    config, student, facts = run.config, run.student_folder, dataset.facts
-    made_by, tokens = facts["teacher"], facts["tokens"]
-    teacher = {"id": config.model.teacher, "revision": config.model.revision, "weights": made_by["weights"]}
-    if (student / "compress.json").exists():
-        teacher = read_json(student / "compress.json")["teacher"]
-    if made_by != teacher:
-        raise UserError(
-            f"{dataset.folder}: logits made by {made_by['id']} (weights {made_by['weights']}), but the student comes "
-            f"from {teacher['id']} (weights {teacher['weights']}); run: megakd generate-logits RUN in a new run"
-        )
-    mine, theirs = tokenizer_facts(load_tokenizer(student)), tokens["tokenizer"]
-    if mine != theirs:
-        raise UserError(
-            f"{dataset.folder}: made with a tokenizer of {theirs['vocab_size']} entries ({theirs['hash']}), "
-            f"but {student} has one of {mine['vocab_size']} ({mine['hash']})"
-        )
-    length = config.data.sequence_length
-    if tokens["sequence_length"] != length:
-        raise UserError(
-            f"{dataset.folder}: windows of {tokens['sequence_length']} tokens, data.sequence_length is {length}"
-        )
-    if config.optim.batch_tokens % length:
-        raise UserError(
-            f"optim.batch_tokens: {config.optim.batch_tokens} is no multiple of data.sequence_length {length}"
-        )
-
-
-def check_world(config: RunConfig, world: World) -> None:
-    """The batch must divide among the ranks, and the local engine is one process."""
-    if config.engine.kind == "local" and world.size > 1:
-        raise UserError(
-            f"engine.kind: local is one process, this is a world of {world.size}; "
-            "set engine.kind=deepspeed in a new run"
-        )
-    windows = windows_per_step(config)
-    if windows % (world.size * config.optim.micro_batch):
-        raise UserError(
-            f"optim.batch_tokens: {windows} windows a step do not divide among {world.size} ranks x optim.micro_batch "
-            f"{config.optim.micro_batch}; change optim.micro_batch, engine.ranks or the batch"
-        )
-
-
-def was_launched() -> bool:
-    """Whether a launcher or srun started this process as one rank of several."""
-    return "RANK" in os.environ or read_world().size > 1
 
 
 def launch(run: Run) -> int:

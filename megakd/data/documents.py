@@ -152,7 +152,7 @@ def _open_text(path: Path) -> Any:
     if path.name.endswith(".gz"):
         return gzip.open(path, "rt", encoding="utf-8")
     if path.name.endswith(".zst"):
-        return io.TextIOWrapper(_WholeZstd(path), encoding="utf-8")
+        return io.TextIOWrapper(io.BufferedReader(_WholeZstd(path)), encoding="utf-8")
     return path.open(encoding="utf-8")
 
 

@@ -75,6 +75,15 @@ def load_config(folder: Path) -> Any:
         ) from error
 
 
+def empty_model(folder: Path) -> Any:
+    """The model of a folder without its weights (on the meta device): names and shapes of parameters, no memory."""
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(folder)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
 def weights_fingerprint(folder: Path) -> str:
     """A hash of a checkpoint that any training step changes: per file its name, size, header, and 64 spread pieces.
 

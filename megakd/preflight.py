@@ -1,0 +1,92 @@
+"""Refuse a run that cannot train as asked, before any rank starts: data, student, rules, ranks, checkpoint."""
+
+import os
+
+import torch
+
+from megakd.config import RunConfig
+from megakd.data.shards import ShardSet
+from megakd.data.tokens import load_tokenizer, tokenizer_facts
+from megakd.dist import World, read_world
+from megakd.engine.checkpoint import check_ranks, published
+from megakd.engine.ds_json import deepspeed_config
+from megakd.engine.optim import assign_rules
+from megakd.errors import UserError
+from megakd.files import read_json
+from megakd.models.hub import empty_model
+from megakd.objectives.cached import CachedDistillation
+from megakd.run import Run
+
+
+def check(run: Run) -> ShardSet:
+    """All that can be wrong before any rank starts: data, student, rules, ranks and checkpoint belong to this run."""
+    config, student = run.config, run.student_folder
+    if not (student / "config.json").exists():
+        raise UserError(f"{student}: no student here; run: megakd compress {run.folder}")
+    dataset = ShardSet(run.path("data", "logits", "train"))
+    _check_data(run, dataset)
+    skeleton = empty_model(student)
+    CachedDistillation(skeleton, config.objective, dataset.facts["vocab_size"], dataset.facts["temperatures"])
+    for stage in config.stages:
+        try:
+            assign_rules(skeleton, stage.lr_multipliers)
+        except UserError as error:
+            raise UserError(f"{run.folder}: stage {stage.name!r}: {error}") from error
+    if config.engine.kind == "deepspeed":
+        deepspeed_config(config, 1, 1)
+    if not was_launched():
+        ranks = config.engine.ranks if config.engine.kind == "deepspeed" else 1
+        check_world(config, World(0, ranks, torch.device("cpu")))
+        saved = next(reversed(published(run.path("checkpoints"))), None)
+        if saved and saved.progress.stage_step < config.steps_of(config.stages[saved.progress.stage]):
+            check_ranks(saved, ranks)
+    return dataset
+
+
+def _check_data(run: Run, dataset: ShardSet) -> None:
+    """The logits come from the student's teacher, with the student's tokenizer, in windows of the run's length."""
+    config, student, facts = run.config, run.student_folder, dataset.facts
+    made_by, tokens = facts["teacher"], facts["tokens"]
+    teacher = {"id": config.model.teacher, "revision": config.model.revision, "weights": made_by["weights"]}
+    if (student / "compress.json").exists():
+        teacher = read_json(student / "compress.json")["teacher"]
+    if made_by != teacher:
+        raise UserError(
+            f"{dataset.folder}: logits made by {made_by['id']} (weights {made_by['weights']}), but the student comes "
+            f"from {teacher['id']} (weights {teacher['weights']}); run: megakd generate-logits RUN in a new run"
+        )
+    mine, theirs = tokenizer_facts(load_tokenizer(student)), tokens["tokenizer"]
+    if mine != theirs:
+        raise UserError(
+            f"{dataset.folder}: made with a tokenizer of {theirs['vocab_size']} entries ({theirs['hash']}), "
+            f"but {student} has one of {mine['vocab_size']} ({mine['hash']})"
+        )
+    length = config.data.sequence_length
+    if tokens["sequence_length"] != length:
+        raise UserError(
+            f"{dataset.folder}: windows of {tokens['sequence_length']} tokens, data.sequence_length is {length}"
+        )
+    if config.optim.batch_tokens % length:
+        raise UserError(
+            f"optim.batch_tokens: {config.optim.batch_tokens} is no multiple of data.sequence_length {length}"
+        )
+
+
+def check_world(config: RunConfig, world: World) -> None:
+    """The batch must divide among the ranks, and the local engine is one process."""
+    if config.engine.kind == "local" and world.size > 1:
+        raise UserError(
+            f"engine.kind: local is one process, this is a world of {world.size}; "
+            "set engine.kind=deepspeed in a new run"
+        )
+    windows = config.windows_per_step
+    if windows % (world.size * config.optim.micro_batch):
+        raise UserError(
+            f"optim.batch_tokens: {windows} windows a step do not divide among {world.size} ranks x optim.micro_batch "
+            f"{config.optim.micro_batch}; change optim.micro_batch, engine.ranks or the batch"
+        )
+
+
+def was_launched() -> bool:
+    """Whether a launcher or srun started this process as one rank of several."""
+    return "RANK" in os.environ or read_world().size > 1
