@@ -38,7 +38,12 @@ def test_killed_training_goes_on_as_if_nothing_had_happened(sibling, engine):
 @pytest.mark.parametrize("engine", [["engine.kind=local"], ["engine.kind=deepspeed", "engine.ranks=2"]])
 def test_signal_saves_a_checkpoint_and_leaves_with_85(sibling, engine):
     """Through the launcher too: the process that the user started passes the signal on to all ranks."""
-    undisturbed, stopped = sibling(*engine), sibling(*engine)
+    longer = [
+        *engine,
+        "stages.1.tokens=20480",
+        "checkpoint.every_steps=20",
+    ]  # 44 steps: time enough for the signal to arrive
+    undisturbed, stopped = sibling(*longer), sibling(*longer)
     megakd("train", undisturbed.folder)
     process = subprocess.Popen(command("train", stopped.folder), stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None

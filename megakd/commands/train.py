@@ -17,8 +17,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 
 from megakd.config import RunConfig, StageConfig
@@ -180,13 +182,23 @@ def build_engine(config: RunConfig, objective: CachedDistillation, stage: StageC
 
 
 def launch(run: Run) -> int:
-    """Start launch/train.sh for this machine's ranks and pass signals on; its exit code."""
+    """Start launch/train.sh for this machine's ranks; its exit code. SIGTERM and SIGUSR1 go to the ranks themselves.
+
+    DeepSpeed's launchers would end at the first signal and leave the ranks behind, or kill them before they saved.
+    """
     accelerator = os.environ.get("DS_ACCELERATOR") or ("cuda" if torch.cuda.is_available() else "cpu")
     own = {"PYTHON": sys.executable, "RANKS": str(run.config.engine.ranks), "DS_ACCELERATOR": accelerator}
     environment = {**os.environ, **own}
     process = subprocess.Popen(["bash", str(shipped("launch", "train.sh")), str(run.folder)], env=environment)
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, lambda n, _: process.send_signal(n))
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        for child in psutil.Process(process.pid).children(recursive=True):
+            words = child.cmdline()
+            if words[-3:-1] == ["megakd", "train"] and not any("deepspeed.launcher" in word for word in words):
+                child.send_signal(signal.SIGUSR1)
+
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, pass_on)
     return process.wait()
 
 

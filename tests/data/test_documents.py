@@ -244,3 +244,19 @@ def test_hub_source_that_cannot_be_reached_is_one_line():
     )
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 1 and "'nobody/no-such-data-set'" in done.stdout
+
+
+def test_hub_data_sets_stream_through_datasets(tmp_path, monkeypatch):
+    """The hub's own reader on a folder in its layout: `load_dataset(streaming=True)`, with and without a skip."""
+    import pyarrow
+    import pyarrow.parquet
+
+    from megakd.data.documents import _from_hub
+
+    (tmp_path / "data").mkdir()
+    texts = [f"document {i}" for i in range(7)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "data" / "train-00000.parquet")
+    for streaming in (True, False):
+        for skip in (0, 3):
+            found = list(_from_hub(str(tmp_path), None, "train", "text", streaming, skip))
+            assert found == texts[skip:], (streaming, skip)
