@@ -53,12 +53,9 @@ def join_world() -> World:
     # launcher sets LOCAL_SIZE, so it is overwritten. The op's build is skipped too: a killed build leaves a lock that
     # hangs every later run.
     os.environ["LOCAL_SIZE"] = "0"
-    for name, value in {
-        "RANK": world.rank,
-        "WORLD_SIZE": world.size,
-        "LOCAL_RANK": world.rank if world.size == 1 else 0,
-    }.items():
-        os.environ.setdefault(name, str(value))
+    os.environ.setdefault("RANK", str(world.rank))
+    os.environ.setdefault("WORLD_SIZE", str(world.size))
+    os.environ["LOCAL_RANK"] = str(world.device.index or 0)  # DeepSpeed takes it for the number of the GPU
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(free_port())

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from transformers import PreTrainedTokenizerFast, Qwen3MoeForCausalLM
 
 from megakd.data.documents import python_documents
+from megakd.data.shards import ShardSet
 from megakd.models.tiny import tiny_moe_config, train_tokenizer
 from megakd.run import Run
 
@@ -127,6 +128,14 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> Path:
     for verb in ("compress", "tokenize", "generate-logits"):
         megakd(verb, folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def dataset(prepared: Path) -> Iterator[ShardSet]:
+    """The training samples of `prepared`, with their targets."""
+    shards = ShardSet(prepared / "data" / "logits" / "train")
+    yield shards
+    shards.close()
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,6 @@ from megakd.run import Run
 from tests.conftest import files
 
 WORLD = World(0, 1, torch.device("cpu"))
-
-
-@pytest.fixture(scope="module")
-def dataset(prepared) -> Iterator[ShardSet]:
-    shards = ShardSet(prepared / "data" / "logits" / "train")
-    yield shards
-    shards.close()
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,4 @@
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,6 @@ RULES = (
     LrRule(pattern="embed_tokens|layers.0.self_attn", lr_multiplier=0.0),
     LrRule(pattern="wrapper", lr_multiplier=0.5),
 )
-
-
-@pytest.fixture(scope="module")
-def dataset(prepared) -> Iterator[ShardSet]:
-    shards = ShardSet(prepared / "data" / "logits" / "train")
-    yield shards
-    shards.close()
 
 
 @pytest.fixture(scope="module")

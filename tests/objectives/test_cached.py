@@ -1,6 +1,5 @@
 import copy
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,13 +17,6 @@ from megakd.objectives.cached import CachedDistillation
 
 VOCABULARY, TEMPERATURES = 400, [1.0, 2.0]
 LENGTH = 37  # longer than the run's windows of 32, so that every row ends in padding
-
-
-@pytest.fixture(scope="module")
-def dataset(prepared) -> Iterator[ShardSet]:
-    shards = ShardSet(prepared / "data" / "logits" / "train")
-    yield shards
-    shards.close()
 
 
 @pytest.fixture(scope="module")
