@@ -16,8 +16,8 @@ from tests.conftest import files, make_teacher, megakd
 
 
 @pytest.fixture
-def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """fails("train", run): runs the command line, checks exit 2 and a single line, returns it."""
+def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., str]:
+    """fails("train", run): runs the command line, checks exit 2, a single line and no half-written file; the line."""
 
     def check(*argv: object) -> str:
         monkeypatch.setattr(sys, "argv", ["megakd", *map(str, argv)])
@@ -27,6 +27,8 @@ def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
         errors = capsys.readouterr().err
         assert ended.value.code == 2, errors
         assert errors.count("\n") == 1 and errors.startswith("megakd: "), errors
+        assert not [path for path in tmp_path.rglob("*") if ".tmp" in path.name]
+        assert not list(tmp_path.rglob("checkpoints")) and not list(tmp_path.rglob("metrics.jsonl"))
         return errors
 
     return check

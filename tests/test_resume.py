@@ -81,17 +81,19 @@ def test_checkpoint_of_another_number_of_ranks_is_refused(sibling):
     assert "saved by 1 ranks, this is a world of 2" in message
 
 
-def test_killed_capture_gives_the_same_bytes(prepared, recipe, tmp_path):
-    run = tmp_path / "run"
-    megakd("new", run, "--from", prepared)
-    (run / "data" / "logits").unlink()
-    target = run / "data" / "logits"
-    assert kill_when(["generate-logits", run], lambda: (target / "train" / "shard-00000.json").exists())
-    left = {p.name for p in target.rglob("*.json")}
-    assert "shard-00003.json" not in left, "the kill came too late to test anything"
-    megakd("generate-logits", run)
-    assert files(target).keys() >= files((prepared / "data" / "logits").resolve()).keys()
-    for name, content in files((prepared / "data" / "logits").resolve()).items():
+def test_killed_capture_gives_the_same_bytes(prepared, tmp_path):
+    """Window by window, so that there is time to kill it; the run that is not disturbed does the same."""
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    for run in (undisturbed, killed):
+        megakd("new", run, "--from", prepared)
+        (run / "data" / "logits").unlink()
+    megakd("generate-logits", undisturbed, "logits.batch_size=1")
+    target = killed / "data" / "logits"
+    verb = ["generate-logits", killed, "logits.batch_size=1"]
+    assert kill_when(verb, lambda: (target / "train" / "shard-00000.json").exists())
+    assert not (target / "train" / "shard-00003.json").exists(), "the kill came too late to test anything"
+    megakd(*verb)
+    for name, content in files(undisturbed / "data" / "logits").items():
         assert (target / name).read_bytes() == content, name
 
 
@@ -107,17 +109,20 @@ def test_two_workers_capture_what_one_does(prepared, tmp_path):
     assert files(run / "data" / "logits") == files((prepared / "data" / "logits").resolve())
 
 
-def test_killed_compression_gives_the_same_bytes(prepared, recipe, tmp_path):
-    run = tmp_path / "run"
-    megakd("new", run, "--from", recipe)
-    killed = kill_when(["compress", run], lambda: any((run / "compress").glob("*.safetensors")))
-    assert killed and not (run / "student-0").exists()
+def test_killed_compression_gives_the_same_bytes(recipe, tmp_path):
+    """One worker, killed, then two; against one that was left alone. Many sweeps, so that there is time to kill it."""
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    for run in (undisturbed, killed):
+        megakd("new", run, "--from", recipe, "compress.sweeps=150", "compress.tolerance=0")
+    megakd("compress", undisturbed)
+    assert kill_when(["compress", killed], lambda: any((killed / "compress").glob("*.safetensors")))
+    assert not (killed / "student-0").exists(), "the kill came too late to test anything"
     workers = [
-        subprocess.Popen(command("compress", run), env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"})
+        subprocess.Popen(command("compress", killed), env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"})
         for rank in range(2)
     ]
     assert [worker.wait() for worker in workers] == [0, 0]
-    assert files(run / "student-0") == files(prepared / "student-0")
+    assert files(killed / "student-0") == files(undisturbed / "student-0")
 
 
 def test_killed_tokenizing_gives_the_same_bytes(prepared, recipe, tmp_path):
