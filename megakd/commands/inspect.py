@@ -101,8 +101,9 @@ def _describe_sample(shards: ShardSet) -> str:
 
 
 def _token_text(shards: ShardSet) -> Any:
+    teacher = shards.facts["teacher"]
     try:
-        tokenizer = load_tokenizer(resolve(shards.facts["teacher"]["id"], shards.facts["teacher"]["revision"]))
+        tokenizer = load_tokenizer(resolve(teacher["id"], teacher["revision"], weights=False))
     except UserError:
         return lambda token: f"#{token}"
     return lambda token: repr(tokenizer.decode([int(token)]))

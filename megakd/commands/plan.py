@@ -20,7 +20,7 @@ def main(run: Run, args: argparse.Namespace) -> None:
 
 def sizes(run: Run) -> list[list[str]]:
     """Parameters and bytes of teacher and student, experts apart."""
-    folder = resolve(run.config.model.teacher, run.config.model.revision)
+    folder = resolve(run.config.model.teacher, run.config.model.revision, weights=False)
     config = load_config(folder)
     dense, compact = expert_parameters(config, run.config.compress.rank, str(folder))
     rest = sum(p.numel() for p in empty_model(folder).parameters()) - dense

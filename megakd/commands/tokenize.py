@@ -42,7 +42,7 @@ class State:
 
 
 def main(run: Run, args: argparse.Namespace) -> None:
-    folder = resolve(run.config.model.teacher, run.config.model.revision)
+    folder = resolve(run.config.model.teacher, run.config.model.revision, weights=False)
     tokenizer = load_tokenizer(folder)
     for part, budget in (("holdout", run.config.data.holdout_tokens), ("train", run.config.data.tokens)):
         _tokenize_part(run, part, budget, tokenizer)

@@ -21,8 +21,11 @@ SHARD_BYTES = 2 * 2**30
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-def resolve(name: str, revision: str | None = None) -> Path:
-    """The folder of a model: itself, the shipped `demo`, or a download of a hub id. UserError when it is none."""
+def resolve(name: str, revision: str | None = None, weights: bool = True) -> Path:
+    """The folder of a model: itself, the shipped `demo`, or a download of a hub id. UserError when it is none.
+
+    weights: False downloads configuration and tokenizer alone.
+    """
     if name == "demo":
         return shipped("assets", "demo-teacher")
     if (Path(name) / "config.json").exists():
@@ -32,7 +35,7 @@ def resolve(name: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = ["*.json", "*.safetensors", "*.txt", "*.model"]
+        patterns = ["*.json", "*.txt", "*.model", "*.jinja", *(["*.safetensors"] if weights else [])]
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub's errors are many; each means that this model cannot be had
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
