@@ -168,6 +168,14 @@ def test_frozen_field(fails, sibling):
     assert files(run.folder) == before
 
 
+def test_more_entries_than_the_vocabulary_has(fails, sibling):
+    run, donor = sibling("logits.top_k=401"), sibling()
+    if not run.path("data", "tokens").exists():
+        run.path("data", "tokens").symlink_to(donor.path("data", "tokens").resolve())
+    assert "logits.top_k: 401 exceeds the vocabulary of 400" in fails("generate-logits", run.folder)
+    assert not run.path("data", "logits").exists()
+
+
 def test_nan_weights(fails, recipe, teacher, tmp_path):
     import torch
     from safetensors.torch import load_file, save_file

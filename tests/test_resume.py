@@ -58,6 +58,15 @@ def test_signal_saves_a_checkpoint_and_leaves_with_85(sibling, engine):
     assert metrics(stopped.folder) == metrics(undisturbed.folder)
 
 
+def test_rotation_does_not_take_away_what_later_checkpoints_need(sibling):
+    """With one checkpoint kept, the stage before is gone when the second save of a stage describes its weights."""
+    run = sibling("checkpoint.every_steps=1", "checkpoint.keep=1")
+    megakd("train", run.folder)
+    assert [p.name for p in run.path("checkpoints").glob("*/*")] == ["step-000010"]
+    assert len(metrics(run.folder)) == 10
+    megakd("export", run.folder)
+
+
 def test_second_training_in_the_same_folder_is_refused(sibling):
     run = sibling()
     process = subprocess.Popen(command("train", run.folder), stderr=subprocess.PIPE, text=True)

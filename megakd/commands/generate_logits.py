@@ -39,6 +39,8 @@ def main(run: Run, args: argparse.Namespace) -> None:
                 f"{tokens.folder}: tokenized with another tokenizer than {folder} has; "
                 "run: megakd tokenize RUN in a new run"
             )
+    if run.config.logits.top_k > tokenizer["vocab_size"]:
+        raise UserError(f"logits.top_k: {run.config.logits.top_k} exceeds the vocabulary of {tokenizer['vocab_size']}")
     teacher: list[Any] = []  # loaded when the first shard needs it
     for part, tokens in sets.items():
         target = run.path("data", "logits", part)
@@ -47,10 +49,6 @@ def main(run: Run, args: argparse.Namespace) -> None:
         todo = [name for name, _ in mine if finished(target, name, facts) is None]
         if todo and not teacher:
             teacher.append(load_model(folder, getattr(torch, run.config.logits.dtype)).eval().to(world.device))
-            if run.config.logits.top_k > tokenizer["vocab_size"]:
-                raise UserError(
-                    f"logits.top_k: {run.config.logits.top_k} exceeds the vocabulary of {tokenizer['vocab_size']}"
-                )
         done = sum(sidecar["tokens"] for name, sidecar in mine if name not in todo)
         progress = Progress(
             f"generate-logits {part}", sum(sidecar["tokens"] for _, sidecar in mine), "tokens", done=done

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -120,7 +120,7 @@ def train_stage(
         )
         stop.agree(world)
         if stop.asked or progress.stage_step == steps or progress.stage_step % config.checkpoint.every_steps == 0:
-            saved = save(run, stage, engine, progress, start, world)
+            saved = save(run, stage, engine, progress, world)
             watch.resume_clock()
         if stop.asked:
             break
@@ -129,13 +129,14 @@ def train_stage(
     return saved
 
 
-def save(run: Run, stage: StageConfig, engine: Engine, progress: Progress, start: Path, world: World) -> Saved:
+def save(run: Run, stage: StageConfig, engine: Engine, progress: Progress, world: World) -> Saved:
     """Publish a checkpoint, then rotate the old ones."""
     folder = run.path("checkpoints", stage.name, f"step-{progress.step:06d}")
 
     def describe(weights: Path) -> None:
-        write_config(weights, load_config(start))
-        copy_side_files(start, weights)
+        # from the student, which stays: rotation may have taken the checkpoint that the stage began with
+        write_config(weights, load_config(run.student_folder))
+        copy_side_files(run.student_folder, weights)
 
     save_checkpoint(folder, engine, progress, world, describe, world.size)
     if world.first:
@@ -192,10 +193,12 @@ def launch(run: Run) -> int:
     process = subprocess.Popen(["bash", str(shipped("launch", "train.sh")), str(run.folder)], env=environment)
 
     def pass_on(number: int, frame: FrameType | None) -> None:
-        for child in psutil.Process(process.pid).children(recursive=True):
-            words = child.cmdline()
-            if words[-3:-1] == ["megakd", "train"] and not any("deepspeed.launcher" in word for word in words):
-                child.send_signal(signal.SIGUSR1)
+        with suppress(psutil.NoSuchProcess):  # it ended meanwhile: there is nobody left to tell
+            for child in psutil.Process(process.pid).children(recursive=True):
+                with suppress(psutil.NoSuchProcess):
+                    words = child.cmdline()
+                    if words[-3:-1] == ["megakd", "train"] and not any("deepspeed.launcher" in w for w in words):
+                        child.send_signal(signal.SIGUSR1)
 
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, pass_on)

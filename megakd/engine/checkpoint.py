@@ -92,4 +92,7 @@ def rotate(checkpoints: Path, keep: int, protected: set[Path]) -> None:
     """Delete all but the newest `keep` checkpoints (0: none) and those protected."""
     for saved in published(checkpoints)[: -keep or None] if keep else []:
         if saved.folder not in protected:
-            remove(saved.folder)
+            # out of sight first: a kill half way must not leave a checkpoint that looks whole
+            aside = saved.folder.with_name(saved.folder.name + ".tmp")
+            os.replace(saved.folder, aside)
+            remove(aside)
