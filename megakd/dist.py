@@ -105,10 +105,13 @@ def close_world() -> None:
 
 
 class StopSignals:
-    """SIGTERM and SIGUSR1 ask for a checkpoint and an end; all ranks agree on the step."""
+    """SIGTERM and SIGUSR1 ask for a checkpoint and an end; all ranks agree on the step.
+
+    asked: this process got a signal. agreed: some rank had one when all ranks last met.
+    """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked = self.agreed = False
 
     def __enter__(self) -> "StopSignals":
         self.previous = {n: signal.signal(n, self._ask) for n in (signal.SIGTERM, signal.SIGUSR1)}
@@ -123,4 +126,5 @@ class StopSignals:
         self.asked = True
 
     def agree(self, world: World) -> None:
-        self.asked = sum_over_ranks([float(self.asked)], world.device)[0] > 0
+        # a signal may come while the ranks meet: `asked` stays for the next time
+        self.agreed = sum_over_ranks([float(self.asked)], world.device)[0] > 0

@@ -80,7 +80,7 @@ def train(run: Run, dataset: ShardSet, world: World, stop: StopSignals) -> bool:
             reached = (saved.progress.stage, saved.progress.stage_step) if saved else (0, 0)
             if reached < (index, run.config.steps_of(stage)):
                 saved = train_stage(run, index, dataset, saved, world, stop, log)
-            if stop.asked:
+            if stop.agreed:
                 return False
         return True
     finally:
@@ -119,10 +119,10 @@ def train_stage(
             progress.stage_step, progress.step, progress.tokens, step.tokens, report.sums, lr, report.grad_norm
         )
         stop.agree(world)
-        if stop.asked or progress.stage_step == steps or progress.stage_step % config.checkpoint.every_steps == 0:
+        if stop.agreed or progress.stage_step == steps or progress.stage_step % config.checkpoint.every_steps == 0:
             saved = save(run, stage, engine, progress, world)
             watch.resume_clock()
-        if stop.asked:
+        if stop.agreed:
             break
     engine.close()
     assert saved is not None
