@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from megakd.errors import UserError
 from megakd.files import digest, read_json, shipped
@@ -42,7 +42,10 @@ class CompressConfig(Section):
 
 
 class DataConfig(Section):
-    """Where text comes from and how it is packed; see `megakd.data.documents` for what `source` may be."""
+    """Where text comes from and how it is packed; see `megakd.data.documents` for what `source` may be.
+
+    workers: processes that tokenize, 0: the one that reads.
+    """
 
     source: str = "HuggingFaceFW/fineweb"
     subset: str | None = None
@@ -54,24 +57,64 @@ class DataConfig(Section):
     holdout_fraction: float = Field(0.001, gt=0, lt=1)
     holdout_tokens: Count = Field(int(1e6), ge=1)
     shard_tokens: Count = Field(int(4e6), ge=1)
+    workers: int = live(0, ge=0)
 
 
 class LogitsConfig(Section):
-    """What is kept of the teacher: the top_k tokens, and the mass of all others at each declared temperature."""
+    """What is kept of the teacher at each position.
 
+    topk     the top_k most probable tokens with p >= pmin, and the mass of all others at each declared temperature
+    sampled  `draws` draws from the whole distribution at draw_temperature
+    hybrid   both: what topk keeps, and draws from the rest
+    parallel: a teacher on each rank (replica), or one over all ranks (zero3, or autoep: experts spread too).
+    """
+
+    profile: Literal["topk", "sampled", "hybrid"] = "topk"
     top_k: int = Field(64, ge=1, le=65535)
-    temperatures: tuple[Annotated[float, Field(gt=0)], ...] = (1.0, 2.0)
+    pmin: float = Field(3e-4, ge=0, lt=1)
+    draws: int = Field(50, ge=1, le=255)
+    draw_temperature: float = Field(1.0, gt=0)
+    temperatures: tuple[Annotated[float, Field(gt=0)], ...] = Field((1.0, 2.0), max_length=16)
+    parallel: Literal["replica", "zero3", "autoep"] = live("replica")
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     batch_size: int = live(8, ge=1)
 
+    @model_validator(mode="after")
+    def _tail_for_draws(self) -> "LogitsConfig":
+        if self.profile == "hybrid" and self.draw_temperature not in self.declared_temperatures:
+            raise ValueError("hybrid draws need a tail at draw_temperature: add it to temperatures")
+        return self
+
+    @property
+    def declared_temperatures(self) -> tuple[float, ...]:
+        """Those with a tail in every record: 1 first, then the others."""
+        return (1.0, *(t for t in self.temperatures if t != 1.0))
+
+
+class StreamConfig(Section):
+    """How training reads its shards; see `megakd.data.stream` for lanes.
+
+    follow: begin while the capture still runs, waiting for shards (needs lanes). workers: threads that decode.
+    on_damage: skip leaves out samples that are damaged, counts and names them. scratch: a local folder for copies.
+    """
+
+    lanes: int = Field(0, ge=0)
+    follow: bool = live(False)
+    workers: int = live(2, ge=1)
+    on_damage: Literal["raise", "skip"] = live("raise")
+    scratch: str | None = live(None)
+
 
 class ObjectiveConfig(Section):
-    """(1 - alpha) * CE + alpha * T^2 * KL; tail: what the mass outside the stored tokens becomes."""
+    """(1 - alpha) * CE + alpha * T^2 * KL; tail: what stands for the tokens that are not in the stored head.
+
+    ghost: one more bucket. truncated: nothing. sampled, hybrid: the stored draws, from everything or from the rest.
+    """
 
     kind: Literal["cached"] = "cached"
     alpha: float = Field(0.5, ge=0, le=1)
     temperature: float = Field(2.0, gt=0)
-    tail: Literal["ghost", "truncated"] = "ghost"
+    tail: Literal["ghost", "truncated", "sampled", "hybrid"] = "ghost"
 
 
 class OptimConfig(Section):
@@ -139,6 +182,7 @@ class RunConfig(Section):
     compress: CompressConfig = CompressConfig()
     data: DataConfig = DataConfig()
     logits: LogitsConfig = LogitsConfig()
+    stream: StreamConfig = StreamConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     optim: OptimConfig = OptimConfig()
     stages: tuple[StageConfig, ...] = Field((StageConfig(name="all", tokens=int(1e9)),), min_length=1)

@@ -98,6 +98,24 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
+def write_sealed(path: Path, value: dict[str, Any]) -> None:
+    """Publish a JSON object with a checksum of itself under "seal"."""
+    write_json(path, {**value, "seal": digest(value)})
+
+
+def read_sealed(path: Path, kind: str, version: int) -> dict[str, Any]:
+    """What `write_sealed` wrote; UserError when it is another format or version, or was changed since."""
+    value = read_json(path)
+    if not isinstance(value, dict) or value.get("format") != kind:
+        raise UserError(f"{path}: not a file of format {kind!r}")
+    if value.get("version") != version:
+        raise UserError(f"{path}: version {value.get('version')} of {kind!r}, this MegaKD reads version {version}")
+    seal = value.pop("seal", None)
+    if seal != digest(value):
+        raise UserError(f"{path}: its seal {seal!r} does not match its content: it was changed after it was written")
+    return value
+
+
 def append_json(path: Path, value: Any) -> None:
     """Append one line of JSON; a last line that a kill cut short is taken away first."""
     try:

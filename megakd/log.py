@@ -102,6 +102,7 @@ class StageWatch:
         self.stage, self.steps, self.first_step, self.every_steps, self.log = stage, steps, first_step, every_steps, log
         self.start = self.asked = time.perf_counter()
         self.waited = 0.0
+        self.damaged = 0
 
     def data_ready(self) -> None:
         """The step's data is here; what passed since the last step was waiting."""
@@ -112,9 +113,20 @@ class StageWatch:
         self.asked = time.perf_counter()
 
     def step_done(
-        self, stage_step: int, step: int, seen: int, tokens: int, sums: dict[str, float], lr: float, norm: float
+        self,
+        stage_step: int,
+        step: int,
+        seen: int,
+        tokens: int,
+        sums: dict[str, float],
+        lr: float,
+        norm: float,
+        damaged: int = 0,
     ) -> None:
-        """Log a step of `tokens` counted tokens; stage_step, step: done in the stage, in all; seen: tokens in all."""
+        """Log a step of `tokens` counted tokens; stage_step, step: done in the stage, in all; seen: tokens in all.
+
+        damaged: samples that the step left out; logged is their number since this process began the stage.
+        """
         now = time.perf_counter()
         seconds = now - self.asked
         self.asked = now
@@ -122,8 +134,12 @@ class StageWatch:
             return
         means = {"loss" if name == "total" else name: value / max(tokens, 1) for name, value in sums.items()}
         speed, wait, memory = tokens / seconds, self.waited / seconds, peak_memory_gb()
+        self.damaged += damaged
+        left_out = {"damaged_samples": self.damaged} if self.damaged else {}
         timing = {"tokens_per_second": speed, "data_wait_share": wait, "memory_gb": memory}
-        self.log.write(step, {"stage": self.stage, "tokens": seen, **means, "lr": lr, "grad_norm": norm, **timing})
+        self.log.write(
+            step, {"stage": self.stage, "tokens": seen, **means, "lr": lr, "grad_norm": norm, **left_out, **timing}
+        )
         if stage_step % self.every_steps == 0 or stage_step == self.steps:
             left = (now - self.start) / (stage_step - self.first_step) * (self.steps - stage_step)
             parts = [

@@ -1,6 +1,7 @@
 """Refuse a run that cannot train as asked, before any rank starts: data, student, rules, ranks, checkpoint."""
 
 import os
+from pathlib import Path
 
 import torch
 
@@ -23,10 +24,10 @@ def check(run: Run) -> ShardSet:
     config, student = run.config, run.student_folder
     if not (student / "config.json").exists():
         raise UserError(f"{student}: no student here; run: megakd compress {run.folder}")
-    dataset = ShardSet(run.path("data", "logits", "train"))
+    dataset = open_dataset(run)
     _check_data(run, dataset)
     skeleton = empty_model(student)
-    CachedDistillation(skeleton, config.objective, dataset.facts["vocab_size"], dataset.facts["temperatures"])
+    CachedDistillation(skeleton, config.objective, dataset.facts)
     for stage in config.stages:
         try:
             assign_rules(skeleton, stage.lr_multipliers)
@@ -41,6 +42,18 @@ def check(run: Run) -> ShardSet:
         if saved and saved.progress.stage_step < config.steps_of(config.stages[saved.progress.stage]):
             check_ranks(saved, ranks)
     return dataset
+
+
+def open_dataset(run: Run) -> ShardSet:
+    """The training samples as the run's stream section wants them read."""
+    stream = run.config.stream
+    if (stream.follow or stream.scratch) and not stream.lanes:
+        raise UserError(f"{run.folder}: stream.follow and stream.scratch need lanes; set stream.lanes=8 in a new run")
+    scratch = Path(stream.scratch) if stream.scratch else None
+    if scratch and not scratch.is_dir():
+        raise UserError(f"stream.scratch: {scratch} is no folder")
+    tolerant = stream.on_damage == "skip"
+    return ShardSet(run.path("data", "logits", "train"), stream.follow, tolerant, scratch, 2 * stream.lanes)
 
 
 def _check_data(run: Run, dataset: ShardSet) -> None:

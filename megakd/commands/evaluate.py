@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megakd.data.shards import ShardSet
+from megakd.data.shards import ShardSet, read_manifest
 from megakd.dist import read_world
 from megakd.engine.checkpoint import Progress, published
 from megakd.errors import UserError
 from megakd.evals.quality import Quality, evaluate_model
-from megakd.files import append_json, read_json, read_json_lines
+from megakd.files import append_json, read_json_lines
 from megakd.log import table
 from megakd.models.hub import load_model, resolve
 from megakd.run import Run
@@ -49,7 +49,7 @@ def main(run: Run, args: argparse.Namespace) -> None:
 def evaluate(run: Run, only: str | None = None) -> list[dict[str, Any]]:
     """Measure what has no line yet (or `only`), append to evals.jsonl, return the lines of all that were asked for."""
     holdout = ShardSet(run.path("data", "logits", "holdout"))
-    text = read_json(run.path("data", "tokens", "holdout", "manifest.json"))
+    text = read_manifest(run.path("data", "tokens", "holdout"))
     known = {row["model"]: row for row in read_json_lines(run.path("evals.jsonl"))}
     rows = []
     for subject in subjects(run, only):

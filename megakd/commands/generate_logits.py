@@ -1,35 +1,74 @@
-"""Run the teacher over the token shards once: RUN/data/logits/{train,holdout}, the same samples with its targets.
+"""Run the teacher over the token shards once: RUN/data/logits/{holdout,train}, the same samples with its targets.
 
-Input shard i gives output shard i. Any number of workers (ranks or array tasks; RANK and WORLD_SIZE, or SLURM_*) take
-shards[rank::world]; a finished shard is skipped, one that a kill cut short is made again, a rerun at any width goes on.
+Input shard i gives output shard i. Any number of workers (ranks, Slurm tasks, or --part) take shards[worker::workers];
+a finished shard is skipped, one that a kill cut short or that is damaged is made again, a rerun at any width goes on.
+The hold-out always keeps the teacher's head (logits.profile=topk): it is measured, not trained on.
+
+With logits.parallel=zero3 or autoep one teacher is spread over all ranks of a launcher, which then work in step.
 
 examples:
   megakd generate-logits runs/a logits.batch_size=16
+  megakd generate-logits runs/a --max-tokens 1e8      the first 100M tokens; without it, later, the rest
+  megakd generate-logits runs/a --part 0/4            worker 0 of 4, on any machine that sees the folder
+  megakd generate-logits runs/a --reread              finished shards are hashed again, damaged ones redone
   sbatch --array=0-15 launch/generate_logits.sbatch runs/a
+  deepspeed --num_gpus 8 --module megakd generate-logits runs/a logits.parallel=zero3
 """
 
 import argparse
+import hashlib
+import time
 from collections.abc import Iterator
-from typing import Any
+from contextlib import nullcontext
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from megakd.config import LogitsConfig
 from megakd.data import codec
-from megakd.data.batches import collate
+from megakd.data.batches import collate, prefetch
+from megakd.data.book import Book, build_book, load_book, save_book
 from megakd.data.records import Sample, TeacherTargets
-from megakd.data.shards import ShardSet, finished, write_manifest, write_shard
+from megakd.data.shards import ShardSet, finished, layout_of, summary_of, write_manifest, write_shard
 from megakd.data.tokens import load_tokenizer, tokenizer_facts
-from megakd.dist import World, read_world
+from megakd.dist import World, barrier, close_world, join_world, read_world, sum_over_ranks
 from megakd.errors import UserError
+from megakd.files import locked
 from megakd.log import Progress, say
 from megakd.models.hub import load_model, resolve, weights_fingerprint
-from megakd.models.teacher import teacher_targets
+from megakd.models.teacher import Teacher, batch_targets
 from megakd.run import Run
+
+BOOK_POSITIONS = 4096  # of the training set; from 1024 on they save 2 bytes a token, beyond 4096 0.2
+AHEAD = 64  # samples that may wait for the writer
+
+
+class Worker(NamedTuple):
+    """Number `number` of `workers` that share the shards; ranks of one sharded teacher are workers too."""
+
+    number: int
+    workers: int
+
+
+class Work(NamedTuple):
+    """A shard to make: its name and the indices of its samples."""
+
+    name: str
+    indices: range
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max-tokens", type=float, help="capture only the first shards that hold so many tokens")
+    parser.add_argument("--part", default="0/1", metavar="I/N", help="take part I of N of the shards (0/1: all)")
+    parser.add_argument("--reread", action="store_true", help="hash finished shards again and redo damaged ones")
 
 
 def main(run: Run, args: argparse.Namespace) -> None:
-    world = read_world()
+    world = join_world() if run.config.logits.parallel != "replica" else read_world()
+    worker = _worker(args.part, world)
     folder = resolve(run.config.model.teacher, run.config.model.revision)
     tokenizer = tokenizer_facts(load_tokenizer(folder))
     sets = {part: ShardSet(run.path("data", "tokens", part)) for part in ("holdout", "train")}
@@ -41,59 +80,203 @@ def main(run: Run, args: argparse.Namespace) -> None:
             )
     if run.config.logits.top_k > tokenizer["vocab_size"]:
         raise UserError(f"logits.top_k: {run.config.logits.top_k} exceeds the vocabulary of {tokenizer['vocab_size']}")
-    teacher: list[Any] = []  # loaded when the first shard needs it
+    capture = _Capture(run, folder, world, tokenizer["vocab_size"])
+    book = _book(run, capture, sets["train"])
     for part, tokens in sets.items():
-        target = run.path("data", "logits", part)
-        facts = logits_facts(run, tokens.facts, weights_fingerprint(folder))
-        mine = list(zip(tokens.manifest["shards"], tokens.sidecars, strict=True))[world.rank :: world.size]
-        todo = [name for name, _ in mine if finished(target, name, facts) is None]
-        if todo and not teacher:
-            teacher.append(load_model(folder, getattr(torch, run.config.logits.dtype)).eval().to(world.device))
-        done = sum(sidecar["tokens"] for name, sidecar in mine if name not in todo)
-        progress = Progress(
-            f"generate-logits {part}", sum(sidecar["tokens"] for _, sidecar in mine), "tokens", done=done
-        )
-        write_manifest(target, facts, tokens.manifest["shards"])
-        for name in todo:
-            first = sum(len(s["samples"]) for n, s in zip(tokens.names, tokens.sidecars, strict=True) if n < name)
-            count = len(tokens.sidecars[tokens.names.index(name)]["samples"])
-            samples = _with_targets(run, teacher[0], tokens, range(first, first + count), facts, world, progress)
-            write_shard(target, name, samples, facts)
-        progress.close()
-        run.record("generate-logits", part=part, worker=f"{world.rank}/{world.size}", shards=todo)
-        missing = [name for name in tokens.names if finished(target, name, facts) is None]
-        if missing:
-            say(f"generate-logits {part}: this worker's share is done; {len(missing)} shards are left to others")
-        else:
-            stored = ShardSet(target)
-            say(f"generate-logits {part}: {stored.bytes / stored.tokens:.0f} bytes a token, with tokens and tar")
+        limit = args.max_tokens if part == "train" else None
+        _capture_part(run, capture, part, tokens, worker, book, limit, args.reread)
+    close_world()
 
 
-def logits_facts(run: Run, tokens: dict[str, Any], weights: str) -> dict[str, Any]:
+def logits_facts(run: Run, part: str, tokens: dict[str, Any], weights: str, book: str) -> dict[str, Any]:
     """What a folder of logits says of itself: whose they are, of which tokens, and how they are stored."""
-    model, logits = run.config.model, run.config.logits
+    model, logits = run.config.model, _logits_config(run, part)
+    draws = logits.profile != "topk"
     return {
         "tokens": tokens,
         "teacher": {"id": model.teacher, "revision": model.revision, "weights": weights},
         "vocab_size": tokens["tokenizer"]["vocab_size"],
         "codec": codec.NAME,
-        "top_k": logits.top_k,
-        "temperatures": [1.0, *(t for t in logits.temperatures if t != 1.0)],
+        "book": book,
+        "profile": logits.profile,
+        "top_k": logits.top_k if logits.profile != "sampled" else 0,
+        "pmin": logits.pmin,
+        "draws": logits.draws if draws else 0,
+        "draw_temperature": logits.draw_temperature if draws else None,
+        "draw_seed": run.config.seed if draws else None,
+        "temperatures": list(logits.declared_temperatures),
+        "tails": logits.profile != "sampled",
         "dtype": logits.dtype,
     }
 
 
-def _with_targets(
-    run: Run, teacher: Any, tokens: ShardSet, indices: range, facts: dict[str, Any], world: World, progress: Progress
-) -> Iterator[Sample]:
-    size, length = run.config.logits.batch_size, tokens.facts["sequence_length"]
-    for start in range(indices.start, indices.stop, size):
-        samples = [tokens[i] for i in range(start, min(start + size, indices.stop))]
-        targets = teacher_targets(
-            teacher, collate(samples, length), facts["vocab_size"], facts["top_k"], tuple(facts["temperatures"])
+def _logits_config(run: Run, part: str) -> LogitsConfig:
+    logits = run.config.logits
+    return logits if part == "train" else logits.model_copy(update={"profile": "topk"})
+
+
+def _worker(part: str, world: World) -> Worker:
+    index, _, count = part.partition("/")
+    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise UserError(f"--part {part}: expected I/N with I from 0 to N - 1, like 0/4")
+    return Worker(int(index) * world.size + world.rank, int(count) * world.size)
+
+
+def _capture_part(
+    run: Run,
+    capture: "_Capture",
+    part: str,
+    tokens: ShardSet,
+    worker: Worker,
+    book: Book,
+    limit: float | None,
+    reread: bool,
+) -> None:
+    target = run.path("data", "logits", part)
+    facts = logits_facts(run, part, tokens.facts, capture.weights, book.digest)
+    save_book(target, book)
+    shards = _first_shards(tokens, limit)
+    works, first = [], 0
+    for name, size in zip(tokens.names, tokens.sizes, strict=True):
+        works.append(Work(name, range(first, first + size)))
+        first += size
+    works = works[: len(shards)]
+    done = {shard["name"] for shard in shards if finished(target, shard["name"], facts, reread)}
+    mine = [work for work in works[worker.number :: worker.workers] if work.name not in done]
+    if len(done) < len(shards):
+        planned = [{key: shard[key] for key in ("name", "samples", "tokens")} for shard in shards]
+        write_manifest(target, facts, planned, complete=False)
+    layout = layout_of(facts, target)
+    watch = _Watch(f"generate-logits {part}", target, shards, done)
+    samples = prefetch(capture.targets(tokens, mine, _logits_config(run, part)), AHEAD)
+    for work in mine:
+        write_shard(target, work.name, watch.count(islice(samples, len(work.indices))), facts, layout)
+        watch.finish(work.name)
+    if next(samples, None) is not None:  # runs the generator to its end: in step with the other ranks
+        raise AssertionError("more samples than shards")
+    watch.progress.close()
+    run.record("generate-logits", part=part, worker=f"{worker.number}/{worker.workers}", shards=[w.name for w in mine])
+    sidecars = [finished(target, shard["name"], facts) for shard in shards]
+    missing = sidecars.count(None)
+    if missing:
+        say(f"generate-logits {part}: this worker's share is done; {missing} shards are left to others")
+        return
+    write_manifest(
+        target, facts, [summary_of(s["name"], c) for s, c in zip(shards, sidecars, strict=True) if c], complete=True
+    )
+    stored = ShardSet(target)
+    say(f"generate-logits {part}: {stored.bytes / stored.tokens:.1f} bytes a token, with tokens and tar")
+
+
+def _first_shards(tokens: ShardSet, limit: float | None) -> list[dict[str, Any]]:
+    """The shards that hold the first `limit` tokens."""
+    shards, total = [], 0
+    for shard in tokens.manifest["shards"]:
+        if limit is not None and total >= limit:
+            break
+        shards.append(shard)
+        total += shard["tokens"]
+    return shards
+
+
+class _Watch:
+    """Progress over the whole set: what this worker did, and the shards that others have finished."""
+
+    def __init__(self, name: str, folder: Path, shards: list[dict[str, Any]], done: set[str]):
+        self.folder, self.tokens = folder, {shard["name"]: shard["tokens"] for shard in shards}
+        self.known, self.looked, self.partial = set(done), time.perf_counter(), 0
+        self.progress = Progress(name, sum(self.tokens.values()), "tokens", done=sum(self.tokens[n] for n in done))
+
+    def count(self, samples: Iterator[Sample]) -> Iterator[Sample]:
+        for sample in samples:
+            yield sample
+            self.partial += len(sample.tokens) - 1
+            if time.perf_counter() - self.looked > 5:  # at other workers
+                self.looked = time.perf_counter()
+                self._see(name for name in self.tokens if (self.folder / f"{name}.json").exists())
+            self.progress.update(len(sample.tokens) - 1)
+
+    def finish(self, name: str) -> None:
+        self.known.add(name)
+
+    def _see(self, names: Iterator[str]) -> None:
+        new = set(names) - self.known
+        self.known |= new
+        self.progress.update(sum(self.tokens[name] for name in new))
+
+
+class _Capture:
+    """The teacher, loaded when the first sample needs it, and the samples it answers."""
+
+    def __init__(self, run: Run, folder: Path, world: World, vocab_size: int):
+        self.run, self.folder, self.world, self.vocab_size = run, folder, world, vocab_size
+        self.weights = weights_fingerprint(folder)
+        self.model: Any = None
+
+    def targets(self, tokens: ShardSet, works: list[Work], config: LogitsConfig) -> Iterator[Sample]:
+        """Every sample of `works` in order, with targets. Ranks of one sharded teacher go on until all are done."""
+        length, sharded = tokens.facts["sequence_length"], self.world.size > 1 and config.parallel != "replica"
+        if not works and not sharded:
+            return
+        teacher = self._teacher(config)
+        batches = (
+            indices[i : i + config.batch_size]
+            for _, indices in works
+            for i in range(0, len(indices), config.batch_size)
         )
-        for row, sample in enumerate(samples):
-            count = len(sample.tokens) - 1
-            own = TeacherTargets(*(np.asarray(field[row, :count]) for field in targets))
-            progress.update(count)
-            yield sample._replace(targets=own)
+        while True:
+            indices = next(batches, None)
+            if sharded and not sum_over_ranks([float(indices is not None)], self.world.device)[0]:
+                return
+            if indices is None and not sharded:
+                return
+            samples = [tokens[i] for i in indices or range(1)]  # a rank without work keeps step with the others
+            offsets = torch.stack([_offsets(self.run.config.seed, s.key, length) for s in samples])
+            if sharded and len(samples) < config.batch_size:  # equal shapes: equal numbers of calls on all ranks
+                samples += samples[:1] * (config.batch_size - len(samples))
+                offsets = torch.cat([offsets, offsets[:1].repeat(len(samples) - len(offsets), 1)])
+            targets = batch_targets(teacher, collate(samples, length), offsets, self.world.device)
+            for row, sample in enumerate(samples[: len(indices or ())]):
+                count = len(sample.tokens) - 1
+                yield sample._replace(targets=TeacherTargets(*(field[row, :count].numpy() for field in targets)))
+
+    def _teacher(self, config: LogitsConfig) -> Any:
+        if config.parallel == "replica":
+            if self.model is None:
+                self.model = load_model(self.folder, getattr(torch, config.dtype)).eval().to(self.world.device)
+            return Teacher(self.model, config, self.vocab_size)
+        from megakd.engine.inference import spread_teacher
+
+        if self.model is None:
+            self.model = spread_teacher(self.folder, config, self.vocab_size, self.world)
+        self.model.module.config = config  # one teacher for all parts
+        return self.model
+
+
+def _offsets(seed: int, key: str, length: int) -> torch.Tensor:
+    """Where the draws of each position begin: a function of (seed, sample), so of no worker and no batch."""
+    name = hashlib.sha256(f"{seed}/{key}".encode()).digest()
+    return torch.from_numpy(np.random.default_rng(int.from_bytes(name[:8], "big")).random(length))
+
+
+def _book(run: Run, capture: _Capture, tokens: ShardSet) -> Book:
+    """The data set's book, made by the worker that comes first, from the first positions of the training set."""
+    folder, config = run.path("data", "logits"), _logits_config(run, "train")
+    sharded = config.parallel != "replica" and capture.world.size > 1
+    with nullcontext() if sharded else locked(folder / "book.lock"):
+        there = sorted(folder.glob("book-*.npy"))
+        if sharded:  # all ranks make it, or none
+            there = there if sum_over_ranks([float(not there)], capture.world.device)[0] == 0 else []
+        if there:
+            return load_book(folder, there[0].stem.removeprefix("book-"))
+        count = min(-(-BOOK_POSITIONS // tokens.facts["sequence_length"]), len(tokens))
+        ids = []
+        for sample in capture.targets(tokens, [Work("book", range(count))], config):
+            targets = sample.targets
+            assert targets is not None
+            ids += [targets.ids[targets.logprobs > -np.inf], targets.draw_ids[targets.draw_shares > 0]]
+        book = build_book(np.concatenate(ids), capture.vocab_size)
+        if capture.world.first or not sharded:
+            save_book(folder, book)
+        barrier()
+        return book

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from megakd.config import flatten
+from megakd.data.records import TeacherTargets
 from megakd.data.shards import ShardSet
 from megakd.data.tokens import load_tokenizer
 from megakd.engine.optim import assign_rules
@@ -87,17 +88,27 @@ def _describe_sample(shards: ShardSet) -> str:
     show = _token_text(shards)
     for position in range(min(3, len(sample.tokens) - 1)):
         targets = sample.targets
-        best = ", ".join(
-            f"{show(i)} {np.exp(p):.1%}"
-            for i, p in zip(targets.ids[position][:4], targets.logprobs[position][:4], strict=True)
-        )
-        tail = float(np.exp(targets.log_tails[position][0]))
         lines.append(
             f"after {show(sample.tokens[position])} comes {show(sample.tokens[position + 1])} "
-            f"(NLL {targets.label_nll[position]:.2f}); "
-            f"the teacher says {best}, …; {tail:.1%} outside the {targets.ids.shape[1]} stored"
+            f"(NLL {targets.label_nll[position]:.2f}); {_describe_position(targets, position, show)}"
         )
     return "\n".join(lines)
+
+
+def _describe_position(targets: TeacherTargets, position: int, show: Any) -> str:
+    parts = []
+    if targets.ids.shape[1]:
+        logprobs = targets.logprobs[position]
+        best = ", ".join(
+            f"{show(targets.ids[position][i])} {np.exp(logprobs[i]):.1%}" for i in np.argsort(-logprobs)[:4]
+        )
+        tail, count = float(np.exp(targets.log_tails[position][0])), int(np.isfinite(logprobs).sum())
+        parts.append(f"the teacher says {best}, …; {tail:.1%} outside the {count} stored")
+    if targets.draw_ids.shape[1]:
+        shares = targets.draw_shares[position]
+        drawn = ", ".join(f"{show(targets.draw_ids[position][i])} {shares[i]:.0%}" for i in np.argsort(-shares)[:4])
+        parts.append(f"draws: {drawn}, … ({int((shares > 0).sum())} distinct); entropy {targets.entropy[position]:.2f}")
+    return "; ".join(parts)
 
 
 def _token_text(shards: ShardSet) -> Any:

@@ -1,31 +1,33 @@
 """Stream documents, tokenize and pack them: RUN/data/tokens/train and RUN/data/tokens/holdout.
 
 Documents are assigned to the hold-out by a hash of their text, so that no run ever trains on them. Killed and started
-again, it goes on after the last finished shard and writes what an undisturbed pass would have written.
+again, it goes on after the last finished shard and writes what an undisturbed pass would have written. So it does with
+another number of workers: they tokenize, this process reads and packs in the order of the documents.
 
 examples:
   megakd tokenize runs/a
+  megakd tokenize runs/a data.workers=8     eight processes beside this one
 """
 
 import argparse
 import hashlib
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from megakd.config import DataConfig
 from megakd.data.documents import held_out, iter_documents
 from megakd.data.records import Sample
-from megakd.data.shards import finished, shard_name, write_manifest, write_shard
+from megakd.data.shards import finished, read_manifest, shard_name, summary_of, write_manifest, write_shard
+from megakd.data.tokenizing import tokenized
 from megakd.data.tokens import load_tokenizer, pack, tokenizer_facts
 from megakd.errors import UserError
-from megakd.files import read_json
 from megakd.log import Progress, say, short
 from megakd.models.hub import resolve
 from megakd.run import Run
-
-BATCH = 64  # documents tokenized at once: the fast tokenizers use all cores
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def main(run: Run, args: argparse.Namespace) -> None:
     folder = resolve(run.config.model.teacher, run.config.model.revision, weights=False)
     tokenizer = load_tokenizer(folder)
     for part, budget in (("holdout", run.config.data.holdout_tokens), ("train", run.config.data.tokens)):
-        _tokenize_part(run, part, budget, tokenizer)
+        _tokenize_part(run, part, budget, tokenizer, folder)
 
 
 def token_facts(data: DataConfig, part: str, tokenizer: dict[str, Any]) -> dict[str, Any]:
@@ -54,37 +56,38 @@ def token_facts(data: DataConfig, part: str, tokenizer: dict[str, Any]) -> dict[
     return {"part": part, "tokenizer": tokenizer, **{name: getattr(data, name) for name in names}}
 
 
-def _tokenize_part(run: Run, part: str, budget: int, tokenizer: Any) -> None:
+def _tokenize_part(run: Run, part: str, budget: int, tokenizer: Any, tokenizer_folder: Path) -> None:
     data, folder = run.config.data, run.path("data", "tokens", part)
     facts = token_facts(data, part, tokenizer_facts(tokenizer))
     manifest = folder / "manifest.json"
-    if manifest.exists() and read_json(manifest)["facts"] == facts:
+    if manifest.exists() and read_manifest(folder)["facts"] == facts:
         say(f"tokenize {part}: finished")
         return
     limit = -(-budget // data.sequence_length)
     per_shard = max(data.shard_tokens // data.sequence_length, 1)
-    names: list[str] = []
+    shards: list[dict[str, Any]] = []
     state = State()
-    while found := finished(folder, shard_name(len(names)), facts):
-        names.append(shard_name(len(names)))
+    while found := finished(folder, shard_name(len(shards)), facts):
+        shards.append(summary_of(shard_name(len(shards)), found))
         state = State(**found["state"])
-    windows = _Windows(data, part, tokenizer, state)
     progress = Progress(f"tokenize {part}", budget, "tokens", done=state.windows * data.sequence_length)
-    while windows.state.windows < limit:
-        samples = windows.take(min(per_shard, limit - windows.state.windows), progress)
-        first = next(samples, None)
-        if first is None:
-            break
-        names.append(shard_name(len(names)))
-        write_shard(folder, names[-1], _chain(first, samples), facts, lambda: asdict(windows.state))
+    with closing(_Windows(data, part, tokenizer, tokenizer_folder, state)) as windows:
+        while windows.state.windows < limit:
+            samples = windows.take(min(per_shard, limit - windows.state.windows), progress)
+            first = next(samples, None)
+            if first is None:
+                break
+            name = shard_name(len(shards))
+            written = write_shard(folder, name, _chain(first, samples), facts, state=lambda: asdict(windows.state))
+            shards.append(summary_of(name, written))
     state = windows.state
-    if not names:
+    if not shards:
         raise UserError(
             f"data.source: {data.source} gives no {part} document (data.holdout_fraction is {data.holdout_fraction}, "
-            f"{state.document} documents were read)"
+            f"{windows.read} documents were read)"
         )
-    write_manifest(folder, facts, names, **asdict(state))
-    progress.close(f"{state.documents} documents, {short(state.text_bytes)}B of text, {len(names)} shards")
+    write_manifest(folder, facts, shards, complete=True, **asdict(state))
+    progress.close(f"{state.documents} documents, {short(state.text_bytes)}B of text, {len(shards)} shards")
     if state.windows < limit:
         say(f"tokenize {part}: the source ended after {state.windows} of {limit} windows")
     run.record("tokenize", part=part, documents=state.documents, windows=state.windows, wanted=limit)
@@ -98,10 +101,15 @@ def _chain(first: Sample, rest: Iterator[Sample]) -> Iterator[Sample]:
 class _Windows:
     """The samples of one part from a State on; `state` is always what a resume after the last sample needs."""
 
-    def __init__(self, data: DataConfig, part: str, tokenizer: Any, state: State):
-        self.data, self.part, self.tokenizer = data, part, tokenizer
-        self.before = self.state = state
+    def __init__(self, data: DataConfig, part: str, tokenizer: Any, tokenizer_folder: Path, state: State):
+        self.data, self.part, self.tokenizer, self.tokenizer_folder = data, part, tokenizer, tokenizer_folder
+        self.before = self.after = self.state = state
+        self.read = state.document
         self.windows = pack(self._documents(), data.sequence_length, state.token)
+
+    def close(self) -> None:
+        """End the workers; without it they would end with this process."""
+        self.windows.close()
 
     def take(self, count: int, progress: Progress) -> Iterator[Sample]:
         for window in islice(self.windows, count):
@@ -109,32 +117,33 @@ class _Windows:
             document, token = window.after
             base = self.before if document == self.before.document else self.after
             self.state = replace(base, document=document, token=token, windows=index + 1)
-            progress.update(self.data.sequence_length)
+            progress.update(len(window.tokens) - 1)
             yield Sample(f"{index:09d}", window.tokens, window.starts)
 
     def _documents(self) -> Iterator[tuple[int, list[int]]]:
         """(index in the source, tokens with the end token) of this part's documents; keeps the counts around each."""
-        data = self.data
-        texts = enumerate(
-            iter_documents(data.source, data.subset, data.split, data.text_field, data.streaming, self.state.document),
-            self.state.document,
-        )
-        mine = ((i, t) for i, t in texts if held_out(t, data.holdout_fraction) == (self.part == "holdout"))
-        self.after = self.state
-        while batch := list(islice(mine, BATCH)):
-            encoded = self.tokenizer([text for _, text in batch], add_special_tokens=False, verbose=False)["input_ids"]
-            for (index, text), ids in zip(batch, encoded, strict=True):
-                tokens = [*ids, self.tokenizer.eos_token_id]
-                self.before = replace(self.after, document=index)
-                content = text.encode()
-                self.after = State(
-                    document=index + 1,
-                    documents=self.before.documents + 1,
-                    text_bytes=self.before.text_bytes + len(content),
-                    text_tokens=self.before.text_tokens + len(tokens),
-                    text_hash=_add_hashes(self.before.text_hash, hashlib.sha256(content).hexdigest()),
-                )
-                yield index, tokens
+        found = tokenized(self._texts(), self.tokenizer, self.tokenizer_folder, self.data.workers)
+        for index, text, ids in found:
+            tokens = [*ids, self.tokenizer.eos_token_id]
+            self.before = replace(self.after, document=index)
+            content = text.encode()
+            self.after = State(
+                document=index + 1,
+                documents=self.before.documents + 1,
+                text_bytes=self.before.text_bytes + len(content),
+                text_tokens=self.before.text_tokens + len(tokens),
+                text_hash=_add_hashes(self.before.text_hash, hashlib.sha256(content).hexdigest()),
+            )
+            yield index, tokens
+
+    def _texts(self) -> Iterator[tuple[int, str]]:
+        """(index in the source, text) of this part's documents."""
+        data, skip = self.data, self.state.document
+        texts = iter_documents(data.source, data.subset, data.split, data.text_field, data.streaming, skip)
+        for index, text in enumerate(texts, skip):
+            self.read = index + 1
+            if held_out(text, data.holdout_fraction) == (self.part == "holdout"):
+                yield index, text
 
 
 def _add_hashes(total: str, more: str) -> str:

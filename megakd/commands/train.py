@@ -14,6 +14,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -24,11 +25,11 @@ import psutil
 import torch
 
 from megakd.config import RunConfig, StageConfig
-from megakd.data.batches import collate, prefetch, to_device
+from megakd.data.batches import Reader, collate, prefetch, to_device
 from megakd.data.records import Batch
 from megakd.data.shards import ShardSet
 from megakd.data.stream import Stream, share
-from megakd.dist import StopSignals, World, close_world, join_world, read_world, seed_step
+from megakd.dist import StopSignals, World, close_world, join_world, read_world, seed_step, sum_over_ranks
 from megakd.engine.base import Engine
 from megakd.engine.checkpoint import Progress, Saved, check_ranks, published, rotate, save_checkpoint
 from megakd.engine.ds_json import deepspeed_config
@@ -44,10 +45,15 @@ STOPPED = 85  # exit code: stopped by a signal, checkpoint saved; schedulers req
 
 
 class Step(NamedTuple):
-    """What one optimizer step needs: this rank's micro-batches, and the counted tokens of all ranks."""
+    """What one optimizer step needs: this rank's micro-batches, and the counted tokens of all ranks.
+
+    damaged: what is wrong with samples of this rank that were left out; lost: their tokens, still in `tokens`.
+    """
 
     micro_batches: list[Batch]
     tokens: int
+    damaged: list[str]
+    lost: int
 
 
 def main(run: Run, args: argparse.Namespace) -> None:
@@ -106,17 +112,18 @@ def train_stage(
         watch.data_ready()
         seed_step(config.seed, progress.step, world.rank)
         factor = schedule(config.optim, progress.stage_step, steps)
-        report = engine.step((to_device(batch, world.device) for batch in step.micro_batches), step.tokens, factor)
+        tokens, damaged = count_damage(run, step, world)
+        report = engine.step((to_device(batch, world.device) for batch in step.micro_batches), tokens, factor)
         progress = Progress(
             stage=index,
             stage_step=progress.stage_step + 1,
             step=progress.step + 1,
             samples=progress.samples + config.windows_per_step,
-            tokens=progress.tokens + step.tokens,
+            tokens=progress.tokens + tokens,
         )
         lr = (stage.lr or config.optim.lr) * factor
         watch.step_done(
-            progress.stage_step, progress.step, progress.tokens, step.tokens, report.sums, lr, report.grad_norm
+            progress.stage_step, progress.step, progress.tokens, tokens, report.sums, lr, report.grad_norm, damaged
         )
         stop.agree(world)
         if stop.agreed or progress.stage_step == steps or progress.stage_step % config.checkpoint.every_steps == 0:
@@ -147,23 +154,50 @@ def save(run: Run, stage: StageConfig, engine: Engine, progress: Progress, world
 
 def stage_data(config: RunConfig, dataset: ShardSet, progress: Progress, steps: int, world: World) -> Iterator[Step]:
     """The remaining steps of a stage; the order is that of the data, whatever the number of ranks."""
-    stream = Stream(len(dataset), config.seed)
+    stream = Stream(dataset.sizes, config.seed, config.stream.lanes)
+    reader = Reader(dataset, config.stream.workers, config.stream.on_damage == "skip")
     length = config.data.sequence_length
     windows = config.windows_per_step
-    for step in range(steps - progress.stage_step):
-        indices = stream.take(progress.samples + step * windows, windows)
-        micro = share(indices, world.rank, world.size, config.optim.micro_batch)
-        tokens = sum(dataset.entries[i].labels for i in indices)
-        yield Step([collate([dataset[i] for i in part], length) for part in micro], tokens)
+    try:
+        for step in range(steps - progress.stage_step):
+            indices = stream.take(progress.samples + step * windows, windows)
+            wait_for(dataset, indices, world)
+            micro = share(indices, world.rank, world.size, config.optim.micro_batch)
+            tokens = sum(dataset.entry(i).labels for i in indices)
+            batches = [collate(reader.read(part), length) for part in micro]
+            bad = {i: reader.damaged[i] for part in micro for i in part if i in reader.damaged}
+            yield Step(batches, tokens, list(bad.values()), sum(dataset.entry(i).labels for i in bad))
+    finally:
+        reader.close()
+
+
+def wait_for(dataset: ShardSet, indices: list[int], world: World) -> None:
+    """Until the shards of a step are there (stream.follow); all ranks wait for the shards of all."""
+    said, missing = 0.0, dataset.missing(indices)
+    while missing:
+        if world.first and time.monotonic() - said > 60:
+            said = time.monotonic()
+            say(f"train: waiting for {missing[0]} from the capture (the next step needs {len(missing)} shards more)")
+        time.sleep(0.5)
+        missing = dataset.missing(indices)
+
+
+def count_damage(run: Run, step: Step, world: World) -> tuple[int, int]:
+    """The tokens that a step really counts, over all ranks, and how many samples it left out; each is named once."""
+    if run.config.stream.on_damage == "raise":
+        return step.tokens, 0
+    for reason in step.damaged:
+        say(f"train: left out: {reason}")
+        run.record("damaged", sample=reason)
+    lost, damaged = sum_over_ranks([float(step.lost), float(len(step.damaged))], world.device)
+    return step.tokens - int(lost), int(damaged)
 
 
 def build_objective(config: RunConfig, folder: Path, dataset: ShardSet) -> CachedDistillation:
     """The student of `folder` inside the run's objective."""
     # without DeepSpeed's fp32 masters the weights themselves stay float32, and the forward runs under autocast
     dtype = torch.bfloat16 if config.model.dtype == "bfloat16" and config.engine.kind == "deepspeed" else torch.float32
-    return CachedDistillation(
-        load_model(folder, dtype), config.objective, dataset.facts["vocab_size"], dataset.facts["temperatures"]
-    )
+    return CachedDistillation(load_model(folder, dtype), config.objective, dataset.facts)
 
 
 def build_engine(config: RunConfig, objective: CachedDistillation, stage: StageConfig, world: World) -> Engine:

@@ -1,6 +1,7 @@
 """Samples → Batch: pad, shift once, restart positions at documents."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from queue import Queue
 from threading import Event, Thread
 from typing import TypeVar
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 
 from megakd.data.records import IGNORED, Batch, Sample, TeacherTargets
+from megakd.data.shards import DamagedSample, ShardSet
 
 Item = TypeVar("Item")
 
@@ -50,8 +52,34 @@ def _collate_targets(targets: Sequence[TeacherTargets | None], sequence_length: 
             out[row, : len(array)] = array[:sequence_length]
         return torch.from_numpy(out)
 
-    ids, logprobs, log_tails, label_nll = (padded(list(field)) for field in zip(*targets, strict=True))  # type: ignore[arg-type]
-    return TeacherTargets(ids.long(), logprobs, log_tails, label_nll)
+    return TeacherTargets(*(padded(list(field)) for field in zip(*targets, strict=True)))  # type: ignore[arg-type]
+
+
+class Reader:
+    """Samples by index, decoded in threads (numba and zstd let go of the GIL); in the order asked for.
+
+    skip: a damaged sample is replaced by one without labels, and its index noted in `damaged`; else it raises.
+    """
+
+    def __init__(self, dataset: ShardSet, workers: int, skip: bool = False):
+        self.dataset, self.skip = dataset, skip
+        self.damaged: dict[int, str] = {}  # index → what is wrong
+        self.pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+
+    def read(self, indices: Iterable[int]) -> list[Sample]:
+        return list(self.pool.map(self._one, indices))
+
+    def _one(self, index: int) -> Sample:
+        try:
+            return self.dataset[index]
+        except DamagedSample as error:
+            if not self.skip:
+                raise
+            self.damaged[index] = str(error)
+            return self.dataset.blank()
+
+    def close(self) -> None:
+        self.pool.shutdown(cancel_futures=True)
 
 
 def valid_tokens(samples: Iterable[Sample]) -> int:

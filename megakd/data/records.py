@@ -13,15 +13,23 @@ IGNORED = -100  # label of a position that counts for no loss (padding, document
 class TeacherTargets(NamedTuple):
     """What the teacher says about the next token at each position; numpy in samples, torch in batches.
 
-    ids        [.., T, K] int     the K most probable tokens, most probable first
-    logprobs   [.., T, K] float32 log p over the full vocabulary at temperature 1
-    log_tails  [.., T, M] float32 log of the sum over all other tokens of p^(1/T), a column a declared temperature
-    label_nll  [.., T]    float32 -log p(token t+1); 0 where there is no label
+    The head, K entries known exactly, in no particular order; a row with fewer repeats an id with log-probability -inf:
+      ids         [.., T, K] int32
+      logprobs    [.., T, K] float32 log p over the full vocabulary at temperature 1
+      log_tails   [.., T, M] float32 log of the sum over all tokens outside the head of p^(1/T_m)
+    D distinct draws from the whole distribution (K = 0) or from what is outside the head, at one temperature:
+      draw_ids    [.., T, D] int32
+      draw_shares [.., T, D] float32 how many of the draws fell on it, over their number; 0 fills a row
+      entropy     [.., T]    float32 of the whole distribution at the draws' temperature; 0 where D = 0
+    label_nll     [.., T]    float32 -log p(token t+1) at temperature 1; 0 where there is no label
     """
 
     ids: Any
     logprobs: Any
     log_tails: Any
+    draw_ids: Any
+    draw_shares: Any
+    entropy: Any
     label_nll: Any
 
 

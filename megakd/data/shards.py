@@ -1,28 +1,40 @@
 """WebDataset tar shards: plain ustar, a sidecar index, a manifest; published whole, checked when read.
 
 FOLDER/manifest.json      what the data is (facts) and which shards it consists of
-FOLDER/shard-00000.tar    KEY.tokens.npy KEY.starts.npy [KEY.targets.mkd] for every sample
+FOLDER/shard-00000.tar    KEY.tokens.npy KEY.starts.npy of every sample; with teacher targets KEY.json KEY.mkd
 FOLDER/shard-00000.json   the sidecar: facts, sha256 of the tar, and (key, offset, size, crc32, labels) of every sample
+FOLDER/book-DIGEST.npy    with teacher targets: what ids in the records mean
 
-The sidecar is renamed into place after its tar: a shard is finished when its sidecar stands there.
+The sidecar is renamed into place after its tar: a shard is finished when its sidecar stands there. Manifest and
+sidecars carry a checksum of themselves.
 """
 
 import io
+import json
 import os
+import shutil
 import tarfile
+import tempfile
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from threading import Lock
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from megakd.data import codec
-from megakd.data.records import Sample
+from megakd.data.book import load_book
+from megakd.data.records import Sample, TeacherTargets
 from megakd.errors import UserError
-from megakd.files import publishing, read_json, sha256, write_json
+from megakd.files import publishing, read_sealed, sha256, write_sealed
 
 BLOCK = tarfile.BLOCKSIZE
+MANIFEST, SIDECAR, VERSION = "megakd-shards", "megakd-shard-index", 2
+
+
+class DamagedSample(UserError):
+    """A sample whose bytes are not those that were written."""
 
 
 class Entry(NamedTuple):
@@ -40,17 +52,23 @@ def shard_name(index: int) -> str:
 
 
 def write_shard(
-    folder: Path, name: str, samples: Iterable[Sample], facts: dict[str, Any], state: Callable[[], Any] = lambda: None
-) -> int:
-    """Write one tar and its sidecar, each atomically; returns the number of samples. Same samples, same bytes.
+    folder: Path,
+    name: str,
+    samples: Iterable[Sample],
+    facts: dict[str, Any],
+    layout: codec.Layout | None = None,
+    state: Callable[[], Any] = lambda: None,
+) -> dict[str, Any]:
+    """Write one tar and its sidecar, each atomically; returns the sidecar. Same samples, same bytes.
 
-    state: asked after the last sample, kept in the sidecar: where the writer of the next shard goes on.
+    layout: how targets are stored. state: asked after the last sample, kept in the sidecar: where the writer of the
+    next shard goes on.
     """
     entries: list[Entry] = []
     tokens = 0
     with publishing(folder / f"{name}.tar") as temporary, temporary.open("wb") as file:
         for sample in samples:
-            chunk = b"".join(_member(f"{sample.key}.{suffix}", data) for suffix, data in _members(sample))
+            chunk = b"".join(_member(f"{sample.key}.{suffix}", data) for suffix, data in _members(sample, layout))
             labels = len(sample.tokens) - len(sample.starts)
             entries.append(Entry(sample.key, file.tell(), len(chunk), zlib.crc32(chunk), labels))
             tokens += len(sample.tokens) - 1
@@ -59,114 +77,208 @@ def write_shard(
         file.flush()
         size, digest = file.tell(), sha256(temporary)
     summary = {"tokens": tokens, "bytes": size, "sha256": digest, "state": state()}
-    write_json(folder / f"{name}.json", {"facts": facts, **summary, "samples": [list(e) for e in entries]})
-    return len(entries)
+    sidecar = {"format": SIDECAR, "version": VERSION, "facts": facts, **summary, "samples": [list(e) for e in entries]}
+    write_sealed(folder / f"{name}.json", sidecar)
+    return sidecar
 
 
-def finished(folder: Path, name: str, facts: dict[str, Any]) -> dict[str, Any] | None:
-    """The sidecar of a shard that is complete and was written with these facts, else None."""
+def finished(folder: Path, name: str, facts: dict[str, Any], reread: bool = False) -> dict[str, Any] | None:
+    """The sidecar of a shard that is complete and was written with these facts, else None.
+
+    reread: compare the tar's sha256 too. A damaged sidecar counts as none: the shard is made again.
+    """
     sidecar, tar = folder / f"{name}.json", folder / f"{name}.tar"
     if not sidecar.exists() or not tar.exists():
         return None
-    found = read_json(sidecar)
-    return found if found["facts"] == facts and found["bytes"] == tar.stat().st_size else None
+    try:
+        found = read_sealed(sidecar, SIDECAR, VERSION)
+    except UserError:
+        return None
+    if found["facts"] != facts or found["bytes"] != tar.stat().st_size:
+        return None
+    return None if reread and sha256(tar) != found["sha256"] else found
 
 
-def write_manifest(folder: Path, facts: dict[str, Any], shards: list[str], **extra: Any) -> None:
-    """State what the folder holds; identical input gives identical bytes, so any worker may write it."""
-    write_json(
-        folder / "manifest.json", {"format": "megakd-shards", "version": 1, "facts": facts, "shards": shards, **extra}
-    )
+def write_manifest(
+    folder: Path, facts: dict[str, Any], shards: list[dict[str, Any]], complete: bool, **extra: Any
+) -> None:
+    """State what the folder holds, or will hold; identical input gives identical bytes, so any worker may write it."""
+    value = {"format": MANIFEST, "version": VERSION, "facts": facts, "complete": complete, "shards": shards, **extra}
+    write_sealed(folder / "manifest.json", value)
+
+
+def summary_of(name: str, sidecar: dict[str, Any]) -> dict[str, Any]:
+    """A manifest's line about a finished shard."""
+    own = {key: sidecar[key] for key in ("tokens", "bytes", "sha256")}
+    return {"name": name, "samples": len(sidecar["samples"]), **own}
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    if not (folder / "manifest.json").exists():
+        raise UserError(f"{folder}: no manifest.json here; {_maker(folder)}")
+    return read_sealed(folder / "manifest.json", MANIFEST, VERSION)
 
 
 class ShardSet:
-    """Random access to the samples of a folder of shards, in manifest order.
+    """Random access to the samples of a folder of shards, in manifest order; threads may share it.
 
     Opening reads the manifest and every sidecar and compares tar sizes; reading checks each sample's crc32.
-    Anything missing, cut short or changed is a UserError that names shard and sample.
+    Anything missing, cut short or changed is a UserError that names shard and sample (DamagedSample).
+    growing: shards may be missing while a capture still runs; `missing` says which of them samples need.
+    tolerant: a tar may be cut short; its samples beyond the cut are then damaged one by one.
+    scratch: a folder on a local disk, to which a shard is copied when it is first read, at most `copies` at a time.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        manifest = folder / "manifest.json"
-        if not manifest.exists():
-            raise UserError(f"{folder}: no manifest.json here; {_maker(folder)}")
-        self.manifest: dict[str, Any] = read_json(manifest)
-        if self.manifest.get("format") != "megakd-shards" or self.manifest.get("version") != 1:
-            raise UserError(f"{manifest}: not a manifest of version 1 that this MegaKD reads")
+    def __init__(
+        self, folder: Path, growing: bool = False, tolerant: bool = False, scratch: Path | None = None, copies: int = 4
+    ):
+        self.folder, self.tolerant, self.scratch, self.copies = folder, tolerant, scratch, copies
+        self.manifest: dict[str, Any] = read_manifest(folder)
+        if not self.manifest["complete"] and not growing:
+            raise UserError(f"{folder}: the capture is not finished; {_maker(folder)}, or set stream.follow=true")
         self.facts: dict[str, Any] = self.manifest["facts"]
-        self.entries: list[Entry] = []
-        self.names: list[str] = []
-        self._shard_of: list[int] = []
-        self._files: dict[int, int] = {}
-        self.sidecars = [self._open_sidecar(name) for name in self.manifest["shards"]]
-        for number, (name, sidecar) in enumerate(zip(self.manifest["shards"], self.sidecars, strict=True)):
-            self.names.append(name)
-            self.entries.extend(Entry(*row) for row in sidecar["samples"])
-            self._shard_of.extend([number] * len(sidecar["samples"]))
-        if not self.entries:
+        self.layout = _layout(folder, self.facts)
+        self.names: list[str] = [shard["name"] for shard in self.manifest["shards"]]
+        self.sizes: list[int] = [shard["samples"] for shard in self.manifest["shards"]]
+        self._first = np.concatenate([[0], np.cumsum(self.sizes)])
+        self._entries: dict[int, list[Entry]] = {}
+        self._files: dict[int, BinaryIO] = {}
+        self._lock = Lock()
+        self.tokens: int = sum(shard["tokens"] for shard in self.manifest["shards"])
+        for number, name in enumerate(self.names):
+            if not growing or (folder / f"{name}.json").exists():
+                self._open_sidecar(number)
+        if not len(self):
             raise UserError(f"{folder}: the manifest lists no samples; {_maker(folder)}")
 
-    def _open_sidecar(self, name: str) -> dict[str, Any]:
+    def _open_sidecar(self, number: int) -> None:
+        name, shard = self.names[number], self.manifest["shards"][number]
         sidecar, tar = self.folder / f"{name}.json", self.folder / f"{name}.tar"
         for path in (sidecar, tar):
             if not path.exists():
                 raise UserError(f"{path}: listed in the manifest but missing; {_maker(self.folder)}")
-        found = read_json(sidecar)
+        found = read_sealed(sidecar, SIDECAR, VERSION)
         if found["facts"] != self.facts:
             raise UserError(f"{sidecar}: was written for other data than the manifest beside it; {_maker(self.folder)}")
-        if tar.stat().st_size != found["bytes"]:
+        if len(found["samples"]) != shard["samples"] or found["sha256"] != shard.get("sha256", found["sha256"]):
+            raise UserError(f"{sidecar}: is not the shard that the manifest beside it lists; {_maker(self.folder)}")
+        if tar.stat().st_size != found["bytes"] and not self.tolerant:
             raise UserError(
                 f"{tar}: {tar.stat().st_size} bytes where its index says {found['bytes']}: cut short or changed; "
                 f"delete it and {_maker(self.folder)}"
             )
-        return found
+        self._entries[number] = [Entry(*row) for row in found["samples"]]
 
     def __len__(self) -> int:
-        return len(self.entries)
-
-    @property
-    def tokens(self) -> int:
-        return sum(sidecar["tokens"] for sidecar in self.sidecars)
+        return int(self._first[-1])
 
     @property
     def bytes(self) -> int:
-        return sum(sidecar["bytes"] for sidecar in self.sidecars)
+        """Of the tars that are there."""
+        return sum((self.folder / f"{self.names[number]}.tar").stat().st_size for number in self._entries)
+
+    def missing(self, indices: Iterable[int]) -> list[str]:
+        """The shards that these samples need and that are not there yet."""
+        absent = {self._shard(i) for i in indices} - self._entries.keys()
+        for number in sorted(absent):
+            if (self.folder / f"{self.names[number]}.json").exists():
+                self._open_sidecar(number)
+        return [self.names[number] for number in sorted(absent - self._entries.keys())]
+
+    def entry(self, index: int) -> Entry:
+        number = self._shard(index)
+        return self._entries[number][index - self._first[number]]
+
+    def place(self, index: int) -> str:
+        """Which shard and sample an index is, in words."""
+        return f"{self.folder / self.names[self._shard(index)]}.tar: sample {self.entry(index).key}"
+
+    def _shard(self, index: int) -> int:
+        return int(np.searchsorted(self._first, index, side="right")) - 1
 
     def __getitem__(self, index: int) -> Sample:
-        entry, number = self.entries[index], self._shard_of[index]
-        place = f"{self.folder / self.names[number]}.tar: sample {entry.key}"
-        if number not in self._files:
-            self._files[number] = os.open(self.folder / f"{self.names[number]}.tar", os.O_RDONLY)
-        chunk = os.pread(self._files[number], entry.size, entry.offset)
+        entry, number = self.entry(index), self._shard(index)
+        again = f"delete the shard and {_maker(self.folder)}"
+        file = self._open(number)  # held while it is read: another thread may take it out of the table
+        chunk = os.pread(file.fileno(), entry.size, entry.offset)
         if zlib.crc32(chunk) != entry.crc32:
-            raise UserError(f"{place}: checksum does not match; delete the shard and {_maker(self.folder)}")
+            raise DamagedSample(f"{self.place(index)}: checksum does not match; {again}")
         try:
-            return _sample(entry.key, chunk)
+            return _sample(entry.key, chunk, self.layout)
         except (codec.DamagedRecord, ValueError, KeyError) as error:
-            raise UserError(f"{place}: {error}; delete the shard and {_maker(self.folder)}") from error
+            raise DamagedSample(f"{self.place(index)}: {error}; {again}") from error
+
+    def _open(self, number: int) -> BinaryIO:
+        with self._lock:
+            if number not in self._files:
+                path = self.folder / f"{self.names[number]}.tar"
+                self._files[number] = self._copy(path) if self.scratch else path.open("rb")
+            return self._files[number]
+
+    def _copy(self, path: Path) -> BinaryIO:
+        """An open copy on the scratch disk without a name there: it goes when it is closed, or the process ends."""
+        assert self.scratch is not None
+        while len(self._files) >= self.copies:
+            del self._files[next(iter(self._files))]
+        copy = tempfile.TemporaryFile(dir=self.scratch)  # noqa: SIM115
+        with path.open("rb") as source:
+            shutil.copyfileobj(source, copy, 1 << 24)
+        copy.flush()
+        return copy  # type: ignore[return-value]
+
+    def blank(self) -> Sample:
+        """A sample of one position without a label, in the place of one that is damaged."""
+        layout = self.layout
+        top_k, draws, columns = (layout.top_k, layout.draws, len(layout.temperatures)) if layout else (0, 0, 0)
+        zeros, ids = np.zeros(1, np.float32), np.zeros((1, 1), np.int32)
+        targets = TeacherTargets(
+            ids.repeat(top_k, 1), np.zeros((1, top_k), np.float32), np.zeros((1, columns), np.float32),
+            ids.repeat(draws, 1), np.zeros((1, draws), np.float32), zeros, zeros,
+        )  # fmt: skip
+        return Sample("blank", np.zeros(2, np.int32), np.array([0, 1], np.int32), targets if layout else None)
 
     def verify(self) -> None:
         """Re-read everything: the sha256 of every tar, then every sample; raises UserError at the first fault."""
-        for name, sidecar in zip(self.names, self.sidecars, strict=True):
-            if sha256(self.folder / f"{name}.tar") != sidecar["sha256"]:
+        for number, name in enumerate(self.names):
+            if sha256(self.folder / f"{name}.tar") != self.manifest["shards"][number]["sha256"]:
                 raise UserError(
                     f"{self.folder / name}.tar: sha256 differs from its index; delete it and {_maker(self.folder)}"
                 )
         for index in range(len(self)):
-            self[index]
+            sample = self[index]
+            if len(sample.tokens) - len(sample.starts) != self.entry(index).labels:
+                raise DamagedSample(f"{self.place(index)}: has other labels than its index says; {_maker(self.folder)}")
 
     def close(self) -> None:
-        for descriptor in self._files.values():
-            os.close(descriptor)
-        self._files.clear()
+        with self._lock:
+            for file in self._files.values():
+                file.close()
+            self._files.clear()
 
 
-def _members(sample: Sample) -> list[tuple[str, bytes]]:
-    members = [("tokens.npy", _npy(sample.tokens)), ("starts.npy", _npy(sample.starts))]
-    if sample.targets is not None:
-        members.append(("targets.mkd", codec.encode(sample.targets)))
-    return members
+def _layout(folder: Path, facts: dict[str, Any]) -> codec.Layout | None:
+    if "codec" not in facts:
+        return None
+    if facts["codec"] != codec.NAME:
+        raise UserError(f"{folder}: targets of codec {facts['codec']!r}, this MegaKD reads {codec.NAME!r}")
+    return layout_of(facts, folder)
+
+
+def layout_of(facts: dict[str, Any], folder: Path) -> codec.Layout:
+    """The layout that the facts of a folder of teacher targets state, with its book."""
+    length = facts["tokens"]["sequence_length"]
+    book = load_book(folder, facts["book"])
+    if len(book.places) != facts["vocab_size"]:
+        raise UserError(f"{folder / book.file_name}: {len(book.places)} ids where the data has {facts['vocab_size']}")
+    return codec.Layout(facts["top_k"], facts["draws"], tuple(facts["temperatures"]), length, book)
+
+
+def _members(sample: Sample, layout: codec.Layout | None) -> list[tuple[str, bytes]]:
+    if sample.targets is None:
+        return [("tokens.npy", _npy(sample.tokens)), ("starts.npy", _npy(sample.starts))]
+    assert layout is not None, sample.key
+    about = {"tokens": len(sample.tokens), "documents": len(sample.starts), "codec": codec.NAME}
+    return [("json", json.dumps(about).encode()), ("mkd", codec.encode(sample, layout))]
 
 
 def _npy(array: np.ndarray) -> bytes:
@@ -181,16 +293,17 @@ def _member(name: str, data: bytes) -> bytes:
     return info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % BLOCK)
 
 
-def _sample(key: str, chunk: bytes) -> Sample:
-    members = {}
-    with tarfile.open(fileobj=io.BytesIO(chunk + bytes(2 * BLOCK))) as tar:
-        for info in tar:
-            file = tar.extractfile(info)
-            assert file is not None, info.name
-            members[info.name.removeprefix(f"{key}.")] = file.read()
+def _sample(key: str, chunk: bytes, layout: codec.Layout | None) -> Sample:
+    members, at = {}, 0
+    while at < len(chunk):  # the headers `_member` wrote; the checksum has vouched for them
+        name = chunk[at : at + 100].rstrip(b"\0").decode()
+        size = int(chunk[at + 124 : at + 135], 8)
+        members[name.removeprefix(f"{key}.")] = chunk[at + BLOCK : at + BLOCK + size]
+        at += BLOCK + size + -size % BLOCK
+    if layout is not None:
+        return codec.decode(key, members["mkd"], layout)
     tokens, starts = (np.load(io.BytesIO(members[f"{n}.npy"]), allow_pickle=False) for n in ("tokens", "starts"))
-    targets = codec.decode(members["targets.mkd"]) if "targets.mkd" in members else None
-    return Sample(key, tokens, starts, targets)
+    return Sample(key, tokens, starts)
 
 
 def _maker(folder: Path) -> str:

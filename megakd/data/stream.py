@@ -1,19 +1,25 @@
-"""Which sample comes when: a permutation per (seed, epoch) over the whole set; the state is one integer."""
+"""Which sample comes when: an order per (seed, epoch) over the whole set; the state is one integer."""
+
+from collections.abc import Sequence
 
 import numpy as np
 
 
 class Stream:
-    """An endless order of `size` samples, shuffled anew each epoch, the same for any number of ranks.
+    """An endless order of samples, shuffled anew each epoch, the same for any number of ranks.
 
     position = samples taken since the beginning of training. `take` is a pure function of it: a run goes on
     anywhere, on any number of ranks, by remembering the position alone.
+
+    sizes: samples of each shard. lanes = 0: any sample may follow any other. lanes = L: L shards are read at a time,
+    one sample of each in turn, each shard in random order: what remote shards and a capture that still runs need. The
+    first epoch then takes shards in the order of the manifest, later ones in a random order.
     """
 
-    def __init__(self, size: int, seed: int):
-        assert size > 0, size
-        self.size = size
-        self.seed = seed
+    def __init__(self, sizes: Sequence[int], seed: int, lanes: int = 0):
+        self.sizes, self.seed, self.lanes = np.asarray(sizes, np.int64), seed, lanes
+        self.size = int(self.sizes.sum())
+        assert self.size > 0, sizes
         self._epoch = -1
         self._order = np.empty(0, np.int64)
 
@@ -24,9 +30,26 @@ class Stream:
     def _at(self, position: int) -> int:
         epoch, place = divmod(position, self.size)
         if epoch != self._epoch:
-            self._order = np.random.default_rng([self.seed, epoch]).permutation(self.size)
+            self._order = self._lanes(epoch) if self.lanes else self._generator(epoch).permutation(self.size)
             self._epoch = epoch
         return int(self._order[place])
+
+    def _generator(self, *name: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, *name])
+
+    def _lanes(self, epoch: int) -> np.ndarray:
+        count, first = len(self.sizes), np.cumsum(self.sizes) - self.sizes
+        shards = self._generator(epoch).permutation(count) if epoch else np.arange(count)
+        samples, turns, lanes = [], [], []
+        for lane in range(self.lanes):
+            mine = [
+                first[s] + self._generator(epoch, int(s)).permutation(self.sizes[s]) for s in shards[lane :: self.lanes]
+            ]
+            own = np.concatenate(mine) if mine else np.empty(0, np.int64)
+            samples.append(own)
+            turns.append(np.arange(len(own)))
+            lanes.append(np.full(len(own), lane))
+        return np.concatenate(samples)[np.lexsort((np.concatenate(lanes), np.concatenate(turns)))]
 
 
 def share(indices: list[int], rank: int, world: int, micro_batch: int) -> list[list[int]]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,7 +29,9 @@ class Window(NamedTuple):
     after: Cursor
 
 
-def pack(documents: Iterable[tuple[int, list[int]]], sequence_length: int, skip_tokens: int = 0) -> Iterator[Window]:
+def pack(
+    documents: Iterable[tuple[int, list[int]]], sequence_length: int, skip_tokens: int = 0
+) -> Generator[Window, None, None]:
     """Concatenate (index, tokens) documents and cut windows of `sequence_length` + 1 tokens.
 
     A document cut by a window's end goes on in the next window from its last token, so every token but the first
@@ -71,13 +73,54 @@ def tokenizer_facts(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a Hugging Face folder, from its own files alone; UserError without one or its end token."""
+    """The tokenizer of a Hugging Face folder, from its own files alone and never by code among them.
+
+    UserError when there is none, when it has no end token, or when what transformers made of its files is not it.
+    """
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: no tokenizer that transformers can load ({str(error).splitlines()[0]})") from error
+        # left out, trust_remote_code is a question at the terminal
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # every kind of file fails in its own way; each means: this cannot be loaded
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{folder}: its tokenizer is code that comes with it, which MegaKD does not run; "
+                "save it as a tokenizer.json and take auto_map out of tokenizer_config.json"
+            ) from error
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(f"{folder}: no tokenizer that transformers can load ({reason})") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"{folder}: the tokenizer has no end-of-sequence token, which documents are packed with")
+    _check_it_reads(tokenizer, folder)
     return tokenizer
+
+
+def _check_it_reads(tokenizer: Any, folder: Path) -> None:
+    """UserError for what transformers 5 loads in silence: an empty vocabulary, a tokenizer.model converted wrongly.
+
+    Without tokenizer.json it rebuilds sentencepiece models by the rules of a class that it takes from the model's type.
+    The texts begin without a space and have long words: a beginning with spaces LlamaTokenizer itself reads by one
+    token otherwise, and what tells a unigram model that was taken for BPE is how it cuts long words.
+    """
+    texts = ["Hello, world!\n  x = 1", "Grüße 東京 🙂", "a  b\tc\n\n3.14159 1,000"]
+    texts.append("International understanding, internationally misunderstood: photosynthesis and thermodynamics met in")
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    if set(ids[0]) <= set(tokenizer.all_special_ids):
+        raise UserError(f"{folder}: the tokenizer knows no word; is its tokenizer.json or tokenizer.model missing?")
+    model = folder / "tokenizer.model"
+    if not model.exists() or (folder / "tokenizer.json").exists():
+        return
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        reference = SentencePieceProcessor(model_file=str(model))
+    except (OSError, RuntimeError):  # tiktoken's files bear the same name
+        return
+    for text, found in zip(texts, ids, strict=True):
+        if found != reference.encode(text):
+            raise UserError(
+                f"{folder}: transformers makes a {type(tokenizer).__name__} of tokenizer.model, which reads {text!r} "
+                "otherwise than sentencepiece does; save it as a tokenizer.json, or put "
+                '"tokenizer_class": "SentencePieceBackend" into tokenizer_config.json (some model types ignore that)'
+            )

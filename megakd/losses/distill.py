@@ -1,7 +1,7 @@
-"""Cross entropy and the KL divergence to K stored teacher entries.
+"""Cross entropy and the KL divergence to stored teacher targets.
 
-N tokens, V real vocabulary, K stored entries. Everything is computed in float32 (float64 stays float64); sums, not
-means: who calls divides once by the tokens of all ranks.
+N tokens, V real vocabulary, K entries of the head, D distinct draws. Everything is computed in float32 (float64 stays
+float64); sums, not means: who calls divides once by the tokens of all ranks.
 """
 
 from typing import Literal, NamedTuple
@@ -9,72 +9,124 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-Tail = Literal["ghost", "truncated"]
+from megakd.data.records import TeacherTargets
+
+Tail = Literal["ghost", "truncated", "sampled", "hybrid"]
+
+
+class Stored(NamedTuple):
+    """What the targets of a data set are: temperatures with a tail, that of the draws (None: there are none)."""
+
+    head: bool
+    temperatures: tuple[float, ...]
+    draw_temperature: float | None
+
+    def column(self, temperature: float) -> int:
+        return self.temperatures.index(temperature)
 
 
 class DistillTerms(NamedTuple):
-    """Sums over counted tokens: total is what is differentiated; ce, kl (at T, without T^2) and kl_t1 are detached."""
+    """Sums over counted tokens: total is what is differentiated; ce, kl (at T, without T^2) and kl_t1 are detached.
+
+    kl_t1 is None where the data cannot tell it: draws at another temperature than 1 and no head.
+    """
 
     total: Tensor
     ce: Tensor
     kl: Tensor
-    kl_t1: Tensor
+    kl_t1: Tensor | None
 
 
 def distill_loss(
     logits_NV: Tensor,
     labels_N: Tensor,
-    ids_NK: Tensor,
-    logprobs_NK: Tensor,
-    log_tail_N: Tensor,
-    log_tail_t1_N: Tensor,
+    targets: TeacherTargets,
+    stored: Stored,
     alpha: float,
     temperature: float,
     tail: Tail,
 ) -> DistillTerms:
     """sum over tokens of (1 - alpha) * CE + alpha * T^2 * KL_T(teacher || student) (Hinton et al. 2015, section 2).
 
-    labels_N: every entry a real token id: rows that do not count are left out by the caller.
-    log_tail_N: log of the sum over tokens that are not stored of p^(1/T); log_tail_t1_N the same at T = 1.
-    T^2 is inside `total`, so that gradients carry it. KL at T = 1 is always measured.
+    labels_N: every entry a real token id: rows that do not count are left out by the caller, of `targets` too.
+    T^2 is inside `total`, so that gradients carry it. KL at T = 1 is always measured, as well as the data allows.
     """
     logits_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
     ce = torch.nn.functional.cross_entropy(logits_NV, labels_N, reduction="sum")
-    kl = topk_kl(logits_NV, ids_NK, logprobs_NK, log_tail_N, temperature, tail).sum()
-    if temperature == 1.0 and tail == "ghost":
-        kl_t1 = kl.detach()
-    else:
+    kl = kl_to_targets(logits_NV, targets, stored, temperature, tail).sum()
+    if temperature == 1.0 and tail != "truncated":
+        kl_t1: Tensor | None = kl.detach()
+    elif stored.head and 1.0 in stored.temperatures:
         with torch.no_grad():
-            kl_t1 = topk_kl(logits_NV, ids_NK, logprobs_NK, log_tail_t1_N, 1.0, "ghost").sum()
+            kl_t1 = kl_to_targets(logits_NV, targets, stored, 1.0, "ghost").sum()
+    else:
+        kl_t1 = None
     total = (1 - alpha) * ce + alpha * temperature**2 * kl
     return DistillTerms(total, ce.detach(), kl.detach(), kl_t1)
+
+
+def kl_to_targets(logits_NV: Tensor, targets: TeacherTargets, stored: Stored, temperature: float, tail: Tail) -> Tensor:
+    """KL(teacher || student) at temperature T per token in the form that `tail` names, [N]."""
+    if tail in ("ghost", "truncated"):
+        column = stored.column(temperature) if tail == "ghost" else 0
+        log_tail_N = targets.log_tails[:, column] if tail == "ghost" else torch.zeros_like(logits_NV[:, 0])
+        return topk_kl(logits_NV, targets.ids, targets.logprobs, log_tail_N, temperature, tail)
+    ids, weights = targets.draw_ids, targets.draw_shares
+    if tail == "hybrid":
+        head_NK, tail_N = head_and_tail(targets.logprobs, targets.log_tails[:, stored.column(temperature)], temperature)
+        ids = torch.cat([targets.ids, ids], -1)
+        weights = torch.cat([head_NK, tail_N[:, None] * weights], -1)
+    return sampled_kl(logits_NV, ids, weights, targets.entropy, temperature)
 
 
 def topk_kl(
     logits_NV: Tensor, ids_NK: Tensor, logprobs_NK: Tensor, log_tail_N: Tensor, temperature: float, tail: Tail
 ) -> Tensor:
-    """KL(teacher || student) at temperature T per token, from K stored teacher entries, [N]; never negative.
+    """KL(teacher || student) at temperature T per token, from the head's K entries, [N]; never negative.
 
     Teacher: P_k proportional to p_k^(1/T). Student: Q = softmax(logits / T) over all V tokens.
     ghost      the mass outside the K entries is one more bucket on both sides: a true KL of a coarser distribution.
                Student's bucket: logsumexp over the complement, never log(1 - sum): NaN once the sum rounds to 1.
     truncated  the teacher renormalised over its K entries and zero elsewhere; biased towards them.
+    log_tail_N: log of the sum over tokens outside the head of p^(1/T). Entries of log-probability -inf are no entries;
+    their id repeats one of the row.
     """
+    ids_NK = ids_NK.long()
     scaled_NV = logits_NV / temperature
+    kept_NK = logprobs_NK > -torch.inf
     scaled_NK = scaled_NV.gather(-1, ids_NK)
     log_p_NK = logprobs_NK.to(scaled_NV.dtype) / temperature
     if tail == "truncated":
         log_p_NK = log_p_NK.log_softmax(-1)
         log_q_NK = scaled_NK - scaled_NV.logsumexp(-1, keepdim=True)
-        return (log_p_NK.exp() * (log_p_NK - log_q_NK)).sum(-1)
+        return torch.where(kept_NK, log_p_NK.exp() * (log_p_NK - log_q_NK), 0.0).sum(-1)
     log_tail_N = log_tail_N.to(scaled_NV.dtype)
     total_N = torch.logaddexp(log_p_NK.logsumexp(-1), log_tail_N)
     log_p_NK, log_tail_N = log_p_NK - total_N[:, None], log_tail_N - total_N
     log_rest_N = scaled_NV.scatter(-1, ids_NK, -torch.inf).logsumexp(-1)
     # the normaliser from its two parts: one pass over the vocabulary, not two
-    log_z_N = torch.logaddexp(scaled_NK.logsumexp(-1), log_rest_N)
+    log_z_N = torch.logaddexp(scaled_NK.masked_fill(~kept_NK, -torch.inf).logsumexp(-1), log_rest_N)
     log_q_NK, log_q_tail_N = scaled_NK - log_z_N[:, None], log_rest_N - log_z_N
     tail_N = log_tail_N.exp()
     # where the teacher has no tail (K = V) the bucket adds 0, whatever the student's -inf
     bucket_N = torch.where(tail_N > 0, tail_N * (log_tail_N - log_q_tail_N), 0.0)
-    return (log_p_NK.exp() * (log_p_NK - log_q_NK)).sum(-1) + bucket_N
+    return torch.where(kept_NK, log_p_NK.exp() * (log_p_NK - log_q_NK), 0.0).sum(-1) + bucket_N
+
+
+def sampled_kl(logits_NV: Tensor, ids_ND: Tensor, weights_ND: Tensor, entropy_N: Tensor, temperature: float) -> Tensor:
+    """-sum_d w_d log Q(d) - H(P), [N]: its mean over captures is KL(teacher || student) at T, as its gradient's is.
+
+    weights_ND sum to 1 a row: shares of draws from P = p^(1/T) / Z, or exact P_k and shares of what is left (hybrid).
+    They are never renormalised. A single row may be negative: it is an estimate. (Sparse Logit Sampling, ACL 2025.)
+    """
+    scaled_NV = logits_NV / temperature
+    picked_N = (weights_ND.to(scaled_NV.dtype) * scaled_NV.gather(-1, ids_ND.long())).sum(-1)
+    total_N = weights_ND.to(scaled_NV.dtype).sum(-1)
+    return total_N * scaled_NV.logsumexp(-1) - picked_N - entropy_N.to(scaled_NV.dtype)
+
+
+def head_and_tail(logprobs_NK: Tensor, log_tail_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """P_k = p_k^(1/T) / Z of the head, and the share of all others, from log of their sum of p^(1/T)."""
+    log_p_NK = logprobs_NK / temperature
+    total_N = torch.logaddexp(log_p_NK.logsumexp(-1), log_tail_N)
+    return (log_p_NK - total_N[:, None]).exp(), (log_tail_N - total_N).exp()

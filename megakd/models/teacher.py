@@ -1,44 +1,126 @@
-"""Teacher logits → TeacherTargets: the top-k tokens, the tails, the label's NLL; never more than a chunk in float32."""
+"""Teacher → TeacherTargets: the head, the tails, the draws, the label's NLL; logits never exist but a chunk at a time.
+
+Peak memory beyond the model and its hidden states [B, T, D]: about five buffers of [chunk, V] float32 (nine with draws,
+which want float64), CHUNK_BYTES each, whatever B and T are.
+"""
 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from megakd.config import LogitsConfig
 from megakd.data.records import IGNORED, Batch, TeacherTargets
+from megakd.errors import UserError
 
-CHUNK = 512  # positions in float32 at once: 0.6 GB at a vocabulary of 152k, with its copies
+CHUNK_BYTES = 1 << 27  # of one [chunk, V] buffer in float32: 220 positions at 152k, 670 at 49k
 
 
-@torch.no_grad()
-def teacher_targets(
-    model: Any, batch: Batch, vocab_size: int, top_k: int, temperatures: tuple[float, ...]
-) -> TeacherTargets:
-    """Targets of every position of a batch (tensors [B, T, ..] on the CPU), over the first `vocab_size` logits.
+class Teacher(nn.Module):
+    """A causal LM that answers a batch with TeacherTargets (tensors [B, T, ..] on its device).
 
-    Padded vocabularies are cut before normalising: log-probabilities are those over real tokens.
+    An nn.Module with all of the work inside forward, because ZeRO-3 gathers weights only while a module runs.
+    vocab_size: real entries; a padded vocabulary is cut before normalising.
     """
-    device = next(model.parameters()).device
-    logits = model(batch.tokens.to(device), position_ids=batch.position_ids.to(device), use_cache=False).logits
-    logits_NV, labels_N = logits[..., :vocab_size].flatten(0, 1), batch.labels.flatten().to(device)
-    chunks = zip(logits_NV.split(CHUNK), labels_N.split(CHUNK), strict=True)
-    parts = [targets_from_logits(part.float(), labels, top_k, temperatures) for part, labels in chunks]
-    fields = [torch.cat(field).unflatten(0, batch.tokens.shape).cpu() for field in zip(*parts, strict=True)]
-    return TeacherTargets(*fields)
+
+    def __init__(self, model: Any, config: LogitsConfig, vocab_size: int):
+        super().__init__()
+        self.model, self.config, self.vocab_size = model, config, vocab_size
+        self.checked = False
+
+    @torch.no_grad()
+    def forward(self, tokens_BT: Tensor, labels_BT: Tensor, positions_BT: Tensor, offsets_BT: Tensor) -> TeacherTargets:
+        """offsets_BT: a number of [0, 1) a position, where its draws begin; unused without draws."""
+        decoder = getattr(self.model, self.model.base_model_prefix)
+        head = self.model.get_output_embeddings()
+        hidden_ND = decoder(tokens_BT, position_ids=positions_BT, use_cache=False).last_hidden_state.flatten(0, 1)
+        if not self.checked:
+            self._check(decoder, head, tokens_BT[:1, :8])
+        rows = max(CHUNK_BYTES // (4 * self.vocab_size), 1)
+        parts = [
+            targets_from_logits(head(hidden)[:, : self.vocab_size].float(), labels, self.config, offsets)
+            for hidden, labels, offsets in zip(
+                hidden_ND.split(rows), labels_BT.flatten().split(rows), offsets_BT.flatten().split(rows), strict=True
+            )
+        ]
+        return TeacherTargets(*(torch.cat(field).unflatten(0, tokens_BT.shape) for field in zip(*parts, strict=True)))
+
+    def _check(self, decoder: Any, head: Any, tokens: Tensor) -> None:
+        """Logits from hidden states and head are the model's own: no soft cap or scale of its family is left out."""
+        whole = self.model(tokens, use_cache=False).logits.float()
+        parts = head(decoder(tokens, use_cache=False).last_hidden_state).float()
+        if not torch.allclose(whole, parts, atol=1e-2 * float(whole.abs().max()), rtol=0):
+            raise UserError(
+                f"{self.model.config.model_type}: logits are not the output embeddings times the last hidden state; "
+                "this family cannot be captured yet"
+            )
+        self.checked = True
 
 
-def targets_from_logits(
-    logits_NV: Tensor, labels_N: Tensor, top_k: int, temperatures: tuple[float, ...]
-) -> TeacherTargets:
+def batch_targets(teacher: Any, batch: Batch, offsets_BT: Tensor, device: torch.device) -> TeacherTargets:
+    """Targets of a batch on the CPU; teacher: a Teacher, or a DeepSpeed engine around one."""
+    inputs = (batch.tokens, batch.labels, batch.position_ids, offsets_BT)
+    targets = teacher(*(tensor.to(device, non_blocking=True) for tensor in inputs))
+    return TeacherTargets(*(tensor.cpu() for tensor in targets))
+
+
+def targets_from_logits(logits_NV: Tensor, labels_N: Tensor, config: LogitsConfig, offsets_N: Tensor) -> TeacherTargets:
     """Targets of N positions from their whole float logits.
 
-    log_tails[n, m] = log of the sum over tokens outside the top k of p^(1/T_m): of powers, not the power of the sum.
+    Head: the top_k tokens whose p is at least pmin, always the first one. log_tails[n, m] = log of the sum over all
+    others of p^(1/T_m): of powers, not the power of the sum. Draws: see `draw`.
     """
     log_z_N1 = logits_NV.logsumexp(-1, keepdim=True)
-    values_NK, ids_NK = logits_NV.topk(top_k)
-    rest_NV = logits_NV.scatter(-1, ids_NK, -torch.inf)
-    log_tails = [(rest_NV / t).logsumexp(-1) - log_z_N1[:, 0] / t for t in temperatures]
     counted = labels_N != IGNORED
     label_logit_N = logits_NV.gather(-1, labels_N.clamp(min=0)[:, None])[:, 0]
     label_nll_N = torch.where(counted, log_z_N1[:, 0] - label_logit_N, 0.0)
-    return TeacherTargets(ids_NK.int(), values_NK - log_z_N1, torch.stack(log_tails, 1), label_nll_N)
+    count = config.top_k if config.profile != "sampled" else 0
+    values_NK, ids_NK = logits_NV.topk(count)
+    logprobs_NK = values_NK - log_z_N1
+    if count:
+        kept_NK = logprobs_NK.exp() >= config.pmin
+        kept_NK[:, 0] = True
+        logprobs_NK.masked_fill_(~kept_NK, -torch.inf)
+        ids_NK = torch.where(kept_NK, ids_NK, ids_NK[:, :1])
+    rest_NV = logits_NV.scatter(-1, ids_NK, -torch.inf)
+    if count:
+        tails = [(rest_NV / t).logsumexp(-1) - log_z_N1[:, 0] / t for t in config.declared_temperatures]
+        log_tails_NM = torch.stack(tails, 1)
+    else:
+        log_tails_NM = logits_NV.new_full((len(logits_NV), len(config.declared_temperatures)), -torch.inf)
+    number = config.draws if config.profile != "topk" else 0
+    if number:
+        entropy_N = _entropy(logits_NV / config.draw_temperature)
+        draw_ids_ND, shares_ND = draw((rest_NV / config.draw_temperature).double().softmax(-1), number, offsets_N)
+    else:
+        entropy_N = torch.zeros_like(label_nll_N)
+        draw_ids_ND, shares_ND = ids_NK[:, :0], logprobs_NK[:, :0]
+    return TeacherTargets(ids_NK.int(), logprobs_NK, log_tails_NM, draw_ids_ND.int(), shares_ND, entropy_N, label_nll_N)
+
+
+def draw(p_NV: Tensor, number: int, offsets_N: Tensor) -> tuple[Tensor, Tensor]:
+    """`number` draws a row from p_NV (float64, rows sum to 1) → distinct ids [N, number], their shares (0 fills up).
+
+    Systematic sampling: draw i is the id at which the cumulated p reaches (i + offset) / number. With an offset uniform
+    in [0, 1) the expected share of every id is its p, exactly as for independent draws, and a share is never further
+    from p than 1 / number: far less noise (Kitagawa 1996 calls it stratified resampling's deterministic form).
+    """
+    cumulated_NV = p_NV.cumsum(-1)
+    points_ND = (torch.arange(number, device=p_NV.device) + offsets_N.double()[:, None]) / number
+    # right=True: an id without mass is never hit; the last point may exceed a sum that rounding left below 1
+    hits_ND = torch.searchsorted(cumulated_NV, points_ND * cumulated_NV[:, -1:], right=True)
+    last_N1 = (cumulated_NV < cumulated_NV[:, -1:]).sum(-1, keepdim=True)
+    hits_ND = torch.minimum(hits_ND, last_N1)
+    new_ND = torch.ones_like(hits_ND)
+    new_ND[:, 1:] = hits_ND[:, 1:] != hits_ND[:, :-1]
+    slots_ND = new_ND.cumsum(-1) - 1
+    shares_ND = torch.zeros(hits_ND.shape, device=p_NV.device)
+    shares_ND.scatter_add_(1, slots_ND, torch.ones_like(shares_ND))
+    ids_ND = hits_ND[:, :1].repeat(1, number).scatter(1, slots_ND, hits_ND)
+    return ids_ND, shares_ND / number
+
+
+def _entropy(scaled_NV: Tensor) -> Tensor:
+    """Of softmax(scaled), in nats, [N]."""
+    log_z_N = scaled_NV.logsumexp(-1)
+    return log_z_N - (scaled_NV.softmax(-1) * scaled_NV).nan_to_num(nan=0.0).sum(-1)

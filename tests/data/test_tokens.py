@@ -1,11 +1,17 @@
+import json
 import random
 import shutil
+import socket
 from collections import Counter
 from collections.abc import Iterable
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
+import huggingface_hub.constants
 import numpy as np
 import pytest
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import normalizers
 from transformers import AutoTokenizer
 
@@ -30,6 +36,23 @@ def pairs_within_documents(window: Window) -> Iterable[tuple[int, int]]:
     bounds = [*window.starts.tolist(), len(window.tokens)]
     for start, end in pairwise(bounds):
         yield from pairwise(window.tokens[start:end].tolist())
+
+
+def sentencepiece_folder(
+    folder: Path, documents: list[str], tokenizer_class: str | None, family: str = "qwen3_moe", **changes: Any
+) -> Path:
+    """A Hugging Face folder with a sentencepiece model as Llama's (BPE, byte fallback, text as it is), but tiny."""
+    llama = {"model_type": "bpe", "byte_fallback": True, "vocab_size": 500, "normalization_rule_name": "identity"}
+    llama |= {"remove_extra_whitespaces": False, "allow_whitespace_only_pieces": True, "split_digits": True}
+    lines = iter([line for document in documents for line in document.splitlines()])
+    settings = {**llama, "character_coverage": 0.999, "minloglevel": 2, "hard_vocab_limit": False, **changes}
+    folder.mkdir(exist_ok=True)
+    SentencePieceTrainer.train(sentence_iterator=lines, model_prefix=str(folder / "tokenizer"), **settings)
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    named = {"tokenizer_class": tokenizer_class} if tokenizer_class else {}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**special, **named}))
+    (folder / "config.json").write_text(json.dumps({"model_type": family}))
+    return folder
 
 
 def same(left: Iterable[Window], right: Iterable[Window]) -> bool:
@@ -144,3 +167,105 @@ def test_load_tokenizer_needs_an_end_token(tmp_path, teacher):
     with pytest.raises(UserError, match="end-of-sequence") as caught:
         load_tokenizer(tmp_path)
     assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("tokenizer_class", ["LlamaTokenizer", "SentencePieceBackend"])
+def test_sentencepiece_models_give_the_ids_of_sentencepiece(tmp_path, documents, tokenizer_class):
+    folder = sentencepiece_folder(tmp_path, documents, tokenizer_class)
+    tokenizer, reference = load_tokenizer(folder), SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    texts = [*documents, "Grüße 東京 🙂\ta  b\n\n", "1997"]
+    if tokenizer_class == "SentencePieceBackend":
+        texts += ["  leading", " x"]
+    assert tokenizer(texts, add_special_tokens=False)["input_ids"] == [reference.encode(text) for text in texts]
+    ids = tokenizer("東🙂", add_special_tokens=False)["input_ids"]
+    pieces = tokenizer.convert_ids_to_tokens(ids)
+    assert pieces[-7:] == [f"<0x{byte:02X}>" for byte in "東🙂".encode()]  # no such letter was in the text
+    assert reference.decode(ids) == "東🙂"
+    assert tokenizer.eos_token_id == reference.eos_id()
+
+
+@pytest.mark.parametrize(
+    "tokenizer_class, family, changes",
+    [
+        (None, "qwen3_moe", {}),  # read as GPT-2's byte-level BPE
+        ("LlamaTokenizer", "mixtral", {}),  # loses the space before the first word, whatever the class
+        ("LlamaTokenizer", "llama", {"model_type": "unigram"}),  # read as BPE
+        ("LlamaTokenizer", "llama", {"normalization_rule_name": "nmt_nfkc"}),  # loses the normalisation
+        ("LlamaTokenizer", "llama", {"byte_fallback": False}),
+    ],
+)
+def test_sentencepiece_models_that_transformers_would_misread_are_refused(
+    tmp_path, documents, tokenizer_class, family, changes
+):
+    folder = sentencepiece_folder(tmp_path, documents, tokenizer_class, family, **changes)
+    with pytest.raises(UserError, match="otherwise than sentencepiece") as caught:
+        load_tokenizer(folder)
+    assert str(folder) in str(caught.value) and '"tokenizer_class": "SentencePieceBackend"' in str(caught.value)
+    if family == "mixtral":
+        return
+    config = json.loads((folder / "tokenizer_config.json").read_text())  # what the message tells to do helps
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "tokenizer_class": "SentencePieceBackend"}))
+    reference = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    ids = load_tokenizer(folder)(documents, add_special_tokens=False)["input_ids"]
+    assert ids == [reference.encode(document) for document in documents]
+
+
+def test_facts_tell_sentencepiece_models_apart(tmp_path, tokenizer, documents):
+    def facts(name: str, tokenizer_class: str, **changes: Any) -> dict[str, Any]:
+        return tokenizer_facts(
+            load_tokenizer(sentencepiece_folder(tmp_path / name, documents, tokenizer_class, **changes))
+        )
+
+    exact, converted = facts("a", "SentencePieceBackend"), facts("b", "LlamaTokenizer")
+    normalising = facts("c", "SentencePieceBackend", normalization_rule_name="nmt_nfkc")
+    smaller = facts("d", "LlamaTokenizer", vocab_size=450)
+    assert exact == facts("e", "SentencePieceBackend")
+    assert (exact["vocab_size"], smaller["vocab_size"]) == (500, 450) and exact["eos"] == 2
+    hashes = {f["hash"] for f in (exact, converted, normalising, smaller, tokenizer_facts(tokenizer))}
+    assert len(hashes) == 5  # converted differs for texts that begin with spaces
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not a model"])
+@pytest.mark.parametrize("tokenizer_class", ["Qwen2Tokenizer", "LlamaTokenizer", "SentencePieceBackend"])
+def test_an_empty_vocabulary_is_refused(tmp_path, tokenizer_class, content):
+    """transformers 5 makes a tokenizer of two special tokens where the files of the vocabulary are missing."""
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_moe"}')
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": tokenizer_class, "eos_token": "</s>"})
+    )
+    if content is not None:
+        (tmp_path / "tokenizer.model").write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        load_tokenizer(tmp_path)
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("file, key", [("tokenizer_config.json", "AutoTokenizer"), ("config.json", "AutoConfig")])
+def test_code_that_comes_with_a_tokenizer_is_never_run(tmp_path, teacher, monkeypatch, file, key):
+    """Not even when the question that transformers would ask is answered with yes."""
+    for path in teacher.glob("token*"):
+        shutil.copy(path, tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "unheard-of"}')
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass Own: pass\n")
+    value = json.loads((tmp_path / file).read_text())
+    value |= {"tokenizer_class": "Own", "auto_map": {key: ["own.Own", None] if key == "AutoTokenizer" else "own.Own"}}
+    (tmp_path / file).write_text(json.dumps(value))
+    monkeypatch.setattr("builtins.input", lambda _: "y")
+    if key == "AutoTokenizer":
+        with pytest.raises(UserError, match="does not run") as caught:
+            load_tokenizer(tmp_path)
+        assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+    else:
+        load_tokenizer(tmp_path)  # its own files are enough
+    assert not (tmp_path / "ran").exists()
+
+
+def test_loading_asks_nobody_on_the_network(tmp_path, teacher, documents, monkeypatch):
+    def refuse(*address: object) -> None:
+        raise AssertionError(f"a connection to {address}")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    load_tokenizer(teacher)
+    load_tokenizer(sentencepiece_folder(tmp_path, documents, "LlamaTokenizer", "llama"))

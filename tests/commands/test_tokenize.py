@@ -1,0 +1,212 @@
+"""FineWeb's files → shards: against the plain way of doing it, with workers, and killed at bad moments."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import time
+from argparse import Namespace
+from collections.abc import Iterable, Iterator
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from megakd.commands import tokenize
+from megakd.data.documents import held_out, python_documents
+from megakd.data.records import Sample
+from megakd.data.shards import ShardSet
+from megakd.data.tokens import load_tokenizer
+from megakd.errors import UserError
+from megakd.models.tiny import END_OF_DOCUMENT, train_tokenizer
+from megakd.run import Run
+from tests.conftest import command, files, megakd
+
+FRACTION = 0.1
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    """360 pieces of real English, some shorter than a window, some as long as fifty."""
+    pieces = [d[i : i + 20000] for d in python_documents() for i in range(0, len(d), 20000)]
+    found = [piece[: (40 + 37 * i % 500) if i % 9 else 20000] for i, piece in enumerate(islice(pieces, 360))]
+    assert len(found) == 360 and not any(END_OF_DOCUMENT in text for text in found)
+    return found
+
+
+@pytest.fixture(scope="module")
+def fineweb(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Path:
+    """A folder as the hub's: sample/10BT/000_00000.parquet and so on, with FineWeb's nine columns."""
+    folder = tmp_path_factory.mktemp("fineweb")
+    (folder / "sample" / "10BT").mkdir(parents=True)
+    (folder / "sample" / "100BT").mkdir()
+    names = ("sample/100BT/000_00000", "sample/10BT/000_00000", "sample/10BT/001_00000", "sample/10BT/010_00000")
+    for number, name in enumerate(names):
+        part = texts[number * 90 : (number + 1) * 90]
+        rows = {
+            "text": part,
+            "id": [f"<urn:uuid:{number}-{i}>" for i in range(90)],
+            "dump": ["CC-MAIN-2024-10"] * 90,
+            "url": [f"https://example.org/{number}/{i}" for i in range(90)],
+            "date": ["2024-02-29T12:00:00Z"] * 90,
+            "file_path": ["s3://commoncrawl/crawl-data/part.warc.gz"] * 90,
+            "language": ["en"] * 90,
+            "language_score": [0.97] * 90,
+            "token_count": [len(text.split()) for text in part],
+        }
+        pyarrow.parquet.write_table(pyarrow.table(rows), folder / f"{name}.parquet", row_group_size=40)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recipe_of_text(tmp_path_factory: pytest.TempPathFactory, fineweb: Path, texts: list[str]) -> Path:
+    """What tokenize needs of a teacher is its tokenizer; 64-token windows, 60 a shard, all the text there is."""
+    folder = tmp_path_factory.mktemp("recipe-of-text")
+    teacher = folder / "teacher"
+    train_tokenizer(texts[::5], 600).save_pretrained(teacher)
+    (teacher / "config.json").write_text('{"model_type": "qwen3_moe"}')
+    data = {"source": str(fineweb), "sequence_length": 64, "tokens": 10**8, "shard_tokens": 64 * 60}
+    value = {
+        "model": {"teacher": str(teacher)},
+        "data": {**data, "holdout_fraction": FRACTION, "holdout_tokens": 10**8},
+        "engine": {"kind": "local"},
+    }
+    (folder / "recipe.json").write_text(json.dumps(value))
+    return folder / "recipe.json"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, recipe_of_text: Path) -> Run:
+    run = Run.create(recipe_of_text, [], tmp_path_factory.mktemp("runs") / "undisturbed")
+    tokenize.main(run, Namespace())
+    return run
+
+
+def documents_of(shards: ShardSet, end: int) -> Iterator[list[int]]:
+    """The documents that windows were cut from: one that goes on begins the next window with its last token."""
+    document: list[int] = []
+    for sample in (shards[i] for i in range(len(shards))):
+        bounds = [*sample.starts.tolist(), len(sample.tokens)]
+        assert bounds[0] == 0
+        for start, stop in pairwise(bounds):
+            tokens = sample.tokens[start:stop].tolist()
+            assert not document or tokens[0] == document[-1]
+            document += tokens[1:] if document else tokens
+            if document[-1] == end:
+                yield document
+                document = []
+    assert not document
+
+
+def test_shards_hold_every_document_of_fineweb_once_with_its_end(undisturbed, texts):
+    """Against the plain way: each document tokenized alone, its end token behind it, in the order of the files."""
+    tokenizer = load_tokenizer(Path(undisturbed.config.model.teacher))
+    count = 0
+    for part in ("holdout", "train"):
+        mine = [text for text in texts if held_out(text, FRACTION) == (part == "holdout")]
+        expected = [[*tokenizer(t, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for t in mine]
+        shards = ShardSet(undisturbed.path("data", "tokens", part))
+        assert list(documents_of(shards, tokenizer.eos_token_id)) == expected
+        assert shards.manifest["documents"] == len(mine)
+        assert shards.manifest["text_tokens"] == sum(map(len, expected))
+        assert shards.manifest["text_bytes"] == sum(len(text.encode()) for text in mine)
+        count += len(mine)
+        shards.close()
+    assert count == len(texts)  # in both parts together, each once
+    assert len(shards.names) > 5
+
+
+def test_the_budget_gives_the_first_windows_of_the_whole(undisturbed, recipe_of_text, tmp_path):
+    run = Run.create(recipe_of_text, ["data.tokens=7000", "data.holdout_tokens=64"], tmp_path / "run")
+    tokenize.main(run, Namespace())
+    for part, windows in (("train", 110), ("holdout", 1)):
+        whole, less = (ShardSet(r.path("data", "tokens", part)) for r in (undisturbed, run))
+        assert len(less) == windows
+        for i in range(windows):
+            assert whole[i].tokens.tolist() == less[i].tokens.tolist()
+            assert whole[i].starts.tolist() == less[i].starts.tolist()
+
+
+def test_a_killed_worker_costs_no_finished_shard_and_three_go_on(undisturbed, recipe_of_text, tmp_path, monkeypatch):
+    """Killed while a shard is half written; then with another number of workers to the same bytes."""
+    run = Run.create(recipe_of_text, ["data.workers=1"], tmp_path / "run")
+    tokens = run.path("data", "tokens")
+    write_shard = tokenize.write_shard
+
+    def killing(folder: Path, name: str, samples: Iterable[Sample], *rest: Any, **named: Any) -> Any:
+        def dying() -> Iterator[Sample]:
+            for number, sample in enumerate(samples):
+                if number == 20 and (folder.name, name) == ("train", "shard-00002"):
+                    (child,) = multiprocessing.active_children()
+                    assert child.pid is not None
+                    os.kill(child.pid, signal.SIGKILL)
+                    child.join()
+                yield sample
+
+        return write_shard(folder, name, dying(), *rest, **named)
+
+    monkeypatch.setattr(tokenize, "write_shard", killing)
+    with pytest.raises(UserError, match=r"worker 1 of 1 was killed by SIGKILL"):
+        tokenize.main(run, Namespace())
+    monkeypatch.undo()
+    assert multiprocessing.active_children() == []
+    before = files(tokens)
+    expected = files(undisturbed.path("data", "tokens"))
+    assert {name for name in before if name.startswith("train")} >= {"train/shard-00001.json", "train/shard-00001.tar"}
+    assert before.items() <= expected.items()  # whole files only
+
+    seen: list[tokenize.Progress] = []
+
+    class Watched(tokenize.Progress):
+        def __init__(self, *arguments: Any, **named: Any):
+            super().__init__(*arguments, **named)
+            seen.append(self)
+
+    monkeypatch.setattr(tokenize, "Progress", Watched)
+    tokenize.main(Run.open(run.folder, ["data.workers=3"]), Namespace())
+    assert files(tokens) == expected
+    (progress,) = seen  # the hold-out was finished
+    finished = sum(name.startswith("train") and name.endswith(".tar") for name in before)
+    assert progress.before == finished * 60 * 64 and progress.done == ShardSet(tokens / "train").tokens
+
+
+@pytest.mark.ranks
+def test_workers_end_with_a_killed_parent(undisturbed, recipe_of_text, tmp_path):
+    """kill -9 of the process that the user started, of that alone; then none of its workers is left, and it resumes."""
+    run, tokens = tmp_path / "run", tmp_path / "run" / "data" / "tokens"
+    megakd("new", run, "--from", recipe_of_text)
+    process = subprocess.Popen(command("tokenize", run, "data.workers=2"), stderr=subprocess.DEVNULL)
+    family: list[psutil.Process] = []
+    while len(family) < 3 or not (tokens / "holdout" / "shard-00000.json").exists():
+        assert process.poll() is None, "it ended before it could be killed"
+        family = psutil.Process(process.pid).children(recursive=True)
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 20
+    while any(map(alive, family)):  # the workers, and what Python starts beside them
+        assert time.monotonic() < deadline, family
+        time.sleep(0.01)
+    assert not (tokens / "train" / "manifest.json").exists()
+    tokenize.main(Run.open(run, ["data.workers=0"]), Namespace())
+    left = {name: content for name, content in files(tokens).items() if ".tmp-" not in name}
+    assert left == files(undisturbed.path("data", "tokens"))
+
+
+def alive(process: psutil.Process) -> bool:
+    """A process that ended and that nobody has asked for its exit code yet is not."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_a_source_without_a_held_out_document_says_how_many_were_read(recipe_of_text, texts, tmp_path):
+    run = Run.create(recipe_of_text, ["data.holdout_fraction=1e-9"], tmp_path / "run")
+    with pytest.raises(UserError, match=f"no holdout document .* {len(texts)} documents were read"):
+        tokenize.main(run, Namespace())
