@@ -38,7 +38,7 @@ from megakd.dist import World, barrier, close_world, join_world, read_world, sum
 from megakd.errors import UserError
 from megakd.files import locked
 from megakd.log import Progress, say
-from megakd.models.hub import load_model, resolve, weights_fingerprint
+from megakd.models.hub import load_config, load_model, resolve, weights_fingerprint
 from megakd.models.teacher import Teacher, batch_targets
 from megakd.run import Run
 
@@ -241,16 +241,22 @@ class _Capture:
                 yield sample._replace(targets=TeacherTargets(*(field[row, :count].numpy() for field in targets)))
 
     def _teacher(self, config: LogitsConfig) -> Any:
-        if config.parallel == "replica":
-            if self.model is None:
-                self.model = load_model(self.folder, getattr(torch, config.dtype)).eval().to(self.world.device)
-            return Teacher(self.model, config, self.vocab_size)
-        from megakd.engine.inference import spread_teacher
-
         if self.model is None:
-            self.model = spread_teacher(self.folder, config, self.vocab_size, self.world)
-        self.model.module.config = config  # one teacher for all parts
+            self.model = self._load(config)
+        module = self.model if isinstance(self.model, Teacher) else self.model.module
+        module.kept = config  # one teacher for all parts
         return self.model
+
+    def _load(self, config: LogitsConfig) -> Any:
+        def build() -> Teacher:
+            return Teacher(load_model(self.folder, getattr(torch, config.dtype)), config, self.vocab_size)
+
+        if config.parallel == "replica":
+            return build().eval().to(self.world.device)
+        from megakd.engine.inference import spread
+
+        family = load_config(self.folder).model_type
+        return spread(build, config.parallel, family, config.dtype, config.batch_size, self.world)
 
 
 def _offsets(seed: int, key: str, length: int) -> torch.Tensor:

@@ -53,7 +53,12 @@ def load_model(folder: Path, dtype: torch.dtype) -> Any:
         logging.disable_progress_bar()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=False,  # else it would ask at the terminal, and a "y" would run the folder's code
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder}: not a model that transformers can load ({str(error).splitlines()[0]})") from error
@@ -71,7 +76,7 @@ def load_config(folder: Path) -> Any:
     import megakd.models.student  # noqa: F401
 
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(
             f"{folder}: no config.json that transformers can load ({str(error).splitlines()[0]})"
@@ -84,7 +89,7 @@ def empty_model(folder: Path) -> Any:
 
     config = load_config(folder)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def weights_fingerprint(folder: Path) -> str:

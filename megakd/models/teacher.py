@@ -19,42 +19,41 @@ CHUNK_BYTES = 1 << 27  # of one [chunk, V] buffer in float32: 220 positions at 1
 class Teacher(nn.Module):
     """A causal LM that answers a batch with TeacherTargets (tensors [B, T, ..] on its device).
 
-    An nn.Module with all of the work inside forward, because ZeRO-3 gathers weights only while a module runs.
+    An nn.Module with all of the work inside forward, because ZeRO-3 gathers weights only while a module runs; its parts
+    are named as in a Hugging Face causal LM, which is how DeepSpeed finds experts.
     vocab_size: real entries; a padded vocabulary is cut before normalising.
     """
 
-    def __init__(self, model: Any, config: LogitsConfig, vocab_size: int):
+    def __init__(self, model: Any, kept: LogitsConfig, vocab_size: int):
         super().__init__()
-        self.model, self.config, self.vocab_size = model, config, vocab_size
-        self.checked = False
+        self.model, self.lm_head = getattr(model, model.base_model_prefix), model.get_output_embeddings()
+        self.config, self.kept, self.vocab_size = model.config, kept, vocab_size
+        self.unchecked = [model]  # in a list: no child of its own
 
     @torch.no_grad()
     def forward(self, tokens_BT: Tensor, labels_BT: Tensor, positions_BT: Tensor, offsets_BT: Tensor) -> TeacherTargets:
         """offsets_BT: a number of [0, 1) a position, where its draws begin; unused without draws."""
-        decoder = getattr(self.model, self.model.base_model_prefix)
-        head = self.model.get_output_embeddings()
-        hidden_ND = decoder(tokens_BT, position_ids=positions_BT, use_cache=False).last_hidden_state.flatten(0, 1)
-        if not self.checked:
-            self._check(decoder, head, tokens_BT[:1, :8])
+        if self.unchecked:
+            self._check(self.unchecked.pop(), tokens_BT[:, :8])
+        hidden_ND = self.model(tokens_BT, position_ids=positions_BT, use_cache=False).last_hidden_state.flatten(0, 1)
         rows = max(CHUNK_BYTES // (4 * self.vocab_size), 1)
         parts = [
-            targets_from_logits(head(hidden)[:, : self.vocab_size].float(), labels, self.config, offsets)
+            targets_from_logits(self.lm_head(hidden)[:, : self.vocab_size].float(), labels, self.kept, offsets)
             for hidden, labels, offsets in zip(
                 hidden_ND.split(rows), labels_BT.flatten().split(rows), offsets_BT.flatten().split(rows), strict=True
             )
         ]
         return TeacherTargets(*(torch.cat(field).unflatten(0, tokens_BT.shape) for field in zip(*parts, strict=True)))
 
-    def _check(self, decoder: Any, head: Any, tokens: Tensor) -> None:
+    def _check(self, whole: Any, tokens_BT: Tensor) -> None:
         """Logits from hidden states and head are the model's own: no soft cap or scale of its family is left out."""
-        whole = self.model(tokens, use_cache=False).logits.float()
-        parts = head(decoder(tokens, use_cache=False).last_hidden_state).float()
-        if not torch.allclose(whole, parts, atol=1e-2 * float(whole.abs().max()), rtol=0):
+        theirs = whole(tokens_BT, use_cache=False).logits.float()
+        ours = self.lm_head(self.model(tokens_BT, use_cache=False).last_hidden_state).float()
+        if not torch.allclose(theirs, ours, atol=1e-2 * float(theirs.abs().max()), rtol=0):
             raise UserError(
-                f"{self.model.config.model_type}: logits are not the output embeddings times the last hidden state; "
+                f"{self.config.model_type}: logits are not the output embeddings times the last hidden state; "
                 "this family cannot be captured yet"
             )
-        self.checked = True
 
 
 def batch_targets(teacher: Any, batch: Batch, offsets_BT: Tensor, device: torch.device) -> TeacherTargets:
