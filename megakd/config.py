@@ -66,12 +66,14 @@ class LogitsConfig(Section):
     topk     the top_k most probable tokens with p >= pmin, and the mass of all others at each declared temperature
     sampled  `draws` draws from the whole distribution at draw_temperature
     hybrid   both: what topk keeps, and draws from the rest
+    levels: how finely probabilities are rounded, see `megakd.data.codec`.
     parallel: a teacher on each rank (replica), or one over all ranks (zero3, or autoep: experts spread too).
     """
 
     profile: Literal["topk", "sampled", "hybrid"] = "topk"
     top_k: int = Field(64, ge=1, le=65535)
     pmin: float = Field(3e-4, ge=0, lt=1)
+    levels: int = Field(238, ge=2, le=255)
     draws: int = Field(50, ge=1, le=255)
     draw_temperature: float = Field(1.0, gt=0)
     temperatures: tuple[Annotated[float, Field(gt=0)], ...] = Field((1.0, 2.0), max_length=16)

@@ -101,6 +101,7 @@ def logits_facts(run: Run, part: str, tokens: dict[str, Any], weights: str, book
         "profile": logits.profile,
         "top_k": logits.top_k if logits.profile != "sampled" else 0,
         "pmin": logits.pmin,
+        "levels": logits.levels,
         "draws": logits.draws if draws else 0,
         "draw_temperature": logits.draw_temperature if draws else None,
         "draw_seed": run.config.seed if draws else None,

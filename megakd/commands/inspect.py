@@ -3,7 +3,7 @@
 examples:
   megakd inspect runs/a                            which parameters train at which rate, stage by stage
   megakd inspect runs/a/data/logits/train          what the shards hold; one record in words
-  megakd inspect runs/a/data/logits/train --verify read every byte again
+  megakd inspect runs/a/data/logits/train --verify read every byte again; recompute the teacher's NLL of some labels
   megakd inspect runs/a/checkpoints/all/step-000150
 """
 
@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from megakd.config import flatten
+from megakd.config import LogitsConfig, flatten
+from megakd.data.batches import collate
 from megakd.data.records import TeacherTargets
 from megakd.data.shards import ShardSet
 from megakd.data.tokens import load_tokenizer
@@ -21,13 +23,20 @@ from megakd.engine.optim import assign_rules
 from megakd.errors import UserError
 from megakd.files import read_json
 from megakd.log import short, table
-from megakd.models.hub import Checkpoint, empty_model, load_config, resolve
+from megakd.models.hub import Checkpoint, empty_model, load_config, load_model, resolve, weights_fingerprint
+from megakd.models.teacher import Teacher, batch_targets
 from megakd.run import Run
+
+CHECKED_SAMPLES = 8
+MOST_NLL_DIFFERENCE = 0.2  # nats; rounding costs 0.02 to 0.05 in float32, other tokens or another teacher cost nats
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=Path)
-    parser.add_argument("--verify", action="store_true", help="shards: check every byte against the hashes")
+    parser.add_argument(
+        "--verify", action="store_true", help="shards: check every byte, and the teacher's NLL of labels"
+    )
+    parser.add_argument("--teacher", help="--verify: where the teacher lies now (default: where the manifest says)")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -36,9 +45,12 @@ def main(args: argparse.Namespace) -> None:
         text = describe_run(Run.open(path))
     elif (path / "manifest.json").exists():
         shards = ShardSet(path)
+        text = describe_shards(shards)
         if args.verify:
             shards.verify()
-        text = describe_shards(shards) + (f"\nverified: {len(shards)} samples, every byte" if args.verify else "")
+            text += f"\nverified: {len(shards)} samples, every byte"
+            if shards.layout is not None:
+                text += "\n" + verify_teacher(shards, args.teacher)
     elif (path / "progress.json").exists():
         text = f"checkpoint {path}\n" + table(
             ["progress", ""], [[k, str(v)] for k, v in read_json(path / "progress.json").items()], left=True
@@ -93,6 +105,39 @@ def _describe_sample(shards: ShardSet) -> str:
             f"(NLL {targets.label_nll[position]:.2f}); {_describe_position(targets, position, show)}"
         )
     return "\n".join(lines)
+
+
+def verify_teacher(shards: ShardSet, where: str | None) -> str:
+    """Run the teacher over some samples; UserError when its NLL of their labels is not what the records say.
+
+    A record that belongs to other tokens, or to another teacher, is off by whole nats; rounding by a few hundredths.
+    """
+    made_by, dtype = shards.facts["teacher"], getattr(torch, shards.facts["dtype"])
+    try:
+        folder = resolve(where or made_by["id"], made_by["revision"])
+    except UserError:
+        return f"not compared with the teacher: {made_by['id']} is not here (say where with --teacher)"
+    if weights_fingerprint(folder) != made_by["weights"]:
+        raise UserError(
+            f"{shards.folder}: made by weights {made_by['weights']}, {folder} has {weights_fingerprint(folder)}"
+        )
+    keep = LogitsConfig(top_k=1, temperatures=(1.0,))
+    teacher = Teacher(load_model(folder, dtype).eval(), keep, shards.facts["vocab_size"])
+    indices = sorted({len(shards) * i // CHECKED_SAMPLES for i in range(CHECKED_SAMPLES)})
+    differences = []
+    for index in indices:
+        sample = shards[index]
+        count = len(sample.tokens) - 1
+        batch = collate([sample._replace(targets=None)], count)
+        found = batch_targets(teacher, batch, torch.zeros(1, count), torch.device("cpu")).label_nll[0].numpy()
+        assert sample.targets is not None
+        differences.append(float(np.abs(found - sample.targets.label_nll).mean()))
+        if differences[-1] > MOST_NLL_DIFFERENCE:
+            raise UserError(
+                f"{shards.place(index)}: the teacher's NLL of its labels is off by {differences[-1]:.2f} nats on average; "
+                "the record is not this teacher's answer to these tokens: run: megakd generate-logits RUN in a new run"
+            )
+    return f"the teacher's NLL of the labels of {len(indices)} samples: within {max(differences):.3f} nats on average"
 
 
 def _describe_position(targets: TeacherTargets, position: int, show: Any) -> str:

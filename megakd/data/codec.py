@@ -1,17 +1,23 @@
 """A Sample with teacher targets ↔ bytes: byte planes under zstd, raw bits for places in the book's buckets, a checksum.
 
 Record, little-endian:
-  header   magic "MKD2", crc32 of all that follows; head and draws there?, temperatures M, positions T, document
-           starts S, entries of the head, distinct draws, first half of the book's digest, bytes of the zstd frame
-  planes   one zstd frame, its blocks cut at plane borders (zstd then is a Huffman coder with a table a plane):
-           head and draws each: entries a row, gaps between ascending buckets, values, both in quarters of rows with
-           similar tail; tails [M, T]; entropy [T] (draws only); NLL of the label [T]; buckets of the tokens; starts
-  bits     places inside buckets, packed: tokens, then head, then draws
+  header   magic "MKD2", crc32 of all that follows; head and draws there?, temperatures M, positions T, starts S,
+           entries of the head, distinct draws, draws of 16 or more, labels not in their row, half of the book's digest,
+           bytes of the zstd frame
+  planes   one zstd frame, a block a plane, so that zstd is a Huffman coder with a table a plane:
+           tails [M, T]; entropy [T] (draws only); NLL of the label [T] (with a head: of labels not in their row,
+           for that of the others is known);
+           head: entries a row, gaps between ascending buckets, values; draws: gaps, pairs of counts, large counts;
+           index of the label in its row [T], 255 for none; buckets of the first token and of such labels; starts.
+           Rows of the head are taken in the order of their tail, of the draws in that of their entropy (like rows make
+           narrow tables); a row of draws ends when all are there.
+  bits     places inside buckets, packed: first token and labels not in their row, then head, then draws
 
 What is kept of a number, each rounded to a byte where the rounding costs the KL as much for small as for large ones:
-  p         rint(LEVELS sqrt(p)), at least 1            d(KL) = (dp)^2 / 2p is even over p in steps of sqrt(p)
-  tail s    rint(255 asin(sqrt(s)) 2/pi), at most 254   s: share of what is outside the head at that temperature
-  NLL, H    rint(64 log(1 + x))                         within 1 % of 1 + x, up to 52 nats
+  p         rint(levels sqrt(p)), at least 1            d(KL) = (dp)^2 / 2p is even over p in steps of sqrt(p)
+  tail s    rint(255 asin(sqrt(s)) 2/pi), 1 to 254      s: share of what is outside the head at that temperature
+  NLL       rint(32 log(1 + x))                         within 1.6 % of 1 + x
+  entropy   rint(16 log(1 + x))                         within 3.2 % of 1 + x: it enters sums over many positions only
 Decoding scales each row so that head and tail sum to 1. docs/data-format.md has the table of what this costs.
 """
 
@@ -30,9 +36,9 @@ from megakd.data.records import Sample, TeacherTargets
 
 NAME = "mkd-2"
 MAGIC = b"MKD2"
-HEADER = struct.Struct("<4sIBBHHIIII")
-GROUPS = 4
-LEVELS = 236  # mean KL 1.6e-4 at top 64; its square is inverse to the KL, halving it costs 0.5 bit an entry
+HEADER = struct.Struct("<4sIBBHHIIIHII")
+QUARTERS = 4  # of the rows: each its own table for gaps and values
+NLL_STEPS, ENTROPY_STEPS = 32, 16
 
 
 class DamagedRecord(Exception):
@@ -42,11 +48,13 @@ class DamagedRecord(Exception):
 class Layout(NamedTuple):
     """What every record of a data set has in common: entries of the head a row (at most), draws a row (in all).
 
-    The profile follows: `topk` has a head, `sampled` has draws, `hybrid` has both.
+    levels: steps of sqrt(p). Mean KL is inverse to its square, 1.6e-4 at 238 and 50 entries; a halved KL costs half a
+    bit an entry. The profile follows: `topk` has a head, `sampled` has draws, `hybrid` has both.
     """
 
     top_k: int
     draws: int
+    levels: int
     temperatures: tuple[float, ...]
     sequence_length: int
     book: Book
@@ -58,37 +66,50 @@ class Layout(NamedTuple):
 
 
 def encode(sample: Sample, layout: Layout) -> bytes:
-    """Bytes of a sample with targets (see TeacherTargets); every row of the head holds an entry."""
+    """Bytes of a sample with targets (see TeacherTargets); every row of head and draws holds an entry."""
     targets, book = sample.targets, layout.book
     assert targets is not None, sample.key
-    positions = len(sample.tokens) - 1
-    entries = targets.logprobs.size + targets.draw_shares.size
-    words = np.zeros(MAX_WIDTH * (entries + positions + 1) // 64 + 2, np.uint64)
-    token_buckets, end = kernels.pack_ids(book.places[sample.tokens], book.buckets, book.starts, book.widths, words)
-    planes: list[np.ndarray] = []
-    sizes = [0, 0]
+    positions, places = len(sample.tokens) - 1, book.places[sample.tokens]
+    sets, entropy = [], _log_byte(targets.entropy, ENTROPY_STEPS)
     tails = np.zeros((len(layout.temperatures), positions), np.uint8)
     if layout.top_k:
         roots = np.exp(targets.logprobs * np.float32(0.5))
         for m, temperature in enumerate(layout.temperatures):
             tails[m] = _tail_byte(roots, targets.log_tails[:, m], temperature)
-        quantized = np.maximum(np.rint(LEVELS * roots), 1).astype(np.uint8) * (targets.logprobs > -np.inf)
-        own, sizes[0], end = _pack_set(targets.ids, quantized, tails[0], book, words, end)
-        planes += own
+        values = np.maximum(np.rint(layout.levels * roots), 1).astype(np.uint8) * (targets.logprobs > -np.inf)
+        sets.append(_Set(*_keys(targets.ids, values, book), tails[0]))
     if layout.draws:
         counts = np.rint(targets.draw_shares * layout.draws).astype(np.uint8)
-        own, sizes[1], end = _pack_set(targets.draw_ids, counts, None, book, words, end)
-        planes += own
-    planes += list(tails)
-    if layout.draws:
-        planes.append(_log_byte(targets.entropy))
-    planes += [_log_byte(targets.label_nll), token_buckets, np.asarray(sample.starts, "<u2")]
+        sets.append(_Set(*_keys(targets.draw_ids, counts, book), entropy))
+    found = np.empty(positions, np.uint8)
+    kernels.find_labels(sets[0].keys, sets[0].counts, places[1:], found)
+    others = np.concatenate([places[:1], places[1:][found == 255]])
+    entries = [int(each.counts.sum()) for each in sets]
+    words = np.zeros(MAX_WIDTH * (sum(entries) + len(others)) // 64 + 2, np.uint64)
+    buckets, end = kernels.pack_ids(others, book.buckets, book.starts, book.widths, words)
+    untold = found == 255 if layout.top_k else slice(None)
+    planes = [*tails, *([entropy] if layout.draws else []), _log_byte(targets.label_nll[untold], NLL_STEPS)]
+    large = np.empty(0, np.uint8)
+    for each in sets:
+        order = _order(each.like)
+        gaps, values, end = kernels.pack_rows(
+            each.keys, each.counts, order, book.buckets, book.starts, book.widths, words, end
+        )
+        sizes = each.counts[order]
+        if layout.draws and each is sets[-1]:
+            pairs, large = kernels.pack_draws(values)
+            planes += [*_quarters(gaps, sizes), *_quarters(pairs, sizes / 2), large]
+        else:
+            low, high = sizes.astype(np.uint8), (sizes >> 8).astype(np.uint8)
+            planes += [*_quarters(low, np.ones_like(sizes)), high, *_quarters(gaps, sizes), *_quarters(values, sizes)]
+    planes += [found, buckets, np.asarray(sample.starts, "<u2")]
     frame = _compress(planes)
     header = HEADER.pack(
         MAGIC, 0, layout.kind, len(layout.temperatures), positions, len(sample.starts),
-        *sizes, _tag(book), len(frame),
+        entries[0] if layout.top_k else 0, entries[-1] if layout.draws else 0, len(large), len(others) - 1, _tag(book),
+        len(frame),
     )  # fmt: skip
-    body = header[8:] + frame + words.astype("<u8").tobytes()[: (end + 7) // 8]
+    body = header[8:] + frame + words.astype("<u8").tobytes()[: (int(end) + 7) // 8]
     return MAGIC + struct.pack("<I", zlib.crc32(body)) + body
 
 
@@ -96,7 +117,7 @@ def decode(key: str, data: bytes, layout: Layout) -> Sample:
     """The inverse of `encode` up to rounding. Raises DamagedRecord, whatever the bytes are."""
     if len(data) < HEADER.size:
         raise DamagedRecord(f"{len(data)} bytes are too few for a header")
-    magic, crc, kind, temperatures, positions, starts, head, draws, tag, frame = HEADER.unpack_from(data)
+    magic, crc, kind, temperatures, positions, starts, head, drawn, large, others, tag, size = HEADER.unpack_from(data)
     if magic != MAGIC:
         raise DamagedRecord(f"starts with {magic!r}, not {MAGIC!r}")
     if zlib.crc32(data[8:]) != crc:
@@ -105,47 +126,73 @@ def decode(key: str, data: bytes, layout: Layout) -> Sample:
         raise DamagedRecord("was written with another book")
     if (kind, temperatures) != (layout.kind, len(layout.temperatures)):
         raise DamagedRecord("was written with another profile or other temperatures than the manifest states")
-    if not 0 < positions <= layout.sequence_length or not 0 < starts <= positions + 1:
-        raise DamagedRecord(f"has {positions} positions and {starts} documents")
-    if head > positions * layout.top_k or draws > positions * layout.draws:
-        raise DamagedRecord(f"announces {head} and {draws} entries for {positions} positions")
-    reader = _Planes(data[HEADER.size : HEADER.size + frame], _raw_size(layout, positions, starts, head, draws))
-    raw = data[HEADER.size + frame :]
-    words = _words(raw + bytes(MAX_WIDTH * max(layout.top_k, layout.draws) // 8))
-    book, end = layout.book, 8 * len(raw)
-    rows = [_read_rows(reader, positions, n) for n, there in ((head, layout.top_k), (draws, layout.draws)) if there]
-    tails = reader.take(temperatures * positions).reshape(temperatures, positions)
-    entropy = reader.take(positions) if layout.draws else np.zeros(positions, np.uint8)
-    nll, chosen = reader.take(positions), reader.take(positions + 1)
-    offsets = reader.take(2 * starts).view("<u2").astype(np.int32)
-    tokens = np.empty(positions + 1, np.int32)
-    at = int(kernels.unpack_ids(chosen, book.ids, book.starts, book.widths, words, 0, end, tokens))
+    if not 0 < positions <= layout.sequence_length or not 0 < starts <= positions + 1 or others > positions:
+        raise DamagedRecord(f"has {positions} positions, {starts} documents and {others} labels apart")
+    if head > positions * layout.top_k or drawn > positions * layout.draws or large > drawn:
+        raise DamagedRecord(f"announces {head} and {drawn} entries for {positions} positions")
+    book, raw = layout.book, data[HEADER.size + size :]
+    words, end = _words(raw + bytes(MAX_WIDTH * max(layout.top_k, layout.draws) // 8)), 8 * len(raw)
+    untold = others if layout.top_k else positions
+    content = (temperatures + bool(layout.draws) + 1) * positions + untold + 1 + others + 2 * starts
+    content += bool(layout.top_k) * (2 * positions + 2 * head) + drawn + (drawn + 1) // 2 + large
+    planes = _Planes(data[HEADER.size : HEADER.size + size], content)
+    tails = planes.take(temperatures * positions).reshape(temperatures, positions)
+    entropy = planes.take(positions) if layout.draws else np.zeros(positions, np.uint8)
+    told = np.expm1(planes.take(untold) / np.float32(NLL_STEPS))
     ids, logprobs = np.empty((positions, layout.top_k), np.int32), np.empty((positions, layout.top_k), np.float32)
-    log_tails = np.empty((positions, temperatures), np.float32)
-    if layout.top_k:
-        values, at = _unpack(rows[0], tails[0], ids, book, words, at, end)
-        if tails.max() > 254:
-            raise DamagedRecord("a tail of everything")
-        inverse = 1 / np.array(layout.temperatures)
-        kernels.head_values(values, rows[0].counts, tails, _LOG_Q, inverse, _LOG_SHARE, _LOG_REST, logprobs, log_tails)
-    else:
-        log_tails[:] = -np.inf
+    log_tails = np.full((positions, temperatures), -np.inf, np.float32)
     draw_ids = np.empty((positions, layout.draws), np.int32)
     shares = np.empty((positions, layout.draws), np.float32)
+    tokens, rows = np.empty(positions + 1, np.int32), []
+    if layout.top_k:
+        counts, order = np.empty(positions, np.int32), _order(tails[0])
+        counts[order] = planes.take(positions).astype(np.int32) | planes.take(positions).astype(np.int32) << 8
+        gaps, values = planes.take(head), planes.take(head)
+        if not counts.all() or not values.all() or tails.max() > 254:
+            raise DamagedRecord("a row without entries, an entry without value or a tail of everything")
+        rows.append((counts, order, gaps, values, ids))
     if layout.draws:
-        values, at = _unpack(rows[-1], None, draw_ids, book, words, at, end)
-        if (values.sum(1, dtype=np.int64) != layout.draws).any():
+        gaps, pairs, many = planes.take(drawn), planes.take((drawn + 1) // 2), planes.take(large)
+        counts, values, order = np.empty(positions, np.int32), np.empty(drawn, np.uint8), _order(entropy)
+        if kernels.unpack_draws(pairs, many, layout.draws, order, counts, values) < 0:
             raise DamagedRecord(f"a row whose draws are not {layout.draws}")
-        np.divide(values, np.float32(layout.draws), out=shares)
+        rows.append((counts, order, gaps, values, draw_ids))
+    found, buckets = planes.take(positions), planes.take(1 + others)
+    offsets = planes.take(2 * starts).view("<u2").astype(np.int32)
+    apart = np.empty(1 + others, np.int32)
+    at = int(kernels.unpack_ids(buckets, book.ids, book.starts, book.widths, words, 0, end, apart))
+    kept = []
+    for counts, order, gaps, values, out in rows:
+        kept.append(np.empty(out.shape, np.uint8))
+        if at >= 0:
+            at = int(
+                kernels.unpack_rows(
+                    counts, order, gaps, values, book.ids, book.starts, book.widths, words, at, end, out, kept[-1]
+                )
+            )
     if at < 0 or (at + 7) // 8 != len(raw):
         raise DamagedRecord("its planes and its bits do not fit together")
-    if offsets[0] != 0 or (np.diff(offsets) <= 0).any() or offsets[-1] > positions:
+    if (found == 255).sum() != others or ((found < 255) & (found >= rows[0][0])).any():
+        raise DamagedRecord("a label that is not where it should be")
+    if offsets[0] != 0 or (offsets[1:] <= offsets[:-1]).any() or offsets[-1] > positions:
         raise DamagedRecord("document starts out of order")
-    targets = TeacherTargets(ids, logprobs, log_tails, draw_ids, shares, _LOG_VALUES[entropy], _LOG_VALUES[nll])
-    return Sample(key, tokens, offsets, targets)
+    absent, at_label = found == 255, (np.arange(positions), np.where(found < 255, found, 0))
+    tokens[0], tokens[1:] = apart[0], rows[0][4][at_label]
+    tokens[1:][absent] = apart[1:]
+    if layout.top_k:
+        inverse = 1 / np.array(layout.temperatures)
+        kernels.head_values(kept[0], rows[0][0], tails, _LOG_Q, inverse, _LOG_SHARE, _LOG_REST, logprobs, log_tails)
+        nll = -logprobs[at_label]
+        nll[absent] = told
+    else:
+        nll = told
+    nll[offsets[1:] - 1] = 0
+    if layout.draws:
+        np.divide(kept[-1], np.float32(layout.draws), out=shares)
+    entropy = np.expm1(entropy / np.float32(ENTROPY_STEPS))
+    return Sample(key, tokens, offsets, TeacherTargets(ids, logprobs, log_tails, draw_ids, shares, entropy, nll))
 
 
-_LOG_VALUES = np.expm1(np.arange(256) / 64).astype(np.float32)
 _SHARE = np.sin(np.arange(256) / 255 * math.pi / 2) ** 2
 with np.errstate(divide="ignore"):
     _LOG_SHARE, _LOG_REST = np.log(_SHARE), np.log1p(-_SHARE)
@@ -158,16 +205,12 @@ _HUFFMAN = zstandard.ZstdCompressionParameters(
 _local = threading.local()
 
 
-class _Rows(NamedTuple):
+class _Set(NamedTuple):
+    """Rows of ascending keys, how many each has, and the bytes by which rows are alike."""
+
+    keys: np.ndarray
     counts: np.ndarray
-    gaps: np.ndarray
-    values: np.ndarray
-
-
-def _raw_size(layout: Layout, positions: int, starts: int, head: int, draws: int) -> int:
-    sets = bool(layout.top_k) + bool(layout.draws)
-    a_position = 2 * sets + len(layout.temperatures) + bool(layout.draws) + 2
-    return a_position * positions + 2 * (head + draws) + 1 + 2 * starts
+    like: np.ndarray
 
 
 class _Planes:
@@ -194,40 +237,24 @@ class _Planes:
         return self.content[self.at - size : self.at]
 
 
-def _read_rows(reader: _Planes, positions: int, size: int) -> _Rows:
-    counts = reader.take(positions).astype(np.int32) | reader.take(positions).astype(np.int32) << 8
-    rows = _Rows(counts, reader.take(size), reader.take(size))
-    if not counts.all() or not rows.values.all():
-        raise DamagedRecord("a row without entries, or an entry without value")
-    return rows
-
-
-def _unpack(
-    rows: _Rows, tails: np.ndarray | None, ids: np.ndarray, book: Book, words: np.ndarray, at: int, end: int
-) -> tuple[np.ndarray, int]:
-    values = np.empty(ids.shape, np.uint8)
-    order, _ = _groups(rows.counts if tails is None else tails)
-    if at >= 0:
-        at = int(kernels.unpack_rows(
-            rows.counts, order, rows.gaps, rows.values, book.ids, book.starts, book.widths, words, at, end, ids, values
-        ))  # fmt: skip
-    if at < 0:
-        raise DamagedRecord("its entries, gaps and bits do not fit together")
-    return values, at
-
-
-def _pack_set(
-    ids_TK: np.ndarray, values_TK: np.ndarray, tails: np.ndarray | None, book: Book, words: np.ndarray, end: int
-) -> tuple[list[np.ndarray], int, int]:
+def _keys(ids_TK: np.ndarray, values_TK: np.ndarray, book: Book) -> tuple[np.ndarray, np.ndarray]:
     keys, counts = np.empty(ids_TK.shape, np.uint32), np.empty(len(ids_TK), np.int32)
     kernels.make_keys(ids_TK, values_TK, book.places, keys, counts)
-    keys.sort(axis=1)
     assert counts.all(), "a row without entries"
-    order, sizes = _groups(counts if tails is None else tails)
-    gaps, values, at = kernels.pack_rows(keys, counts, order, book.buckets, book.starts, book.widths, words, end)
-    cuts = np.cumsum(np.add.reduceat(counts[order], sizes))[:-1]
-    low, high = counts.astype(np.uint8), (counts >> 8).astype(np.uint8)
-    return [low, high, *np.split(gaps, cuts), *np.split(values, cuts)], len(gaps), int(at)
+    keys.sort(axis=1)
+    return keys, counts
+
+
+def _order(like: np.ndarray) -> np.ndarray:
+    return np.argsort(like, kind="stable")
+
+
+def _quarters(plane: np.ndarray, sizes: np.ndarray) -> list[np.ndarray]:
+    """The plane cut at quarters of its rows; a reader does not need to know where."""
+    ends = np.cumsum(sizes).astype(np.int64)
+    return np.split(
+        plane, [ends[len(sizes) * q // QUARTERS - 1] for q in range(1, QUARTERS) if len(sizes) * q >= QUARTERS]
+    )
 
 
 def _compress(planes: list[np.ndarray]) -> bytes:
@@ -244,13 +271,6 @@ def _words(data: bytes) -> np.ndarray:
     return np.ndarray((len(data),), "<u8", bytearray(data) + bytes(8), strides=(1,))
 
 
-def _groups(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The order in which rows are packed, quarters of similar tail (or number of entries); where quarters begin."""
-    order = np.argsort(rows, kind="stable")
-    quarters = [len(rows) * g // GROUPS for g in range(GROUPS)]
-    return order, np.array(sorted(set(quarters)))
-
-
 def _tail_byte(roots_TK: np.ndarray, log_tail_T: np.ndarray, temperature: float) -> np.ndarray:
     """asin(sqrt(share)) of what lies outside the head, in 254 steps; roots: of the head's probabilities."""
     if temperature == 1.0:
@@ -261,11 +281,12 @@ def _tail_byte(roots_TK: np.ndarray, log_tail_T: np.ndarray, temperature: float)
         head_T = (roots_TK ** np.float32(2 / temperature)).sum(1)
     tail_T = np.exp(log_tail_T)
     angle = np.arcsin(np.sqrt(tail_T / (head_T + tail_T)))
-    return np.minimum(np.rint(255 * 2 / np.pi * angle), 254).astype(np.uint8)
+    # 0 is kept for nothing at all: a tail that vanished would make the KL of what it held infinite
+    return np.clip(np.rint(255 * 2 / np.pi * angle), tail_T > 0, 254).astype(np.uint8)
 
 
-def _log_byte(values: np.ndarray) -> np.ndarray:
-    return np.minimum(np.rint(64 * np.log1p(np.maximum(values, 0))), 255).astype(np.uint8)
+def _log_byte(values: np.ndarray, steps: int) -> np.ndarray:
+    return np.minimum(np.rint(steps * np.log1p(np.maximum(values, 0))), 255).astype(np.uint8)
 
 
 def _tag(book: Book) -> int:

@@ -94,6 +94,53 @@ def unpack_rows(counts_T, order_T, gaps, values, ids, starts, widths, words, pos
 
 
 @njit(nogil=True, cache=True)
+def find_labels(keys_TK, counts_T, places_T, out_T):
+    """Where each row's label stands among its ascending keys; 255 when it does not, or only further on."""
+    for row in range(len(counts_T)):
+        keys, place = keys_TK[row], U(places_T[row])
+        out_T[row] = 255
+        for i in range(min(counts_T[row], 255)):
+            if U(keys[U(i)]) >> U(8) == place:
+                out_T[row] = i
+                break
+
+
+@njit(nogil=True, cache=True)
+def pack_draws(values):
+    """Draws an id, mostly 1 → two to a byte (n - 1, lower half first; 15: 16 or more), and those of 16 or more."""
+    halves, large, count = np.zeros((len(values) + 1) // 2, np.uint8), np.empty(len(values), np.uint8), U(0)
+    for i in range(len(values)):
+        value = values[U(i)]
+        if value > 15:
+            large[count] = value
+            count += U(1)
+        halves[U(i >> 1)] |= (min(value, 16) - 1) << (4 * (i & 1))
+    return halves, large[:count]
+
+
+@njit(nogil=True, cache=True)
+def unpack_draws(halves, large, draws, order_T, counts_T, values):
+    """The inverse of pack_draws; a row ends where its draws are complete. DAMAGED when they do not come out even."""
+    at, big, total = 0, 0, len(values)
+    for row in order_T:
+        begin, left = at, draws
+        while left > 0 and at < total:
+            value = np.int64((halves[U(at >> 1)] >> (4 * (at & 1))) & 15) + 1
+            if value == 16:
+                if big >= len(large) or large[U(big)] < 16:
+                    return DAMAGED
+                value = np.int64(large[U(big)])
+                big += 1
+            values[U(at)] = value
+            left -= value
+            at += 1
+        if left != 0:
+            return DAMAGED
+        counts_T[U(row)] = at - begin
+    return 0 if at == total and big == len(large) else DAMAGED
+
+
+@njit(nogil=True, cache=True)
 def pack_ids(places, buckets, starts, widths, words):
     """Single ids → their buckets [N], and raw bits from the beginning of the 64-bit `words`."""
     out = np.empty(len(places), np.uint8)

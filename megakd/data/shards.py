@@ -1,7 +1,7 @@
 """WebDataset tar shards: plain ustar, a sidecar index, a manifest; published whole, checked when read.
 
 FOLDER/manifest.json      what the data is (facts) and which shards it consists of
-FOLDER/shard-00000.tar    KEY.tokens.npy KEY.starts.npy of every sample; with teacher targets KEY.json KEY.mkd
+FOLDER/shard-00000.tar    KEY.tokens.npy KEY.starts.npy of every sample; with teacher targets KEY.mkd, everything in one
 FOLDER/shard-00000.json   the sidecar: facts, sha256 of the tar, and (key, offset, size, crc32, labels) of every sample
 FOLDER/book-DIGEST.npy    with teacher targets: what ids in the records mean
 
@@ -10,7 +10,6 @@ sidecars carry a checksum of themselves.
 """
 
 import io
-import json
 import os
 import shutil
 import tarfile
@@ -270,15 +269,14 @@ def layout_of(facts: dict[str, Any], folder: Path) -> codec.Layout:
     book = load_book(folder, facts["book"])
     if len(book.places) != facts["vocab_size"]:
         raise UserError(f"{folder / book.file_name}: {len(book.places)} ids where the data has {facts['vocab_size']}")
-    return codec.Layout(facts["top_k"], facts["draws"], tuple(facts["temperatures"]), length, book)
+    return codec.Layout(facts["top_k"], facts["draws"], facts["levels"], tuple(facts["temperatures"]), length, book)
 
 
 def _members(sample: Sample, layout: codec.Layout | None) -> list[tuple[str, bytes]]:
     if sample.targets is None:
         return [("tokens.npy", _npy(sample.tokens)), ("starts.npy", _npy(sample.starts))]
     assert layout is not None, sample.key
-    about = {"tokens": len(sample.tokens), "documents": len(sample.starts), "codec": codec.NAME}
-    return [("json", json.dumps(about).encode()), ("mkd", codec.encode(sample, layout))]
+    return [("mkd", codec.encode(sample, layout))]
 
 
 def _npy(array: np.ndarray) -> bytes:

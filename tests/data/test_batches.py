@@ -1,14 +1,19 @@
+import shutil
 import threading
+import time
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megakd.data.batches import collate, prefetch, to_device, valid_tokens
+from megakd.data.batches import Reader, collate, prefetch, to_device, valid_tokens
 from megakd.data.records import IGNORED, Sample, TeacherTargets
+from megakd.data.shards import DamagedSample, ShardSet
 from megakd.data.tokens import pack
 
 
@@ -41,10 +46,18 @@ def reference_row(sample: Sample, sequence_length: int) -> tuple[list[int], list
     )
 
 
-def targets_of(length: int, entries: int = 3, temperatures: int = 2, seed: int = 0) -> TeacherTargets:
+def targets_of(length: int, entries: int = 3, temperatures: int = 2, draws: int = 4, seed: int = 0) -> TeacherTargets:
     chooser = np.random.default_rng(seed)
-    values = [chooser.random(shape, np.float32) for shape in ((length, entries), (length, temperatures), (length,))]
-    return TeacherTargets(chooser.integers(0, 400, (length, entries)).astype(np.int32), *values)
+
+    def floats(*shape: int) -> np.ndarray:
+        return chooser.random((length, *shape), np.float32) + 0.1
+
+    def ids(count: int) -> np.ndarray:
+        return chooser.integers(1, 400, (length, count)).astype(np.int32)
+
+    return TeacherTargets(
+        ids(entries), -floats(entries), -floats(temperatures), ids(draws), floats(draws), floats(), floats()
+    )
 
 
 def test_an_example():
@@ -81,18 +94,16 @@ def test_samples_pad_to_more_positions_than_they_have():
     assert (batch.position_ids[:-1, 5:] == torch.arange(4)).all()
 
 
-def test_targets_are_padded_and_keep_their_place():
-    targets = [targets_of(5, seed=1), targets_of(1, seed=2)]
+@pytest.mark.parametrize("entries, draws", [(3, 4), (3, 0), (0, 4)])
+def test_targets_are_padded_and_keep_their_place(entries, draws):
+    targets = [targets_of(5, entries, draws=draws, seed=1), targets_of(1, entries, draws=draws, seed=2)]
     batch = collate([sample([1, 2, 3, 4, 5, 6], [0], targets[0]), sample([1, 2], [0], targets[1])], 5)
     assert batch.targets is not None
-    for field, *per_sample in zip(batch.targets, *targets, strict=True):
+    for name, field, *per_sample in zip(TeacherTargets._fields, batch.targets, *targets, strict=True):
         assert field.shape == (2, 5, *per_sample[0].shape[1:])
         assert np.array_equal(field[0].numpy(), per_sample[0]) and np.array_equal(field[1, :1].numpy(), per_sample[1])
         assert (field[1, 1:] == 0).all()
-    assert batch.targets.ids.dtype == torch.int64  # an index for gather
-    assert (
-        batch.targets.logprobs.dtype == batch.targets.log_tails.dtype == batch.targets.label_nll.dtype == torch.float32
-    )
+        assert field.dtype == (torch.int32 if name in ("ids", "draw_ids") else torch.float32)
 
 
 def test_to_device_keeps_everything():
@@ -177,3 +188,86 @@ def test_prefetch_ends_its_thread_when_the_reader_leaves(depth, taken):
     assert threads[0] is not threading.current_thread()
     threads[0].join(timeout=20)
     assert not threads[0].is_alive()
+
+
+class Slow:
+    """A data set whose samples take the longer the earlier they are; remembers which threads read it."""
+
+    def __init__(self) -> None:
+        self.threads: set[str] = set()
+        self.reading = self.most = 0
+        self.lock = threading.Lock()
+
+    def __getitem__(self, index: int) -> Sample:
+        with self.lock:
+            self.threads.add(threading.current_thread().name)
+            self.reading += 1
+            self.most = max(self.most, self.reading)
+        time.sleep(0.002 * (20 - index))
+        with self.lock:
+            self.reading -= 1
+        return sample([index, index], [0])
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_reader_keeps_the_order_asked_for_with_any_number_of_threads(workers):
+    slow: Any = Slow()
+    reader = Reader(slow, workers)
+    asked = [3, 19, 0, 7, 7, 12, 1]
+    assert [int(s.tokens[0]) for s in reader.read(asked)] == asked and reader.read([]) == []
+    assert slow.most == workers and {name.split("_")[0] for name in slow.threads} == {"decode"}
+    reader.close()
+    assert not [t for t in threading.enumerate() if t.name in slow.threads]
+
+
+@pytest.fixture
+def damaged(prepared: Path, tmp_path: Path) -> Path:
+    """The run's training shards, with a flipped byte in samples 1 and 4."""
+    folder = Path(shutil.copytree(prepared / "data" / "logits" / "train", tmp_path / "logits" / "train"))
+    shards = ShardSet(folder)
+    data = bytearray((folder / "shard-00000.tar").read_bytes())
+    for index in (1, 4):
+        entry = shards.entry(index)
+        data[entry.offset + entry.size // 2] ^= 1
+    (folder / "shard-00000.tar").write_bytes(data)
+    return folder
+
+
+def test_reader_raises_on_damage_naming_shard_and_sample(damaged):
+    shards = ShardSet(damaged)
+    reader = Reader(shards, 2)
+    assert [s.key for s in reader.read([0, 2, 3])] == [shards.entry(i).key for i in (0, 2, 3)]
+    with pytest.raises(DamagedSample, match=rf"shard-00000\.tar: sample {shards.entry(1).key}: checksum"):
+        reader.read(range(6))
+    assert reader.damaged == {}
+    reader.close()
+
+
+def test_reader_replaces_and_names_damage_when_told_to_skip(damaged, dataset):
+    shards = ShardSet(damaged)
+    reader = Reader(shards, 3, skip=True)
+    found = reader.read(range(6))
+    assert [i for i, s in enumerate(found) if s.key == "blank"] == sorted(reader.damaged) == [1, 4]
+    for index in (1, 4):
+        assert shards.entry(index).key in reader.damaged[index] and "shard-00000.tar" in reader.damaged[index]
+    batch, whole = collate(found, 32), collate([dataset[i] for i in range(6)], 32)
+    good = [0, 2, 3, 5]
+    for mine, theirs in zip([*batch[:3], *batch.targets], [*whole[:3], *whole.targets], strict=True):
+        assert mine.dtype == theirs.dtype and torch.equal(mine[good], theirs[good])
+    assert (batch.labels[[1, 4]] == IGNORED).all() and valid_tokens(found) == (batch.labels != IGNORED).sum()
+    assert valid_tokens(found) == sum(shards.entry(i).labels for i in good)
+    reader.close()
+
+
+def test_reader_does_not_skip_what_is_not_damage(dataset):
+    """A shard that has vanished is no damaged sample: nothing stands in for it."""
+
+    class Broken:
+        def __getitem__(self, index: int) -> Sample:
+            raise OSError("disk gone")
+
+    broken: Any = Broken()
+    reader = Reader(broken, 1, skip=True)
+    with pytest.raises(OSError, match="disk gone"):
+        reader.read([0])
+    reader.close()

@@ -1,33 +1,89 @@
 import random
+from collections.abc import Sequence
 
 import pytest
 
 from megakd.data.stream import Stream, share
 
 
-@pytest.mark.parametrize("size", [1, 2, 7, 30])
-def test_take_is_a_pure_function_of_position(size):
-    whole = Stream(size, seed=5).take(0, 4 * size + 3)
-    used = Stream(size, seed=5)  # asked here and there, back and forth, across epochs
+def shard_of(sizes: Sequence[int], index: int) -> int:
+    return next(s for s in range(len(sizes)) if index < sum(sizes[: s + 1]))
+
+
+def reference_shards(sizes: Sequence[int], order: Sequence[int], lanes: int) -> list[int]:
+    """Whose turn it is: lane l goes through shards order[l], order[l + lanes], …; each lane gives a sample in turn."""
+    queues = [[s for s in order[lane::lanes] for _ in range(sizes[s])] for lane in range(lanes)]
+    turns = []
+    while any(queues):
+        turns += [queue.pop(0) for queue in queues if queue]
+    return turns
+
+
+@pytest.mark.parametrize("lanes", [0, 1, 3])
+@pytest.mark.parametrize("sizes", [[1], [2], [3, 0, 4], [5, 9, 1, 7, 8]])
+def test_take_is_a_pure_function_of_position(sizes, lanes):
+    size = sum(sizes)
+    whole = Stream(sizes, 5, lanes).take(0, 4 * size + 3)
+    used = Stream(sizes, 5, lanes)  # asked here and there, back and forth, across epochs
     chooser = random.Random(0)
     for _ in range(50):
         position = chooser.randrange(4 * size)
         count = chooser.randint(0, len(whole) - position)
         assert used.take(position, count) == whole[position : position + count]
-        assert Stream(size, seed=5).take(position, count) == whole[position : position + count]
+        assert Stream(sizes, 5, lanes).take(position, count) == whole[position : position + count]
 
 
-@pytest.mark.parametrize("size", [1, 2, 7, 30])
-def test_each_epoch_is_a_permutation(size):
-    stream = Stream(size, seed=0)
+@pytest.mark.parametrize("lanes", [0, 1, 2, 4, 9])
+@pytest.mark.parametrize("sizes", [[1], [2], [3, 0, 4], [5, 9, 1, 7, 8]])
+def test_each_epoch_has_every_sample_once(sizes, lanes):
+    size = sum(sizes)
+    stream = Stream(sizes, 0, lanes)
     for epoch in range(5):
         assert sorted(stream.take(epoch * size, size)) == list(range(size))
 
 
-def test_epochs_and_seeds_have_other_orders():
-    orders = [Stream(30, seed).take(30 * epoch, 30) for seed in range(4) for epoch in range(4)]
+@pytest.mark.parametrize("lanes", [0, 1, 4])
+def test_epochs_and_seeds_have_other_orders(lanes):
+    sizes = [7, 8, 6, 9]
+    orders = [Stream(sizes, seed, lanes).take(30 * epoch, 30) for seed in range(4) for epoch in range(4)]
     assert len({tuple(order) for order in orders}) == 16
     assert list(range(30)) not in orders
+
+
+def test_without_lanes_shards_make_no_difference():
+    assert Stream([30], 3).take(0, 90) == Stream([11, 19], 3).take(0, 90)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_lanes_take_shards_in_turn(seed):
+    """The first epoch in the order of the manifest; later ones in orders of their own, but by the same rule."""
+    chooser = random.Random(seed)
+    sizes, lanes = [chooser.randint(0, 7) for _ in range(12)] + [1], chooser.randint(1, 5)
+    first = [shard_of(sizes, i) for i in Stream(sizes, seed, lanes).take(0, sum(sizes))]
+    assert first == reference_shards(sizes, range(13), lanes)
+    equal = [4] * 12  # then the order in which shards begin is the order of the shards
+    epochs = [[i // 4 for i in Stream(equal, seed, lanes).take(48 * epoch, 48)] for epoch in range(4)]
+    orders = [list(dict.fromkeys(epoch)) for epoch in epochs]
+    assert orders[0] == list(range(12)) and len({tuple(order) for order in orders}) == 4
+    assert epochs == [reference_shards(equal, order, lanes) for order in orders]
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 2])
+@pytest.mark.parametrize("seed", range(10))
+def test_at_most_as_many_shards_as_lanes_are_open(seed, epoch):
+    """Open: from the first of its samples in an epoch to the last."""
+    chooser = random.Random(seed)
+    sizes = [chooser.randint(1, 9) for _ in range(chooser.randint(5, 15))]
+    lanes, size = chooser.randint(1, 4), sum(sizes)
+    shards = [shard_of(sizes, i) for i in Stream(sizes, seed, lanes).take(epoch * size, size)]
+    spans = [(shards.index(s), size - shards[::-1].index(s)) for s in range(len(sizes))]
+    assert max(sum(start <= p < end for start, end in spans) for p in range(size)) == lanes
+
+
+def test_samples_of_a_shard_come_in_random_order():
+    order = Stream([50, 50], 0, 1).take(0, 100)
+    assert order[:50] != sorted(order[:50]) and sorted(order[:50]) == list(range(50))
+    assert [i - 50 for i in order[50:]] != order[:50]
 
 
 def steps(stream: Stream, position: int, count: int, world: int, micro_batch: int, batch: int) -> list[list[int]]:
@@ -45,18 +101,29 @@ def steps(stream: Stream, position: int, count: int, world: int, micro_batch: in
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 @pytest.mark.parametrize("micro_batch", [1, 2])
-def test_any_number_of_ranks_covers_the_same_order(world, micro_batch):
+@pytest.mark.parametrize("lanes", [0, 2])
+def test_any_number_of_ranks_covers_the_same_order(world, micro_batch, lanes):
     """24 samples a step of 31: steps cross the border of epochs."""
-    found = steps(Stream(31, seed=3), 0, 5, world, micro_batch, 24)
-    order = Stream(31, seed=3).take(0, 5 * 24)
+    found = steps(Stream([12, 19], 3, lanes), 0, 5, world, micro_batch, 24)
+    order = Stream([12, 19], 3, lanes).take(0, 5 * 24)
     assert found == [order[i : i + 24] for i in range(0, len(order), 24)]
 
 
-@pytest.mark.parametrize("before, after", [(1, 4), (4, 3), (3, 2), (2, 1)])
-def test_another_number_of_ranks_goes_on_in_the_middle_of_an_epoch(before, after):
-    undisturbed = steps(Stream(31, seed=3), 0, 6, 1, 1, 12)
-    first = steps(Stream(31, seed=3), 0, 2, before, 1, 12)
-    assert first + steps(Stream(31, seed=3), 2 * 12, 4, after, 2 if after < 4 else 1, 12) == undisturbed
+@pytest.mark.parametrize("seed", range(200))
+def test_stopping_and_resuming_with_other_ranks_never_changes_the_order(seed):
+    """Any shards, batch and lanes; stops at random steps, in the middle of epochs; from 1 to 4 ranks, micro-batches."""
+    chooser = random.Random(seed)
+    sizes = [chooser.randint(0, 40) for _ in range(chooser.randint(1, 9))] + [1]
+    lanes, batch = chooser.randint(0, 6), 12 * chooser.randint(1, 3)
+    undisturbed = steps(Stream(sizes, seed, lanes), 0, 12, 1, 1, batch)
+    done: list[list[int]] = []
+    while len(done) < 12:
+        world = chooser.randint(1, 4)
+        micro_batch = chooser.choice([m for m in range(1, batch + 1) if batch // world % m == 0])
+        count = chooser.randint(1, 12 - len(done))
+        stream = Stream(sizes, seed, lanes)  # a new process: it knows the position alone
+        done += steps(stream, len(done) * batch, count, world, micro_batch, batch)
+    assert done == undisturbed
 
 
 def test_a_step_that_does_not_divide_is_our_mistake():
@@ -64,3 +131,5 @@ def test_a_step_that_does_not_divide_is_our_mistake():
         share(list(range(10)), 0, 3, 1)
     with pytest.raises(AssertionError):
         share(list(range(12)), 0, 2, 4)
+    with pytest.raises(AssertionError):
+        Stream([0, 0], 0)
