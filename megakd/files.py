@@ -6,8 +6,9 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -41,6 +42,16 @@ def publishing(path: Path) -> Iterator[Path]:
         raise
     finally:
         remove(temporary)
+
+
+def remove_stale(folder: Path) -> None:
+    """Delete what killed writers of this machine left: their process is gone, and nobody wrote for a minute."""
+    for path in folder.glob("*.tmp-*"):
+        host, _, process = path.name.rpartition(".tmp-")[2].rpartition("-")
+        if host == os.uname().nodename and process.isdigit() and not Path(f"/proc/{process}").exists():
+            with suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > 60:
+                    remove(path)
 
 
 @contextmanager

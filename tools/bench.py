@@ -28,7 +28,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import h5py
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet
+import pyarrow.parquet as pq
 import torch
 
 from megakd.config import LogitsConfig
@@ -272,7 +272,7 @@ class Parquet:
         return pa.table(columns)
 
     def _save(self, samples: list[Sample], target: Any) -> None:
-        pa.parquet.write_table(self._table(samples), target, row_group_size=1, compression="zstd")
+        pq.write_table(self._table(samples), target, row_group_size=1, compression="zstd")
 
     def encode(self, sample: Sample) -> bytes:
         buffer = io.BytesIO()
@@ -280,7 +280,7 @@ class Parquet:
         return buffer.getvalue()
 
     def decode(self, data: bytes) -> Any:
-        return self._read(pa.parquet.ParquetFile(io.BytesIO(data)), 0)
+        return self._read(pq.ParquetFile(io.BytesIO(data)), 0)
 
     def _read(self, file: Any, index: int) -> Any:
         group = file.read_row_group(index)
@@ -293,7 +293,7 @@ class Parquet:
         self._save(samples, folder / "store.parquet")
 
     def open(self, folder: Path) -> Callable[[int], Any]:
-        file = pa.parquet.ParquetFile(folder / "store.parquet")
+        file = pq.ParquetFile(folder / "store.parquet")
         return lambda index: self._read(file, index)
 
 

@@ -19,7 +19,7 @@ import argparse
 import hashlib
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,7 +36,7 @@ from megakd.data.shards import ShardSet, finished, layout_of, summary_of, write_
 from megakd.data.tokens import load_tokenizer, tokenizer_facts
 from megakd.dist import World, barrier, close_world, join_world, read_world, sum_over_ranks
 from megakd.errors import UserError
-from megakd.files import locked
+from megakd.files import locked, remove_stale
 from megakd.log import Progress, say
 from megakd.models.hub import load_config, load_model, resolve, weights_fingerprint
 from megakd.models.teacher import Teacher, batch_targets
@@ -135,6 +135,7 @@ def _capture_part(
 ) -> None:
     target = run.path("data", "logits", part)
     facts = logits_facts(run, part, tokens.facts, capture.weights, book.digest)
+    remove_stale(target)
     save_book(target, book)
     shards = _first_shards(tokens, limit)
     works, first = [], 0
@@ -149,12 +150,12 @@ def _capture_part(
         write_manifest(target, facts, planned, complete=False)
     layout = layout_of(facts, target)
     watch = _Watch(f"generate-logits {part}", target, shards, done)
-    samples = prefetch(capture.targets(tokens, mine, _logits_config(run, part)), AHEAD)
-    for work in mine:
-        write_shard(target, work.name, watch.count(islice(samples, len(work.indices))), facts, layout)
-        watch.finish(work.name)
-    if next(samples, None) is not None:  # runs the generator to its end: in step with the other ranks
-        raise AssertionError("more samples than shards")
+    with closing(prefetch(capture.targets(tokens, mine, _logits_config(run, part)), AHEAD)) as samples:
+        for work in mine:
+            write_shard(target, work.name, watch.count(islice(samples, len(work.indices))), facts, layout)
+            watch.finish(work.name)
+        rest = next(samples, None)  # runs the teacher on, in step with the other ranks
+        assert rest is None, rest
     watch.progress.close()
     run.record("generate-logits", part=part, worker=f"{worker.number}/{worker.workers}", shards=[w.name for w in mine])
     sidecars = [finished(target, shard["name"], facts) for shard in shards]

@@ -134,8 +134,8 @@ def verify_teacher(shards: ShardSet, where: str | None) -> str:
         differences.append(float(np.abs(found - sample.targets.label_nll).mean()))
         if differences[-1] > MOST_NLL_DIFFERENCE:
             raise UserError(
-                f"{shards.place(index)}: the teacher's NLL of its labels is off by {differences[-1]:.2f} nats on average; "
-                "the record is not this teacher's answer to these tokens: run: megakd generate-logits RUN in a new run"
+                f"{shards.place(index)}: the teacher's NLL of its labels is off by {differences[-1]:.2f} nats a token; "
+                "it is not this teacher's answer to these tokens: run: megakd generate-logits RUN in a new run"
             )
     return f"the teacher's NLL of the labels of {len(indices)} samples: within {max(differences):.3f} nats on average"
 

@@ -25,6 +25,7 @@ from megakd.data.shards import finished, read_manifest, shard_name, summary_of, 
 from megakd.data.tokenizing import tokenized
 from megakd.data.tokens import load_tokenizer, pack, tokenizer_facts
 from megakd.errors import UserError
+from megakd.files import remove_stale
 from megakd.log import Progress, say, short
 from megakd.models.hub import resolve
 from megakd.run import Run
@@ -63,6 +64,7 @@ def _tokenize_part(run: Run, part: str, budget: int, tokenizer: Any, tokenizer_f
     if manifest.exists() and read_manifest(folder)["facts"] == facts:
         say(f"tokenize {part}: finished")
         return
+    remove_stale(folder)
     limit = -(-budget // data.sequence_length)
     per_shard = max(data.shard_tokens // data.sequence_length, 1)
     shards: list[dict[str, Any]] = []

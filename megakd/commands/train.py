@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext, suppress
+from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -108,29 +108,30 @@ def train_stage(
     else:
         progress = progress._replace(stage=index, stage_step=0)
     watch = StageWatch(stage.name, steps, progress.stage_step, config.log.every_steps, log)
-    for step in prefetch(stage_data(config, dataset, progress, steps, world)):
-        watch.data_ready()
-        seed_step(config.seed, progress.step, world.rank)
-        factor = schedule(config.optim, progress.stage_step, steps)
-        tokens, damaged = count_damage(run, step, world)
-        report = engine.step((to_device(batch, world.device) for batch in step.micro_batches), tokens, factor)
-        progress = Progress(
-            stage=index,
-            stage_step=progress.stage_step + 1,
-            step=progress.step + 1,
-            samples=progress.samples + config.windows_per_step,
-            tokens=progress.tokens + tokens,
-        )
-        lr = (stage.lr or config.optim.lr) * factor
-        watch.step_done(
-            progress.stage_step, progress.step, progress.tokens, tokens, report.sums, lr, report.grad_norm, damaged
-        )
-        stop.agree(world)
-        if stop.agreed or progress.stage_step == steps or progress.stage_step % config.checkpoint.every_steps == 0:
-            saved = save(run, stage, engine, progress, world)
-            watch.resume_clock()
-        if stop.agreed:
-            break
+    with closing(prefetch(stage_data(config, dataset, progress, steps, world))) as data:
+        for step in data:
+            watch.data_ready()
+            seed_step(config.seed, progress.step, world.rank)
+            factor = schedule(config.optim, progress.stage_step, steps)
+            tokens, damaged = count_damage(run, step, world)
+            report = engine.step((to_device(batch, world.device) for batch in step.micro_batches), tokens, factor)
+            progress = Progress(
+                stage=index,
+                stage_step=progress.stage_step + 1,
+                step=progress.step + 1,
+                samples=progress.samples + config.windows_per_step,
+                tokens=progress.tokens + tokens,
+            )
+            lr = (stage.lr or config.optim.lr) * factor
+            watch.step_done(
+                progress.stage_step, progress.step, progress.tokens, tokens, report.sums, lr, report.grad_norm, damaged
+            )
+            stop.agree(world)
+            if stop.agreed or progress.stage_step == steps or progress.stage_step % config.checkpoint.every_steps == 0:
+                saved = save(run, stage, engine, progress, world)
+                watch.resume_clock()
+            if stop.agreed:
+                break
     engine.close()
     assert saved is not None
     return saved

@@ -1,5 +1,6 @@
 """Samples → Batch: pad, shift once, restart positions at documents."""
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import Queue
@@ -88,7 +89,10 @@ def valid_tokens(samples: Iterable[Sample]) -> int:
 
 
 def prefetch(items: Iterable[Item], depth: int = 2) -> Iterator[Item]:
-    """The same items, made in a background thread up to `depth` ahead; an error in it is raised here."""
+    """The same items, made in a background thread up to `depth` ahead; an error in it is raised here.
+
+    Close it (contextlib.closing) where leaving early is possible: a thread that still runs at exit aborts the process.
+    """
     queue: Queue = Queue(depth)
     stop = Event()
     end = object()
@@ -103,7 +107,8 @@ def prefetch(items: Iterable[Item], depth: int = 2) -> Iterator[Item]:
         except BaseException as error:  # handed over, not handled
             queue.put((end, error))
 
-    Thread(target=fill, name="prefetch", daemon=True).start()
+    thread = Thread(target=fill, name="prefetch", daemon=True)
+    thread.start()
     try:
         while True:
             item, error = queue.get()
@@ -114,8 +119,11 @@ def prefetch(items: Iterable[Item], depth: int = 2) -> Iterator[Item]:
             yield item
     finally:
         stop.set()
-        while not queue.empty():
-            queue.get_nowait()
+        deadline = time.monotonic() + 10  # it may wait for a rank that is gone
+        while thread.is_alive() and time.monotonic() < deadline:
+            while not queue.empty():
+                queue.get_nowait()
+            thread.join(0.01)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

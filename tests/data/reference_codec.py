@@ -117,7 +117,9 @@ def parse(data: bytes, layout: Any) -> Record:
         tokens.append(apart.pop(0) if index == 255 else row[index][0])
         label_nll.append(stored_nll.pop(0) if index == 255 or not layout.top_k else -1)
     assert not apart and not stored_nll, (apart, stored_nll)
-    return Record(tokens, starts, head, draws, tails, planes["entropy"], planes["index_in_row"], label_nll)
+    return Record(
+        tokens, starts, head, draws, tails, planes["entropy"] or bytes(size), planes["index_in_row"], label_nll
+    )
 
 
 def nlls(record: Record, logprobs: list[list[float]], layout: Any) -> list[float]:

@@ -4,11 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from megakd.config import LogitsConfig
 from megakd.data.batches import collate
-from megakd.data.records import IGNORED, Batch
+from megakd.data.records import IGNORED, Batch, TeacherTargets
 from megakd.data.shards import ShardSet
 from megakd.evals.quality import batch_sums, evaluate_model
 from megakd.models.hub import load_model
+from megakd.models.teacher import targets_from_logits
 
 CPU = torch.device("cpu")
 
@@ -21,24 +23,58 @@ def holdout(prepared):
 
 
 def reference_sums(logits: Tensor, batch: Batch) -> list[float]:
-    """One position after the other in Python floats."""
+    """One position after the other in Python floats; entries in any order, those of -inf are none."""
     nll = kl = 0.0
     top1 = overlap = positions = 0.0
     for row, position in (batch.labels != IGNORED).nonzero().tolist():
         log_q = torch.log_softmax(logits[row, position].double(), 0).tolist()
-        ids, log_p, tails, _ = (field[row, position].tolist() for field in batch.targets)
+        ids, log_p, tails, *_ = (field[row, position].tolist() for field in batch.targets)
+        head = {i: x for i, x in zip(ids, log_p, strict=True) if x > -math.inf}
         nll -= log_q[batch.labels[row, position]]
-        rest = sum(math.exp(x) for i, x in enumerate(log_q) if i not in ids)
-        mass = sum(map(math.exp, log_p)) + math.exp(tails[0])
-        parts = [(math.exp(x) / mass, math.exp(log_q[i])) for i, x in zip(ids, log_p, strict=True)] + [
-            (math.exp(tails[0]) / mass, rest)
-        ]
-        kl += sum(p * math.log(p / q) for p, q in parts)
-        mine = sorted(range(len(log_q)), key=lambda i: -log_q[i])[: len(ids)]
-        top1 += mine[0] == ids[0]
-        overlap += len(set(mine) & set(ids)) / len(ids)
+        rest = sum(math.exp(x) for i, x in enumerate(log_q) if i not in head)
+        tail = math.exp(tails[0])
+        mass = sum(map(math.exp, head.values())) + tail
+        kl += sum(math.exp(x) / mass * math.log(math.exp(x) / mass / math.exp(log_q[i])) for i, x in head.items())
+        kl += tail / mass * math.log(tail / mass / rest) if tail else 0.0
+        mine = sorted(range(len(log_q)), key=lambda i: -log_q[i])[: len(head)]
+        # of entries that are stored as equally probable, the first counts
+        top1 += mine[0] == max(head, key=lambda i: head[i])
+        overlap += len(set(mine) & set(head)) / len(head)
         positions += 1
     return [nll, kl, top1, overlap, positions]
+
+
+def random_batch(seed: int, noise: float, vocabulary: int = 30, top_k: int = 8) -> tuple[Tensor, Batch]:
+    """A model's logits, and targets of a teacher that is like it; heads of 1 to 8 entries, shuffled, with fillers."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = 10 ** (2 * torch.rand(4, 25, 1, generator=generator) - 1)  # from flat to certain
+    teacher = scale * torch.randn(4, 25, vocabulary, generator=generator)
+    logits = teacher + noise * scale * torch.randn(teacher.shape, generator=generator)
+    labels = torch.randint(vocabulary, (4, 25), generator=generator)
+    labels[torch.rand(4, 25, generator=generator) < 0.2] = IGNORED
+    config = LogitsConfig(top_k=top_k, pmin=0.05)
+    flat = targets_from_logits(teacher.flatten(0, 1), labels.flatten(), config, torch.zeros(100))
+    order = torch.rand(100, top_k, generator=generator).argsort(-1)
+    flat = flat._replace(ids=flat.ids.gather(1, order), logprobs=flat.logprobs.gather(1, order))
+    counts = (flat.logprobs > -torch.inf).sum(-1)
+    assert set(counts.tolist()) >= {1, 2, 3, 4, 5} and (flat.logprobs[:, 0] == -torch.inf).any()
+    targets = TeacherTargets(*(field.unflatten(0, (4, 25)) for field in flat))
+    return logits, Batch(torch.zeros_like(labels), labels, torch.zeros_like(labels), targets)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_sums_of_unsorted_heads_with_adaptive_counts(seed):
+    logits, batch = random_batch(seed, noise=0.3)
+    expected = reference_sums(logits, batch)
+    assert batch_sums(logits, batch).tolist() == pytest.approx(expected, rel=1e-5)
+    assert expected[2] < expected[4] and expected[3] < expected[4]
+
+
+def test_a_model_equal_to_its_teacher_agrees_wholly():
+    """Whatever the order of the head and the number of its entries."""
+    logits, batch = random_batch(0, noise=0.0)
+    _, kl, top1, overlap, positions = batch_sums(logits, batch).tolist()
+    assert top1 == overlap == positions and abs(kl) < 1e-5
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.5, 3.0])
@@ -49,22 +85,23 @@ def test_sums_are_those_of_the_reference(holdout, teacher, noise):
     logits = logits + noise * torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))
     expected = reference_sums(logits, batch)
     assert batch_sums(logits, batch).tolist() == pytest.approx(expected, rel=1e-4, abs=1e-3)
-    assert (expected[2] < expected[4]) == (noise > 0)  # agreement is whole without noise, and only then
+    # without noise only what rounding made equal is out of order
+    assert (expected[2] < 0.96 * expected[4]) == (noise > 0)
 
 
 def test_the_teacher_agrees_with_itself(holdout, teacher):
-    """float32 logits: what is left is the rounding of stored targets to fp16."""
+    """float32 logits: what is left is the rounding of stored targets to bytes."""
     quality = evaluate_model(load_model(teacher, torch.float32), holdout, 0.25, 8, CPU, "teacher")
     labelled = [
         holdout[i].targets.label_nll[collate([holdout[i]], len(holdout[i].tokens) - 1).labels[0].numpy() != IGNORED]
         for i in range(len(holdout))
     ]
     stored = [x for part in labelled for x in part.tolist()]
-    assert quality.positions == len(stored) == sum(entry.labels for entry in holdout.entries)
-    assert 0 <= quality.kl < 1e-5
-    assert quality.top1 == 1.0
-    assert quality.topk > 0.999
-    assert quality.perplexity == pytest.approx(math.exp(sum(stored) / len(stored)), rel=1e-5)
+    assert quality.positions == len(stored) == sum(holdout.entry(i).labels for i in range(len(holdout)))
+    assert 0 <= quality.kl < 2e-4
+    assert quality.top1 > 0.97
+    assert quality.topk > 0.99
+    assert quality.perplexity == pytest.approx(math.exp(sum(stored) / len(stored)), rel=1e-2)
     assert quality.nll == pytest.approx(math.log(quality.perplexity), rel=1e-9)
     assert quality.bits_per_byte == pytest.approx(quality.nll / math.log(2) * 0.25, rel=1e-9)
     assert quality.tokens_per_second > 0
@@ -105,4 +142,4 @@ def test_evaluation_switches_dropout_off(holdout, teacher):
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.5
     model.train()
-    assert evaluate_model(model, holdout, 0.25, 8, CPU, "teacher").kl < 1e-5
+    assert evaluate_model(model, holdout, 0.25, 8, CPU, "teacher").kl < 2e-4
