@@ -10,7 +10,13 @@ from megakd.errors import UserError
 from megakd.files import shipped
 
 LIVE = {
+    "data.workers",
+    "logits.parallel",
     "logits.batch_size",
+    "stream.follow",
+    "stream.workers",
+    "stream.on_damage",
+    "stream.scratch",
     "optim.micro_batch",
     "engine.ranks",
     "checkpoint.every_steps",
@@ -46,6 +52,8 @@ def test_empty_recipe_is_the_documented_defaults(tmp_path):
     assert config.model_copy(update={"engine": RunConfig().engine}) == RunConfig()
     assert (config.compress.rank, config.data.sequence_length, config.data.tokens) == (64, 2048, 2_000_000_000)
     assert (config.objective.alpha, config.objective.temperature, config.logits.temperatures) == (0.5, 2.0, (1.0, 2.0))
+    assert (config.logits.profile, config.logits.top_k, config.logits.pmin) == ("topk", 64, 3e-4)
+    assert (config.stream.lanes, config.stream.on_damage, config.objective.tail) == (0, "raise", "ghost")
     assert [stage.name for stage in config.stages] == ["all"]
 
 
@@ -146,6 +154,20 @@ def test_unknown_key_in_an_override_names_the_nearest(tmp_path):
         "optim.betas=[0.9]",
         "logits.temperatures=[1, 0]",
         "logits.temperatures=1",
+        "logits.profile=dense",
+        "logits.top_k=0",
+        "logits.top_k=70000",
+        "logits.pmin=1",
+        "logits.pmin=-0.1",
+        "logits.draws=0",
+        "logits.draws=256",
+        "logits.draw_temperature=0",
+        "logits.levels=256",
+        "logits.parallel=tensor",
+        "stream.lanes=-1",
+        "stream.workers=0",
+        "stream.on_damage=ignore",
+        "objective.tail=dense",
         "model.dtype=int8",
         "stages=[]",
         "stages=x",
@@ -159,6 +181,29 @@ def test_wrong_value_names_file_and_key_and_value(tmp_path, override):
     message = error_of(tmp_path, {}, override)
     assert message.startswith(f"{tmp_path / 'recipe.json'}: {key}")
     assert "required" in message or value.strip("[]").split(", ")[-1] in message
+
+
+def test_too_many_temperatures(tmp_path):
+    assert "logits.temperatures" in error_of(tmp_path, {"logits": {"temperatures": list(range(1, 18))}})
+
+
+def test_hybrid_draws_need_a_tail_at_their_temperature(tmp_path):
+    """What the draws are shares of; a sampled capture has no tails and needs none."""
+    drawn = {"profile": "hybrid", "draw_temperature": 3.0}
+    message = error_of(tmp_path, {"logits": drawn})
+    assert message.startswith(f"{tmp_path / 'recipe.json'}: logits") and "add it to temperatures" in message
+    assert load_recipe(write(tmp_path, {"logits": {**drawn, "temperatures": [3.0]}})).logits.draw_temperature == 3
+    assert load_recipe(write(tmp_path, {"logits": {**drawn, "profile": "sampled"}})).logits.draws == 50
+    assert load_recipe(write(tmp_path, {"logits": {"profile": "hybrid", "temperatures": []}})).logits.draws == 50
+
+
+@pytest.mark.parametrize(
+    "temperatures, declared",
+    [([], (1.0,)), ([1.0, 2.0], (1.0, 2.0)), ([4.0, 2, 1], (1.0, 4.0, 2.0)), ([3], (1.0, 3.0))],
+)
+def test_temperature_one_is_always_declared_and_first(tmp_path, temperatures, declared):
+    config = load_recipe(write(tmp_path, {"logits": {"temperatures": temperatures}}))
+    assert config.logits.declared_temperatures == declared
 
 
 def test_missing_key_and_the_number_of_other_faults(tmp_path):
@@ -236,6 +281,7 @@ def test_live_fields_are_these():
 
 def test_fingerprint_changes_with_every_frozen_field_and_with_no_live_one():
     tries = [True, False, 3, 7, 0.25, "truncated", "linear", "local", "online", "float32", [0.5, 0.75]]
+    tries += ["sampled", "zero3", "skip"]
     tries += [[{"name": "b", "tokens": 3}], {"a": {"b": 1}}]
     only_one_value = {"objective.kind"}
     config = RunConfig()

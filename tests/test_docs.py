@@ -71,6 +71,13 @@ def test_architecture_document_lists_every_module():
             assert path.name in text, path
 
 
+def test_python_example_of_the_data_format(prepared, capsys):
+    text = (ROOT / "docs" / "data-format.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    exec(code.replace("data/logits/train", str(prepared / "data" / "logits" / "train")), {})
+    assert "(33,) (32, 16)" in capsys.readouterr().out
+
+
 def test_python_example_of_the_readme(prepared, tmp_path):
     """With the path of a student made here."""
     (code,) = blocks("python")

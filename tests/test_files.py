@@ -1,9 +1,11 @@
 import errno
 import fcntl
 import json
+import os
 import select
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,10 +19,13 @@ from megakd.files import (
     publishing,
     read_json,
     read_json_lines,
+    read_sealed,
     remove,
+    remove_stale,
     sha256,
     shipped,
     write_json,
+    write_sealed,
 )
 
 HOLD = """if True:
@@ -240,6 +245,69 @@ def test_digest_is_canonical():
     assert len({digest(value) for value in values}) == len(values)
     assert digest((1, 2)) == digest([1, 2])  # as JSON has it
     assert digest({"a": 1}) == "015abd7f5cc57a2d"  # printf '{"a":1}' | sha256sum: fingerprints in old runs stay valid
+
+
+def test_sealed_round_trip(tmp_path):
+    value = {"format": "kind", "version": 3, "b": [1, 2.5, None, True], "a": {"Grüße": "東京", "x": []}}
+    write_sealed(tmp_path / "x.json", value)
+    assert read_sealed(tmp_path / "x.json", "kind", 3) == value
+    first = (tmp_path / "x.json").read_bytes()
+    write_sealed(tmp_path / "x.json", dict(reversed(value.items())))
+    assert read_sealed(tmp_path / "x.json", "kind", 3) == value  # the seal is of what it says, not of its order
+    write_sealed(tmp_path / "x.json", value)
+    assert (tmp_path / "x.json").read_bytes() == first
+
+
+def test_another_kind_or_version_is_named_before_the_seal(tmp_path):
+    path = tmp_path / "x.json"
+    write_json(path, {"format": "kind", "version": 2})  # of a time without seals
+    for kind, version, message in (("other", 2, "not a file of format 'other'"), ("kind", 3, "version 2 of 'kind'")):
+        with pytest.raises(UserError, match=message) as caught:
+            read_sealed(path, kind, version)
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    for content in ([], 3, None, "text", {}):
+        write_json(path, content)
+        with pytest.raises(UserError, match="not a file of format 'kind'"):
+            read_sealed(path, "kind", 2)
+
+
+def test_a_changed_or_missing_seal_is_refused(tmp_path):
+    path = tmp_path / "x.json"
+    write_sealed(path, {"format": "kind", "version": 3, "shards": [1, 2]})
+    whole = read_json(path)
+    for change in ({"shards": [1, 3]}, {"shards": [2, 1]}, {"seal": "0" * 16}, {"seal": None}, {"more": 0}):
+        write_json(path, {**whole, **change})
+        with pytest.raises(UserError, match=r"x\.json.*does not match its content") as caught:
+            read_sealed(path, "kind", 3)
+        assert "\n" not in str(caught.value)
+    write_json(path, {k: v for k, v in whole.items() if k != "seal"})
+    with pytest.raises(UserError, match="does not match"):
+        read_sealed(path, "kind", 3)
+
+
+def test_stale_temporary_files_of_this_machine_go_and_no_others(tmp_path):
+    host, gone = os.uname().nodename, 2**22 + 1  # above the largest process id
+    names = {
+        f"shard.tar.tmp-{host}-{gone}": (3600, True),
+        f"folder.tmp-{host}-{gone}": (3600, True),
+        f"young.tmp-{host}-{gone}": (0, False),
+        f"mine.tmp-{host}-{os.getpid()}": (3600, False),
+        f"theirs.tmp-{host}x-{gone}": (3600, False),
+        f"odd.tmp-{host}-": (3600, False),
+        "shard.tar": (3600, False),
+        "x.tmp": (3600, False),
+    }
+    for name, (age, _) in names.items():
+        path = tmp_path / name
+        if name.startswith("folder"):
+            path.mkdir()
+            (path / "inside").write_text("x")
+        else:
+            path.write_text("x")
+        os.utime(path, (time.time() - age,) * 2)
+    remove_stale(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {name for name, (_, goes) in names.items() if not goes}
+    remove_stale(tmp_path / "none")
 
 
 def held(path: Path) -> bool:

@@ -7,7 +7,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megakd.config import LogConfig
 from megakd.files import read_json_lines
-from megakd.log import MetricLog, Progress, clock, say, short, table
+from megakd.log import MetricLog, Progress, StageWatch, clock, say, short, table
 
 QUIET = LogConfig(tensorboard=False, wandb="disabled")
 
@@ -151,6 +151,25 @@ def test_a_row_that_a_kill_cut_short_spoils_no_later_one(tmp_path, resumed):
     log.close()
     rows = [row(s, 1.0) for s in range(1, resumed + 1)] + [row(s, 2.0) for s in (resumed + 1, resumed + 2)]
     assert read_json_lines(tmp_path / "metrics.jsonl") == rows
+
+
+def test_stage_watch_divides_by_the_steps_tokens_and_counts_damage(tmp_path, capsys):
+    """Damage is logged from the first damaged sample on, as the number since the stage began in this process."""
+    log = metric_log(tmp_path)
+    watch = StageWatch("experts", 4, 0, 2, log)
+    for step, (tokens, damaged) in enumerate([(10, 0), (8, 1), (0, 3), (10, 0)], 1):
+        watch.data_ready()
+        watch.step_done(step, 6 + step, 100 * step, tokens, {"total": 2.0 * tokens, "ce": tokens}, 0.1, 0.5, damaged)
+    log.close()
+    rows = read_json_lines(tmp_path / "metrics.jsonl")
+    assert [r.get("damaged_samples") for r in rows] == [None, 1, 4, 4]
+    assert [(r["step"], r["tokens"], r["loss"], r["ce"]) for r in rows] == [
+        (7, 100, 2.0, 1.0), (8, 200, 2.0, 1.0), (9, 300, 0.0, 0.0), (10, 400, 2.0, 1.0),
+    ]  # fmt: skip
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split(" | ")[0] for line in said] == ["experts 2/4 50%", "experts 4/4 100%"]
+    StageWatch("experts", 4, 0, 1, None).step_done(1, 1, 10, 10, {"total": 2.0}, 0.1, 0.5, 2)  # another rank: silent
+    assert capsys.readouterr().err == ""
 
 
 def test_tensorboard_holds_the_same_numbers(tmp_path):

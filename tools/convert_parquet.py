@@ -160,13 +160,13 @@ class ParquetSource:
             self.parts.append(_Part(file, _open(file), self.count))
             self.count += self.parts[-1].file.metadata.num_rows
             _check_columns(file, self.parts[-1].file.schema_arrow)
-        names = {tuple(part.file.schema_arrow.names) for part in self.parts}
-        if not self.count or len(names) > 1:
-            problem = "its files have different columns" if len(names) > 1 else "no row in it"
+        held = [{*NAMES, "log_tails"} & set(part.file.schema_arrow.names) for part in self.parts]
+        different = [part.path.name for part, names in zip(self.parts, held, strict=True) if names != held[0]]
+        if different or not self.count:
+            problem = f"{different[0]} has other columns than {files[0].name}" if different else "no row in it"
             raise UserError(f"{path}: {problem}")
-        held = self.parts[0].file.schema_arrow.names
-        self.columns = [name for name in (*NAMES, "log_tails") if name in held]
-        self.names = NAMES._replace(log_tails="log_tails") if "log_tails" in held else NAMES
+        self.columns = sorted(held[0])
+        self.names = NAMES._replace(log_tails="log_tails") if "log_tails" in held[0] else NAMES
         self.facts = self._facts()
         if self.facts is None:
             self.longest, self.top_k = self._widths()
@@ -234,7 +234,7 @@ class ParquetSource:
             top_k = max(top_k, *_lengths(batch.column(NAMES.ids).flatten()), 0)
             progress.update(len(batch))
         progress.close(f"at most {longest} tokens and {top_k} entries")
-        return longest, top_k
+        return int(longest), int(top_k)
 
     def _facts(self) -> dict[str, Any] | None:
         found = [(part.file.schema_arrow.metadata or {}).get(b"facts") for part in self.parts]

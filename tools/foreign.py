@@ -3,8 +3,8 @@
 A foreign file holds windows of tokens and, for each position t, K ids with numbers about the token after token t:
   logprobs   log p over the whole vocabulary; what is outside the K has mass 1 - sum p, so there is a tail at T = 1
   logits     raw, without their normaliser: nothing is known of the tail, rows are normalised over the K
-A row for the last token of a window is left out: what comes after it is not in the window. An entry whose number is -inf,
-or below NONE, is none. A file that MegaKD's own tools wrote states its facts; nothing else needs to be said about it.
+A row for the last token of a window is left out: what comes after it is not in the window. An entry of -inf, or below
+NONE, is none. A file that MegaKD's own tools wrote states its facts; nothing else needs to be said about it.
 """
 
 import argparse
@@ -27,7 +27,8 @@ from megakd.errors import UserError
 from megakd.log import say
 
 BOOK_POSITIONS = 4096  # as in generate-logits
-PMIN, LEVELS, SHARD_TOKENS = LogitsConfig().pmin, LogitsConfig().levels, DataConfig().shard_tokens
+PMIN, LEVELS, DTYPE = LogitsConfig().pmin, LogitsConfig().levels, LogitsConfig().dtype
+SHARD_TOKENS = DataConfig().shard_tokens
 NONE = -9999.0  # what masks write for -inf: -1e4, -65504, -1e9, …
 # Half precision moves a log-probability by 2^-11 of its size: a row of the flattest teacher sums to 1 within 0.004.
 SUM_TOLERANCE = 0.02
@@ -101,6 +102,7 @@ def from_arguments(parser: argparse.ArgumentParser) -> None:
     add("--teacher", metavar="ID", help=f"as RUN/student-0/compress.json names it {unknown}")
     add("--revision", help="of the teacher, from the same place (default: none)")
     add("--weights", metavar="HASH", help=f"of the teacher, from the same place {unknown}")
+    add("--dtype", choices=("float32", "bfloat16"), default=DTYPE, help="the teacher ran in (default: %(default)s)")
     add("--pmin", type=float, help=f"entries below count with the tail (default: {PMIN:g}, or 0 if facts are stated)")
     add("--levels", type=int, help=f"as logits.levels (default: {LEVELS}, or as the stated facts say)")
     add("--temperatures", type=float, nargs="+", metavar="T", help="of the tails that the file holds (default: 1)")
@@ -244,7 +246,7 @@ def _facts(source: Source, first: Row, args: argparse.Namespace) -> dict[str, An
         "draw_seed": None,
         "temperatures": temperatures,
         "tails": tails,
-        "dtype": "unknown",
+        "dtype": args.dtype,
     }
 
 
@@ -445,7 +447,7 @@ def _describe(source: Source, reading: Reading, rows: list[Row], samples: list[S
     )
     if kept < entries:
         say(f"{1 - kept / entries:.1%} of the entries are below {reading.pmin:g} and left out; --pmin 0 keeps them")
-    if read > following:
+    if read > max(following, 0.5):
         say("the entries name the token just read more often than the next one: are the rows shifted by one?")
     if reading.values == "logprobs" and source.facts is None and source.top_k < reading.vocab_size:
         sums = np.concatenate([np.exp(values.astype(np.float64)).sum(1) for values in given])

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from megakd.cli import run_verb
 from megakd.config import ObjectiveConfig
 from megakd.data.shards import ShardSet
 from megakd.errors import UserError
@@ -35,12 +36,12 @@ def shards(tmp_path_factory, tokenizer) -> ShardSet:
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory, shards) -> Path:
-    """The shards as `to` writes them, three windows a row group."""
+    """The shards as `to` writes them, some windows a row group."""
     path = tmp_path_factory.mktemp("parquet") / "store.parquet"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "GROUP_ENTRIES", 300)
+        patch.setattr(module, "GROUP_ENTRIES", 200)
         module.main(["to", str(shards.folder), str(path)])
-    assert pq.ParquetFile(path).num_row_groups == 4
+    assert 2 < pq.ParquetFile(path).num_row_groups < SAMPLES
     return path
 
 
@@ -70,9 +71,8 @@ def write(path: Path, rows: list[dict[str, Any]], **types: pa.DataType) -> Path:
 
 def convert(source: Path, out: Path, *argv: object) -> ShardSet:
     module.main([str(arg) for arg in ("from", source, out, *argv)])
-    found = ShardSet(out)
-    found.verify()
-    return found
+    run_verb(["inspect", str(out), "--verify"])
+    return ShardSet(out)
 
 
 def test_datasets_reads_the_file(shards, stored, tmp_path):
@@ -101,8 +101,8 @@ def test_there_and_back(shards, stored, tmp_path):
     assert once.facts == {**shards.facts, "book": once.facts["book"]} and once.sizes == shards.sizes
     module.main(["to", str(tmp_path / "once"), str(tmp_path / "again.parquet")])
     twice = convert(tmp_path / "again.parquet", tmp_path / "twice")
-    assert_alike(twice, once)
-    assert_alike(twice, shards)
+    for name in (f"{name}.tar" for name in once.names):
+        assert (twice.folder / name).read_bytes() == (once.folder / name).read_bytes()
 
 
 @pytest.mark.parametrize("form", ["lists", "large", "one shorter"])
@@ -149,7 +149,9 @@ def test_fixed_size_lists_and_raw_logits(folder, tmp_path):
     for index, position in itertools.product(range(2), range(8)):
         expected = np.exp(numbers[index, position]) / np.exp(numbers[index, position]).sum()
         mine = head(found[index].targets, position)
-        assert [math.exp(mine[7 * i] / 2) for i in range(5)] == pytest.approx(np.sqrt(expected), abs=2 / 236)
+        assert [math.exp(mine[7 * i] / 2) for i in range(5)] == pytest.approx(
+            np.sqrt(expected), abs=2 / found.facts["levels"]
+        )
     module.main(["to", str(tmp_path / "out"), str(tmp_path / "again.parquet")])
     assert "tail_logprob" not in pq.read_schema(tmp_path / "again.parquet").names
     assert_alike(convert(tmp_path / "again.parquet", tmp_path / "again"), found)
@@ -167,7 +169,7 @@ def test_a_folder_is_its_files_in_order(folder, tmp_path, capsys):
     write(tmp_path / "parts" / "c.parquet", [{**row, "more": 1} for row in rows])
     convert(tmp_path / "parts", tmp_path / "more", *argv)  # a column that nobody reads
     write(tmp_path / "parts" / "d.parquet", [{**row, "starts": [0]} for row in rows])
-    assert "its files have different columns" in refused(
+    assert "d.parquet has other columns than a.parquet" in refused(
         module, capsys, "from", tmp_path / "parts", tmp_path / "x", *argv
     )
     (tmp_path / "none").mkdir()
@@ -194,21 +196,21 @@ def place(position: int, entry: int, value: Any) -> Any:
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda rows: [{k: v for k, v in r.items() if k != "topk_ids"} for r in rows], "no column topk_ids; it holds input"),
-        (every("input_ids", lambda v: [float(t) for t in v]), "input_ids is list<element: double>, expected lists of int"),
+        (lambda rows: [{k: v for k, v in r.items() if k != "topk_ids"} for r in rows], "no column topk_ids"),
+        (every("input_ids", lambda v: [float(t) for t in v]), "input_ids is list<element: double>, expected lists"),
         (every("topk_ids", lambda v: v[0]), "topk_ids is list<element: int64>, expected lists of lists of integers"),
-        (every("topk_logprobs", lambda v: [[str(x) for x in r] for r in v]), "expected lists of lists of floating-point"),
+        (every("topk_logprobs", lambda v: [[str(x) for x in r] for r in v]), "lists of lists of floating"),
         (every("starts", lambda v: 0), "starts is int64, expected lists of integers"),
         (changed("input_ids", lambda v: None), "row 3: input_ids: null"),
         (changed("topk_ids", lambda v: None), "row 3: topk_ids: null"),
         (changed("topk_ids", lambda v: [None, *v[1:]]), "row 3: topk_ids: null"),
         (changed("topk_logprobs", place(2, 0, None)), "row 3: topk_logprobs: null"),
-        (changed("topk_ids", lambda v: [v[0] * 2, *v[1:]]), "row 3: topk_logprobs has other numbers of entries than topk_ids"),
+        (changed("topk_ids", lambda v: [v[0] * 2, *v[1:]]), "row 3: topk_logprobs has other numbers"),
         (changed("input_ids", lambda v: [*v, 1, 1]), "topk_ids, sample 3: 12 rows beside 14 tokens"),
         (changed("input_ids", lambda v: v[:1]), "input_ids, sample 3: 1 tokens, a window needs 2"),
         (changed("input_ids", lambda v: [*v[:4], 400, *v[5:]]), "input_ids, sample 3, position 4: id 400 is beyond"),
         (changed("topk_ids", place(2, 1, 400)), "topk_ids, sample 3, position 2, entry 1: id 400 is beyond"),
-        (changed("topk_logprobs", place(2, 0, math.nan)), "topk_logprobs, sample 3, position 2, entry 0: nan is no number"),
+        (changed("topk_logprobs", place(2, 0, math.nan)), "topk_logprobs, sample 3, position 2, entry 0: nan is no"),
         (changed("topk_logprobs", place(2, 0, 3.0)), "topk_logprobs, sample 3, position 2, entry 0: 3 is no log-prob"),
         (every("tail_logprob", lambda v: [0.0] * 13), "tail_logprob, sample 0, position 0: with the entries' prob"),
         (every("label_nll", lambda v: [1.0]), "label_nll, sample 0: 1 numbers, expected at least 8"),
@@ -239,14 +241,15 @@ def test_a_file_cut_short_is_refused(stored, tmp_path, capsys, share):
 def test_damage_in_the_middle_is_named(stored, tmp_path, capsys):
     data = bytearray(stored.read_bytes())
     metadata = pq.ParquetFile(stored).metadata
-    columns = [metadata.row_group(2).column(i) for i in range(metadata.num_columns)]
+    first = metadata.row_group(0).num_rows
+    columns = [metadata.row_group(1).column(i) for i in range(metadata.num_columns)]
     chunk = next(c for c in columns if c.path_in_schema.startswith("topk_logprobs"))
     data[chunk.data_page_offset : chunk.data_page_offset + chunk.total_compressed_size] = bytes(
         chunk.total_compressed_size
     )
     (tmp_path / "damaged.parquet").write_bytes(data)
     said = refused(module, capsys, "from", tmp_path / "damaged.parquet", tmp_path / "out")
-    assert "damaged.parquet: row 6 or one soon after cannot be read" in said
+    assert f"damaged.parquet: row {first} or one soon after cannot be read" in said
 
 
 def test_killed_and_started_again_gives_the_same(stored, tmp_path, monkeypatch):

@@ -1,0 +1,271 @@
+"""Training on damaged, growing and remote shards, and on every kind of target; each test a whole small run."""
+
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megakd import cli
+from megakd.commands.train import build_objective
+from megakd.data.batches import collate
+from megakd.data.shards import ShardSet
+from megakd.data.stream import Stream
+from megakd.errors import UserError
+from megakd.run import Run
+from tests.conftest import command, metrics
+
+Make = Callable[..., Run]
+
+
+def megakd(*argv: object) -> None:
+    """`megakd ARGV` in this process, which has loaded the libraries."""
+    cli.run_verb([str(each) for each in argv])
+
+
+def own_logits(run: Run) -> Path:
+    """Replace the run's link to another run's logits by a copy that a test may damage; the training shards."""
+    link = run.path("data", "logits")
+    source = link.resolve()
+    link.unlink()
+    shutil.copytree(source, link)
+    return link / "train"
+
+
+def flip(folder: Path, index: int) -> str:
+    """Change a byte in the middle of a sample; its key."""
+    shards = ShardSet(folder)
+    number = next(n for n in range(len(shards.sizes)) if index < sum(shards.sizes[: n + 1]))
+    entry, tar = shards.entry(index), folder / f"{shards.names[number]}.tar"
+    data = bytearray(tar.read_bytes())
+    data[entry.offset + entry.size // 2] ^= 1
+    tar.write_bytes(data)
+    return entry.key
+
+
+def order_of(run: Run, count: int) -> list[int]:
+    shards = ShardSet(run.path("data", "logits", "train"), growing=True)
+    return Stream(shards.sizes, run.config.seed, run.config.stream.lanes).take(0, count)
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    return load_file(run.path("checkpoints", "all", "step-000010", "weights", "model.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = Run.create(prepared, [], tmp_path_factory.mktemp("undisturbed") / "run")
+    megakd("train", run.folder)
+    return run
+
+
+def test_damaged_samples_are_left_out_counted_and_named(sibling: Make, undisturbed: Run, capsys):
+    """Two in the first step, whose loss is that of the other 14 over their tokens, and one in the seventh."""
+    run = sibling()
+    train, order = own_logits(run), order_of(run, 160)
+    bad = [order[3], order[14], order[6 * 16 + 5]]
+    keys = [flip(train, index) for index in bad]
+    megakd("train", run.folder, "stream.on_damage=skip")
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train: left out: ")]
+    rows, whole = metrics(run.folder), metrics(undisturbed.folder)
+    assert [row.get("damaged_samples") for row in rows] == [2] * 4 + [None] * 2 + [1] * 4  # counted within a stage
+    events = [json.loads(line) for line in run.path("history.jsonl").read_text().splitlines()]
+    named = [event["sample"] for event in events if event["event"] == "damaged"]
+    for found in (said, named):
+        assert len(found) == 3
+        for key, text in zip(keys, found, strict=True):
+            assert f"sample {key}: checksum does not match" in text and "shard-0000" in text
+    shards = ShardSet(run.path("data", "logits", "train"))
+    lost = [shards.entry(index).labels for index in bad]
+    assert min(lost) > 0
+    steps = [row["tokens"] - before["tokens"] for before, row in zip([{"tokens": 0}, *rows[:-1]], rows, strict=True)]
+    expected = [sum(shards.entry(i).labels for i in order[s : s + 16]) for s in range(0, 160, 16)]
+    expected[0] -= lost[0] + lost[1]
+    expected[6] -= lost[2]
+    assert steps == expected
+    objective = build_objective(run.config, run.student_folder, shards)
+    with torch.no_grad():
+        report = objective(collate([shards[i] for i in order[:16] if i not in bad], 32))
+    for name in ("ce", "kl", "kl_t1"):
+        assert rows[0][name] == pytest.approx(report.terms[name].item() / steps[0], rel=1e-5)
+    assert rows[0]["loss"] == pytest.approx(report.total.item() / steps[0], rel=1e-5)
+    assert rows[0]["ce"] != pytest.approx(whole[0]["ce"], rel=1e-5)
+    # what the damaged samples would have taught is all that is missing
+    assert [row["lr"] for row in rows] == [row["lr"] for row in whole]
+    assert rows[-1]["kl_t1"] == pytest.approx(whole[-1]["kl_t1"], rel=0.05)
+
+
+def test_a_shard_that_was_cut_short_is_left_out_where_it_is_cut(sibling: Make, capsys):
+    run = sibling()
+    train, order = own_logits(run), order_of(run, 160)
+    shards, tar = ShardSet(train), train / "shard-00002.tar"
+    first = sum(shards.sizes[:2])
+    tar.write_bytes(tar.read_bytes()[: shards.entry(first + 40).offset])
+    with pytest.raises(UserError, match=r"shard-00002\.tar.*cut short"):
+        megakd("train", run.folder)
+    megakd("train", run.folder, "stream.on_damage=skip")
+    cut = {shards.entry(i).key for i in order if first + 40 <= i < first + shards.sizes[2]}
+    said = capsys.readouterr().err
+    assert len(cut) > 3 and {key for key in cut if f"sample {key}: checksum" in said} == cut
+    assert said.count("left out") == len(cut)
+
+
+@pytest.mark.xfail(strict=True, reason="the loss is divided by no tokens: every weight becomes NaN")
+def test_a_step_whose_samples_are_all_damaged_changes_no_weight(sibling: Make):
+    """One shard at a time: the first two of ten steps lie within what was cut off the first shard."""
+    run = sibling("stream.lanes=1")
+    train = own_logits(run)
+    tar, lost = train / "shard-00000.tar", ShardSet(train).sizes[0]
+    tar.write_bytes(tar.read_bytes()[:600])
+    megakd("train", run.folder, "stream.on_damage=skip")
+    rows = metrics(run.folder)
+    assert rows[0]["damaged_samples"] == 16 and rows[3]["damaged_samples"] == min(64, lost)
+    assert all(math.isfinite(row[name]) for row in rows for name in ("loss", "ce", "kl", "grad_norm"))
+    assert all(tensor.isfinite().all() for tensor in weights(run).values())
+
+
+def test_damage_stops_a_run_that_was_not_told_to_skip(sibling: Make, monkeypatch, capsys):
+    run = sibling()
+    key = flip(own_logits(run), order_of(run, 160)[4 * 16 + 2])
+    monkeypatch.setattr(sys, "argv", ["megakd", "train", str(run.folder)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 2
+    assert last.startswith("megakd: ") and f".tar: sample {key}: checksum does not match" in last
+    assert "generate-logits" in last
+    assert len(metrics(run.folder)) == 4  # up to the step before
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_a_run_over_lanes_resumes_exactly(sibling: Make, lanes, tmp_path):
+    """In the second stage, in the middle of shards; also from copies on a local disk."""
+    run = sibling(f"stream.lanes={lanes}")
+    megakd("train", run.folder)
+    expected, trained = metrics(run.folder), weights(run)
+    assert len(expected) == 10
+    for folder in run.path("checkpoints").glob("*/step-*"):
+        if folder.name > "step-000007":
+            shutil.rmtree(folder)
+    (tmp_path / "scratch").mkdir()
+    megakd("train", run.folder, f"stream.scratch={tmp_path / 'scratch'}", "stream.workers=3")
+    assert metrics(run.folder) == expected
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in weights(run).items())
+    assert list((tmp_path / "scratch").iterdir()) == []
+
+
+def test_lanes_are_another_order_of_the_same_samples(sibling: Make, undisturbed: Run):
+    run = sibling("stream.lanes=2")
+    assert sorted(order_of(run, 250)) == sorted(order_of(undisturbed, 250)) == list(range(250))
+    megakd("train", run.folder)
+    assert metrics(run.folder)[0]["ce"] != metrics(undisturbed.folder)[0]["ce"]
+    shards = ShardSet(run.path("data", "logits", "train"))
+    objective = build_objective(run.config, run.student_folder, shards)
+    with torch.no_grad():
+        report = objective(collate([shards[i] for i in order_of(run, 16)], 32))
+    tokens = metrics(run.folder)[0]["tokens"]
+    assert metrics(run.folder)[0]["ce"] == pytest.approx(report.terms["ce"].item() / tokens, rel=1e-5)
+
+
+@pytest.mark.parametrize("override", ["stream.follow=true", "stream.scratch=."])
+def test_following_and_copying_need_lanes(sibling: Make, override):
+    with pytest.raises(UserError, match=r"need lanes; set stream\.lanes=8 in a new run"):
+        megakd("train", sibling().folder, override)
+
+
+def test_scratch_must_be_a_folder(sibling: Make, tmp_path):
+    with pytest.raises(UserError, match=r"stream\.scratch: .*nowhere is no folder"):
+        megakd("train", sibling("stream.lanes=1").folder, f"stream.scratch={tmp_path / 'nowhere'}")
+
+
+@contextmanager
+def waiting(run: Run) -> Iterator[Any]:
+    """`megakd train RUN` that follows a capture, once it says that it waits; killed at the end."""
+    argv = command("train", run.folder, "stream.follow=true")
+    process = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    try:
+        for line in process.stderr:
+            if "waiting for" in line:
+                break
+        assert process.poll() is None
+        yield process, line
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def half_captured(sibling: Make) -> Run:
+    """Shards 0, 2 and 4 of 5, three of which training reads at a time."""
+    run = sibling("stream.lanes=3")
+    run.path("data", "logits").unlink()
+    megakd("generate-logits", run.folder, "--part", "0/2")
+    return run
+
+
+def test_training_follows_an_unfinished_capture(sibling: Make, half_captured: Run):
+    """It waits, says for what, and in the end has done what a run does that is started afterwards."""
+    with pytest.raises(UserError, match=r"not finished.*stream\.follow=true"):
+        megakd("train", half_captured.folder)
+    with waiting(half_captured) as (process, line):
+        assert line == "train: waiting for shard-00001 from the capture (the next step needs 1 shards more)\n"
+        megakd("generate-logits", half_captured.folder, "--part", "1/2")
+        process.communicate(timeout=120)
+        assert process.returncode == 0
+    afterwards = sibling("stream.lanes=3")
+    megakd("train", afterwards.folder)
+    assert metrics(half_captured.folder) == metrics(afterwards.folder)
+    assert len(metrics(half_captured.folder)) == 10
+    megakd(
+        "train", half_captured.folder, "stream.follow=false"
+    )  # the capture is whole now: nothing to follow, or to do
+
+
+@pytest.mark.xfail(strict=True, reason="a signal is looked at between steps only, and no step comes")
+def test_a_signal_ends_a_run_that_waits(half_captured: Run):
+    with waiting(half_captured) as (process, _):
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=15)
+        assert process.returncode == 85
+
+
+@pytest.mark.parametrize(
+    "profile, temperature, tail",
+    [("sampled", 1.0, "sampled"), ("sampled", 2.0, "sampled"), ("hybrid", 2.0, "hybrid"), ("hybrid", 2.0, "ghost")],
+)
+def test_every_kind_of_target_trains(sibling: Make, profile, temperature, tail, capsys):
+    """Loss and held-out KL fall; the hold-out keeps the teacher's head whatever is trained on; all verbs go on."""
+    run = sibling(
+        f"logits.profile={profile}", f"logits.draw_temperature={temperature}", "logits.draws=12", "logits.top_k=4",
+        f"logits.temperatures=[1.0, {temperature}]", f"objective.temperature={temperature}", f"objective.tail={tail}",
+        "objective.alpha=1.0",
+    )  # fmt: skip
+    megakd("generate-logits", run.folder)
+    train, holdout = (ShardSet(run.path("data", "logits", part)) for part in ("train", "holdout"))
+    assert (train.facts["profile"], train.facts["draws"], train.facts["draw_temperature"]) == (profile, 12, temperature)
+    assert (train.facts["top_k"], train.facts["tails"]) == ((0, False) if profile == "sampled" else (4, True))
+    assert (holdout.facts["profile"], holdout.facts["top_k"], holdout.facts["draws"]) == ("topk", 4, 0)
+    assert train[0].targets.draw_shares.shape[1] == 12 and holdout[0].targets.draw_shares.shape[1] == 0
+    megakd("train", run.folder)
+    rows = metrics(run.folder)
+    assert len(rows) == 10 and all(math.isfinite(row["loss"]) for row in rows)
+    assert all(("kl_t1" in row) == ((profile, temperature) != ("sampled", 2.0)) for row in rows)
+    assert sum(row["kl"] for row in rows[-3:]) < 0.97 * sum(row["kl"] for row in rows[:3])
+    assert rows[0]["loss"] == pytest.approx(temperature**2 * rows[0]["kl"], rel=1e-5)
+    capsys.readouterr()
+    megakd("evaluate", run.folder)
+    found = {row["model"]: row for row in map(json.loads, run.path("evals.jsonl").read_text().splitlines())}
+    assert found["all/step-000010"]["kl"] < 0.97 * found["student-0"]["kl"]
+    assert found["teacher"]["kl"] < 0.02 * found["student-0"]["kl"]
+    megakd("report", run.folder)
+    assert "held-out" in run.path("report.html").read_text().lower()
