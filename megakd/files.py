@@ -105,6 +105,8 @@ def read_json(path: Path) -> Any:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         place = f":{error.lineno}:{error.colno}" if isinstance(error, json.JSONDecodeError) else ""
         raise UserError(f"{path}{place}: not valid JSON ({getattr(error, 'msg', error)})") from error
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets without end
+        raise UserError(f"{path}: not valid JSON ({error})") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
 
@@ -122,7 +124,11 @@ def read_sealed(path: Path, kind: str, version: int) -> dict[str, Any]:
     if value.get("version") != version:
         raise UserError(f"{path}: version {value.get('version')} of {kind!r}, this MegaKD reads version {version}")
     seal = value.pop("seal", None)
-    if seal != digest(value):
+    try:
+        own = digest(value)
+    except UnicodeEncodeError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from error
+    if seal != own:
         raise UserError(f"{path}: its seal {seal!r} does not match its content: it was changed after it was written")
     return value
 

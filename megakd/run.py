@@ -89,6 +89,8 @@ class Run:
         linked = []
         for name, sections in ARTIFACTS.items():
             theirs = other.path(name)
+            if name == "data/logits" and self.config.logits.profile != "topk":
+                sections = (*sections, "seed")  # draws depend on it
             if theirs.exists() and self.config.fingerprint(*sections) == other.config.fingerprint(*sections):
                 self.path(name).parent.mkdir(parents=True, exist_ok=True)
                 self.path(name).symlink_to(os.path.relpath(theirs.resolve(), self.path(name).parent.resolve()))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megakd import cli
-from megakd.files import write_json
+from megakd.files import read_json, write_json
 from megakd.run import Run
 from tests.conftest import files, make_teacher, megakd
 
@@ -152,6 +152,37 @@ def test_training_before_compressing(fails, recipe, tmp_path):
 
 def test_temperature_without_its_tail(fails, sibling):
     assert "T = 1, 2, not 3" in fails("train", sibling("objective.temperature=3.0").folder)
+
+
+def test_loss_that_the_stored_targets_do_not_support(fails, sibling):
+    message = fails("train", sibling("objective.tail=sampled").folder)
+    assert "objective.tail: sampled needs draws" in message and "logits.profile=sampled in a new run" in message
+
+
+def test_edited_manifest(fails, sibling):
+    """The temperatures of the tails, say, to make a loss fit that was not captured for."""
+    run = sibling("objective.temperature=3.0")
+    path = copied(run, "data/logits") / "train" / "manifest.json"
+    manifest = read_json(path)
+    manifest["facts"]["temperatures"] = [1.0, 3.0]
+    write_json(path, manifest)
+    message = fails("train", run.folder)
+    assert str(path) in message and "changed after it was written" in message
+
+
+def test_logits_of_an_older_format(fails, sibling):
+    run = sibling()
+    path = copied(run, "data/logits") / "train" / "manifest.json"
+    write_json(path, {**read_json(path), "version": 1})
+    assert "version 1 of 'megakd-shards', this MegaKD reads version 2" in fails("train", run.folder)
+
+
+def test_logits_without_their_book(fails, sibling):
+    run = sibling()
+    [book] = (copied(run, "data/logits") / "train").glob("book-*.npy")
+    book.unlink()
+    message = fails("train", run.folder)
+    assert str(book) in message and "copy it from where the shards were made" in message
 
 
 def test_deepspeed_file_that_decides_what_the_run_decides(fails, sibling, tmp_path):

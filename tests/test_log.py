@@ -1,4 +1,5 @@
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +206,11 @@ def test_wandb_offline_writes_under_the_run(tmp_path, monkeypatch, capfd):
     assert {p.name for p in folder.iterdir()} == {"metrics.jsonl", "wandb"}
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
     [path] = folder.glob("wandb/offline-run-*/run-run-id.wandb")
-    content = path.read_bytes()  # protobuf: names and JSON values stand there as they are
+    content, deadline = path.read_bytes(), time.monotonic() + 20
+    while str(1 / 3).encode() not in content and time.monotonic() < deadline:  # another process writes it
+        time.sleep(0.1)
+        content = path.read_bytes()
+    # protobuf: names and JSON values stand there as they are
     for text in ("a-project", "a name", "optim", "train/loss", str(1 / 3)):
         assert text.encode() in content, text
     assert b"train/stage" not in content  # no number

@@ -28,6 +28,7 @@ There and back, ids, tokens and documents stay; of the values 2 rows in 100 move
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,8 +43,7 @@ from megakd.errors import UserError
 from megakd.files import publishing, sha256
 from megakd.log import Progress
 
-# A file whose chunks hold many windows is read window by window; each chunk must then stay in memory, decompressed.
-CHUNK_CACHE_BYTES = 1 << 27
+CHUNK_CACHE_BYTES = 1 << 30  # of a dataset whose chunks hold many windows, at most
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -126,7 +126,7 @@ class Hdf5Source:
         if not path.is_file():
             raise UserError(f"{path}: no such file")
         try:
-            self.file = h5py.File(path, "r", rdcc_nbytes=CHUNK_CACHE_BYTES)
+            self.file = h5py.File(path, "r")
         except OSError as error:
             raise UserError(f"{path}: cannot be read as HDF5; was it cut short? ({error})") from error
         self.tokens, self.ids, self.values = (self._needed(n) for n in (names.tokens, names.ids, names.values))
@@ -167,7 +167,7 @@ class Hdf5Source:
 
     def _found(self, name: str) -> h5py.Dataset | None:
         found = self.file.get(name)
-        return found if isinstance(found, h5py.Dataset) else None
+        return _cached(found) if isinstance(found, h5py.Dataset) else None
 
     def _needed(self, name: str) -> h5py.Dataset:
         found = self._found(name)
@@ -213,6 +213,20 @@ class Hdf5Source:
         if not isinstance(facts, dict):
             raise UserError(f"{self.path}: its attribute facts is no JSON object; delete the attribute")
         return facts
+
+
+def _cached(dataset: h5py.Dataset) -> h5py.Dataset:
+    """The dataset; where a chunk holds many windows, with room to keep it decompressed while they are read in turn."""
+    chunks = dataset.chunks
+    if not chunks or chunks[0] == 1:
+        return dataset
+    across = math.prod(-(-size // chunk) for size, chunk in zip(dataset.shape[1:], chunks[1:], strict=True))
+    size = min(across * math.prod(chunks) * dataset.dtype.itemsize, CHUNK_CACHE_BYTES)
+    access = h5py.h5p.create(h5py.h5p.DATASET_ACCESS)
+    access.set_chunk_cache(100 * across + 1, size, 1.0)
+    file, name = dataset.file, str(dataset.name)
+    dataset.id.close()  # as long as it is open anywhere, its cache stays what it was
+    return h5py.Dataset(h5py.h5d.open(file.id, name.encode(), access))
 
 
 def _name(dataset: h5py.Dataset) -> str:

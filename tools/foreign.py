@@ -102,7 +102,7 @@ def from_arguments(parser: argparse.ArgumentParser) -> None:
     add("--teacher", metavar="ID", help=f"as RUN/student-0/compress.json names it {unknown}")
     add("--revision", help="of the teacher, from the same place (default: none)")
     add("--weights", metavar="HASH", help=f"of the teacher, from the same place {unknown}")
-    add("--dtype", choices=("float32", "bfloat16"), default=DTYPE, help="the teacher ran in (default: %(default)s)")
+    add("--dtype", choices=("float32", "bfloat16"), help=f"the teacher ran in (default: {DTYPE})")
     add("--pmin", type=float, help=f"entries below count with the tail (default: {PMIN:g}, or 0 if facts are stated)")
     add("--levels", type=int, help=f"as logits.levels (default: {LEVELS}, or as the stated facts say)")
     add("--temperatures", type=float, nargs="+", metavar="T", help="of the tails that the file holds (default: 1)")
@@ -246,14 +246,14 @@ def _facts(source: Source, first: Row, args: argparse.Namespace) -> dict[str, An
         "draw_seed": None,
         "temperatures": temperatures,
         "tails": tails,
-        "dtype": args.dtype,
+        "dtype": args.dtype or DTYPE,
     }
 
 
 def _restated(source: Source, facts: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     """The facts that a file states; the command line may correct the teacher, the part, the rounding and the shards."""
     check_stated(source.path, facts)
-    for option in ("values", "temperatures", "sequence_length"):
+    for option in ("values", "temperatures", "sequence_length", "dtype"):
         if getattr(args, option) is not None:
             raise UserError(f"--{option.replace('_', '-')}: {source.path} states it among its facts; leave it out")
     tokens, teacher = dict(facts["tokens"]), dict(facts["teacher"])

@@ -17,6 +17,7 @@ examples:
 
 import argparse
 import hashlib
+import re
 import time
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
@@ -32,7 +33,7 @@ from megakd.data import codec
 from megakd.data.batches import collate, prefetch
 from megakd.data.book import Book, build_book, load_book, save_book
 from megakd.data.records import Sample, TeacherTargets
-from megakd.data.shards import ShardSet, finished, layout_of, summary_of, write_manifest, write_shard
+from megakd.data.shards import ShardSet, finished, layout_of, read_manifest, summary_of, write_manifest, write_shard
 from megakd.data.tokens import load_tokenizer, tokenizer_facts
 from megakd.dist import World, barrier, close_world, join_world, read_world, sum_over_ranks
 from megakd.errors import UserError
@@ -69,6 +70,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def main(run: Run, args: argparse.Namespace) -> None:
     world = join_world() if run.config.logits.parallel != "replica" else read_world()
     worker = _worker(args.part, world)
+    if args.max_tokens is not None and not args.max_tokens > 0:
+        raise UserError(f"--max-tokens {args.max_tokens:g}: expected a number above 0, like 1e8")
     folder = resolve(run.config.model.teacher, run.config.model.revision)
     tokenizer = tokenizer_facts(load_tokenizer(folder))
     sets = {part: ShardSet(run.path("data", "tokens", part)) for part in ("holdout", "train")}
@@ -118,7 +121,8 @@ def _logits_config(run: Run, part: str) -> LogitsConfig:
 
 def _worker(part: str, world: World) -> Worker:
     index, _, count = part.partition("/")
-    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+    digits = re.fullmatch("[0-9]+/[0-9]+", part)
+    if not digits or int(index) >= int(count):
         raise UserError(f"--part {part}: expected I/N with I from 0 to N - 1, like 0/4")
     return Worker(int(index) * world.size + world.rank, int(count) * world.size)
 
@@ -138,6 +142,10 @@ def _capture_part(
     remove_stale(target)
     save_book(target, book)
     shards = _first_shards(tokens, limit)
+    if (target / "manifest.json").exists():
+        found = read_manifest(target)
+        if found["facts"] == facts and found["complete"] and len(found["shards"]) > len(shards):
+            shards = tokens.manifest["shards"][: len(found["shards"])]  # a smaller limit takes nothing away
     works, first = [], 0
     for name, size in zip(tokens.names, tokens.sizes, strict=True):
         works.append(Work(name, range(first, first + size)))
@@ -239,6 +247,7 @@ class _Capture:
                 offsets = torch.cat([offsets, offsets[:1].repeat(len(samples) - len(offsets), 1)])
             targets = batch_targets(teacher, collate(samples, length), offsets, self.world.device)
             for row, sample in enumerate(samples[: len(indices or ())]):
+                _check_finite(targets, row, sample, self.folder)
                 count = len(sample.tokens) - 1
                 yield sample._replace(targets=TeacherTargets(*(field[row, :count].numpy() for field in targets)))
 
@@ -259,6 +268,18 @@ class _Capture:
 
         family = load_config(self.folder).model_type
         return spread(build, config.parallel, family, config.dtype, config.batch_size, self.world)
+
+
+def _check_finite(targets: TeacherTargets, row: int, sample: Sample, folder: Path) -> None:
+    count = len(sample.tokens) - 1
+    numbers = torch.cat([targets.label_nll[row, :count], targets.entropy[row, :count]])
+    if targets.logprobs.shape[-1]:
+        numbers = torch.cat([numbers, targets.logprobs[row, :count, 0]])
+    if not numbers.isfinite().all():
+        raise UserError(
+            f"{folder}: answers sample {sample.key} with NaN or infinity; its weights are damaged, or too large for "
+            "logits.dtype: try logits.dtype=float32 in a new run"
+        )
 
 
 def _offsets(seed: int, key: str, length: int) -> torch.Tensor:

@@ -112,7 +112,9 @@ def verify_teacher(shards: ShardSet, where: str | None) -> str:
 
     A record that belongs to other tokens, or to another teacher, is off by whole nats; rounding by a few hundredths.
     """
-    made_by, dtype = shards.facts["teacher"], getattr(torch, shards.facts["dtype"])
+    made_by = shards.facts["teacher"]
+    if made_by["id"] == "unknown" or shards.facts.get("converted", {}).get("label_nll", "stored") != "stored":
+        return "not compared with a teacher: the data was converted from a file that does not name it or its NLL"
     try:
         folder = resolve(where or made_by["id"], made_by["revision"])
     except UserError:
@@ -122,7 +124,9 @@ def verify_teacher(shards: ShardSet, where: str | None) -> str:
             f"{shards.folder}: made by weights {made_by['weights']}, {folder} has {weights_fingerprint(folder)}"
         )
     keep = LogitsConfig(top_k=1, temperatures=(1.0,))
-    teacher = Teacher(load_model(folder, dtype).eval(), keep, shards.facts["vocab_size"])
+    teacher = Teacher(
+        load_model(folder, getattr(torch, shards.facts["dtype"])).eval(), keep, shards.facts["vocab_size"]
+    )
     indices = sorted({len(shards) * i // CHECKED_SAMPLES for i in range(CHECKED_SAMPLES)})
     differences = []
     for index in indices:
@@ -145,13 +149,17 @@ def _describe_position(targets: TeacherTargets, position: int, show: Any) -> str
     if targets.ids.shape[1]:
         logprobs = targets.logprobs[position]
         best = ", ".join(
-            f"{show(targets.ids[position][i])} {np.exp(logprobs[i]):.1%}" for i in np.argsort(-logprobs)[:4]
+            f"{show(targets.ids[position][i])} {np.exp(logprobs[i]):.1%}"
+            for i in np.argsort(-logprobs)[: min(4, np.isfinite(logprobs).sum())]
         )
         tail, count = float(np.exp(targets.log_tails[position][0])), int(np.isfinite(logprobs).sum())
         parts.append(f"the teacher says {best}, …; {tail:.1%} outside the {count} stored")
     if targets.draw_ids.shape[1]:
         shares = targets.draw_shares[position]
-        drawn = ", ".join(f"{show(targets.draw_ids[position][i])} {shares[i]:.0%}" for i in np.argsort(-shares)[:4])
+        drawn = ", ".join(
+            f"{show(targets.draw_ids[position][i])} {shares[i]:.0%}"
+            for i in np.argsort(-shares)[: min(4, (shares > 0).sum())]
+        )
         parts.append(f"draws: {drawn}, … ({int((shares > 0).sum())} distinct); entropy {targets.entropy[position]:.2f}")
     return "; ".join(parts)
 

@@ -191,7 +191,7 @@ def count_damage(run: Run, step: Step, world: World) -> tuple[int, int]:
         say(f"train: left out: {reason}")
         run.record("damaged", sample=reason)
     lost, damaged = sum_over_ranks([float(step.lost), float(len(step.damaged))], world.device)
-    return step.tokens - int(lost), int(damaged)
+    return max(step.tokens - int(lost), 1), int(damaged)  # 1: the sums are 0 then, and so is the step
 
 
 def build_objective(config: RunConfig, folder: Path, dataset: ShardSet) -> CachedDistillation:

@@ -1,7 +1,7 @@
 """Samples → Batch: pad, shift once, restart positions at documents."""
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import Queue
 from threading import Event, Thread
@@ -88,7 +88,7 @@ def valid_tokens(samples: Iterable[Sample]) -> int:
     return sum(len(sample.tokens) - len(sample.starts) for sample in samples)
 
 
-def prefetch(items: Iterable[Item], depth: int = 2) -> Iterator[Item]:
+def prefetch(items: Iterable[Item], depth: int = 2) -> Generator[Item, None, None]:
     """The same items, made in a background thread up to `depth` ahead; an error in it is raised here.
 
     Close it (contextlib.closing) where leaving early is possible: a thread that still runs at exit aborts the process.

@@ -7,8 +7,9 @@ Record, little-endian:
   planes   one zstd frame, a block a plane, so that zstd is a Huffman coder with a table a plane:
            tails [M, T]; entropy [T] (draws only); NLL of the label [T] (with a head: of labels not in their row,
            for that of the others is known);
-           head: entries a row, gaps between ascending buckets, values; draws: gaps, pairs of counts, large counts;
-           index of the label in its row [T], 255 for none; buckets of the first token and of such labels; starts.
+           head: entries a row (low bytes, then high), gaps between ascending buckets, values; draws: gaps, counts - 1
+           in halves of bytes (low one first, 15: a large one), large counts; index of the label in its row (of the
+           head, if there is one) [T], 255 for none; buckets of the first token and of such labels; starts.
            Rows of the head are taken in the order of their tail, of the draws in that of their entropy (like rows make
            narrow tables); a row of draws ends when all are there.
   bits     places inside buckets, packed: first token and labels not in their row, then head, then draws
@@ -16,7 +17,7 @@ Record, little-endian:
 What is kept of a number, each rounded to a byte where the rounding costs the KL as much for small as for large ones:
   p         rint(levels sqrt(p)), at least 1            d(KL) = (dp)^2 / 2p is even over p in steps of sqrt(p)
   tail s    rint(255 asin(sqrt(s)) 2/pi), 1 to 254      s: share of what is outside the head at that temperature
-  NLL       rint(32 log(1 + x))                         within 1.6 % of 1 + x
+  NLL       rint(32 log(1 + x))                         within 1.6 % of 1 + x; of a label in the head that of its p
   entropy   rint(16 log(1 + x))                         within 3.2 % of 1 + x: it enters sums over many positions only
 Decoding scales each row so that head and tail sum to 1. docs/data-format.md has the table of what this costs.
 """
@@ -224,7 +225,7 @@ class _Planes:
             # either would make the decompressor allocate what a damaged header says
             if announced.content_size != zstandard.CONTENTSIZE_UNKNOWN or announced.window_size > 1 << 18:
                 raise DamagedRecord("a frame that `encode` does not write")
-            content = _local.decompressor.decompress(frame, max_output_size=size)
+            content = _local.decompressor.decompress(frame, max_output_size=size, allow_extra_data=False)
         except zstandard.ZstdError as error:
             raise DamagedRecord(str(error)) from error
         if len(content) != size:
@@ -278,8 +279,12 @@ def _tail_byte(roots_TK: np.ndarray, log_tail_T: np.ndarray, temperature: float)
     elif temperature == 2.0:
         head_T = roots_TK.sum(1)
     else:
-        head_T = (roots_TK ** np.float32(2 / temperature)).sum(1)
-    tail_T = np.exp(log_tail_T)
+        with np.errstate(divide="ignore"):  # in logarithms: at low temperatures powers vanish
+            log_p_TK = np.log(roots_TK.astype(np.float64)) * (2 / temperature)
+        top_T = log_p_TK.max(1)
+        head_T = np.exp(log_p_TK - top_T[:, None]).sum(1)
+        log_tail_T = log_tail_T - top_T
+    tail_T = np.exp(log_tail_T).astype(np.float32)
     angle = np.arcsin(np.sqrt(tail_T / (head_T + tail_T)))
     # 0 is kept for nothing at all: a tail that vanished would make the KL of what it held infinite
     return np.clip(np.rint(255 * 2 / np.pi * angle), tail_T > 0, 254).astype(np.uint8)

@@ -9,6 +9,7 @@ The sidecar is renamed into place after its tar: a shard is finished when its si
 sidecars carry a checksum of themselves.
 """
 
+import errno
 import io
 import os
 import shutil
@@ -18,7 +19,7 @@ import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from threading import Lock
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,6 +30,7 @@ from megakd.errors import UserError
 from megakd.files import publishing, read_sealed, sha256, write_sealed
 
 BLOCK = tarfile.BLOCKSIZE
+OPEN_FILES = 512  # at once; half of what a process may usually have
 MANIFEST, SIDECAR, VERSION = "megakd-shards", "megakd-shard-index", 2
 
 
@@ -141,7 +143,7 @@ class ShardSet:
         self.sizes: list[int] = [shard["samples"] for shard in self.manifest["shards"]]
         self._first = np.concatenate([[0], np.cumsum(self.sizes)])
         self._entries: dict[int, list[Entry]] = {}
-        self._files: dict[int, BinaryIO] = {}
+        self._files: dict[int, _Descriptor] = {}
         self._lock = Lock()
         self.tokens: int = sum(shard["tokens"] for shard in self.manifest["shards"])
         for number, name in enumerate(self.names):
@@ -197,33 +199,51 @@ class ShardSet:
 
     def __getitem__(self, index: int) -> Sample:
         entry, number = self.entry(index), self._shard(index)
-        again = f"delete the shard and {_maker(self.folder)}"
-        file = self._open(number)  # held while it is read: another thread may take it out of the table
-        chunk = os.pread(file.fileno(), entry.size, entry.offset)
+        try:
+            file = self._open(number)  # held while it is read: another thread may take it out of the table
+            chunk = os.pread(file.number, entry.size, entry.offset)
+        except OSError as error:
+            reason = error.strerror or error
+            raise DamagedSample(f"{self.place(index)}: cannot be read: {reason}; {self._again()}") from error
         if zlib.crc32(chunk) != entry.crc32:
-            raise DamagedSample(f"{self.place(index)}: checksum does not match; {again}")
+            raise DamagedSample(f"{self.place(index)}: checksum does not match; {self._again()}")
         try:
             return _sample(entry.key, chunk, self.layout)
         except (codec.DamagedRecord, ValueError, KeyError) as error:
-            raise DamagedSample(f"{self.place(index)}: {error}; {again}") from error
+            raise DamagedSample(f"{self.place(index)}: {error}; {self._again()}") from error
 
-    def _open(self, number: int) -> BinaryIO:
+    def _again(self) -> str:
+        return f"delete the shard and run: megakd {'generate-logits' if self.layout else 'tokenize'} RUN"
+
+    def _open(self, number: int) -> "_Descriptor":
         with self._lock:
             if number not in self._files:
+                while len(self._files) >= (self.copies if self.scratch else OPEN_FILES):
+                    del self._files[next(iter(self._files))]
                 path = self.folder / f"{self.names[number]}.tar"
-                self._files[number] = self._copy(path) if self.scratch else path.open("rb")
+                try:
+                    self._files[number] = self._copy(path) if self.scratch else _Descriptor(path)
+                except OSError as error:
+                    if error.errno != errno.EMFILE or not self._files:
+                        raise
+                    self._files.clear()  # fewer may be open than we thought
+                    self._files[number] = self._copy(path) if self.scratch else _Descriptor(path)
             return self._files[number]
 
-    def _copy(self, path: Path) -> BinaryIO:
+    def _copy(self, path: Path) -> "_Descriptor":
         """An open copy on the scratch disk without a name there: it goes when it is closed, or the process ends."""
         assert self.scratch is not None
-        while len(self._files) >= self.copies:
-            del self._files[next(iter(self._files))]
-        copy = tempfile.TemporaryFile(dir=self.scratch)  # noqa: SIM115
         with path.open("rb") as source:
-            shutil.copyfileobj(source, copy, 1 << 24)
-        copy.flush()
-        return copy  # type: ignore[return-value]
+            try:
+                with tempfile.TemporaryFile(dir=self.scratch) as copy:
+                    shutil.copyfileobj(source, copy, 1 << 24)
+                    copy.flush()
+                    return _Descriptor(copy.fileno())
+            except OSError as error:
+                reason = error.strerror or error
+                raise UserError(
+                    f"{self.scratch}: cannot take a copy of {path}: {reason}; see stream.scratch"
+                ) from error
 
     def blank(self) -> Sample:
         """A sample of one position without a label, in the place of one that is damaged."""
@@ -250,9 +270,18 @@ class ShardSet:
 
     def close(self) -> None:
         with self._lock:
-            for file in self._files.values():
-                file.close()
             self._files.clear()
+
+
+class _Descriptor:
+    """An open file (a path, or a duplicate of a descriptor) that closes when the last thread lets go of it."""
+
+    def __init__(self, file: Path | int):
+        self.number = os.dup(file) if isinstance(file, int) else os.open(file, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
 
 
 def _layout(folder: Path, facts: dict[str, Any]) -> codec.Layout | None:

@@ -39,13 +39,16 @@ class Teacher(nn.Module):
             self._check(self.unchecked.pop(), tokens_BT[:, :8])
         hidden_ND = self.model(tokens_BT, position_ids=positions_BT, use_cache=False).last_hidden_state.flatten(0, 1)
         rows = max(CHUNK_BYTES[hidden_ND.device.type] // (4 * self.vocab_size), 1)
-        parts = [
-            targets_from_logits(self.lm_head(hidden)[:, : self.vocab_size].float(), labels, self.kept, offsets)
-            for hidden, labels, offsets in zip(
-                hidden_ND.split(rows), labels_BT.flatten().split(rows), offsets_BT.flatten().split(rows), strict=True
-            )
-        ]
-        return TeacherTargets(*(torch.cat(field).unflatten(0, tokens_BT.shape) for field in zip(*parts, strict=True)))
+        wholes: list[Tensor] = []
+        for start in range(0, len(hidden_ND), rows):
+            here = slice(start, start + rows)
+            logits_NV = self.lm_head(hidden_ND[here])[:, : self.vocab_size].float()
+            part = targets_from_logits(logits_NV, labels_BT.flatten()[here], self.kept, offsets_BT.flatten()[here])
+            if not wholes:  # made once: results kept between the chunks would keep the allocator from reusing these
+                wholes = [field.new_empty((len(hidden_ND), *field.shape[1:])) for field in part]
+            for whole, field in zip(wholes, part, strict=True):
+                whole[here] = field
+        return TeacherTargets(*(whole.unflatten(0, tokens_BT.shape) for whole in wholes))
 
     def _check(self, whole: Any, tokens_BT: Tensor) -> None:
         """Logits from hidden states and head are the model's own: no soft cap or scale of its family is left out."""

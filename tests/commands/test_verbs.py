@@ -44,20 +44,28 @@ def test_stored_targets_are_the_teachers(prepared, teacher):
     logp = logits[0].double().log_softmax(-1).numpy()
     targets = sample.targets
     assert targets is not None
+    step, angle_step = 1 / shards.layout.levels, np.pi / 2 / 255
     for t in range(len(sample.tokens) - 1):
-        assert np.allclose(logp[t, targets.ids[t]], targets.logprobs[t], atol=0.01)
-        rest = np.delete(logp[t], targets.ids[t])
-        assert np.isclose(np.exp(rest).sum(), np.exp(targets.log_tails[t, 0]), rtol=0.01)
-        assert np.isclose(np.exp(rest / 2).sum(), np.exp(targets.log_tails[t, 1]), rtol=0.01)
+        kept = np.isfinite(targets.logprobs[t])
+        ids = targets.ids[t][kept]
+        assert len(set(ids)) == kept.sum() == min((logp[t] >= np.log(3e-4)).sum(), 16)
+        # rounded in steps of sqrt(p) and of the tail's angle, then scaled to a sum of 1
+        assert np.allclose(np.exp(logp[t, ids] / 2), np.exp(targets.logprobs[t][kept] / 2), atol=2 * step)
+        rest = np.delete(logp[t], ids)
+        for column, temperature in enumerate((1.0, 2.0)):
+            found = [np.exp(targets.logprobs[t][kept] / temperature).sum(), np.exp(targets.log_tails[t, column])]
+            expected = [np.exp(logp[t, ids] / temperature).sum(), np.exp(rest / temperature).sum()]
+            angles = [np.arcsin(np.sqrt(tail / (head + tail))) for head, tail in (found, expected)]
+            assert abs(angles[0] - angles[1]) < 0.51 * angle_step
         if batch.labels[0, t] >= 0:
-            assert np.isclose(-logp[t, batch.labels[0, t]], targets.label_nll[t], atol=1e-4)
+            assert np.isclose(-logp[t, batch.labels[0, t]], targets.label_nll[t], rtol=0.02, atol=0.02)
 
 
 def test_evaluate_measures_once_and_knows_the_teacher(trained):
     first = megakd("evaluate", trained)
     rows = {r["model"]: r for r in map(json.loads, (trained / "evals.jsonl").read_text().splitlines())}
     assert list(rows) == ["teacher", "student-0", "all/step-000007", "all/step-000010"]  # rotation kept two
-    assert rows["teacher"]["kl"] < 1e-4 and rows["teacher"]["top1"] > 0.99
+    assert rows["teacher"]["kl"] < 1e-4 and rows["teacher"]["top1"] > 0.97  # rounding makes neighbours equal
     assert rows["all/step-000010"]["kl"] < rows["student-0"]["kl"]
     assert rows["all/step-000010"]["step"] == 10 and "teacher" in first
     megakd("evaluate", trained)

@@ -2,6 +2,7 @@ import errno
 import gc
 import json
 import os
+import resource
 import shutil
 import subprocess
 import warnings
@@ -274,11 +275,13 @@ def test_finished_reads_again_only_when_asked(folder):
     assert finished(folder, name, facts(), reread=True) is not None
 
 
-def test_no_manifest(folder):
-    (folder / "manifest.json").unlink()
-    assert str(folder) in error_of(folder) and "megakd tokenize" in error_of(folder)
-    logits = Path(shutil.copytree(folder, folder.parent / "logits" / "train"))
-    assert "megakd generate-logits" in error_of(logits)
+def test_no_manifest(folder, tmp_path):
+    """What makes one: tokenize for tokens, generate-logits for targets, wherever they lie."""
+    tokens = write(tmp_path / "tokens", kind=None)
+    logits = Path(shutil.copytree(tokens, tmp_path / "logits" / "train"))
+    for each, verb in ((folder, "generate-logits"), (tokens, "tokenize"), (logits, "generate-logits")):
+        (each / "manifest.json").unlink()
+        assert str(each) in error_of(each) and f"megakd {verb}" in error_of(each)
 
 
 @pytest.mark.parametrize("change", [{"version": 1}, {"version": 3}, {"format": "other"}, {"format": None}])
@@ -497,7 +500,6 @@ def test_scratch_reads_the_shard_once(written, tmp_path):
     shards.close()
 
 
-@pytest.mark.xfail(strict=True, reason="ShardSet._copy drops files from its table without closing them")
 def test_copies_that_are_dropped_are_closed(written, tmp_path):
     """By close, not by the garbage collector, which would warn."""
     shards = ShardSet(written, scratch=tmp_path, copies=1)
@@ -526,7 +528,6 @@ def test_threads_read_while_copies_are_dropped(written, tmp_path, copies):
     assert copies_open(tmp_path) == 0
 
 
-@pytest.mark.xfail(strict=True, reason="an OSError, which the command line shows as a bug")
 def test_scratch_that_is_full_is_a_user_error(written, tmp_path, monkeypatch):
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -535,3 +536,14 @@ def test_scratch_that_is_full_is_a_user_error(written, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="No space left") as caught:
         ShardSet(written, scratch=tmp_path)[0]
     assert str(tmp_path) in str(caught.value)
+
+
+def test_more_shards_than_files_may_be_open(tmp_path):
+    folder = write(tmp_path / "train", (1,) * 60)
+    shards, before = ShardSet(folder), resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 30, before[1]))
+    try:
+        assert all(same(shards[i], expected) for i, expected in enumerate(samples(0, 60)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        shards.close()

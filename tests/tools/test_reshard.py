@@ -123,6 +123,18 @@ def test_split_is_by_tokens_on_the_same_side_everywhere(logits, tokens, tmp_path
     assert_are(opened(tmp_path / "r"), logits, [i for i in shuffled if i in rest])
 
 
+def test_exchanged_sides_are_refused(logits, tmp_path, capsys):
+    """Even when they hold as many samples each."""
+    hashes = [hashlib.sha256(logits[i].tokens.astype("<i4").tobytes()).digest()[:8] for i in range(8)]
+    below, above = (int.from_bytes(sorted(hashes)[i], "big") for i in (3, 4))
+    middle = (below + above) / 2**65
+    a, b = tmp_path / "a", tmp_path / "b"
+    reshard(logits.folder, a, "--count", 8, "--split", middle, "--split-to", b)
+    assert len(ShardSet(a)) == len(ShardSet(b)) == 4
+    said = refused(module, capsys, logits.folder, b, "--count", 8, "--split", middle, "--split-to", a)
+    assert "b: holds something else already" in said
+
+
 def test_folders_with_equal_facts_become_one(shards, tmp_path):
     reshard(shards.folder, tmp_path / "first", "--count", 4)
     reshard(tmp_path / "first", shards.folder, tmp_path / "first", tmp_path / "all", "--samples", 6)

@@ -1,0 +1,163 @@
+"""Which part of a capture is done: --max-tokens, --part, --reread; whose work a run may touch."""
+
+import os
+import shutil
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megakd import cli
+from megakd.data.shards import ShardSet
+from megakd.errors import UserError
+from megakd.files import read_json, write_json
+from megakd.run import Run
+from tests.conftest import files
+
+
+def megakd(*argv: object) -> None:
+    """`megakd ARGV` in this process, which has loaded the libraries."""
+    cli.run_verb([str(each) for each in argv])
+
+
+@pytest.fixture
+def empty(sibling) -> Run:
+    """A run with tokens and without logits."""
+    run = sibling()
+    run.path("data", "logits").unlink()
+    return run
+
+
+def stored(run: Run) -> dict[str, bytes]:
+    return files(run.path("data", "logits").resolve())
+
+
+def manifest(run: Run) -> dict:
+    return read_json(run.path("data", "logits", "train", "manifest.json"))
+
+
+def test_the_first_tokens_then_the_rest(empty, prepared, capsys):
+    """Two of five shards hold 3000 tokens; they are whole, and the later capture goes on from them."""
+    megakd("generate-logits", empty.folder, "--max-tokens", "3e3")
+    train = ShardSet(empty.path("data", "logits", "train"))
+    assert train.names == ["shard-00000", "shard-00001"] and 3000 <= train.tokens < 3000 + 2000
+    assert len(ShardSet(empty.path("data", "logits", "holdout"))) == len(
+        ShardSet(prepared / "data" / "logits" / "holdout")
+    )
+    before = {name: os.stat(empty.path("data", "logits", "train", f"{name}.tar")).st_mtime_ns for name in train.names}
+    for limit in ([], ["--max-tokens", "1e9"]):
+        megakd("generate-logits", empty.folder, *limit)
+        assert stored(empty) == files((prepared / "data" / "logits").resolve())
+    for name, time in before.items():
+        assert os.stat(empty.path("data", "logits", "train", f"{name}.tar")).st_mtime_ns == time
+
+
+def test_parts_make_the_whole_in_any_order(empty, prepared, capsys):
+    for part, left in (("2/3", 3), ("0/3", 1)):  # shards 2; 0 and 3; 1 and 4
+        megakd("generate-logits", empty.folder, "--part", part)
+        said = capsys.readouterr().err
+        absent = {"2/3": 4, "0/3": 2}[part]
+        assert f"generate-logits train: this worker's share is done; {absent} shards are left to others" in said, left
+        assert not manifest(empty)["complete"]
+        planned = [(s["name"], s["samples"], s["tokens"]) for s in manifest(empty)["shards"]]
+        whole = read_json(prepared / "data" / "logits" / "train" / "manifest.json")["shards"]
+        assert planned == [(s["name"], s["samples"], s["tokens"]) for s in whole]
+        with pytest.raises(UserError, match="not finished"):
+            ShardSet(empty.path("data", "logits", "train"))
+    megakd("generate-logits", empty.folder, "--part", "1/3")
+    assert stored(empty) == files((prepared / "data" / "logits").resolve())
+
+
+def test_reread_redoes_what_is_damaged_and_nothing_else(sibling, prepared, capsys):
+    run = sibling()
+    link = run.path("data", "logits")
+    source = link.resolve()
+    link.unlink()
+    shutil.copytree(source, link)
+    tar = link / "train" / "shard-00001.tar"
+    data = bytearray(tar.read_bytes())
+    data[len(data) // 2] ^= 1
+    tar.write_bytes(data)
+    megakd("generate-logits", run.folder)
+    assert tar.read_bytes() == bytes(data)  # its size is right: without --reread nobody looks
+    before = {path.name: path.stat().st_mtime_ns for path in (link / "train").glob("*.tar")}
+    megakd("generate-logits", run.folder, "--reread")
+    after = {path.name: path.stat().st_mtime_ns for path in (link / "train").glob("*.tar")}
+    assert [name for name in sorted(before) if before[name] != after[name]] == ["shard-00001.tar"]
+    assert stored(run) == files((prepared / "data" / "logits").resolve())
+
+
+BAD = ["4/4", "5/4", "0/0", "-1/2", "1", "1/", "/2", "a/b", "1/2/3", "1.0/2", ""]
+
+
+@pytest.mark.parametrize("part", BAD)
+def test_bad_parts_are_refused(empty, part, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["megakd", "generate-logits", str(empty.folder), f"--part={part}"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"megakd: --part {part}: expected I/N with I from 0 to N - 1, like 0/4\n"
+    assert not empty.path("data", "logits").exists()
+
+
+def test_a_part_in_superscript_is_refused(empty):
+    with pytest.raises(UserError, match="expected I/N"):
+        megakd("generate-logits", empty.folder, "--part=²/3")
+
+
+def test_max_tokens_must_be_a_number(empty, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["megakd", "generate-logits", str(empty.folder), "--max-tokens=many"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2 and "--max-tokens" in capsys.readouterr().err
+    assert not empty.path("data", "logits").exists()
+
+
+@pytest.mark.parametrize("limit", ["0", "-5", "nan"])
+def test_max_tokens_must_be_positive(empty, limit):
+    with pytest.raises(UserError, match="--max-tokens"):
+        megakd("generate-logits", empty.folder, f"--max-tokens={limit}")
+    assert not empty.path("data", "logits").exists()
+
+
+def test_a_smaller_limit_takes_nothing_away_from_what_is_captured(sibling):
+    run = sibling()
+    link = run.path("data", "logits")
+    source = link.resolve()
+    link.unlink()
+    shutil.copytree(source, link)
+    megakd("generate-logits", run.folder, "--max-tokens=100")
+    assert len(manifest(run)["shards"]) == 5
+
+
+def test_a_sibling_with_another_seed_does_not_overwrite_the_draws_it_shares(empty, tmp_path):
+    """Either the draws are shared, or they are its own: never does a capture write into another run's folder."""
+    drawn = ["logits.profile=sampled", "logits.draws=5", "objective.tail=sampled", "objective.temperature=1.0"]
+    first = Run.create(empty.folder, drawn, tmp_path / "first")
+    megakd("generate-logits", first.folder)
+    before = stored(first)
+    second = Run.create(first.folder, ["seed=1"], tmp_path / "second")
+    megakd("generate-logits", second.folder)
+    assert stored(first) == before
+
+
+@pytest.mark.parametrize("profile", ["topk", "sampled"])
+def test_a_teacher_that_answers_nan_is_refused(sibling, teacher, prepared, tmp_path, profile):
+    """As half precision does on overflow: for some tokens, far into the training set."""
+    broken = tmp_path / "broken"
+    shutil.copytree(teacher, broken)
+    write_json(broken / "config.json", {**read_json(broken / "config.json"), "tie_word_embeddings": False})
+    tensors = load_file(broken / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    shards = {part: ShardSet(prepared / "data" / "tokens" / part) for part in ("holdout", "train")}
+    windows = [s[i].tokens[:-1] for s in shards.values() for i in range(len(s))]
+    rare = max(set(windows[-1]) | set(windows[-20]), key=lambda t: next(i for i, w in enumerate(windows) if t in w))
+    tensors["lm_head.weight"], tensors["model.embed_tokens.weight"] = embedding, embedding.clone()
+    tensors["model.embed_tokens.weight"][rare] = torch.nan
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    run = sibling(f"logits.profile={profile}", f"model.teacher={broken}")
+    run.path("data").mkdir()
+    run.path("data", "tokens").symlink_to((prepared / "data" / "tokens").resolve())
+    with pytest.raises(UserError, match="NaN"):
+        megakd("generate-logits", run.folder)
