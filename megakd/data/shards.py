@@ -334,5 +334,6 @@ def _sample(key: str, chunk: bytes, layout: codec.Layout | None) -> Sample:
 
 
 def _maker(folder: Path) -> str:
-    verb = "generate-logits" if folder.parent.name == "logits" else "tokenize"
+    logits = folder.parent.name == "logits" or any(folder.glob("book-*.npy"))
+    verb = "generate-logits" if logits else "tokenize"
     return f"run: megakd {verb} RUN"
