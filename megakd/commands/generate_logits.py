@@ -33,7 +33,7 @@ from megakd.data import codec
 from megakd.data.batches import collate, prefetch
 from megakd.data.book import Book, build_book, load_book, save_book
 from megakd.data.records import Sample, TeacherTargets
-from megakd.data.shards import ShardSet, finished, layout_of, read_manifest, summary_of, write_manifest, write_shard
+from megakd.data.shards import ShardSet, finished, known_manifest, layout_of, summary_of, write_manifest, write_shard
 from megakd.data.tokens import load_tokenizer, tokenizer_facts
 from megakd.dist import World, barrier, close_world, join_world, read_world, sum_over_ranks
 from megakd.errors import UserError
@@ -142,10 +142,9 @@ def _capture_part(
     remove_stale(target)
     save_book(target, book)
     shards = _first_shards(tokens, limit)
-    if (target / "manifest.json").exists():
-        found = read_manifest(target)
-        if found["facts"] == facts and found["complete"] and len(found["shards"]) > len(shards):
-            shards = tokens.manifest["shards"][: len(found["shards"])]  # a smaller limit takes nothing away
+    found = known_manifest(target, facts)
+    if found and found["complete"] and len(found["shards"]) > len(shards):
+        shards = tokens.manifest["shards"][: len(found["shards"])]  # a smaller limit takes nothing away
     works, first = [], 0
     for name, size in zip(tokens.names, tokens.sizes, strict=True):
         works.append(Work(name, range(first, first + size)))

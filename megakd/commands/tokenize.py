@@ -21,7 +21,7 @@ from typing import Any
 from megakd.config import DataConfig
 from megakd.data.documents import held_out, iter_documents
 from megakd.data.records import Sample
-from megakd.data.shards import finished, read_manifest, shard_name, summary_of, write_manifest, write_shard
+from megakd.data.shards import finished, known_manifest, shard_name, summary_of, write_manifest, write_shard
 from megakd.data.tokenizing import tokenized
 from megakd.data.tokens import load_tokenizer, pack, tokenizer_facts
 from megakd.errors import UserError
@@ -60,8 +60,7 @@ def token_facts(data: DataConfig, part: str, tokenizer: dict[str, Any]) -> dict[
 def _tokenize_part(run: Run, part: str, budget: int, tokenizer: Any, tokenizer_folder: Path) -> None:
     data, folder = run.config.data, run.path("data", "tokens", part)
     facts = token_facts(data, part, tokenizer_facts(tokenizer))
-    manifest = folder / "manifest.json"
-    if manifest.exists() and read_manifest(folder)["facts"] == facts:
+    if known_manifest(folder, facts):
         say(f"tokenize {part}: finished")
         return
     remove_stale(folder)

@@ -120,6 +120,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return read_sealed(folder / "manifest.json", MANIFEST, VERSION)
 
 
+def known_manifest(folder: Path, facts: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest of a folder that its writer comes back to; None when it is missing, damaged or of other data."""
+    try:
+        found = read_manifest(folder)
+    except UserError:
+        return None
+    return found if found["facts"] == facts else None
+
+
 class ShardSet:
     """Random access to the samples of a folder of shards, in manifest order; threads may share it.
 

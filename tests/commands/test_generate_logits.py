@@ -88,6 +88,20 @@ def test_reread_redoes_what_is_damaged_and_nothing_else(sibling, prepared, capsy
     assert stored(run) == files((prepared / "data" / "logits").resolve())
 
 
+@pytest.mark.parametrize("content", ["{}", '{"format": "megakd-shards", "version": 1}', "edited"])
+def test_a_damaged_manifest_is_written_again(sibling, prepared, content):
+    """The sidecars know all that it says."""
+    run = sibling()
+    link = run.path("data", "logits")
+    source = link.resolve()
+    link.unlink()
+    shutil.copytree(source, link)
+    path = link / "train" / "manifest.json"
+    path.write_text(path.read_text().replace('"complete"', '"completed"') if content == "edited" else content)
+    megakd("generate-logits", run.folder)
+    assert stored(run) == files((prepared / "data" / "logits").resolve())
+
+
 BAD = ["4/4", "5/4", "0/0", "-1/2", "1", "1/", "/2", "a/b", "1/2/3", "1.0/2", ""]
 
 

@@ -276,7 +276,7 @@ def test_finished_reads_again_only_when_asked(folder):
 
 
 def test_no_manifest(folder, tmp_path):
-    """What makes one: tokenize for tokens, generate-logits for targets, wherever they lie."""
+    """What makes one: tokenize for tokens, generate-logits for targets (there is a book), wherever they lie."""
     tokens = write(tmp_path / "tokens", kind=None)
     logits = Path(shutil.copytree(tokens, tmp_path / "logits" / "train"))
     for each, verb in ((folder, "generate-logits"), (tokens, "tokenize"), (logits, "generate-logits")):
@@ -415,6 +415,15 @@ def test_tolerant_loses_only_what_lies_beyond_the_cut(folder):
     tar.write_bytes(b"")
     with pytest.raises(DamagedSample):
         ShardSet(folder, tolerant=True)[4]
+
+
+def test_a_shard_that_vanishes_later_is_damage_of_each_of_its_samples(folder):
+    shards = ShardSet(folder)
+    (folder / "shard-00002.tar").unlink()
+    for number in (4, 7):
+        with pytest.raises(DamagedSample, match=rf"shard-00002\.tar: sample 00000000{number}: cannot be read: No such"):
+            shards[number]
+    assert same(shards[0], samples(0, 1)[0])
 
 
 def test_verify_notices_a_flipped_byte_anywhere(folder):
