@@ -141,7 +141,7 @@ def test_a_shard_that_was_cut_short_is_left_out_where_it_is_cut(sibling: Make, c
     assert said.count("left out") == len(cut)
 
 
-def test_a_step_whose_samples_are_all_damaged_changes_no_weight(sibling: Make):
+def test_a_step_whose_samples_are_all_damaged_spoils_no_weight(sibling: Make):
     """One shard at a time: the first two of ten steps lie within what was cut off the first shard."""
     run = sibling("stream.lanes=1")
     train = own_logits(run)
