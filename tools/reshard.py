@@ -14,31 +14,19 @@ byte. Killed and started again, it goes on after the last finished shard.
 
 import argparse
 import hashlib
-import io
-import os
 import sys
-import tarfile
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from filling import Plan, fill
 
 from megakd.config import flatten
-from megakd.data.shards import BLOCK, SIDECAR, VERSION, DamagedSample, Entry, ShardSet
+from megakd.data.shards import ShardSet, Stored, write_stored
 from megakd.errors import UserError
-from megakd.files import digest, publishing, sha256, write_sealed
+from megakd.files import digest
 from megakd.log import Progress
-
-
-class Copied(NamedTuple):
-    """A sample as its members' bytes, by suffix, and how many tokens and labels it has."""
-
-    members: dict[str, bytes]
-    tokens: int
-    labels: int
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -91,10 +79,10 @@ def reshard(args: argparse.Namespace) -> None:
 def copy(pile: "Pile", folder: Path, plan: Plan, indices: np.ndarray) -> None:
     """Write the samples `indices` of the pile, in that order, as the shards of a folder."""
 
-    def items(first: int) -> Iterator[tuple[int, Copied]]:
-        return ((number, pile.sample(int(indices[number]))) for number in range(first, len(indices)))
+    def items(first: int) -> Iterator[Stored]:
+        return (pile.sample(int(indices[n]))._replace(key=f"{n:09d}") for n in range(first, len(indices)))
 
-    fill(folder, plan, "reshard", items, lambda name, samples: write_shard(folder, name, samples, plan.facts))
+    fill(folder, plan, "reshard", items, lambda name, samples: write_stored(folder, name, samples, plan.facts))
 
 
 class Pile:
@@ -113,7 +101,6 @@ class Pile:
         self.text: dict[str, Any] = {
             key: sum(shards.manifest[key] for shards in sets) for key in keys if key in sets[0].manifest
         }
-        self.tars = [_Tars(shards) for shards in sets]
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -123,9 +110,11 @@ class Pile:
         number = int(np.searchsorted(self.ends, index, side="right"))
         return number, index - (int(self.ends[number - 1]) if number else 0)
 
-    def sample(self, index: int) -> Copied:
-        number, index = self.locate(index)
-        return self.tars[number].sample(index)
+    def sample(self, index: int) -> Stored:
+        number, own = self.locate(index)
+        shards = self.sets[number]
+        entry, tokens = shards.entry(own), shards[own].tokens  # decoded: what cannot be read is not copied
+        return Stored(entry.key, shards.members(own), len(tokens), entry.labels)
 
     def apart(self, indices: np.ndarray, fraction: float) -> np.ndarray:
         """Which of the samples `in_split` sets apart, [len(indices)] bool."""
@@ -145,64 +134,6 @@ def in_split(tokens: np.ndarray, fraction: float) -> bool:
     """Whether the first 64 bits of the tokens' sha256 (int32, little-endian) fall below `fraction` of their range."""
     name = hashlib.sha256(tokens.astype("<i4").tobytes()).digest()
     return int.from_bytes(name[:8], "big") < fraction * 2**64
-
-
-class _Tars:
-    """Reads the members of a sample of a ShardSet without decoding them; the last tar stays open."""
-
-    def __init__(self, shards: ShardSet):
-        self.shards, self.ends = shards, np.cumsum(shards.sizes)
-        self.path, self.descriptor = Path(), -1
-
-    def sample(self, index: int) -> Copied:
-        entry: Entry = self.shards.entry(index)
-        name = self.shards.names[int(np.searchsorted(self.ends, index, side="right"))]
-        chunk = os.pread(self._open(self.shards.folder / f"{name}.tar"), entry.size, entry.offset)
-        if zlib.crc32(chunk) != entry.crc32:
-            raise DamagedSample(f"{self.shards.place(index)}: checksum does not match; make the shard again")
-        members: dict[str, bytes] = {}
-        with tarfile.open(fileobj=io.BytesIO(chunk), mode="r:") as tar:
-            for member in tar:
-                content = tar.extractfile(member)
-                assert content is not None, member.name
-                members[member.name.removeprefix(f"{entry.key}.")] = content.read()
-        # decoded as well: what cannot be read is not copied
-        return Copied(members, len(self.shards[index].tokens), entry.labels)
-
-    def _open(self, path: Path) -> int:
-        if path != self.path:
-            if self.descriptor >= 0:
-                os.close(self.descriptor)
-            self.path, self.descriptor = path, os.open(path, os.O_RDONLY)
-        return self.descriptor
-
-
-def write_shard(
-    folder: Path, name: str, samples: Iterator[tuple[int, Copied]], facts: dict[str, Any]
-) -> dict[str, Any]:
-    """One tar of (number, sample) and its sidecar, as megakd.data.shards.write_shard writes them from values."""
-    entries: list[Entry] = []
-    tokens = 0
-    with publishing(folder / f"{name}.tar") as temporary, temporary.open("wb") as file:
-        for number, (members, length, labels) in samples:
-            key = f"{number:09d}"
-            chunk = b"".join(_member(f"{key}.{suffix}", data) for suffix, data in members.items())
-            entries.append(Entry(key, file.tell(), len(chunk), zlib.crc32(chunk), labels))
-            tokens += length - 1
-            file.write(chunk)
-        file.write(bytes(2 * BLOCK))
-        file.flush()
-        size, content = file.tell(), sha256(temporary)
-    summary = {"tokens": tokens, "bytes": size, "sha256": content, "state": None}
-    sidecar = {"format": SIDECAR, "version": VERSION, "facts": facts, **summary, "samples": [list(e) for e in entries]}
-    write_sealed(folder / f"{name}.json", sidecar)
-    return sidecar
-
-
-def _member(name: str, data: bytes) -> bytes:
-    info = tarfile.TarInfo(name)
-    info.size, info.mode = len(data), 0o644
-    return info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % BLOCK)
 
 
 def _check_equal(first: ShardSet, other: ShardSet) -> None:

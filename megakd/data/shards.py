@@ -33,6 +33,8 @@ BLOCK = tarfile.BLOCKSIZE
 OPEN_FILES = 512  # at once; half of what a process may usually have
 MANIFEST, SIDECAR, VERSION = "megakd-shards", "megakd-shard-index", 2
 
+Members = dict[str, bytes]  # what a tar holds of a sample, by suffix: mkd, or tokens.npy and starts.npy
+
 
 class DamagedSample(UserError):
     """A sample whose bytes are not those that were written."""
@@ -45,6 +47,15 @@ class Entry(NamedTuple):
     offset: int
     size: int
     crc32: int
+    labels: int
+
+
+class Stored(NamedTuple):
+    """A sample as a tar holds it, and how many tokens and labels it has."""
+
+    key: str
+    members: Members
+    tokens: int
     labels: int
 
 
@@ -65,14 +76,24 @@ def write_shard(
     layout: how targets are stored. state: asked after the last sample, kept in the sidecar: where the writer of the
     next shard goes on.
     """
+    return write_stored(folder, name, (_stored(sample, layout) for sample in samples), facts, state)
+
+
+def write_stored(
+    folder: Path,
+    name: str,
+    samples: Iterable[Stored],
+    facts: dict[str, Any],
+    state: Callable[[], Any] = lambda: None,
+) -> dict[str, Any]:
+    """`write_shard` of samples that are bytes already; `ShardSet.members` gives those of another shard."""
     entries: list[Entry] = []
     tokens = 0
     with publishing(folder / f"{name}.tar") as temporary, temporary.open("wb") as file:
         for sample in samples:
-            chunk = b"".join(_member(f"{sample.key}.{suffix}", data) for suffix, data in _members(sample, layout))
-            labels = len(sample.tokens) - len(sample.starts)
-            entries.append(Entry(sample.key, file.tell(), len(chunk), zlib.crc32(chunk), labels))
-            tokens += len(sample.tokens) - 1
+            chunk = b"".join(_member(f"{sample.key}.{suffix}", data) for suffix, data in sample.members.items())
+            entries.append(Entry(sample.key, file.tell(), len(chunk), zlib.crc32(chunk), sample.labels))
+            tokens += sample.tokens - 1
             file.write(chunk)
         file.write(bytes(2 * BLOCK))
         file.flush()
@@ -207,6 +228,14 @@ class ShardSet:
         return int(np.searchsorted(self._first, index, side="right")) - 1
 
     def __getitem__(self, index: int) -> Sample:
+        key = self.entry(index).key
+        try:
+            return _sample(key, self.members(index), self.layout)
+        except (codec.DamagedRecord, ValueError, KeyError) as error:
+            raise DamagedSample(f"{self.place(index)}: {error}; {self._again()}") from error
+
+    def members(self, index: int) -> Members:
+        """The bytes of a sample, checked by its crc32 and not decoded."""
         entry, number = self.entry(index), self._shard(index)
         try:
             file = self._open(number)  # held while it is read: another thread may take it out of the table
@@ -216,10 +245,7 @@ class ShardSet:
             raise DamagedSample(f"{self.place(index)}: cannot be read: {reason}; {self._again()}") from error
         if zlib.crc32(chunk) != entry.crc32:
             raise DamagedSample(f"{self.place(index)}: checksum does not match; {self._again()}")
-        try:
-            return _sample(entry.key, chunk, self.layout)
-        except (codec.DamagedRecord, ValueError, KeyError) as error:
-            raise DamagedSample(f"{self.place(index)}: {error}; {self._again()}") from error
+        return _members(entry.key, chunk)
 
     def _again(self) -> str:
         return f"delete the shard and run: megakd {'generate-logits' if self.layout else 'tokenize'} RUN"
@@ -310,11 +336,13 @@ def layout_of(facts: dict[str, Any], folder: Path) -> codec.Layout:
     return codec.Layout(facts["top_k"], facts["draws"], facts["levels"], tuple(facts["temperatures"]), length, book)
 
 
-def _members(sample: Sample, layout: codec.Layout | None) -> list[tuple[str, bytes]]:
+def _stored(sample: Sample, layout: codec.Layout | None) -> Stored:
     if sample.targets is None:
-        return [("tokens.npy", _npy(sample.tokens)), ("starts.npy", _npy(sample.starts))]
-    assert layout is not None, sample.key
-    return [("mkd", codec.encode(sample, layout))]
+        members: Members = {"tokens.npy": _npy(sample.tokens), "starts.npy": _npy(sample.starts)}
+    else:
+        assert layout is not None, sample.key
+        members = {"mkd": codec.encode(sample, layout)}
+    return Stored(sample.key, members, len(sample.tokens), len(sample.tokens) - len(sample.starts))
 
 
 def _npy(array: np.ndarray) -> bytes:
@@ -329,13 +357,18 @@ def _member(name: str, data: bytes) -> bytes:
     return info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % BLOCK)
 
 
-def _sample(key: str, chunk: bytes, layout: codec.Layout | None) -> Sample:
-    members, at = {}, 0
+def _members(key: str, chunk: bytes) -> Members:
+    members: Members = {}
+    at = 0
     while at < len(chunk):  # the headers `_member` wrote; the checksum has vouched for them
         name = chunk[at : at + 100].rstrip(b"\0").decode()
         size = int(chunk[at + 124 : at + 135], 8)
         members[name.removeprefix(f"{key}.")] = chunk[at + BLOCK : at + BLOCK + size]
         at += BLOCK + size + -size % BLOCK
+    return members
+
+
+def _sample(key: str, members: Members, layout: codec.Layout | None) -> Sample:
     if layout is not None:
         return codec.decode(key, members["mkd"], layout)
     tokens, starts = (np.load(io.BytesIO(members[f"{n}.npy"]), allow_pickle=False) for n in ("tokens", "starts"))

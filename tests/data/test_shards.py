@@ -5,6 +5,7 @@ import os
 import resource
 import shutil
 import subprocess
+import tarfile
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,12 +24,14 @@ from megakd.data.records import IGNORED, Sample, TeacherTargets
 from megakd.data.shards import (
     DamagedSample,
     ShardSet,
+    Stored,
     finished,
     layout_of,
     shard_name,
     summary_of,
     write_manifest,
     write_shard,
+    write_stored,
 )
 from megakd.errors import UserError
 from megakd.files import digest, read_json, write_json
@@ -218,6 +221,24 @@ def test_same_samples_same_bytes(written, tmp_path):
     assert names == sorted(p.name for p in tmp_path.iterdir()) and len(names) == 8
     for name in names:
         assert (tmp_path / name).read_bytes() == (written / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("kind", [None, "topk"])
+def test_members_are_the_bytes_in_the_tar_and_are_written_as_they_are(tmp_path, kind):
+    shards = ShardSet(write(tmp_path / "a", kind=kind))
+    with tarfile.open(tmp_path / "a" / "shard-00002.tar") as tar:
+        contents = {name: content.read() for name in tar.getnames() if (content := tar.extractfile(name))}
+    assert {f"{i:09d}.{suffix}": data for i in range(4, 8) for suffix, data in shards.members(i).items()} == contents
+    expected = samples(4, 4, kind)
+    stored = [
+        Stored(s.key, shards.members(4 + i), len(s.tokens), shards.entry(4 + i).labels) for i, s in enumerate(expected)
+    ]
+    write_stored(tmp_path / "b", shard_name(2), stored, facts(kind))
+    for name in ("shard-00002.tar", "shard-00002.json"):
+        assert (tmp_path / "b" / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
+    flip(tmp_path / "a" / "shard-00002.tar", shards.entry(5).offset)
+    with pytest.raises(DamagedSample, match=r"shard-00002\.tar: sample 000000005: checksum"):
+        shards.members(5)
 
 
 def test_a_shard_whose_samples_fail_leaves_nothing(tmp_path):
