@@ -125,6 +125,9 @@ class StopSignals:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
 
-    def agree(self, world: World) -> None:
+    def agree(self, world: World, ready: bool = True) -> bool:
+        """Let all ranks meet: sets `agreed`, and says whether every one of them is `ready`."""
         # a signal may come while the ranks meet: `asked` stays for the next time
-        self.agreed = sum_over_ranks([float(self.asked)], world.device)[0] > 0
+        asked, waiting = sum_over_ranks([float(self.asked), float(not ready)], world.device)
+        self.agreed = asked > 0
+        return waiting == 0

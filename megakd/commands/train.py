@@ -96,8 +96,11 @@ def train(run: Run, dataset: ShardSet, world: World, stop: StopSignals) -> bool:
 
 def train_stage(
     run: Run, index: int, dataset: ShardSet, saved: Saved | None, world: World, stop: StopSignals, log: MetricLog | None
-) -> Saved:
-    """Stage `index`, to its end or a signal: exactly on from `saved` if it is of this stage, else from its weights."""
+) -> Saved | None:
+    """Stage `index`, to its end or a signal: exactly on from `saved` if it is of this stage, else from its weights.
+
+    Returns the last checkpoint; None when a signal came before the first step of all.
+    """
     config, stage = run.config, run.config.stages[index]
     steps, start = config.steps_of(stage), saved.weights if saved else run.student_folder
     engine = build_engine(config, build_objective(config, start, dataset), stage, world)
@@ -109,7 +112,7 @@ def train_stage(
         progress = progress._replace(stage=index, stage_step=0)
     watch = StageWatch(stage.name, steps, progress.stage_step, config.log.every_steps, log)
     with closing(prefetch(stage_data(config, dataset, progress, steps, world))) as data:
-        for step in data:
+        for step in in_step(data, world, stop):
             watch.data_ready()
             seed_step(config.seed, progress.step, world.rank)
             factor = schedule(config.optim, progress.stage_step, steps)
@@ -126,15 +129,30 @@ def train_stage(
             watch.step_done(
                 progress.stage_step, progress.step, progress.tokens, tokens, report.sums, lr, report.grad_norm, damaged
             )
-            stop.agree(world)
-            if stop.agreed or progress.stage_step == steps or progress.stage_step % config.checkpoint.every_steps == 0:
+            if progress.stage_step == steps or progress.stage_step % config.checkpoint.every_steps == 0:
                 saved = save(run, stage, engine, progress, world)
                 watch.resume_clock()
-            if stop.agreed:
-                break
+        if progress.step > (saved.progress.step if saved else 0):  # a signal came in between
+            saved = save(run, stage, engine, progress, world)
     engine.close()
-    assert saved is not None
     return saved
+
+
+def in_step(data: Iterator[Step | None], world: World, stop: StopSignals) -> Iterator[Step]:
+    """The steps of `data`, each once all ranks have theirs; ends early when some rank got a signal.
+
+    A rank without its next step (None) meets the others all the same: they wait together, and hear of a signal. Ranks
+    meet once a step, more often only while one of them waits.
+    """
+    for step in data:
+        all_ready = stop.agree(world, step is not None)
+        while step is not None and not all_ready and not stop.agreed:
+            all_ready = stop.agree(world)
+        if stop.agreed:
+            return
+        if step is not None:
+            yield step
+    stop.agree(world)  # the signals of the last step
 
 
 def save(run: Run, stage: StageConfig, engine: Engine, progress: Progress, world: World) -> Saved:
@@ -153,8 +171,10 @@ def save(run: Run, stage: StageConfig, engine: Engine, progress: Progress, world
     return Saved(folder, progress)
 
 
-def stage_data(config: RunConfig, dataset: ShardSet, progress: Progress, steps: int, world: World) -> Iterator[Step]:
-    """The remaining steps of a stage; the order is that of the data, whatever the number of ranks."""
+def stage_data(
+    config: RunConfig, dataset: ShardSet, progress: Progress, steps: int, world: World
+) -> Iterator[Step | None]:
+    """The remaining steps of a stage, in the order of the data, whatever the number of ranks; None while they wait."""
     stream = Stream(dataset.sizes, config.seed, config.stream.lanes)
     reader = Reader(dataset, config.stream.workers, config.stream.on_damage == "skip")
     length = config.data.sequence_length
@@ -162,7 +182,7 @@ def stage_data(config: RunConfig, dataset: ShardSet, progress: Progress, steps: 
     try:
         for step in range(steps - progress.stage_step):
             indices = stream.take(progress.samples + step * windows, windows)
-            wait_for(dataset, indices, world)
+            yield from wait_for(dataset, indices, world)
             micro = share(indices, world.rank, world.size, config.optim.micro_batch)
             tokens = sum(dataset.entry(i).labels for i in indices)
             batches = [collate(reader.read(part), length) for part in micro]
@@ -172,14 +192,15 @@ def stage_data(config: RunConfig, dataset: ShardSet, progress: Progress, steps: 
         reader.close()
 
 
-def wait_for(dataset: ShardSet, indices: list[int], world: World) -> None:
-    """Until the shards of a step are there (stream.follow); all ranks wait for the shards of all."""
+def wait_for(dataset: ShardSet, indices: list[int], world: World) -> Iterator[None]:
+    """Until the shards of a step are there (stream.follow), twice a second; all ranks wait for the shards of all."""
     said, missing = 0.0, dataset.missing(indices)
     while missing:
         if world.first and time.monotonic() - said > 60:
             said = time.monotonic()
             say(f"train: waiting for {missing[0]} from the capture (the next step needs {len(missing)} shards more)")
         time.sleep(0.5)
+        yield
         missing = dataset.missing(indices)
 
 

@@ -1,15 +1,11 @@
-"""Training on damaged, growing and remote shards, and on every kind of target; each test a whole small run."""
+"""Training on damaged and remote shards, and on every kind of target; each test a whole small run."""
 
 import json
 import math
 import shutil
-import signal
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,7 +18,7 @@ from megakd.data.shards import ShardSet
 from megakd.data.stream import Stream
 from megakd.errors import UserError
 from megakd.run import Run
-from tests.conftest import command, metrics, run_ranks
+from tests.conftest import metrics, run_ranks
 
 Make = Callable[..., Run]
 
@@ -206,58 +202,6 @@ def test_following_and_copying_need_lanes(sibling: Make, override):
 def test_scratch_must_be_a_folder(sibling: Make, tmp_path):
     with pytest.raises(UserError, match=r"stream\.scratch: .*nowhere is no folder"):
         megakd("train", sibling("stream.lanes=1").folder, f"stream.scratch={tmp_path / 'nowhere'}")
-
-
-@contextmanager
-def waiting(run: Run) -> Iterator[Any]:
-    """`megakd train RUN` that follows a capture, once it says that it waits; killed at the end."""
-    argv = command("train", run.folder, "stream.follow=true")
-    process = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    try:
-        for line in process.stderr:
-            if "waiting for" in line:
-                break
-        assert process.poll() is None
-        yield process, line
-    finally:
-        process.kill()
-        process.communicate()
-
-
-@pytest.fixture
-def half_captured(sibling: Make) -> Run:
-    """Shards 0, 2 and 4 of 5, three of which training reads at a time."""
-    run = sibling("stream.lanes=3")
-    run.path("data", "logits").unlink()
-    megakd("generate-logits", run.folder, "--part", "0/2")
-    return run
-
-
-def test_training_follows_an_unfinished_capture(sibling: Make, half_captured: Run):
-    """It waits, says for what, and in the end has done what a run does that is started afterwards."""
-    with pytest.raises(UserError, match=r"not finished.*stream\.follow=true"):
-        megakd("train", half_captured.folder)
-    with waiting(half_captured) as (process, line):
-        assert line == "train: waiting for shard-00001 from the capture (the next step needs 1 shards more)\n"
-        megakd("generate-logits", half_captured.folder, "--part", "1/2")
-        process.communicate(timeout=120)
-        assert process.returncode == 0
-    afterwards = sibling("stream.lanes=3")
-    megakd("train", afterwards.folder)
-    assert metrics(half_captured.folder) == metrics(afterwards.folder)
-    assert len(metrics(half_captured.folder)) == 10
-    megakd(
-        "train", half_captured.folder, "stream.follow=false"
-    )  # the capture is whole now: nothing to follow, or to do
-
-
-@pytest.mark.xfail(strict=True, reason="a signal is looked at between steps only, and no step comes")
-def test_a_signal_ends_a_run_that_waits(half_captured: Run):
-    with waiting(half_captured) as (process, _):
-        process.send_signal(signal.SIGTERM)
-        process.wait(timeout=10)
-        assert process.returncode == 85
 
 
 @torch.no_grad()
