@@ -94,6 +94,15 @@ def test_progress_leaves_what_was_done_before_out_of_the_rate():
     assert "0.5 tokens/s  ETA 1:40" in progress.line()
 
 
+def test_progress_knows_what_others_do_and_times_its_own():
+    progress = Progress("generate-logits", 1000, "tokens", done=100, own=300)
+    progress.start -= 100
+    progress.add_others(400)
+    assert "50%  500/1k tokens  0 tokens/s  ETA ?" in progress.line()
+    progress.update(100)
+    assert "60%  600/1k tokens  1 tokens/s  ETA 3:20" in progress.line()
+
+
 def test_progress_beyond_its_total_has_no_time_left():
     """The last window goes past the budget."""
     progress = Progress("tokenize", 100, "tokens")

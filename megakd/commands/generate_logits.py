@@ -156,13 +156,13 @@ def _capture_part(
         planned = [{key: shard[key] for key in ("name", "samples", "tokens")} for shard in shards]
         write_manifest(target, facts, planned, complete=False)
     layout = layout_of(facts, target)
-    watch = _Watch(f"generate-logits {part}", target, shards, done)
+    watch = _Watch(f"generate-logits {part}", target, facts, shards, done, {work.name for work in mine})
     with closing(prefetch(capture.targets(tokens, mine, _logits_config(run, part)), AHEAD)) as samples:
         for work in mine:
             write_shard(target, work.name, watch.count(islice(samples, len(work.indices))), facts, layout)
-            watch.finish(work.name)
         rest = next(samples, None)  # runs the teacher on, in step with the other ranks
         assert rest is None, rest
+    watch.look()
     watch.progress.close()
     run.record("generate-logits", part=part, worker=f"{worker.number}/{worker.workers}", shards=[w.name for w in mine])
     sidecars = [finished(target, shard["name"], facts) for shard in shards]
@@ -189,29 +189,38 @@ def _first_shards(tokens: ShardSet, limit: float | None) -> list[dict[str, Any]]
 
 
 class _Watch:
-    """Progress over the whole set: what this worker did, and the shards that others have finished."""
+    """Progress over the whole set: the samples of this worker's shards (`mine`), and what others finish meanwhile.
 
-    def __init__(self, name: str, folder: Path, shards: list[dict[str, Any]], done: set[str]):
-        self.folder, self.tokens = folder, {shard["name"]: shard["tokens"] for shard in shards}
-        self.known, self.looked, self.partial = set(done), time.perf_counter(), 0
-        self.progress = Progress(name, sum(self.tokens.values()), "tokens", done=sum(self.tokens[n] for n in done))
+    Rate and ETA are this worker's own: its share is fixed, and of others' shards nothing is seen until they are whole.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        facts: dict[str, Any],
+        shards: list[dict[str, Any]],
+        done: set[str],
+        mine: set[str],
+    ):
+        tokens: dict[str, int] = {shard["name"]: shard["tokens"] for shard in shards}
+        self.folder, self.facts, self.looked = folder, facts, time.perf_counter()
+        self.others = {name: count for name, count in tokens.items() if name not in done | mine}
+        before, own = (sum(tokens[name] for name in names) for names in (done, mine))
+        self.progress = Progress(name, sum(tokens.values()), "tokens", done=before, own=own)
 
     def count(self, samples: Iterator[Sample]) -> Iterator[Sample]:
         for sample in samples:
             yield sample
-            self.partial += len(sample.tokens) - 1
-            if time.perf_counter() - self.looked > 5:  # at other workers
-                self.looked = time.perf_counter()
-                self._see(name for name in self.tokens if (self.folder / f"{name}.json").exists())
+            if time.perf_counter() - self.looked > 5:
+                self.look()
             self.progress.update(len(sample.tokens) - 1)
 
-    def finish(self, name: str) -> None:
-        self.known.add(name)
-
-    def _see(self, names: Iterator[str]) -> None:
-        new = set(names) - self.known
-        self.known |= new
-        self.progress.update(sum(self.tokens[name] for name in new))
+    def look(self) -> None:
+        """Count the shards that others have finished since."""
+        self.looked = time.perf_counter()
+        for name in [name for name in self.others if finished(self.folder, name, self.facts)]:
+            self.progress.add_others(self.others.pop(name))
 
 
 class _Capture:

@@ -3,15 +3,21 @@
 import os
 import shutil
 import sys
+import time
+from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from megakd import cli
-from megakd.data.shards import ShardSet
+from megakd.commands import generate_logits
+from megakd.data.records import Sample
+from megakd.data.shards import ShardSet, shard_name, write_shard
 from megakd.errors import UserError
 from megakd.files import read_json, write_json
+from megakd.log import clock as in_words
 from megakd.run import Run
 from tests.conftest import files
 
@@ -49,8 +55,8 @@ def test_the_first_tokens_then_the_rest(empty, prepared, capsys):
     for limit in ([], ["--max-tokens", "1e9"]):
         megakd("generate-logits", empty.folder, *limit)
         assert stored(empty) == files((prepared / "data" / "logits").resolve())
-    for name, time in before.items():
-        assert os.stat(empty.path("data", "logits", "train", f"{name}.tar")).st_mtime_ns == time
+    for name, written in before.items():
+        assert os.stat(empty.path("data", "logits", "train", f"{name}.tar")).st_mtime_ns == written
 
 
 def test_parts_make_the_whole_in_any_order(empty, prepared, capsys):
@@ -100,6 +106,42 @@ def test_a_damaged_manifest_is_written_again(sibling, prepared, content):
     path.write_text(path.read_text().replace('"complete"', '"completed"') if content == "edited" else content)
     megakd("generate-logits", run.folder)
     assert stored(run) == files((prepared / "data" / "logits").resolve())
+
+
+def test_progress_of_six_workers_counts_every_shard_once(tmp_path, monkeypatch):
+    """In step, a sample every 6 s: 20 shards of 1 to 3 samples, shards 0 and 7 there, and two of other data."""
+    window = Sample("0", np.zeros(11, np.int32), np.zeros(1, np.int32))
+    sizes = {shard_name(i): 1 + i % 3 for i in range(20)}
+    plan = [{"name": name, "tokens": 10 * size} for name, size in sizes.items()]
+    for i, facts in ((0, {"a": 1}), (7, {"a": 1}), (3, {"a": 2}), (8, {"a": 2})):
+        write_shard(tmp_path, shard_name(i), [window], facts)
+    done, clock, total = {shard_name(0), shard_name(7)}, [0.0], 10 * sum(sizes.values())
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+
+    def work(watch, names: list[str]) -> Iterator[None]:
+        for name in names:
+            taken = []
+            for sample in watch.count(iter([window] * sizes[name])):
+                taken.append(sample)
+                yield
+            write_shard(tmp_path, name, taken, {"a": 1})
+
+    shares = [[name for name in list(sizes)[w::6] if name not in done] for w in range(6)]
+    watches = [generate_logits._Watch("x", tmp_path, {"a": 1}, plan, done, set(share)) for share in shares]
+    assert [watch.progress.done for watch in watches] == [30] * 6
+    left = {w: work(watches[w], shares[w]) for w in range(6)}
+    shown = [30.0] * 6
+    while left:
+        left = {w: worker for w, worker in left.items() if next(worker, "ended") != "ended"}
+        for w in left:
+            progress, seconds = watches[w].progress, 6 * sum(sizes[name] for name in shares[w])
+            assert shown[w] <= progress.done <= total
+            shown[w] = progress.done
+            assert clock[0] == 0 or f"ETA {in_words(seconds - clock[0])}" in progress.line()
+        clock[0] += 6
+    for watch in watches:
+        watch.look()
+        assert watch.progress.done == total and "100%" in watch.progress.line()
 
 
 BAD = ["4/4", "5/4", "0/0", "-1/2", "1", "1/", "/2", "a/b", "1/2/3", "1.0/2", ""]
