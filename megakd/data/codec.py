@@ -1,7 +1,7 @@
 """A Sample with teacher targets ↔ bytes: byte planes under zstd, raw bits for places in the book's buckets, a checksum.
 
 Record, little-endian:
-  header   magic "MKD2", crc32 of all that follows; head and draws there?, temperatures M, positions T, starts S,
+  header   magic "MKD3", crc32 of all that follows; head and draws there?, temperatures M, positions T, starts S,
            entries of the head, distinct draws, draws of 16 or more, labels not in their row, half of the book's digest,
            bytes of the zstd frame
   planes   one zstd frame, a block a plane, so that zstd is a Huffman coder with a table a plane:
@@ -17,8 +17,8 @@ Record, little-endian:
 What is kept of a number, each rounded to a byte where the rounding costs the KL as much for small as for large ones:
   p         rint(levels sqrt(p)), at least 1            d(KL) = (dp)^2 / 2p is even over p in steps of sqrt(p)
   tail s    rint(255 asin(sqrt(s)) 2/pi), 1 to 254      s: share of what is outside the head at that temperature
-  NLL       rint(32 log(1 + x))                         within 1.6 % of 1 + x; of a label in the head that of its p
-  entropy   rint(16 log(1 + x))                         within 3.2 % of 1 + x: it enters sums over many positions only
+  NLL, entropy x of the t-th   rint(32 log(1 + x) + d_t)  within 1.6 % of 1 + x; d_t = frac(0.618.. t) - 1/2 is taken
+                                                        away again: where x are alike, their mean stays right
 Decoding scales each row so that head and tail sum to 1. docs/data-format.md has the table of what this costs.
 """
 
@@ -35,11 +35,11 @@ from megakd.data import codec_kernels as kernels
 from megakd.data.book import MAX_WIDTH, Book
 from megakd.data.records import Sample, TeacherTargets
 
-NAME = "mkd-2"
-MAGIC = b"MKD2"
+NAME = "mkd-3"
+MAGIC = b"MKD3"
 HEADER = struct.Struct("<4sIBBHHIIIHII")
 QUARTERS = 4  # of the rows: each its own table for gaps and values
-NLL_STEPS, ENTROPY_STEPS = 32, 16
+LOG_STEPS = 32
 
 
 class DamagedRecord(Exception):
@@ -71,13 +71,14 @@ def encode(sample: Sample, layout: Layout) -> bytes:
     targets, book = sample.targets, layout.book
     assert targets is not None, sample.key
     positions, places = len(sample.tokens) - 1, book.places[sample.tokens]
-    sets, entropy = [], _log_byte(targets.entropy, ENTROPY_STEPS)
+    sets, entropy = [], _log_bytes(targets.entropy)
     tails = np.zeros((len(layout.temperatures), positions), np.uint8)
     if layout.top_k:
         roots = np.exp(targets.logprobs * np.float32(0.5))
+        values = np.empty(roots.shape, np.uint8)
+        kernels.round_roots(roots, targets.logprobs, np.float32(layout.levels), values)
         for m, temperature in enumerate(layout.temperatures):
             tails[m] = _tail_byte(roots, targets.log_tails[:, m], temperature)
-        values = np.maximum(np.rint(layout.levels * roots), 1).astype(np.uint8) * (targets.logprobs > -np.inf)
         sets.append(_Set(*_keys(targets.ids, values, book), tails[0]))
     if layout.draws:
         counts = np.rint(targets.draw_shares * layout.draws).astype(np.uint8)
@@ -89,7 +90,7 @@ def encode(sample: Sample, layout: Layout) -> bytes:
     words = np.zeros(MAX_WIDTH * (sum(entries) + len(others)) // 64 + 2, np.uint64)
     buckets, end = kernels.pack_ids(others, book.buckets, book.starts, book.widths, words)
     untold = found == 255 if layout.top_k else slice(None)
-    planes = [*tails, *([entropy] if layout.draws else []), _log_byte(targets.label_nll[untold], NLL_STEPS)]
+    planes = [*tails, *([entropy] if layout.draws else []), _log_bytes(targets.label_nll[untold])]
     large = np.empty(0, np.uint8)
     for each in sets:
         order = _order(each.like)
@@ -121,7 +122,7 @@ def decode(key: str, data: bytes, layout: Layout) -> Sample:
     magic, crc, kind, temperatures, positions, starts, head, drawn, large, others, tag, size = HEADER.unpack_from(data)
     if magic != MAGIC:
         raise DamagedRecord(f"starts with {magic!r}, not {MAGIC!r}")
-    if zlib.crc32(data[8:]) != crc:
+    if zlib.crc32(memoryview(data)[8:]) != crc:
         raise DamagedRecord("checksum does not match")
     if tag != _tag(layout.book):
         raise DamagedRecord("was written with another book")
@@ -131,66 +132,55 @@ def decode(key: str, data: bytes, layout: Layout) -> Sample:
         raise DamagedRecord(f"has {positions} positions, {starts} documents and {others} labels apart")
     if head > positions * layout.top_k or drawn > positions * layout.draws or large > drawn:
         raise DamagedRecord(f"announces {head} and {drawn} entries for {positions} positions")
-    book, raw = layout.book, data[HEADER.size + size :]
-    words, end = _words(raw + bytes(MAX_WIDTH * max(layout.top_k, layout.draws) // 8)), 8 * len(raw)
+    book, size = layout.book, HEADER.size + size
+    words, end = (
+        _words(memoryview(data)[size:], MAX_WIDTH * max(layout.top_k, layout.draws) // 8),
+        8 * max(len(data) - size, 0),
+    )
     untold = others if layout.top_k else positions
     content = (temperatures + bool(layout.draws) + 1) * positions + untold + 1 + others + 2 * starts
     content += bool(layout.top_k) * (2 * positions + 2 * head) + drawn + (drawn + 1) // 2 + large
-    planes = _Planes(data[HEADER.size : HEADER.size + size], content)
+    planes = _Planes(data[HEADER.size : size], content)
     tails = planes.take(temperatures * positions).reshape(temperatures, positions)
-    entropy = planes.take(positions) if layout.draws else np.zeros(positions, np.uint8)
-    told = np.expm1(planes.take(untold) / np.float32(NLL_STEPS))
+    like = planes.take(positions) if layout.draws else np.zeros(0, np.uint8)
+    told = _from_log_bytes(planes.take(untold))
     ids, logprobs = np.empty((positions, layout.top_k), np.int32), np.empty((positions, layout.top_k), np.float32)
     log_tails = np.full((positions, temperatures), -np.inf, np.float32)
     draw_ids = np.empty((positions, layout.draws), np.int32)
     shares = np.empty((positions, layout.draws), np.float32)
-    tokens, rows = np.empty(positions + 1, np.int32), []
+    shifts, sets = np.zeros(positions, np.float32), []
     if layout.top_k:
         counts, order = np.empty(positions, np.int32), _order(tails[0])
         counts[order] = planes.take(positions).astype(np.int32) | planes.take(positions).astype(np.int32) << 8
         gaps, values = planes.take(head), planes.take(head)
-        if not counts.all() or not values.all() or tails.max() > 254:
+        inverse = 1 / np.array(layout.temperatures)
+        meaning = _LOG_Q, inverse, _LOG_SHARE, _LOG_REST
+        if tails.max() > 254 or kernels.head_scales(values, counts, order, tails, *meaning, shifts, log_tails) < 0:
             raise DamagedRecord("a row without entries, an entry without value or a tail of everything")
-        rows.append((counts, order, gaps, values, ids))
+        sets.append((counts, order, gaps, values, _LOG_Q, shifts, np.float32(-np.inf), ids, logprobs))
     if layout.draws:
         gaps, pairs, many = planes.take(drawn), planes.take((drawn + 1) // 2), planes.take(large)
-        counts, values, order = np.empty(positions, np.int32), np.empty(drawn, np.uint8), _order(entropy)
+        counts, values, order = np.empty(positions, np.int32), np.empty(drawn, np.uint8), _order(like)
         if kernels.unpack_draws(pairs, many, layout.draws, order, counts, values) < 0:
             raise DamagedRecord(f"a row whose draws are not {layout.draws}")
-        rows.append((counts, order, gaps, values, draw_ids))
+        share = np.arange(256, dtype=np.float32) / np.float32(layout.draws)
+        sets.append((counts, order, gaps, values, share, np.zeros_like(shifts), np.float32(0), draw_ids, shares))
     found, buckets = planes.take(positions), planes.take(1 + others)
     offsets = planes.take(2 * starts).view("<u2").astype(np.int32)
-    apart = np.empty(1 + others, np.int32)
+    apart, tokens = np.empty(1 + others, np.int32), np.empty(positions + 1, np.int32)
     at = int(kernels.unpack_ids(buckets, book.ids, book.starts, book.widths, words, 0, end, apart))
-    kept = []
-    for counts, order, gaps, values, out in rows:
-        kept.append(np.empty(out.shape, np.uint8))
+    for *rows, out, means in sets:
         if at >= 0:
-            at = int(
-                kernels.unpack_rows(
-                    counts, order, gaps, values, book.ids, book.starts, book.widths, words, at, end, out, kept[-1]
-                )
-            )
-    if at < 0 or (at + 7) // 8 != len(raw):
+            at = int(kernels.unpack_rows(*rows, book.ids, book.starts, book.widths, words, at, end, out, means))
+    if at < 0 or (at + 7) // 8 != len(data) - size:
         raise DamagedRecord("its planes and its bits do not fit together")
-    if (found == 255).sum() != others or ((found < 255) & (found >= rows[0][0])).any():
+    nll = np.empty(positions, np.float32) if layout.top_k else told
+    if kernels.put_labels(found, sets[0][0], ids if layout.top_k else draw_ids, logprobs, apart, told, tokens, nll) < 0:
         raise DamagedRecord("a label that is not where it should be")
     if offsets[0] != 0 or (offsets[1:] <= offsets[:-1]).any() or offsets[-1] > positions:
         raise DamagedRecord("document starts out of order")
-    absent, at_label = found == 255, (np.arange(positions), np.where(found < 255, found, 0))
-    tokens[0], tokens[1:] = apart[0], rows[0][4][at_label]
-    tokens[1:][absent] = apart[1:]
-    if layout.top_k:
-        inverse = 1 / np.array(layout.temperatures)
-        kernels.head_values(kept[0], rows[0][0], tails, _LOG_Q, inverse, _LOG_SHARE, _LOG_REST, logprobs, log_tails)
-        nll = -logprobs[at_label]
-        nll[absent] = told
-    else:
-        nll = told
     nll[offsets[1:] - 1] = 0
-    if layout.draws:
-        np.divide(kept[-1], np.float32(layout.draws), out=shares)
-    entropy = np.expm1(entropy / np.float32(ENTROPY_STEPS))
+    entropy = _from_log_bytes(like) if layout.draws else np.zeros(positions, np.float32)
     return Sample(key, tokens, offsets, TeacherTargets(ids, logprobs, log_tails, draw_ids, shares, entropy, nll))
 
 
@@ -198,6 +188,7 @@ _SHARE = np.sin(np.arange(256) / 255 * math.pi / 2) ** 2
 with np.errstate(divide="ignore"):
     _LOG_SHARE, _LOG_REST = np.log(_SHARE), np.log1p(-_SHARE)
     _LOG_Q = (2 * np.log(np.arange(256))).astype(np.float32)
+_DITHER = ((np.arange(1 << 16) * ((math.sqrt(5) - 1) / 2)) % 1 - 0.5).astype(np.float32)  # as even as can be
 # there are no repetitions to find: the cheapest search, which beats level 1 in time and by a hair in size
 _HUFFMAN = zstandard.ZstdCompressionParameters(
     strategy=zstandard.STRATEGY_FAST, window_log=18, hash_log=10, chain_log=6, search_log=1, min_match=7,
@@ -267,9 +258,11 @@ def _compress(planes: list[np.ndarray]) -> bytes:
     return b"".join([*parts, compressor.flush()])
 
 
-def _words(data: bytes) -> np.ndarray:
-    """64 little-endian bits from every byte of `data` on: reads of up to 57 bits at any bit are one load."""
-    return np.ndarray((len(data),), "<u8", bytearray(data) + bytes(8), strides=(1,))
+def _words(data: memoryview, spare: int) -> np.ndarray:
+    """64 little-endian bits from every byte of `data` and `spare` zeros on: up to 57 bits at any bit are one load."""
+    buffer = bytearray(len(data) + spare + 8)
+    buffer[: len(data)] = data
+    return np.ndarray((len(data) + spare,), "<u8", buffer, strides=(1,))
 
 
 def _tail_byte(roots_TK: np.ndarray, log_tail_T: np.ndarray, temperature: float) -> np.ndarray:
@@ -290,8 +283,14 @@ def _tail_byte(roots_TK: np.ndarray, log_tail_T: np.ndarray, temperature: float)
     return np.clip(np.rint(255 * 2 / np.pi * angle), tail_T > 0, 254).astype(np.uint8)
 
 
-def _log_byte(values: np.ndarray, steps: int) -> np.ndarray:
-    return np.minimum(np.rint(steps * np.log1p(np.maximum(values, 0))), 255).astype(np.uint8)
+def _log_bytes(values: np.ndarray) -> np.ndarray:
+    return np.clip(np.rint(LOG_STEPS * np.log1p(np.maximum(values, 0)) + _DITHER[: len(values)]), 0, 255).astype(
+        np.uint8
+    )
+
+
+def _from_log_bytes(data: np.ndarray) -> np.ndarray:
+    return np.expm1(np.maximum(data - _DITHER[: len(data)], 0) / np.float32(LOG_STEPS))
 
 
 def _tag(book: Book) -> int:

@@ -15,6 +15,16 @@ U = np.uint64
 
 
 @njit(nogil=True, cache=True)
+def round_roots(roots_TK, logprobs_TK, levels, out_TK):
+    """rint(levels sqrt(p)), at least 1; 0 where there is no entry (log p = -inf)."""
+    for row in range(roots_TK.shape[0]):
+        roots, logprobs, out = roots_TK[row], logprobs_TK[row], out_TK[row]
+        for i in range(len(out)):
+            value = max(np.int32(np.rint(levels * roots[U(i)])), np.int32(1))
+            out[U(i)] = value if logprobs[U(i)] > -np.inf else 0
+
+
+@njit(nogil=True, cache=True)
 def make_keys(ids_TK, values_TK, places, keys_TK, counts_T):
     """Keys (place << 8 | value) of the entries of each row whose value is not 0, the row filled up with 2^32 - 1."""
     for row in range(ids_TK.shape[0]):
@@ -59,37 +69,36 @@ def pack_rows(keys_TK, counts_T, order_T, buckets, starts, widths, words, positi
 
 
 @njit(nogil=True, cache=True)
-def unpack_rows(counts_T, order_T, gaps, values, ids, starts, widths, words, position, bit_end, out_TK, values_TK):
-    """The inverse of pack_rows into ids out_TK and values_TK (0: no entry; its id repeats the row's first).
+def unpack_rows(
+    counts_T, order_T, gaps, values, meaning, shifts_T, filler, ids, starts, widths, words, position, bit_end,
+    out_TK, values_TK
+):  # fmt: skip
+    """The inverse of pack_rows: ids into out_TK, meaning[value] + shift of the row into values_TK.
 
-    words: 64 bits from every byte on; MAX_WIDTH bits an entry of a row may be read beyond `bit_end`. ids: -1 beyond the
-    vocabulary. Returns the position after the last row, or DAMAGED.
+    Behind its entries a row has its first id and `filler`. words: 64 bits from every byte on; MAX_WIDTH bits an entry
+    of a row may be read beyond `bit_end`. ids: -1 beyond the vocabulary. Returns the position after the last row, or
+    DAMAGED.
     """
     at, bits, most = U(0), U(position), out_TK.shape[1]
     for row in order_T:
         count = np.int64(counts_T[row])
         if count > most or np.int64(at) + count > len(gaps) or np.int64(bits) > bit_end:
             return DAMAGED
-        bucket = U(0)
+        out, means, shift, bucket, seen = out_TK[row], values_TK[row], shifts_T[row], U(0), np.int32(0)
         for i in range(count):
             bucket += U(gaps[at + U(i)])
-        if bucket > U(255):
-            return DAMAGED
-        out, kept, bucket, seen = out_TK[row], values_TK[row], U(0), np.int32(0)
-        for i in range(count):
-            bucket += U(gaps[at + U(i)])
-            token = ids[U(starts[bucket]) + _read(words, bits, widths[bucket])]
-            bits += U(widths[bucket])
+            place = bucket & U(255)
+            token = ids[U(starts[place]) + _read(words, bits, widths[place])]
+            bits += U(widths[place])
             seen |= token
             out[U(i)] = token
-        for i in range(count):
-            kept[U(i)] = values[at + U(i)]
-        if seen < 0:
+            means[U(i)] = meaning[U(values[at + U(i)])] + shift
+        if seen < 0 or bucket > U(255):
             return DAMAGED
         at += U(count)
         for i in range(count, most):
             out[U(i)] = out[0]
-            kept[U(i)] = 0
+            means[U(i)] = filler
     return np.int64(bits) if np.int64(at) == len(gaps) and np.int64(bits) <= bit_end else DAMAGED
 
 
@@ -97,12 +106,37 @@ def unpack_rows(counts_T, order_T, gaps, values, ids, starts, widths, words, pos
 def find_labels(keys_TK, counts_T, places_T, out_T):
     """Where each row's label stands among its ascending keys; 255 when it does not, or only further on."""
     for row in range(len(counts_T)):
-        keys, place = keys_TK[row], U(places_T[row])
-        out_T[row] = 255
-        for i in range(min(counts_T[row], 255)):
-            if U(keys[U(i)]) >> U(8) == place:
-                out_T[row] = i
-                break
+        keys, first, before = keys_TK[row], np.uint32(places_T[row] << 8), np.int32(0)
+        for i in range(len(keys)):
+            before += np.int32(keys[U(i)] < first)
+        there = before < min(counts_T[row], 255) and keys[U(before)] >> 8 == places_T[row]
+        out_T[row] = before if there else 255
+
+
+@njit(nogil=True, cache=True)
+def put_labels(found_T, counts_T, ids_TK, logprobs_TK, apart, told, tokens, nll_T):
+    """The inverse of find_labels: tokens [T + 1] from the rows and those apart, the first of which is tokens[0].
+
+    nll_T: that of the row's entry (when there are log-probabilities), of a label apart as told. DAMAGED when a label is
+    not where it should be.
+    """
+    tokens[0], at = apart[0], 1
+    for row in range(len(found_T)):
+        index = found_T[row]
+        if index == 255:
+            if at == len(apart):
+                return DAMAGED
+            tokens[U(row + 1)] = apart[U(at)]
+            if logprobs_TK.shape[1]:
+                nll_T[U(row)] = told[U(at - 1)]
+            at += 1
+        else:
+            if index >= counts_T[row]:
+                return DAMAGED
+            tokens[U(row + 1)] = ids_TK[U(row), U(index)]
+            if logprobs_TK.shape[1]:
+                nll_T[U(row)] = -logprobs_TK[U(row), U(index)]
+    return 0 if at == len(apart) else DAMAGED
 
 
 @njit(nogil=True, cache=True)
@@ -170,31 +204,40 @@ def unpack_ids(chosen, ids, starts, widths, words, position, bit_end, out):
 
 
 @njit(nogil=True, cache=True)
-def head_values(values_TK, counts_T, tails_MT, log_q, inverse_M, log_share, log_rest, logprobs_TK, log_tails_TM):
-    """Value bytes q → log p = 2 log q + c, so that a row and its tail sum to 1; log tails at each temperature.
+def head_scales(values, counts_T, order_T, tails_MT, log_q, inverse_M, log_share, log_rest, shifts_T, log_tails_TM):
+    """The c of log p = 2 log q + c by which a row and its tail sum to 1, and the log tails at each temperature.
 
-    inverse_M = 1/T_m, T_0 = 1; log_q[q] = 2 log q; log_share, log_rest: log of s and 1 - s of a tail byte.
+    values: bytes q of all rows in `order_T`. inverse_M = 1/T_m, T_0 = 1; log_q[q] = 2 log q; log_share, log_rest: log
+    of s and 1 - s of a tail byte. DAMAGED when an entry has no value, or the rows have not as many entries as values.
     """
-    for row in range(values_TK.shape[0]):
-        values, out, tails = values_TK[row], logprobs_TK[row], tails_MT[:, row]
-        squares, plain, count = 0, 0, counts_T[row]  # the sums of p and of p^(1/2) are sums of whole numbers
+    at, total = 0, np.int64(0)
+    for row in order_T:
+        total += counts_T[row]
+    if total != len(values):
+        return DAMAGED
+    for row in order_T:
+        count, tails = np.int64(counts_T[row]), tails_MT[:, row]
+        squares, plain, least = np.int32(0), np.int32(0), np.int32(255)  # whole numbers: in any order the same
         for i in range(count):
-            value = np.int32(values[U(i)])
+            value = np.int32(values[U(at + i)])
             squares += value * value
             plain += value
+            least = min(least, value)
+        if count <= 0 or least == 0:
+            return DAMAGED
         shift = log_rest[tails[0]] - math.log(squares)
-        for i in range(count):
-            out[U(i)] = log_q[U(values[U(i)])] + np.float32(shift)
-        out[count:] = -np.inf
+        shifts_T[row] = shift
         log_tails_TM[row, 0] = log_share[tails[0]]
         for m in range(1, len(inverse_M)):
             head = math.log(plain)
             if inverse_M[m] != 0.5:
-                total = 0.0
-                for value in values[:count]:
-                    total += math.exp(log_q[value] * inverse_M[m])
-                head = math.log(total)
+                powers = 0.0
+                for i in range(count):
+                    powers += math.exp(log_q[values[U(at + i)]] * inverse_M[m])
+                head = math.log(powers)
             log_tails_TM[row, m] = log_share[tails[m]] - log_rest[tails[m]] + head + shift * inverse_M[m]
+        at += count
+    return 0
 
 
 @njit(nogil=True, cache=True, inline="always")

@@ -57,7 +57,7 @@ class Record(NamedTuple):
     tails: list[bytes]
     entropy: bytes
     index_in_row: bytes
-    label_nll: list[int]
+    label_nll: list[float]
 
 
 class Bits:
@@ -91,7 +91,7 @@ def decode(data: bytes, layout: Any) -> tuple[np.ndarray, np.ndarray, Targets]:
         array(log_tails, np.float32, (positions, columns)),
         array(draw_ids, np.int32, (positions, layout.draws)),
         array(shares, np.float32, (positions, layout.draws)),
-        array([math.exp(byte / 16) - 1 for byte in record.entropy], np.float32, (positions,)),
+        array(from_log_bytes(record.entropy) or [0.0] * positions, np.float32, (positions,)),
         array(nlls(record, logprobs, layout), np.float32, (positions,)),
     )
     return np.array(record.tokens, np.int32), np.array(record.starts, np.int32), targets
@@ -112,33 +112,37 @@ def parse(data: bytes, layout: Any) -> Record:
     draws = take_ids(draws_planes(planes, by_entropy, layout), by_entropy, layout.book, bits) if layout.draws else []
     assert -(-bits.at // 8) == len(raw), (bits.at, len(raw))
 
-    tokens, stored_nll, label_nll = [apart.pop(0)], list(planes["label_nll"]), []
+    tokens, stored_nll, label_nll = [apart.pop(0)], from_log_bytes(planes["label_nll"]), []
     for row, index in zip(head or draws, planes["index_in_row"], strict=True):
         tokens.append(apart.pop(0) if index == 255 else row[index][0])
-        label_nll.append(stored_nll.pop(0) if index == 255 or not layout.top_k else -1)
+        label_nll.append(stored_nll.pop(0) if index == 255 or not layout.top_k else -1.0)
     assert not apart and not stored_nll, (apart, stored_nll)
-    return Record(
-        tokens, starts, head, draws, tails, planes["entropy"] or bytes(size), planes["index_in_row"], label_nll
-    )
+    return Record(tokens, starts, head, draws, tails, planes["entropy"], planes["index_in_row"], label_nll)
 
 
 def nlls(record: Record, logprobs: list[list[float]], layout: Any) -> list[float]:
     """Of a label in its row of the head: that entry's; elsewhere as stored; 0 where a document's last token is read."""
     found = []
-    for row, byte in enumerate(record.label_nll):
+    for row, told in enumerate(record.label_nll):
         if row + 1 in record.starts:
             found.append(0.0)
         elif layout.top_k and record.index_in_row[row] < 255:
             found.append(-logprobs[row][record.index_in_row[row]])
         else:
-            found.append(math.exp(byte / 32) - 1)
+            found.append(told)
     return found
+
+
+def from_log_bytes(data: bytes) -> list[float]:
+    """x of rint(32 log(1 + x) + d), never below 0; d: the fraction of t times the golden section, less a half."""
+    golden = (math.sqrt(5) - 1) / 2
+    return [math.exp(max(byte - (t * golden % 1 - 0.5), 0) / 32) - 1 for t, byte in enumerate(data)]
 
 
 def open_record(data: bytes, layout: Any) -> tuple[Header, dict[str, bytes], bytes]:
     """(header, planes, raw bits)."""
     header = read_header(data)
-    assert header.magic == b"MKD2" and zlib.crc32(data[8:]) == header.crc32, header
+    assert header.magic == b"MKD3" and zlib.crc32(data[8:]) == header.crc32, header
     frame, raw = data[HEADER.size : HEADER.size + header.frame], data[HEADER.size + header.frame :]
     content = zstandard.ZstdDecompressor().decompressobj().decompress(frame)
     planes, at = {}, 0

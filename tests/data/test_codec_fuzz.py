@@ -147,7 +147,7 @@ def swap_sections(chooser: random.Random, left: bytes, right: bytes) -> bytes:
 
 def sealed(data: bytearray | bytes) -> bytes:
     """With the magic and the checksum that belong to the rest."""
-    return b"MKD2" + struct.pack("<I", zlib.crc32(data[8:])) + bytes(data[8:])
+    return b"MKD3" + struct.pack("<I", zlib.crc32(data[8:])) + bytes(data[8:])
 
 
 def rebuilt(data: bytes, planes: dict[str, bytes], raw: bytes) -> bytes:

@@ -22,8 +22,8 @@ SETTINGS = {
 @pytest.fixture
 def captured(monkeypatch):
     monkeypatch.setattr(bench, "LENGTH", 64)
-    monkeypatch.setattr(bench, "BOOK_POSITIONS", 128)
-    return bench.capture(lambda n: bench.synthetic_logits(n, 0, VOCABULARY), SETTINGS, 2, VOCABULARY)
+    monkeypatch.setattr(bench, "IN_A_ROW", 2)
+    return bench.capture(lambda n: bench.synthetic_logits(n, 0, VOCABULARY), SETTINGS, 2, 128, VOCABULARY)
 
 
 def test_every_store_gives_back_what_it_got(captured, tmp_path):
