@@ -7,9 +7,10 @@ import torch
 
 from megakd.config import RunConfig
 from megakd.data.shards import ShardSet
+from megakd.data.stream import shards_digest
 from megakd.data.tokens import load_tokenizer, tokenizer_facts
 from megakd.dist import World, read_world
-from megakd.engine.checkpoint import check_ranks, published
+from megakd.engine.checkpoint import check_ranks, check_shards, published
 from megakd.engine.ds_json import deepspeed_config
 from megakd.engine.optim import assign_rules
 from megakd.errors import UserError
@@ -35,10 +36,13 @@ def check(run: Run) -> ShardSet:
             raise UserError(f"{run.folder}: stage {stage.name!r}: {error}") from error
     if config.engine.kind == "deepspeed":
         deepspeed_config(config, 1, 1)
+    saved = next(reversed(published(run.path("checkpoints"))), None)
+    last = (len(config.stages) - 1, config.steps_of(config.stages[-1]))
+    if saved and (saved.progress.stage, saved.progress.stage_step) < last:
+        check_shards(saved, shards_digest(dataset.names, dataset.sizes), dataset.folder)
     if not was_launched():
         ranks = config.engine.ranks if config.engine.kind == "deepspeed" else 1
         check_world(config, World(0, ranks, torch.device("cpu")))
-        saved = next(reversed(published(run.path("checkpoints"))), None)
         if saved and saved.progress.stage_step < config.steps_of(config.stages[saved.progress.stage]):
             check_ranks(saved, ranks)
     return dataset

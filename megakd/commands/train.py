@@ -28,7 +28,7 @@ from megakd.config import RunConfig, StageConfig
 from megakd.data.batches import Reader, collate, prefetch, to_device
 from megakd.data.records import Batch
 from megakd.data.shards import ShardSet
-from megakd.data.stream import Stream, share
+from megakd.data.stream import Stream, shards_digest, share
 from megakd.dist import StopSignals, World, close_world, join_world, read_world, seed_step, sum_over_ranks
 from megakd.engine.base import Engine
 from megakd.engine.checkpoint import Progress, Saved, check_ranks, published, rotate, save_checkpoint
@@ -110,6 +110,7 @@ def train_stage(
         engine.load(saved.folder / "state")
     else:
         progress = progress._replace(stage=index, stage_step=0)
+    shards = shards_digest(dataset.names, dataset.sizes)
     watch = StageWatch(stage.name, steps, progress.stage_step, config.log.every_steps, log)
     with closing(prefetch(stage_data(config, dataset, progress, steps, world))) as data:
         for step in in_step(data, world, stop):
@@ -124,6 +125,7 @@ def train_stage(
                 step=progress.step + 1,
                 samples=progress.samples + config.windows_per_step,
                 tokens=progress.tokens + tokens,
+                shards=shards,
             )
             lr = (stage.lr or config.optim.lr) * factor
             watch.step_done(

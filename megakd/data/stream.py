@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from megakd.files import digest
+
 
 class Stream:
     """An endless order of samples, shuffled anew each epoch, the same for any number of ranks.
@@ -50,6 +52,11 @@ class Stream:
             turns.append(np.arange(len(own)))
             lanes.append(np.full(len(own), lane))
         return np.concatenate(samples)[np.lexsort((np.concatenate(lanes), np.concatenate(turns)))]
+
+
+def shards_digest(names: Sequence[str], sizes: Sequence[int]) -> str:
+    """What a position counts over: over other shards, or as many in another order, it means another sample."""
+    return digest([list(shard) for shard in zip(names, sizes, strict=True)])
 
 
 def share(indices: list[int], rank: int, world: int, micro_batch: int) -> list[list[int]]:

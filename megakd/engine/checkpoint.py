@@ -19,13 +19,17 @@ from megakd.models.hub import write_weights
 
 
 class Progress(NamedTuple):
-    """Where training stands: `step` of all stages, `stage_step` of stage `stage`, samples and counted tokens taken."""
+    """Where training stands: `step` of all stages, `stage_step` of stage `stage`, samples and counted tokens taken.
+
+    shards: which shards `samples` counts over (`shards_digest`); empty in checkpoints that do not say.
+    """
 
     stage: int = 0
     stage_step: int = 0
     step: int = 0
     samples: int = 0
     tokens: int = 0
+    shards: str = ""
 
 
 class Saved(NamedTuple):
@@ -74,7 +78,7 @@ def published(checkpoints: Path) -> list[Saved]:
     found = []
     for path in checkpoints.glob("*/step-*"):
         if re.fullmatch(r"step-\d+", path.name) and (path / "progress.json").exists():
-            fields = read_json(path / "progress.json")
+            fields = {"shards": "", **read_json(path / "progress.json")}
             found.append(Saved(path, Progress(**{name: fields[name] for name in Progress._fields})))
     return sorted(found, key=lambda saved: saved.progress)
 
@@ -85,6 +89,17 @@ def check_ranks(saved: Saved, ranks: int) -> None:
     if before != ranks:
         raise UserError(
             f"{saved.folder}: saved by {before} ranks, this is a world of {ranks}; resume with {before} ranks"
+        )
+
+
+def check_shards(saved: Saved, shards: str, folder: Path) -> None:
+    """The samples taken must have been those of `folder` as it is now: UserError names both digests."""
+    before = saved.progress.shards
+    if before and before != shards:
+        raise UserError(
+            f"{saved.folder}: its position counts over the shards {before}, but {folder} lists {shards} now: "
+            "the capture grew or changed; delete its manifest.json and run generate-logits with the --max-tokens of then, or train "
+            "over all that is there in a new run: megakd new RUN-2 --from RUN"
         )
 
 

@@ -1,6 +1,7 @@
 """Training beside a capture that still runs: it waits for shards, and a signal ends it all the same."""
 
 import random
+import shutil
 import signal
 import subprocess
 import threading
@@ -14,6 +15,8 @@ import torch
 
 from megakd import cli
 from megakd.commands.train import in_step
+from megakd.data.shards import ShardSet
+from megakd.data.stream import shards_digest
 from megakd.dist import World
 from megakd.errors import UserError
 from megakd.files import read_json
@@ -36,6 +39,7 @@ def waiting(run: Run) -> Iterator[Any]:
     process = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     family: list[psutil.Process] = []
+    line = ""
     try:
         for line in process.stderr:
             if "waiting for" in line:
@@ -116,6 +120,34 @@ def test_a_run_that_waits_saves_what_it_has_done_when_a_signal_comes(sibling: Ma
     assert metrics(run.folder) == metrics(undisturbed.folder)
 
 
+def test_a_capture_that_grows_between_stop_and_resume_is_refused(sibling: Make):
+    """Until the shards are those of before again; a run that is finished does not care."""
+    run, finished = (sibling() for _ in range(2))
+    run.path("data", "logits").unlink()
+    megakd("generate-logits", run.folder, "--max-tokens", "4000")
+    finished.path("data", "logits").unlink()
+    finished.path("data", "logits").symlink_to(run.path("data", "logits"))
+    for each in (run, finished):
+        megakd("train", each.folder)
+    expected, train = metrics(run.folder), run.path("data", "logits", "train")
+    for folder in run.path("checkpoints").glob("*/step-*"):
+        if folder.name > "step-000004":  # the end of the first stage stays: the position counts across stages
+            shutil.rmtree(folder)
+    before = ShardSet(train)
+    megakd("generate-logits", run.folder)
+    now = ShardSet(train)
+    assert len(now) > len(before)
+    digests = [shards_digest(shards.names, shards.sizes) for shards in (before, now)]
+    with pytest.raises(UserError, match="step-000004.*{}.*{}.*--max-tokens".format(*digests)):
+        megakd("train", run.folder)
+    assert metrics(run.folder) == expected
+    megakd("train", finished.folder)
+    (train / "manifest.json").unlink()
+    megakd("generate-logits", run.folder, "--max-tokens", "4000")
+    megakd("train", run.folder)
+    assert metrics(run.folder) == expected and len(expected) == 10
+
+
 class Meeting:
     """Signals and readiness of ranks that are threads; a rank that does not come breaks the meeting of the others."""
 
@@ -149,7 +181,7 @@ def test_ranks_take_the_same_steps_whenever_each_gets_its_data(seed):
     waits = [[chooser.choice([0, 0, 1, 3]) for _ in range(steps)] for _ in range(ranks)]
     signalled = (chooser.randrange(ranks), chooser.randrange(steps)) if seed % 2 and steps else None
     meeting = Meeting(ranks)
-    taken: list[list[int]] = [[] for _ in range(ranks)]
+    taken: list[list[Any]] = [[] for _ in range(ranks)]
 
     def data(rank: int) -> Iterator[Any]:
         for step in range(steps):

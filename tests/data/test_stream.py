@@ -3,7 +3,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from megakd.data.stream import Stream, share
+from megakd.data.stream import Stream, shards_digest, share
 
 
 def shard_of(sizes: Sequence[int], index: int) -> int:
@@ -133,3 +133,17 @@ def test_a_step_that_does_not_divide_is_our_mistake():
         share(list(range(12)), 0, 2, 4)
     with pytest.raises(AssertionError):
         Stream([0, 0], 0)
+
+
+def test_shards_have_another_digest_when_a_position_would_mean_another_sample():
+    names, sizes = ["shard-00000", "shard-00001", "shard-00002"], [5, 6, 6]
+    others = [
+        (names[:2], sizes[:2]),
+        ([*names, "shard-00003"], [*sizes, 1]),
+        (names, [5, 6, 7]),
+        (names, [6, 5, 6]),
+        (names[::-1], sizes),
+        (["shard-00001", "shard-00000", "shard-00002"], sizes),
+    ]
+    assert shards_digest(names, sizes) == shards_digest(tuple(names), tuple(sizes))
+    assert len({shards_digest(*each) for each in [(names, sizes), *others]}) == 7

@@ -12,7 +12,7 @@ from megakd.config import OptimConfig
 from megakd.data.batches import collate
 from megakd.data.shards import ShardSet
 from megakd.dist import World
-from megakd.engine.checkpoint import Progress, Saved, check_ranks, published, rotate, save_checkpoint
+from megakd.engine.checkpoint import Progress, Saved, check_ranks, check_shards, published, rotate, save_checkpoint
 from megakd.engine.local import LocalEngine
 from megakd.engine.optim import build_optimizer
 from megakd.errors import UserError
@@ -157,3 +157,26 @@ def test_another_number_of_ranks_is_refused_naming_both(save, tmp_path):
     check_ranks(saved, 4)
     with pytest.raises(UserError, match=rf"{folder}.*saved by 4 ranks.*world of 2.*resume with 4 ranks"):
         check_ranks(saved, 2)
+
+
+def test_a_position_over_other_shards_is_refused_naming_both(save, tmp_path):
+    folder = save("all/step-000001", Progress(0, 1, 1, 16, 400, "0123"))
+    saved = published(tmp_path)[0]
+    assert saved.progress.shards == "0123"
+    check_shards(saved, "0123", tmp_path / "train")
+    with pytest.raises(
+        UserError, match=rf"{folder}.*shards 0123, but {tmp_path}/train lists 4567 now.*new run"
+    ) as caught:
+        check_shards(saved, "4567", tmp_path / "train")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_that_does_not_say_its_shards_goes_on(tmp_path):
+    """Those of before wrote five fields and the ranks."""
+    folder = fake(tmp_path, "all/step-000002", Progress(0, 2, 2, 32, 900))
+    fields = json.loads((folder / "progress.json").read_text())
+    del fields["shards"]
+    (folder / "progress.json").write_text(json.dumps(fields))
+    saved = published(tmp_path)[0]
+    assert saved.progress == Progress(0, 2, 2, 32, 900)
+    check_shards(saved, "4567", tmp_path)
