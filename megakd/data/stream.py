@@ -44,8 +44,10 @@ class Stream:
         shards = self._generator(epoch).permutation(count) if epoch else np.arange(count)
         samples, turns, lanes = [], [], []
         for lane in range(self.lanes):
+            # from 1 on: numpy pads names with zeros, so that (epoch, 0) would be the generator of (epoch)
             mine = [
-                first[s] + self._generator(epoch, int(s)).permutation(self.sizes[s]) for s in shards[lane :: self.lanes]
+                first[s] + self._generator(epoch, int(s) + 1).permutation(self.sizes[s])
+                for s in shards[lane :: self.lanes]
             ]
             own = np.concatenate(mine) if mine else np.empty(0, np.int64)
             samples.append(own)

@@ -1,6 +1,7 @@
 import random
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 
 from megakd.data.stream import Stream, shards_digest, share
@@ -84,6 +85,23 @@ def test_samples_of_a_shard_come_in_random_order():
     order = Stream([50, 50], 0, 1).take(0, 100)
     assert order[:50] != sorted(order[:50]) and sorted(order[:50]) == list(range(50))
     assert [i - 50 for i in order[50:]] != order[:50]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_order_of_shards_is_not_that_within_the_first_of_them(seed):
+    """They came from one generator: as many samples in a shard as there are shards, and both were shuffled alike."""
+    count, epoch = 20, 3
+    order = Stream([count] * count, seed, 1).take(epoch * count**2, count**2)
+    shards = list(dict.fromkeys(i // count for i in order))
+    within = {s: [i % count for i in order if i // count == s] for s in range(count)}
+    assert sorted(shards) == list(range(count)) and shards not in within.values()
+    assert len({tuple(each) for each in within.values()}) == count
+
+
+def test_the_order_without_lanes_stays_that_of_runs_that_have_begun():
+    assert Stream([11, 19], 3).take(28, 6) == np.random.default_rng([3, 0]).permutation(30)[28:].tolist() + (
+        np.random.default_rng([3, 1]).permutation(30)[:4].tolist()
+    )
 
 
 def steps(stream: Stream, position: int, count: int, world: int, micro_batch: int, batch: int) -> list[list[int]]:
