@@ -9,8 +9,9 @@ import pytest
 
 from megakd.config import LogitsConfig
 from tests.conftest import ROOT
-from tools import bench
+from tests.tools.examples import tool
 
+bench, show = tool("bench_store"), tool("bench_rows").show
 VOCABULARY = 600
 SETTINGS = {
     "pmin 3e-4": LogitsConfig(top_k=16, temperatures=(1.0,)),
@@ -50,7 +51,7 @@ def test_measured_rows_are_whole(captured):
     assert values["hdf5_gzip", "decode_ratio"] == 1.0
     assert 0 <= values["hdf5_gzip", "kl_mean"] < 1e-5 < values["megakd, pmin 3e-4", "kl_mean"] < 1e-3
     assert ("megakd, sampled 50", "kl_mean") not in values
-    assert "megakd, pmin 3e-4" in bench.show(rows)
+    assert "megakd, pmin 3e-4" in show(rows)
     json.dumps([row._asdict() for row in rows])
 
 
