@@ -19,13 +19,23 @@ from pathlib import Path
 from typing import Any
 
 from megakd.config import DataConfig
-from megakd.data.documents import held_out, iter_documents
+from megakd.data.documents import held_out, iter_documents, source_files
 from megakd.data.records import Sample
-from megakd.data.shards import finished, known_manifest, shard_name, summary_of, write_manifest, write_shard
+from megakd.data.shards import (
+    MANIFEST,
+    SIDECAR,
+    VERSION,
+    finished,
+    known_manifest,
+    shard_name,
+    summary_of,
+    write_manifest,
+    write_shard,
+)
 from megakd.data.tokenizing import tokenized
 from megakd.data.tokens import load_tokenizer, pack, tokenizer_facts
 from megakd.errors import UserError
-from megakd.files import remove_stale
+from megakd.files import read_sealed, remove_stale
 from megakd.log import Progress, say, short
 from megakd.models.hub import resolve
 from megakd.run import Run
@@ -52,14 +62,16 @@ def main(run: Run, args: argparse.Namespace) -> None:
 
 
 def token_facts(data: DataConfig, part: str, tokenizer: dict[str, Any]) -> dict[str, Any]:
-    """What a folder of token shards says of itself: everything its content depends on."""
+    """What a folder of token shards says of itself: everything its content depends on; `files` if there are any."""
     names = ("source", "subset", "split", "text_field", "sequence_length", "shard_tokens", "holdout_fraction")
-    return {"part": part, "tokenizer": tokenizer, **{name: getattr(data, name) for name in names}}
+    facts = {"part": part, "tokenizer": tokenizer, **{name: getattr(data, name) for name in names}}
+    files = source_files(data.source)
+    return {**facts, "files": files} if files else facts
 
 
 def _tokenize_part(run: Run, part: str, budget: int, tokenizer: Any, tokenizer_folder: Path) -> None:
     data, folder = run.config.data, run.path("data", "tokens", part)
-    facts = token_facts(data, part, tokenizer_facts(tokenizer))
+    facts = _same_files(folder, token_facts(data, part, tokenizer_facts(tokenizer)))
     if known_manifest(folder, facts):
         say(f"tokenize {part}: finished")
         return
@@ -92,6 +104,31 @@ def _tokenize_part(run: Run, part: str, budget: int, tokenizer: Any, tokenizer_f
     if state.windows < limit:
         say(f"tokenize {part}: the source ended after {state.windows} of {limit} windows")
     run.record("tokenize", part=part, documents=state.documents, windows=state.windows, wanted=limit)
+
+
+def _same_files(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    """The facts to go on with; UserError when shards are there of other files of this source: documents have moved.
+
+    Shards stand as they are where one side names no files: a finished part needs its source no more.
+    """
+    for name, kind in (("manifest", MANIFEST), (shard_name(0), SIDECAR)):
+        try:
+            found = read_sealed(folder / f"{name}.json", kind, VERSION)["facts"]
+        except UserError:  # missing or damaged: it is written again
+            continue
+        before, now = found.get("files"), facts.get("files")
+        if before == now or {**found, "files": None} != {**facts, "files": None}:
+            continue
+        if not before or not now:
+            return found
+        was, has = (
+            f"{files['count']} files of {files['bytes']:,} bytes ({files['digest']})" for files in (before, now)
+        )
+        raise UserError(
+            f"{folder}: was made from {was}, data.source {facts['source']} has {has} now; restore those, or delete "
+            f"{folder.parent} and run this again"
+        )
+    return facts
 
 
 def _chain(first: Sample, rest: Iterator[Sample]) -> Iterator[Sample]:

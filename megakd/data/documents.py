@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import sysconfig
 import zlib
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ import pyarrow.parquet
 import zstandard
 
 from megakd.errors import UserError
+from megakd.files import digest
 
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt")
 
@@ -42,6 +44,25 @@ def iter_documents(
     if files:
         return islice(_from_files(files, text_field), skip, None)
     return _from_hub(source, subset, split, text_field, streaming, skip)
+
+
+def source_files(source: str) -> dict[str, Any] | None:
+    """How many files a source has, their bytes, and a digest of their names and sizes in order.
+
+    None: it is given by name, or nothing is there (any more). Names are those below the folder that holds all files.
+    """
+    try:
+        files = [] if source == "python-docs" else _files(source)
+    except UserError:  # iter_documents says it when it is asked for them
+        files = []
+    if not files:
+        return None
+    root = os.path.commonpath([file.parent for file in files])
+    try:
+        sizes = [[os.path.relpath(file, root), file.stat().st_size] for file in files]
+    except OSError as error:
+        raise UserError(f"data.source: {error.filename}: cannot be read: {error.strerror}") from error
+    return {"count": len(files), "bytes": sum(size for _, size in sizes), "digest": digest(sizes)}
 
 
 def held_out(document: str, fraction: float) -> bool:

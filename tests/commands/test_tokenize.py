@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -209,4 +210,64 @@ def alive(process: psutil.Process) -> bool:
 def test_a_source_without_a_held_out_document_says_how_many_were_read(recipe_of_text, texts, tmp_path):
     run = Run.create(recipe_of_text, ["data.holdout_fraction=1e-9"], tmp_path / "run")
     with pytest.raises(UserError, match=f"no holdout document .* {len(texts)} documents were read"):
+        tokenize.main(run, Namespace())
+
+
+def copied(fineweb: Path, recipe_of_text: Path, tmp_path: Path) -> tuple[Path, Run]:
+    """A run over a source of its own."""
+    source = Path(shutil.copytree(fineweb, tmp_path / "fineweb"))
+    return source, Run.create(recipe_of_text, [f"data.source={source}"], tmp_path / "run")
+
+
+CHANGES = {
+    "added": lambda sample: shutil.copy(sample / "10BT" / "000_00000.parquet", sample / "10BT" / "000_00001.parquet"),
+    "removed": lambda sample: (sample / "100BT" / "000_00000.parquet").unlink(),
+    "renamed": lambda sample: (sample / "10BT" / "010_00000.parquet").rename(sample / "10BT" / "000_5.parquet"),
+    "grown": lambda sample: (sample / "10BT" / "010_00000.parquet").write_bytes(b"longer" * 100_000),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_other_files_in_the_source_are_refused_whether_finished_or_not(
+    fineweb, recipe_of_text, tmp_path, monkeypatch, change
+):
+    source, run = copied(fineweb, recipe_of_text, tmp_path)
+    write_shard = tokenize.write_shard
+
+    def dies(folder: Path, name: str, *rest: Any, **named: Any) -> Any:
+        if (folder.name, name) == ("train", "shard-00002"):
+            raise KeyboardInterrupt
+        return write_shard(folder, name, *rest, **named)
+
+    monkeypatch.setattr(tokenize, "write_shard", dies)
+    with pytest.raises(KeyboardInterrupt):
+        tokenize.main(run, Namespace())
+    monkeypatch.undo()
+    tokens, teacher = run.path("data", "tokens"), Path(run.config.model.teacher)
+    before, aside = files(tokens), Path(shutil.copytree(source, tmp_path / "aside"))
+    CHANGES[change](source / "sample")
+    for part in ("holdout", "train"):  # finished, and cut short
+        match = (
+            rf"/{part}: was made from 4 files of [0-9,]+ bytes \(.*\), data.source {source} has .* delete {tokens} and"
+        )
+        with pytest.raises(UserError, match=match):
+            tokenize._tokenize_part(run, part, 10**8, load_tokenizer(teacher), teacher)
+        assert files(tokens) == before
+    shutil.rmtree(source)
+    aside.rename(source)
+    tokenize.main(run, Namespace())
+    assert ShardSet(tokens / "train").facts["files"]["count"] == 4
+
+
+def test_a_finished_part_needs_its_source_no_more(fineweb, recipe_of_text, tmp_path, capsys):
+    source, run = copied(fineweb, recipe_of_text, tmp_path)
+    tokenize.main(run, Namespace())
+    made = files(run.path("data", "tokens"))
+    shutil.rmtree(source)
+    tokenize.main(run, Namespace())
+    assert capsys.readouterr().err.endswith("tokenize holdout: finished\ntokenize train: finished\n")
+    assert files(run.path("data", "tokens")) == made
+    (run.path("data", "tokens", "train") / "manifest.json").unlink()
+    (run.path("data", "tokens", "train") / "shard-00001.json").unlink()
+    with pytest.raises(UserError, match=f"no file at {source}"):
         tokenize.main(run, Namespace())

@@ -14,8 +14,9 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from megakd.data.documents import held_out, iter_documents, python_documents
+from megakd.data.documents import held_out, iter_documents, python_documents, source_files
 from megakd.errors import UserError
+from megakd.files import digest
 
 TEXTS = ["one\ntwo", "Grüße, 東京 🙂", "  leading and trailing  ", 'quotes " and \\ backslashes', "the end"]
 FINEWEB = ["text", "id", "dump", "url", "date", "file_path", "language", "language_score", "token_count"]
@@ -260,3 +261,27 @@ def test_hub_data_sets_stream_through_datasets(tmp_path, monkeypatch):
         for skip in (0, 3):
             found = list(_from_hub(str(tmp_path), None, "train", "text", streaming, skip))
             assert found == texts[skip:], (streaming, skip)
+
+
+def test_source_files_are_known_by_name_size_and_order(tmp_path):
+    folder = tmp_path / "text"
+    (folder / "b").mkdir(parents=True)
+    for name, size in (("a.txt", 3), ("b/c.jsonl", 5), ("b/readme.md", 7)):
+        (folder / name).write_bytes(b"x" * size)
+    whole = source_files(str(folder))
+    assert whole is not None and (whole["count"], whole["bytes"]) == (2, 8)
+    assert source_files(f"{folder}/**/*[tl]") == whole == source_files(f"{folder}/")
+    moved = folder.rename(tmp_path / "moved")
+    assert source_files(str(moved)) == whole
+    (moved / "a.txt").rename(moved / "z.txt")
+    other = source_files(str(moved))
+    assert other == {**whole, "digest": other and other["digest"]} != whole
+    (moved / "z.txt").write_bytes(b"x" * 5)
+    (moved / "b" / "c.jsonl").write_bytes(b"x" * 3)
+    assert source_files(str(moved)) not in (whole, other)
+    assert source_files(str(moved / "z.txt")) == {"count": 1, "bytes": 5, "digest": digest([["z.txt", 5]])}
+    for name in ("python-docs", "HuggingFaceFW/fineweb", str(folder), str(moved / "none.txt")):
+        assert source_files(name) is None
+    (moved / "y.txt").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"y\.txt: cannot be read: No such file"):
+        source_files(str(moved))
