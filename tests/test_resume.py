@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 
 import pytest
 
@@ -65,6 +66,27 @@ def test_rotation_does_not_take_away_what_later_checkpoints_need(sibling):
     assert [p.name for p in run.path("checkpoints").glob("*/*")] == ["step-000010"]
     assert len(metrics(run.folder)) == 10
     megakd("export", run.folder)
+
+
+ENDS_IN_A_DELETION = """if True:
+    import os, shutil
+    from megakd import cli, files
+    def half(path, *args):
+        os.unlink(path / "progress.json")
+        os.kill(os.getpid(), 9)
+    shutil.rmtree = half
+    cli.main()
+"""
+
+
+def test_a_kill_while_an_old_checkpoint_is_deleted_leaves_nothing_for_ever(sibling):
+    run = sibling("checkpoint.every_steps=1", "checkpoint.keep=1")
+    killed = subprocess.run([sys.executable, "-c", ENDS_IN_A_DELETION, "train", str(run.folder)])
+    assert killed.returncode == -signal.SIGKILL
+    assert {p.name for p in run.path("checkpoints").glob("*/*")} == {"step-000001.tmp", "step-000002"}
+    megakd("train", run.folder)
+    assert [p.name for p in run.path("checkpoints").glob("*/*")] == ["step-000010"]
+    assert len(metrics(run.folder)) == 10
 
 
 def test_second_training_in_the_same_folder_is_refused(sibling):

@@ -31,7 +31,15 @@ from megakd.data.shards import ShardSet
 from megakd.data.stream import Stream, shards_digest, share
 from megakd.dist import StopSignals, World, close_world, join_world, read_world, seed_step, sum_over_ranks
 from megakd.engine.base import Engine
-from megakd.engine.checkpoint import Progress, Saved, check_ranks, published, rotate, save_checkpoint
+from megakd.engine.checkpoint import (
+    Progress,
+    Saved,
+    check_ranks,
+    published,
+    remove_unpublished,
+    rotate,
+    save_checkpoint,
+)
 from megakd.engine.ds_json import deepspeed_config
 from megakd.engine.optim import build_optimizer, schedule
 from megakd.files import locked, shipped
@@ -77,6 +85,7 @@ def train(run: Run, dataset: ShardSet, world: World, stop: StopSignals) -> bool:
     progress = saved.progress if saved else Progress()
     log = None
     if world.first:
+        remove_unpublished(run.path("checkpoints"))
         run.record("train", ranks=world.size, step=progress.step, resumed=str(saved.folder) if saved else None)
         if saved:
             say(f"train: going on from {saved.folder}")

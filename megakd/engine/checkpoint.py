@@ -47,7 +47,7 @@ def save_checkpoint(
     """Publish a checkpoint of all ranks at `folder`: readers see nothing until it is whole.
 
     describe: adds config and tokenizer to the weights folder. A checkpoint cut short by a kill stays in a folder
-    ending in `.tmp`, which the next save removes.
+    ending in `.tmp`; `remove_unpublished` takes it away.
     """
     temporary = folder.with_name(folder.name + ".tmp")
     if world.first:
@@ -98,9 +98,15 @@ def check_shards(saved: Saved, shards: str, folder: Path) -> None:
     if before and before != shards:
         raise UserError(
             f"{saved.folder}: its position counts over the shards {before}, but {folder} lists {shards} now: "
-            "the capture grew or changed; delete its manifest.json and run generate-logits with the --max-tokens of then, or train "
-            "over all that is there in a new run: megakd new RUN-2 --from RUN"
+            "the capture grew or changed; delete its manifest.json and run generate-logits with the --max-tokens of "
+            "then, or train over all that is there in a new run: megakd new RUN-2 --from RUN"
         )
+
+
+def remove_unpublished(checkpoints: Path) -> None:
+    """Delete what a kill left half written or half deleted; for the one process that trains here."""
+    for path in checkpoints.glob("*/step-*.tmp"):
+        remove(path)
 
 
 def rotate(checkpoints: Path, keep: int, protected: set[Path]) -> None:

@@ -12,7 +12,16 @@ from megakd.config import OptimConfig
 from megakd.data.batches import collate
 from megakd.data.shards import ShardSet
 from megakd.dist import World
-from megakd.engine.checkpoint import Progress, Saved, check_ranks, check_shards, published, rotate, save_checkpoint
+from megakd.engine.checkpoint import (
+    Progress,
+    Saved,
+    check_ranks,
+    check_shards,
+    published,
+    remove_unpublished,
+    rotate,
+    save_checkpoint,
+)
 from megakd.engine.local import LocalEngine
 from megakd.engine.optim import build_optimizer
 from megakd.errors import UserError
@@ -149,6 +158,14 @@ def test_rotate_keeps_the_newest_and_the_protected(tmp_path, keep, protected, le
     rotate(tmp_path, keep, {folders[n] for n in protected})
     assert [saved.progress.step for saved in published(tmp_path)] == left
     assert [n for n in sorted(folders) if folders[n].exists()] == left and unpublished.exists()
+
+
+def test_what_a_kill_left_of_a_checkpoint_goes(tmp_path):
+    kept = [fake(tmp_path, "a/step-000002", Progress(0, 2, 2)), fake(tmp_path, "b/step-last", Progress(1, 1, 3))]
+    left = [fake(tmp_path, f"{stage}/step-000001.tmp", Progress(0, 1, 1)) for stage in "ab"]
+    remove_unpublished(tmp_path)
+    assert all(path.exists() for path in kept) and not any(path.exists() for path in left)
+    remove_unpublished(tmp_path / "missing")
 
 
 def test_another_number_of_ranks_is_refused_naming_both(save, tmp_path):
