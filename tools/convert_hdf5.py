@@ -26,17 +26,16 @@ There and back, ids, tokens and documents stay; of the values 2 rows in 100 move
 2e-7), the second time none.
 """
 
-import argparse
 import json
 import math
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
-from foreign import Names, Row, convert, exported, from_arguments, sorted_head
+from foreign import convert, exported, one_line_errors, sorted_head, two_ways
+from foreign_rows import Names, Row
 
 from megakd.data.shards import ShardSet
 from megakd.errors import UserError
@@ -47,31 +46,19 @@ CHUNK_CACHE_BYTES = 1 << 30  # of a dataset whose chunks hold many windows, at m
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("to", help="shards → HDF5")
-    command.add_argument("shards", type=Path, help="a folder of logit shards")
-    command.add_argument("out", type=Path, metavar="OUT.h5")
-    command.add_argument("--gzip", type=int, default=4, choices=range(10), help="level (default: %(default)s)")
-    command = commands.add_parser("from", help="HDF5 → shards")
-    command.add_argument("source", type=Path, metavar="IN.h5")
-    from_arguments(command)
-    command.add_argument("--ids", default="input_ids", metavar="NAME", help="dataset of tokens (default: %(default)s)")
-    command.add_argument(
-        "--values-name", default="topk_values", metavar="NAME", help="of values (default: %(default)s)"
-    )
-    command.add_argument("--indices", default="topk_indices", metavar="NAME", help="of ids (default: %(default)s)")
+    parser, to, back = two_ways(__doc__, "HDF5", "OUT.h5", "IN.h5")
+    to.add_argument("--gzip", type=int, default=4, choices=range(10), help="level (default: %(default)s)")
+    back.add_argument("--ids", default="input_ids", metavar="NAME", help="dataset of tokens (default: %(default)s)")
+    back.add_argument("--values-name", default="topk_values", metavar="NAME", help="of values (default: %(default)s)")
+    back.add_argument("--indices", default="topk_indices", metavar="NAME", help="of ids (default: %(default)s)")
     args = parser.parse_args(argv)
-    try:
+    with one_line_errors("convert_hdf5"):
         if args.command == "to":
             write_hdf5(ShardSet(args.shards), args.out, args.gzip)
         else:
             names = Names(args.ids, args.indices, args.values_name, "starts", "log_tails", "label_nll")
             with Hdf5Source(args.source, names) as source:
                 convert(source, args, "convert_hdf5 from")
-    except UserError as error:
-        sys.stderr.write(f"convert_hdf5: {error}\n")
-        sys.exit(2)
 
 
 def write_hdf5(shards: ShardSet, out: Path, level: int) -> None:

@@ -26,9 +26,7 @@ teacher than the student comes from, so --teacher, --revision and --weights repe
 says. A conversion that was killed goes on after its last finished shard when it is started again.
 """
 
-import argparse
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +35,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from foreign import Names, Row, check_stated, convert, exported, from_arguments, sorted_head
+from foreign import check_stated, convert, exported, one_line_errors, sorted_head, two_ways
+from foreign_rows import Names, Row
 
 from megakd.data.records import Sample
 from megakd.data.shards import ShardSet
@@ -51,23 +50,12 @@ READ_ROWS = 8  # at a time
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("to", help="shards → Parquet")
-    command.add_argument("shards", type=Path, help="a folder of logit shards")
-    command.add_argument("out", type=Path, metavar="OUT.parquet")
-    command = commands.add_parser("from", help="Parquet → shards")
-    command.add_argument("source", type=Path, metavar="IN", help="a file, or a folder of files")
-    from_arguments(command)
-    args = parser.parse_args(argv)
-    try:
+    args = two_ways(__doc__, "Parquet", "OUT.parquet", "IN")[0].parse_args(argv)
+    with one_line_errors("convert_parquet"):
         if args.command == "to":
             write_parquet(ShardSet(args.shards), args.out)
         else:
             convert(ParquetSource(args.source), args, "convert_parquet from")
-    except UserError as error:
-        sys.stderr.write(f"convert_parquet: {error}\n")
-        sys.exit(2)
 
 
 def write_parquet(shards: ShardSet, out: Path) -> None:

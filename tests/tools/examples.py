@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from megakd.cli import run_verb
 from megakd.config import LogitsConfig
 from megakd.data import codec
 from megakd.data.book import build_book, save_book
@@ -39,6 +40,13 @@ def refused(module: ModuleType, capsys: pytest.CaptureFixture[str], *argv: objec
     assert ended.value.code == 2, lines
     assert lines[-1].startswith(f"{module.__name__}: "), lines
     return lines[-1]
+
+
+def converted(module: ModuleType, source: Path, out: Path, *argv: object) -> ShardSet:
+    """What a converter makes of a foreign file, read again from disk."""
+    module.main([str(arg) for arg in ("from", source, out, *argv)])
+    run_verb(["inspect", str(out), "--verify"])
+    return ShardSet(out)
 
 
 def random_logits(positions: int, vocabulary: int, seed: int) -> torch.Tensor:

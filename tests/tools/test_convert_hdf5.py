@@ -1,92 +1,32 @@
+"""HDF5 and back: what is in the file, and what its numbers become."""
+
 import itertools
 import json
 import math
-from pathlib import Path
-from typing import Any
+from functools import partial
 
 import h5py
 import numpy as np
 import pytest
 import torch
 
-from megakd.cli import run_verb
 from megakd.config import ObjectiveConfig
 from megakd.data.shards import ShardSet
-from megakd.data.tokens import tokenizer_facts
 from megakd.errors import UserError
 from megakd.files import read_json
 from megakd.losses.distill import topk_kl
 from megakd.objectives.cached import check_support, stored_in
 from megakd.preflight import check
 from tests.conftest import VOCABULARY, files
-from tests.tools.examples import (
-    LENGTH,
-    SAMPLES,
-    assert_alike,
-    head,
-    make_shards,
-    random_logits,
-    refused,
-    token_shards,
-    tool,
-    window,
-)  # fmt: skip
+from tests.tools.examples import LENGTH, SAMPLES, assert_alike, converted, head, random_logits, refused, tool
+from tests.tools.handmade import TOP_K, Handmade
 
-TOP_K = 6
 module = tool("convert_hdf5")
+convert = partial(converted, module)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, tokenizer) -> Path:
-    """A tokenizer's folder."""
-    path = tmp_path_factory.mktemp("tokenizer")
-    tokenizer.save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory, tokenizer) -> ShardSet:
-    return make_shards(tmp_path_factory.mktemp("shards"), tokenizer)
-
-
-@pytest.fixture(scope="module")
-def stored(tmp_path_factory, shards) -> Path:
-    """The shards as `to` writes them."""
-    path = tmp_path_factory.mktemp("hdf5") / "store.h5"
-    module.main(["to", str(shards.folder), str(path)])
-    return path
-
-
-class Handmade:
-    """The three arrays of a hand-made store, and the teacher's logits behind them."""
-
-    def __init__(self, values: str, samples: int = 5, tokens: int = 13):
-        self.logits = [random_logits(tokens, VOCABULARY, seed=7 + i).numpy() for i in range(samples)]
-        self.input_ids = np.stack([window(i, VOCABULARY, tokens)[0] for i in range(samples)])
-        whole = [each - np.log(np.exp(each.astype(np.float64)).sum(1, keepdims=True)) for each in self.logits]
-        self.logprobs = np.stack(whole)
-        numbers = self.logprobs if values == "logprobs" else np.stack(self.logits) + 3.0
-        self.indices = np.argsort(-numbers, axis=2)[:, :, :TOP_K].astype(np.int32)
-        self.values = np.take_along_axis(numbers, self.indices, 2).astype(np.float16)
-
-    def write(self, path: Path, **changes: Any) -> Path:
-        """changes: another array under a name, or None to leave it out."""
-        arrays = {"input_ids": self.input_ids, "topk_values": self.values, "topk_indices": self.indices, **changes}
-        with h5py.File(path, "w") as file:
-            for name, array in arrays.items():
-                if array is not None:
-                    file.create_dataset(name, data=array)
-        return path
-
-
-def convert(source: Path, out: Path, *argv: object) -> ShardSet:
-    module.main([str(arg) for arg in ("from", source, out, *argv)])
-    run_verb(["inspect", str(out), "--verify"])
-    return ShardSet(out)
-
-
-def test_the_file_is_what_hand_made_readers_expect(shards, stored):
-    with h5py.File(stored) as file:
+def test_the_file_is_what_hand_made_readers_expect(shards, hdf5):
+    with h5py.File(hdf5) as file:
         facts = json.loads(file.attrs["facts"])
         assert facts == shards.facts
         tokens, values, indices = file["input_ids"], file["topk_values"], file["topk_indices"]
@@ -112,14 +52,14 @@ def test_the_file_is_what_hand_made_readers_expect(shards, stored):
             assert np.array_equal(file["label_nll"][index][: length - 1], sample.targets.label_nll)
 
 
-def test_there_and_back(shards, stored, tmp_path):
+def test_there_and_back(shards, hdf5, tmp_path):
     """Not bit by bit: a row was scaled to 1, so an entry may be rounded to the next step; but that does not go on."""
-    once = convert(stored, tmp_path / "once")
+    once = convert(hdf5, tmp_path / "once")
     assert_alike(once, shards)
     names = [f"{name}.tar" for name in once.names]
     assert [files(once.folder)[name] for name in names] != [files(shards.folder)[name] for name in names]
-    converted = once.facts.pop("converted")
-    assert converted["from"] == "store.h5" and converted["values"] == "logprobs" and converted["label_nll"] == "stored"
+    origin = once.facts.pop("converted")
+    assert origin["from"] == "store.h5" and origin["values"] == "logprobs" and origin["label_nll"] == "stored"
     assert once.facts == {**shards.facts, "book": once.facts["book"]} and once.sizes == shards.sizes
     module.main(["to", str(tmp_path / "once"), str(tmp_path / "again.h5")])
     twice = convert(tmp_path / "again.h5", tmp_path / "twice")
@@ -212,7 +152,7 @@ def test_facts_are_those_that_training_checks(prepared, sibling, tmp_path, capsy
     module.main(["from", *map(str, [tmp_path / "bare.h5", tmp_path / "named", *argv, "--teacher", made_by["id"]])])
     named = ShardSet(tmp_path / "named")
     assert named.facts.keys() == {*original.facts, "converted"}
-    assert named.facts["tokens"].keys() == original.facts["tokens"].keys()
+    assert named.facts["tokens"].keys() == original.facts["tokens"].keys() - {"files"}  # of text
     run = sibling("objective.tail=ghost", "objective.temperature=1.0")
     run.path("data", "logits").unlink()
     run.path("data", "logits").mkdir()
@@ -262,9 +202,9 @@ def test_documents_begin_where_the_file_or_the_end_token_says(folder, tmp_path):
     assert labelled == [[True] * 12, [True] * 3 + [False] + [True] * 8]
 
 
-def test_entries_below_pmin_go_to_every_tail(shards, stored, tmp_path):
+def test_entries_below_pmin_go_to_every_tail(shards, hdf5, tmp_path):
     """But the best of a row stays; here some rows have none above."""
-    found = convert(stored, tmp_path / "out", "--pmin", 0.2)
+    found = convert(hdf5, tmp_path / "out", "--pmin", 0.2)
     assert found.facts["pmin"] == 0.2
     alone = 0
     for index in range(SAMPLES):
@@ -343,138 +283,8 @@ def test_rows_may_be_one_fewer_and_names_others(folder, tmp_path):
     assert (other.folder / "shard-00000.tar").read_bytes() == (plain.folder / "shard-00000.tar").read_bytes()
 
 
-def put(name: str, place: tuple[int, ...], value: float) -> Any:
-    def change(mine: Handmade) -> dict[str, Any]:
-        array = {"topk_values": mine.values, "topk_indices": mine.indices, "input_ids": mine.input_ids}[name].copy()
-        array[place] = value
-        return {name: array}
-
-    return change
-
-
-def extra(name: str, array: Any) -> Any:
-    return lambda mine: {name: array}
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (extra("topk_values", None), "no dataset topk_values; it holds input_ids, topk_indices"),
-        (extra("input_ids", np.zeros(5, np.int32)), "input_ids has shape (5,), expected [N, T]"),
-        (extra("input_ids", np.zeros((5, 1), np.int32)), "input_ids has shape (5, 1)"),
-        (extra("input_ids", np.zeros((5, 13))), "input_ids is of type float64, expected integers"),
-        (extra("topk_values", np.zeros((5, 11, 6))), "topk_values has shape (5, 11, 6), expected (5, 13, 6)"),
-        (extra("topk_values", np.zeros((5, 13, 7))), "topk_indices has shape (5, 13, 6), expected (5, 13, 7)"),
-        (extra("topk_values", np.zeros((5, 13))), "topk_values has shape (5, 13)"),
-        (extra("topk_values", np.zeros((5, 13, 6), np.int8)), "topk_values is of type int8, expected floating"),
-        (extra("lengths", np.full(4, 13)), "lengths has shape (4,), expected (5,)"),
-        (extra("lengths", np.array([13, 13, 14, 13, 13])), "lengths, sample 2: 14 of 13 tokens"),
-        (extra("lengths", np.array([13, 1, 13, 13, 13])), "input_ids, sample 1: 1 tokens, a window needs 2"),
-        (extra("starts", np.zeros(5, np.int32)), "starts is not 5 lists of integers"),
-        (extra("log_tails", np.zeros((5, 13, 2))), "tails at 2 temperatures"),
-        (extra("log_tails", np.zeros((5, 13, 1))), "log_tails, sample 0, position 0: with the entries' probabilities"),
-        (extra("label_nll", np.full((5, 13), np.nan)), "label_nll, sample 0, position 0: nan is no negative"),
-        (put("topk_values", (2, 3, 4), np.nan), "topk_values, sample 2, position 3, entry 4: nan is no number"),
-        (put("topk_values", (2, 3, 4), np.inf), "topk_values, sample 2, position 3, entry 4: inf is no number"),
-        (put("topk_values", (2, 3), -np.inf), "topk_values, sample 2, position 3: a row without an entry"),
-        (put("topk_values", (2, 3, 4), 5.0), "entry 4: 5 is no log-probability; are these raw logits?"),
-        (put("topk_values", (4, 0), -0.1), "topk_values, sample 4, position 0: probabilities that sum to 5.4"),
-        (put("topk_indices", (1, 5, 0), 400), "topk_indices, sample 1, position 5, entry 0: id 400 is beyond"),
-        (put("topk_indices", (1, 5, 0), -1), "topk_indices, sample 1, position 5, entry 0: id -1 is beyond"),
-        (put("topk_indices", (1, 5), 7), "topk_indices, sample 1, position 5: an id twice in one row"),
-        (put("input_ids", (3, 4), 400), "input_ids, sample 3, position 4: id 400 is beyond the vocabulary of 400"),
-        (put("input_ids", (3, 12), -100), "id -100 is beyond the vocabulary of 400 (is it padding? see --pad)"),
-    ],
-)  # fmt: skip
-def test_what_is_wrong_with_a_file_is_one_line_with_its_place(folder, tmp_path, capsys, change, message):
-    mine = Handmade("logprobs")
-    source = mine.write(tmp_path / "mine.h5", **change(mine))
-    said = refused(module, capsys, "from", source, tmp_path / "out", "--tokenizer", folder, "--values", "logprobs")
-    assert said.startswith(f"convert_hdf5: {source}: ") and message in said
-    assert not (tmp_path / "out").exists()
-
-
-def test_starts_are_checked(folder, tmp_path, capsys):
-    mine = Handmade("logprobs", samples=2)
-    for wrong in ([], [1], [0, 5, 5], [0, 13]):
-        starts = np.empty(2, object)
-        starts[:] = [np.array([0], np.int32), np.array(wrong, np.int32)]
-        source = mine.write(tmp_path / "mine.h5")
-        with h5py.File(source, "a") as file:
-            file.create_dataset("starts", data=starts, dtype=h5py.vlen_dtype(np.int32))
-        said = refused(module, capsys, "from", source, tmp_path / "out", "--tokenizer", folder, "--values", "logprobs")
-        assert "starts, sample 1: not 0 and then ascending offsets below 13" in said
-    said = refused(
-        module,
-        capsys,
-        "from",
-        source,
-        tmp_path / "out",
-        "--tokenizer",
-        folder,
-        "--values",
-        "logprobs",
-        "--split-at-end",
-    )
-    assert "says itself where documents begin" in said
-
-
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
-def test_a_file_cut_short_is_refused(stored, tmp_path, capsys, share):
-    data = stored.read_bytes()
-    (tmp_path / "cut.h5").write_bytes(data[: int(share * len(data))])
-    said = refused(module, capsys, "from", tmp_path / "cut.h5", tmp_path / "out")
-    assert "cut.h5: cannot be read as HDF5; was it cut short?" in said
-
-
-def test_a_damaged_chunk_is_named(shards, stored, tmp_path, capsys):
-    data = bytearray(stored.read_bytes())
-    with h5py.File(stored) as file:
-        chunk = file["topk_values"].id.get_chunk_info(6)
-    data[chunk.byte_offset + 20 : chunk.byte_offset + 60] = bytes(40)
-    (tmp_path / "damaged.h5").write_bytes(data)
-    said = refused(module, capsys, "from", tmp_path / "damaged.h5", tmp_path / "out")
-    assert "topk_values, sample 6: cannot be read" in said
-
-
-def test_what_must_be_said_about_a_file(folder, stored, tmp_path, capsys):
-    mine = Handmade("logprobs").write(tmp_path / "mine.h5")
-    out = tmp_path / "out"
-    assert "so --tokenizer FOLDER is needed" in refused(module, capsys, "from", mine, out)
-    assert "so --values logprobs (or logits) is needed" in refused(
-        module, capsys, "from", mine, out, "--tokenizer", folder
-    )
-    assert "no such file" in refused(module, capsys, "from", tmp_path / "none.h5", out)
-    for option in (["--values", "logits"], ["--dtype", "float32"], ["--sequence-length", 5], ["--temperatures", 1]):
-        said = refused(module, capsys, "from", stored, out, *option)
-        assert f"{option[0]}: {stored} states it among its facts" in said
-    foreign = ["from", mine, out, "--tokenizer", folder, "--values", "logprobs"]
-    assert "do not fit a sequence length of 11" in refused(module, capsys, *foreign, "--sequence-length", 11)
-    assert "pmin 1 must be" in refused(module, capsys, *foreign, "--pmin", 1)
-    assert "tails at 1 temperatures" in refused(module, capsys, *foreign, "--temperatures", 1, 2)
-    assert not out.exists()
-    with h5py.File(mine, "a") as file:
-        file.attrs["facts"] = json.dumps({"vocab_size": 400})
-    assert "the facts it states lack top_k" in refused(module, capsys, "from", mine, out)
-    with h5py.File(mine, "a") as file:
-        file.attrs["facts"] = "us"
-    assert "attribute facts is no JSON object" in refused(module, capsys, "from", mine, out)
-
-
-def test_suspicious_numbers_are_said_aloud(folder, tmp_path, capsys):
-    mine = Handmade("logits")
-    normalised = np.log(torch.tensor(mine.values.astype(np.float64)).softmax(-1).numpy())
-    mine.indices[:, :, 0] = mine.input_ids  # the best entry is the token itself
-    mine.indices[:, :, 1:] = (mine.input_ids[:, :, None] + np.arange(1, TOP_K)) % VOCABULARY
-    source = mine.write(tmp_path / "mine.h5", topk_values=normalised)
-    convert(source, tmp_path / "out", "--tokenizer", folder, "--values", "logprobs")
-    said = capsys.readouterr().err
-    assert "sums to 1; normalised over its entries? then --values logits" in said
-    assert "are the rows shifted by one?" in said and "the teacher is unknown, so train will refuse" in said
-
-
-def test_killed_and_started_again_gives_the_same(stored, tmp_path, capsys, monkeypatch):
-    whole = convert(stored, tmp_path / "whole")
+def test_killed_and_started_again_gives_the_same(hdf5, tmp_path, capsys, monkeypatch):
+    whole = convert(hdf5, tmp_path / "whole")
     foreign = tool("foreign")
     sample_of = foreign.sample_of
     calls = itertools.count()
@@ -486,7 +296,7 @@ def test_killed_and_started_again_gives_the_same(stored, tmp_path, capsys, monke
 
     monkeypatch.setattr(foreign, "sample_of", dies)
     with pytest.raises(KeyboardInterrupt):
-        convert(stored, tmp_path / "out")
+        convert(hdf5, tmp_path / "out")
     assert sorted(p.name for p in (tmp_path / "out").glob("shard*")) == ["shard-00000.json", "shard-00000.tar"]
     with pytest.raises(UserError, match="not finished"):
         ShardSet(tmp_path / "out")
@@ -494,55 +304,13 @@ def test_killed_and_started_again_gives_the_same(stored, tmp_path, capsys, monke
     monkeypatch.setattr(
         foreign, "sample_of", lambda row, reading: numbers.append(row.number) or sample_of(row, reading)
     )
-    assert "holds something else already" in refused(module, capsys, "from", stored, tmp_path / "out", "--pmin", 0.1)
+    assert "holds something else already" in refused(module, capsys, "from", hdf5, tmp_path / "out", "--pmin", 0.1)
     numbers.clear()
-    convert(stored, tmp_path / "out")
+    convert(hdf5, tmp_path / "out")
     assert numbers[SAMPLES:] == [4, 5, 6, 7, 8]
     assert files(tmp_path / "out") == files(whole.folder)
-    convert(stored, tmp_path / "out")
+    convert(hdf5, tmp_path / "out")
     assert "is finished already" in capsys.readouterr().err
-
-
-def test_what_exists_stays(shards, stored, tmp_path, capsys):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "precious").write_text("mine")
-    assert "exists already" in refused(module, capsys, "from", stored, tmp_path / "out")
-    assert "exists already" in refused(module, capsys, "to", shards.folder, tmp_path / "out" / "precious")
-    assert "holds something else already" in refused(module, capsys, "from", stored, shards.folder)
-    assert files(tmp_path / "out") == {"precious": b"mine"}
-
-
-def test_profiles_without_a_place_are_refused_or_said(tokenizer, shards, tmp_path, capsys):
-    tokens = token_shards(tmp_path / "tokens", shards)
-    assert "holds tokens alone" in refused(module, capsys, "to", tokens.folder, tmp_path / "out.h5")
-    sampled = make_shards(tmp_path / "sampled", tokenizer, profile="sampled", draws=9)
-    assert "holds draws alone" in refused(module, capsys, "to", sampled.folder, tmp_path / "out.h5")
-    assert not (tmp_path / "out.h5").exists()
-    hybrid = make_shards(tmp_path / "hybrid", tokenizer, profile="hybrid", draws=9)
-    module.main(["to", str(hybrid.folder), str(tmp_path / "out.h5")])
-    assert "the draws are left out" in capsys.readouterr().err
-    found = convert(tmp_path / "out.h5", tmp_path / "out")
-    assert_alike(found, hybrid)
-    assert (found.facts["profile"], found.facts["draws"]) == ("topk", 0) and found[0].targets.draw_ids.shape[1] == 0
-
-
-def test_another_tokenizer_and_a_corrected_teacher(tokenizer, stored, folder, teacher_of, tmp_path, capsys):
-    argv = ["--tokenizer", folder, "--teacher", "right/one", "--revision", "r2", "--part", "holdout", "--levels", 200]
-    found = convert(stored, tmp_path / "out", *argv)
-    assert found.facts["teacher"] == {"id": "right/one", "revision": "r2", "weights": "0123456789abcdef"}
-    assert found.facts["tokens"]["part"] == "holdout" and found.facts["levels"] == 200
-    assert found.facts["tokens"]["tokenizer"] == tokenizer_facts(tokenizer)
-    said = refused(module, capsys, "from", stored, tmp_path / "other", "--tokenizer", teacher_of)
-    assert "is another than" in said
-
-
-@pytest.fixture
-def teacher_of(tmp_path, documents) -> Path:
-    """Another tokenizer's folder."""
-    from megakd.models.tiny import train_tokenizer
-
-    train_tokenizer(documents[:5], 300).save_pretrained(tmp_path / "another")
-    return tmp_path / "another"
 
 
 def test_help_has_examples(capsys):

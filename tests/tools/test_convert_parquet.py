@@ -1,6 +1,7 @@
 import itertools
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,28 +11,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megakd.cli import run_verb
 from megakd.config import ObjectiveConfig
-from megakd.data.shards import ShardSet
 from megakd.errors import UserError
 from megakd.objectives.cached import check_support, stored_in
 from tests.conftest import VOCABULARY, files
-from tests.tools.examples import LENGTH, SAMPLES, assert_alike, head, make_shards, random_logits, refused, tool, window
+from tests.tools.examples import LENGTH, SAMPLES, assert_alike, converted, head, random_logits, refused, tool, window
 
 module = tool("convert_parquet")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, tokenizer) -> Path:
-    """A tokenizer's folder."""
-    path = tmp_path_factory.mktemp("tokenizer")
-    tokenizer.save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory, tokenizer) -> ShardSet:
-    return make_shards(tmp_path_factory.mktemp("shards"), tokenizer)
+convert = partial(converted, module)
 
 
 @pytest.fixture(scope="module")
@@ -67,12 +54,6 @@ def write(path: Path, rows: list[dict[str, Any]], **types: pa.DataType) -> Path:
         table = table.set_column(table.schema.get_field_index(name), name, table[name].cast(kind))
     pq.write_table(table, path, row_group_size=2)
     return path
-
-
-def convert(source: Path, out: Path, *argv: object) -> ShardSet:
-    module.main([str(arg) for arg in ("from", source, out, *argv)])
-    run_verb(["inspect", str(out), "--verify"])
-    return ShardSet(out)
 
 
 def test_datasets_reads_the_file(shards, stored, tmp_path):
