@@ -12,7 +12,6 @@ sidecars carry a checksum of themselves.
 import errno
 import io
 import os
-import shutil
 import tarfile
 import tempfile
 import zlib
@@ -154,7 +153,8 @@ class ShardSet:
     """Random access to the samples of a folder of shards, in manifest order; threads may share it.
 
     Opening reads the manifest and every sidecar and compares tar sizes; reading checks each sample's crc32.
-    Anything missing, cut short or changed is a UserError that names shard and sample (DamagedSample).
+    Anything missing, cut short or changed is a UserError that names the shard; a sample whose bytes are lost or changed
+    is a DamagedSample, which names both.
     growing: shards may be missing while a capture still runs; `missing` says which of them samples need.
     tolerant: a tar may be cut short; its samples beyond the cut are then damaged one by one.
     scratch: a folder on a local disk, to which a shard is copied when it is first read, at most `copies` at a time.
@@ -237,12 +237,8 @@ class ShardSet:
     def members(self, index: int) -> Members:
         """The bytes of a sample, checked by its crc32 and not decoded."""
         entry, number = self.entry(index), self._shard(index)
-        try:
-            file = self._open(number)  # held while it is read: another thread may take it out of the table
-            chunk = os.pread(file.number, entry.size, entry.offset)
-        except OSError as error:
-            reason = error.strerror or error
-            raise DamagedSample(f"{self.place(index)}: cannot be read: {reason}; {self._again()}") from error
+        file = self._open(number)  # held while it is read: another thread may take it out of the table
+        chunk = _read(file, entry.size, entry.offset, self.place(index))
         if zlib.crc32(chunk) != entry.crc32:
             raise DamagedSample(f"{self.place(index)}: checksum does not match; {self._again()}")
         return _members(entry.key, chunk)
@@ -257,28 +253,43 @@ class ShardSet:
                     del self._files[next(iter(self._files))]
                 path = self.folder / f"{self.names[number]}.tar"
                 try:
-                    self._files[number] = self._copy(path) if self.scratch else _Descriptor(path)
+                    self._files[number] = self._opened(path)
                 except OSError as error:
-                    if error.errno != errno.EMFILE or not self._files:
-                        raise
-                    self._files.clear()  # fewer may be open than we thought
-                    self._files[number] = self._copy(path) if self.scratch else _Descriptor(path)
+                    advice = f"; {_maker(self.folder)}" if error.errno == errno.ENOENT else ""
+                    raise UserError(f"{path}: cannot be opened: {error.strerror or error}{advice}") from error
             return self._files[number]
 
+    def _opened(self, path: Path) -> "_Descriptor":
+        make = self._copy if self.scratch else _Descriptor
+        try:
+            return make(path)
+        except OSError as error:
+            if error.errno != errno.EMFILE or not self._files:
+                raise
+            self._files.clear()  # fewer may be open than we thought
+            return make(path)
+
     def _copy(self, path: Path) -> "_Descriptor":
-        """An open copy on the scratch disk without a name there: it goes when it is closed, or the process ends."""
+        """An open copy on the scratch disk without a name there: it goes when it is closed, or the process ends.
+
+        A tar that its disk cannot read to the end is read where it lies, where each sample tells whether it is lost.
+        """
         assert self.scratch is not None
-        with path.open("rb") as source:
-            try:
-                with tempfile.TemporaryFile(dir=self.scratch) as copy:
-                    shutil.copyfileobj(source, copy, 1 << 24)
-                    copy.flush()
-                    return _Descriptor(copy.fileno())
-            except OSError as error:
-                reason = error.strerror or error
-                raise UserError(
-                    f"{self.scratch}: cannot take a copy of {path}: {reason}; see stream.scratch"
-                ) from error
+        source, size = _Descriptor(path), 0
+        try:
+            with tempfile.TemporaryFile(dir=self.scratch) as copy:
+                # what _read raises is no OSError: those are the scratch disk's
+                while chunk := _read(source, 1 << 24, size, str(path)):
+                    size += copy.write(chunk)
+                copy.flush()
+                return _Descriptor(copy.fileno())
+        except DamagedSample:
+            return source
+        except OSError as error:
+            if error.errno == errno.EMFILE:
+                raise
+            reason = error.strerror or error
+            raise UserError(f"{self.scratch}: cannot take a copy of {path}: {reason}; see stream.scratch") from error
 
     def blank(self) -> Sample:
         """A sample of one position without a label, in the place of one that is damaged."""
@@ -317,6 +328,15 @@ class _Descriptor:
     def __del__(self) -> None:
         if hasattr(self, "number"):
             os.close(self.number)
+
+
+def _read(file: _Descriptor, size: int, offset: int, place: str) -> bytes:
+    """Bytes of a tar, fewer at its end. A disk that has lost them is damage; any other error is not the sample's."""
+    try:
+        return os.pread(file.number, size, offset)
+    except OSError as error:
+        kind = DamagedSample if error.errno == errno.EIO else UserError
+        raise kind(f"{place}: cannot be read: {error.strerror or error}") from error
 
 
 def _layout(folder: Path, facts: dict[str, Any]) -> codec.Layout | None:
