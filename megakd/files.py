@@ -134,10 +134,11 @@ def read_sealed(path: Path, kind: str, version: int) -> dict[str, Any]:
 
 
 def append_json(path: Path, value: Any) -> None:
-    """Append one line of JSON; a last line that a kill cut short is taken away first."""
+    """Append one line of JSON, one process at a time; a last line that a kill cut short is taken away first."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # else what another has half written looks like what a kill cut short
             _drop_cut_line(file)
             file.write((json.dumps(value, ensure_ascii=False) + "\n").encode())
     except OSError as error:

@@ -206,6 +206,36 @@ def test_appending_after_a_cut_line_spoils_no_row(tmp_path):
     assert read_json_lines(path) == [{"step": 1}, {"step": 2, "loss": 0.5}, {"step": 3}]
 
 
+APPEND = """if True:
+    import sys
+    from pathlib import Path
+    from megakd.files import append_json
+    sys.stdin.read(1)
+    for number in range(1500):
+        append_json(Path(sys.argv[1]), [int(sys.argv[2]), number, "x" * (number % 7 * 3000)])
+"""
+
+
+def test_processes_that_append_to_one_file_lose_no_line(tmp_path):
+    """Long lines go to the file in several writes; one that was not whole was taken for one that a kill cut short."""
+    path = tmp_path / "history.jsonl"
+    writers = [
+        subprocess.Popen([sys.executable, "-c", APPEND, str(path), str(number)], stdin=subprocess.PIPE)
+        for number in range(4)
+    ]
+    for writer in writers:  # all at once
+        assert writer.stdin is not None
+        writer.stdin.write(b"x")
+        writer.stdin.flush()
+    for writer in writers:
+        writer.communicate(timeout=300)
+        assert writer.returncode == 0
+    found = [(writer, number) for writer, number, _ in read_json_lines(path)]
+    assert sorted(found) == [(writer, number) for writer in range(4) for number in range(1500)]
+    for writer in range(4):
+        assert [n for w, n in found if w == writer] == list(range(1500))  # in the order in which it wrote them
+
+
 def test_a_broken_line_in_the_middle_is_named(tmp_path):
     path = tmp_path / "x.jsonl"
     for content in (
