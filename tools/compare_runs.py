@@ -1,12 +1,16 @@
 """Compare the metrics of two runs step by step; exit 0 when every loss is equal within a tolerance, else 1.
 
+A metric that neither run has is left blank; one that a single run has, or that is NaN, is no equal one.
+
 python tools/compare_runs.py runs/a runs/b
 python tools/compare_runs.py runs/a runs/b --tolerance 0        # resumed against uninterrupted: bit-equal
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
+from typing import Any
 
 from megakd.files import read_json_lines
 from megakd.log import table
@@ -26,17 +30,20 @@ def main() -> None:
         {row["step"]: row for row in read_json_lines(run / "metrics.jsonl")} for run in (args.run, args.other)
     )
     steps = sorted(mine.keys() & theirs.keys())
-    worst = {name: max((abs(mine[s][name] - theirs[s][name]) for s in steps), default=0.0) for name in NAMES}
-    print(
-        table(
-            [f"{len(steps)} common steps", "largest difference"],
-            [[name, f"{value:.3g}"] for name, value in worst.items()],
-        )
-    )
+    worst = {name: largest([(mine[step], theirs[step]) for step in steps], name) for name in NAMES}
+    rows = [[name, "" if value is None else f"{value:.3g}"] for name, value in worst.items()]
+    print(table([f"{len(steps)} common steps", "largest difference"], rows))
     alone = sorted(mine.keys() ^ theirs.keys())
     if alone:
         print(f"steps in one run only: {alone[:10]}")
-    sys.exit(0 if steps and not alone and max(worst.values()) <= args.tolerance else 1)
+    equal = all(value is None or value <= args.tolerance for value in worst.values())
+    sys.exit(0 if steps and not alone and equal else 1)
+
+
+def largest(pairs: list[tuple[dict[str, Any], dict[str, Any]]], name: str) -> float | None:
+    """The largest difference of a metric over rows of the same step; infinite where one row lacks it or holds NaN."""
+    found = [abs(a.get(name, math.nan) - b.get(name, math.nan)) for a, b in pairs if name in a or name in b]
+    return max((math.inf if math.isnan(each) else each for each in found), default=None)
 
 
 if __name__ == "__main__":

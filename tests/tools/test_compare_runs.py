@@ -29,3 +29,32 @@ def test_equal_runs_pass_and_different_ones_do_not(tmp_path):
     assert done.returncode == 1 and "0.1" in done.stdout
     done = compare(first, shorter)
     assert done.returncode == 1 and "[3]" in done.stdout
+
+
+def write(folder: Path, rows: list[dict[str, float]]) -> Path:
+    for step, row in enumerate(rows, 1):
+        append_json(folder / "metrics.jsonl", {"step": step, **row})
+    return folder
+
+
+def cell(output: str, name: str) -> str:
+    """What the table says of a metric."""
+    return next(line for line in output.splitlines() if line.split()[:1] == [name]).removeprefix(name).strip()
+
+
+def test_a_metric_that_neither_run_has_is_blank(tmp_path):
+    """KL at T = 1, where draws at another temperature are all that is stored; a step without any loss."""
+    row = {"loss": 2.0, "ce": 1.0, "kl": 0.5, "lr": 1e-3}
+    first, same = (write(tmp_path / name, [row, row, {"lr": 1e-3}]) for name in "ab")
+    done = compare(first, same)
+    assert done.returncode == 0 and cell(done.stdout, "kl_t1") == "" and cell(done.stdout, "kl") == "0"
+
+
+def test_a_metric_of_one_run_alone_or_without_a_number_is_a_difference(tmp_path):
+    row = {"loss": 2.0, "ce": 1.0, "kl": 0.5, "lr": 1e-3}
+    first = write(tmp_path / "a", [row, row, row])
+    for name, other in (("b", [row, {**row, "kl_t1": 0.5}, row]), ("c", [row, row, {**row, "kl_t1": float("nan")}])):
+        done = compare(first, write(tmp_path / name, other))
+        assert done.returncode == 1 and cell(done.stdout, "kl_t1") == "inf"
+    broken = write(tmp_path / "d", [{**row, "loss": float("nan")}] * 3)
+    assert cell(compare(first, broken).stdout, "loss") == "inf" and compare(broken, broken).returncode == 1
