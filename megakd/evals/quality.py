@@ -18,7 +18,8 @@ class Quality(NamedTuple):
     """Means over the labelled positions of the hold-out.
 
     kl: KL(teacher || model) at T = 1 in nats, tokens that are not stored as one bucket: a lower bound of the full KL.
-    top1: share of positions where both put the same token first.
+    top1: share of positions where the model's first token is a first one of the teacher: rounding in storage makes
+        neighbours equal, and every token whose stored probability is the largest of its position counts as first.
     topk: share of the teacher's n stored tokens of a position that are among the model's first n.
     bits_per_byte: NLL in bits times tokens a byte of text; comparable across tokenizers.
     """
@@ -74,12 +75,12 @@ def batch_sums(logits: Tensor, batch: Batch) -> Tensor:
     nll = torch.nn.functional.cross_entropy(logits_NV, labels_N, reduction="sum")
     kl = topk_kl(logits_NV, ids_NK, logprobs_NK, targets.log_tails[..., 0][counted], 1.0, "ghost").sum()
     mine_NK = logits_NV.topk(ids_NK.shape[-1]).indices
-    first_N1 = logprobs_NK.argmax(1, keepdim=True)
-    top1 = (mine_NK[:, :1] == ids_NK.gather(1, first_N1)).sum()
+    first_NK = logprobs_NK == logprobs_NK.amax(1, keepdim=True)
+    top1 = ((ids_NK == mine_NK[:, :1]) & first_NK).any(1).sum()
     kept_NK = logprobs_NK > -torch.inf
     kept_N1 = kept_NK.sum(1, keepdim=True)
     # as many of the model's first as the teacher has stored at the position
-    first_NK = (torch.arange(ids_NK.shape[1]) < kept_N1).to(logits_NV.dtype)
-    among_NK = torch.zeros_like(logits_NV).scatter(1, mine_NK, first_NK).gather(1, ids_NK)
+    counted_NK = (torch.arange(ids_NK.shape[1]) < kept_N1).to(logits_NV.dtype)
+    among_NK = torch.zeros_like(logits_NV).scatter(1, mine_NK, counted_NK).gather(1, ids_NK)
     overlap = ((among_NK * kept_NK).sum(1) / kept_N1[:, 0]).sum()
     return torch.stack([nll.double(), kl.double(), top1.double(), overlap.double(), counted.sum().double()])

@@ -37,8 +37,8 @@ def reference_sums(logits: Tensor, batch: Batch) -> list[float]:
         kl += sum(math.exp(x) / mass * math.log(math.exp(x) / mass / math.exp(log_q[i])) for i, x in head.items())
         kl += tail / mass * math.log(tail / mass / rest) if tail else 0.0
         mine = sorted(range(len(log_q)), key=lambda i: -log_q[i])[: len(head)]
-        # of entries that are stored as equally probable, the first counts
-        top1 += mine[0] == max(head, key=lambda i: head[i])
+        # all that are stored as the most probable are first
+        top1 += mine[0] in [i for i, x in head.items() if x == max(head.values())]
         overlap += len(set(mine) & set(head)) / len(head)
         positions += 1
     return [nll, kl, top1, overlap, positions]
@@ -77,6 +77,20 @@ def test_a_model_equal_to_its_teacher_agrees_wholly():
     assert top1 == overlap == positions and abs(kl) < 1e-5
 
 
+def test_any_of_the_tokens_that_rounding_made_equal_is_first():
+    """Two stored at 0.4, one at 0.1: the model may put either of the two first, wherever they stand in the row."""
+    ids = torch.tensor([[3, 7, 5, 3]])
+    targets = [ids, torch.tensor([[0.1, 0.4, 0.4, 0.0]]).log(), torch.tensor([[0.1]]).log()]
+    empty, zero = torch.zeros(1, 0), torch.zeros(1)
+    batch = Batch(*(torch.zeros(1, 1, dtype=torch.int64),) * 3, TeacherTargets(
+        *(field[None] for field in (*targets, empty.int(), empty, zero, zero))
+    ))  # fmt: skip
+    for token, agrees in ((7, 1), (5, 1), (3, 0), (0, 0)):
+        logits = torch.zeros(1, 1, 9)
+        logits[..., token] = 5
+        assert batch_sums(logits, batch)[2] == agrees
+
+
 @pytest.mark.parametrize("noise", [0.0, 0.5, 3.0])
 def test_sums_are_those_of_the_reference(holdout, teacher, noise):
     batch = collate([holdout[i] for i in range(3)], 37)
@@ -85,8 +99,7 @@ def test_sums_are_those_of_the_reference(holdout, teacher, noise):
     logits = logits + noise * torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))
     expected = reference_sums(logits, batch)
     assert batch_sums(logits, batch).tolist() == pytest.approx(expected, rel=1e-4, abs=1e-3)
-    # without noise only what rounding made equal is out of order
-    assert (expected[2] < 0.96 * expected[4]) == (noise > 0)
+    assert (expected[2] < 0.98 * expected[4]) if noise else (expected[2] == expected[4])
 
 
 def test_the_teacher_agrees_with_itself(holdout, teacher):
@@ -99,7 +112,7 @@ def test_the_teacher_agrees_with_itself(holdout, teacher):
     stored = [x for part in labelled for x in part.tolist()]
     assert quality.positions == len(stored) == sum(holdout.entry(i).labels for i in range(len(holdout)))
     assert 0 <= quality.kl < 2e-4
-    assert quality.top1 > 0.97
+    assert quality.top1 == 1.0
     assert quality.topk > 0.99
     assert quality.perplexity == pytest.approx(math.exp(sum(stored) / len(stored)), rel=1e-2)
     assert quality.nll == pytest.approx(math.log(quality.perplexity), rel=1e-9)
