@@ -53,6 +53,11 @@ class Teacher(nn.Module):
     def _check(self, whole: Any, tokens_BT: Tensor) -> None:
         """Logits from hidden states and head are the model's own: no soft cap or scale of its family is left out."""
         theirs = whole(tokens_BT, use_cache=False).logits.float()
+        if theirs.isnan().any():
+            dtype = str(self.lm_head.weight.dtype).removeprefix("torch.")
+            small = f" or too large for {dtype}: try logits.dtype=float32 in a new run" if dtype != "float32" else ""
+            place = getattr(whole, "name_or_path", "") or self.config.model_type
+            raise UserError(f"{place}: the teacher answers the first batch with NaN; its weights are damaged{small}")
         ours = self.lm_head(self.model(tokens_BT, use_cache=False).last_hidden_state).float()
         if not torch.allclose(theirs, ours, atol=1e-2 * float(theirs.abs().max()), rtol=0):
             raise UserError(

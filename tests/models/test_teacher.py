@@ -15,6 +15,7 @@ from megakd.data.batches import collate
 from megakd.data.records import IGNORED, Sample, TeacherTargets
 from megakd.errors import UserError
 from megakd.models import teacher as teacher_module
+from megakd.models.hub import load_model
 from megakd.models.teacher import Teacher, batch_targets, draw, targets_from_logits
 from megakd.models.tiny import tiny_moe_config
 
@@ -400,6 +401,21 @@ def test_a_family_whose_logits_are_not_its_heads_is_refused(change):
     with pytest.raises(UserError, match=r"qwen3_moe: logits are not.*cannot be captured") as caught:
         batch_targets(Teacher(Altered(model, CHANGES[change]), CONFIGS[0], REAL), batch, torch.zeros(1, 20), CPU)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype, advice", [("float32", False), ("bfloat16", True), ("float16", True)])
+def test_a_teacher_that_gives_nan_is_named(tmp_path, dtype, advice):
+    """At the first check already, where it was a traceback about tolerances."""
+    tiny().save_pretrained(tmp_path)
+    model = load_model(tmp_path, getattr(torch, dtype))
+    with torch.no_grad():
+        model.model.layers[0].input_layernorm.weight[3] = torch.nan
+    batch = collate([sample("a", 20, [0])], 20)
+    with pytest.raises(UserError) as caught:
+        batch_targets(Teacher(model, CONFIGS[0], REAL), batch, torch.zeros(1, 20), CPU)
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path}: the teacher answers") and "NaN" in message and "damaged" in message
+    assert (f"too large for {dtype}: try logits.dtype=float32" in message) == advice and "\n" not in message
 
 
 def test_the_check_adds_no_parameters():
