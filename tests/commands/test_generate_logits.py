@@ -35,6 +35,17 @@ def empty(sibling) -> Run:
     return run
 
 
+@pytest.fixture
+def owner(sibling) -> Run:
+    """A run with logits of its own."""
+    run = sibling()
+    link = run.path("data", "logits")
+    source = link.resolve()
+    link.unlink()
+    shutil.copytree(source, link)
+    return run
+
+
 def stored(run: Run) -> dict[str, bytes]:
     return files(run.path("data", "logits").resolve())
 
@@ -75,37 +86,28 @@ def test_parts_make_the_whole_in_any_order(empty, prepared, capsys):
     assert stored(empty) == files((prepared / "data" / "logits").resolve())
 
 
-def test_reread_redoes_what_is_damaged_and_nothing_else(sibling, prepared, capsys):
-    run = sibling()
-    link = run.path("data", "logits")
-    source = link.resolve()
-    link.unlink()
-    shutil.copytree(source, link)
-    tar = link / "train" / "shard-00001.tar"
+def test_reread_redoes_what_is_damaged_and_nothing_else(owner, prepared):
+    train = owner.path("data", "logits", "train")
+    tar = train / "shard-00001.tar"
     data = bytearray(tar.read_bytes())
     data[len(data) // 2] ^= 1
     tar.write_bytes(data)
-    megakd("generate-logits", run.folder)
+    megakd("generate-logits", owner.folder)
     assert tar.read_bytes() == bytes(data)  # its size is right: without --reread nobody looks
-    before = {path.name: path.stat().st_mtime_ns for path in (link / "train").glob("*.tar")}
-    megakd("generate-logits", run.folder, "--reread")
-    after = {path.name: path.stat().st_mtime_ns for path in (link / "train").glob("*.tar")}
+    before = {path.name: path.stat().st_mtime_ns for path in train.glob("*.tar")}
+    megakd("generate-logits", owner.folder, "--reread")
+    after = {path.name: path.stat().st_mtime_ns for path in train.glob("*.tar")}
     assert [name for name in sorted(before) if before[name] != after[name]] == ["shard-00001.tar"]
-    assert stored(run) == files((prepared / "data" / "logits").resolve())
+    assert stored(owner) == files((prepared / "data" / "logits").resolve())
 
 
 @pytest.mark.parametrize("content", ["{}", '{"format": "megakd-shards", "version": 1}', "edited"])
-def test_a_damaged_manifest_is_written_again(sibling, prepared, content):
+def test_a_damaged_manifest_is_written_again(owner, prepared, content):
     """The sidecars know all that it says."""
-    run = sibling()
-    link = run.path("data", "logits")
-    source = link.resolve()
-    link.unlink()
-    shutil.copytree(source, link)
-    path = link / "train" / "manifest.json"
+    path = owner.path("data", "logits", "train", "manifest.json")
     path.write_text(path.read_text().replace('"complete"', '"completed"') if content == "edited" else content)
-    megakd("generate-logits", run.folder)
-    assert stored(run) == files((prepared / "data" / "logits").resolve())
+    megakd("generate-logits", owner.folder)
+    assert stored(owner) == files((prepared / "data" / "logits").resolve())
 
 
 def test_progress_of_six_workers_counts_every_shard_once(tmp_path, monkeypatch):
@@ -177,14 +179,9 @@ def test_max_tokens_must_be_positive(empty, limit):
     assert not empty.path("data", "logits").exists()
 
 
-def test_a_smaller_limit_takes_nothing_away_from_what_is_captured(sibling):
-    run = sibling()
-    link = run.path("data", "logits")
-    source = link.resolve()
-    link.unlink()
-    shutil.copytree(source, link)
-    megakd("generate-logits", run.folder, "--max-tokens=100")
-    assert len(manifest(run)["shards"]) == 5
+def test_a_smaller_limit_takes_nothing_away_from_what_is_captured(owner):
+    megakd("generate-logits", owner.folder, "--max-tokens=100")
+    assert len(manifest(owner)["shards"]) == 5
 
 
 def test_a_sibling_with_another_seed_does_not_overwrite_the_draws_it_shares(empty, tmp_path):

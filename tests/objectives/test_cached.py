@@ -228,28 +228,24 @@ def test_padding_of_the_vocabulary_has_no_effect(student, batch):
     assert wrong["ce"] > 1.01 * found["ce"]
 
 
+NO_TAIL = "objective.temperature: the logits carry tails for T = 1, 2, not 3"
+NO_DRAWS = "objective.tail: {} needs draws, these logits hold none"
+NO_HEAD = "objective.tail: {} needs the teacher's most probable tokens"
+OTHER_DRAWS = "objective.temperature: the draws were made at T = {}, not {}"
+TO_TRUNCATED = "add it to logits.temperatures in a new run, or set objective.tail=truncated"
+TO_GHOST = "set objective.tail=ghost, or capture with logits.profile={} in a new run"
+TO_SAMPLED = "set objective.tail=sampled, or capture with logits.profile=topk or hybrid in a new run"
+TO_OTHER_DRAWS = "capture with logits.draw_temperature={} in a new run"
 REFUSED = [
-    # what is stored, tail, temperature; where the message begins, and what it says to do instead
-    ("topk", 2.0, "ghost", 3.0, "objective.temperature: the logits carry tails for T = 1, 2, not 3",
-     "add it to logits.temperatures in a new run, or set objective.tail=truncated"),
-    ("hybrid", 2.0, "ghost", 3.0, "objective.temperature: the logits carry tails for T = 1, 2, not 3",
-     "add it to logits.temperatures in a new run, or set objective.tail=truncated"),
-    ("hybrid", 2.0, "hybrid", 3.0, "objective.temperature: the logits carry tails for T = 1, 2, not 3",
-     "logits.temperatures"),
-    ("topk", 2.0, "sampled", 2.0, "objective.tail: sampled needs draws, these logits hold none",
-     "set objective.tail=ghost, or capture with logits.profile=sampled in a new run"),
-    ("topk", 2.0, "hybrid", 2.0, "objective.tail: hybrid needs draws, these logits hold none",
-     "set objective.tail=ghost, or capture with logits.profile=hybrid in a new run"),
-    ("sampled", 2.0, "ghost", 2.0, "objective.tail: ghost needs the teacher's most probable tokens",
-     "set objective.tail=sampled, or capture with logits.profile=topk or hybrid in a new run"),
-    ("sampled", 2.0, "truncated", 2.0, "objective.tail: truncated needs the teacher's most probable tokens",
-     "set objective.tail=sampled, or capture with logits.profile=topk or hybrid in a new run"),
-    ("sampled", 2.0, "hybrid", 2.0, "objective.tail: hybrid needs the teacher's most probable tokens",
-     "set objective.tail=sampled, or capture with logits.profile=topk or hybrid in a new run"),
-    ("sampled", 2.0, "sampled", 1.0, "objective.temperature: the draws were made at T = 2, not 1",
-     "capture with logits.draw_temperature=1 in a new run"),
-    ("hybrid", 1.0, "hybrid", 2.0, "objective.temperature: the draws were made at T = 1, not 2",
-     "capture with logits.draw_temperature=2 in a new run"),
+    # what is stored, drawn at which T; tail, temperature; where the message begins, and what it says to do instead
+    ("topk", 2.0, "ghost", 3.0, NO_TAIL, TO_TRUNCATED),
+    ("hybrid", 2.0, "ghost", 3.0, NO_TAIL, TO_TRUNCATED),
+    ("hybrid", 2.0, "hybrid", 3.0, NO_TAIL, "logits.temperatures"),
+    ("topk", 2.0, "sampled", 2.0, NO_DRAWS.format("sampled"), TO_GHOST.format("sampled")),
+    ("topk", 2.0, "hybrid", 2.0, NO_DRAWS.format("hybrid"), TO_GHOST.format("hybrid")),
+    *(("sampled", 2.0, tail, 2.0, NO_HEAD.format(tail), TO_SAMPLED) for tail in ("ghost", "truncated", "hybrid")),
+    ("sampled", 2.0, "sampled", 1.0, OTHER_DRAWS.format(2, 1), TO_OTHER_DRAWS.format(1)),
+    ("hybrid", 1.0, "hybrid", 2.0, OTHER_DRAWS.format(1, 2), TO_OTHER_DRAWS.format(2)),
     ("hybrid", 2.0, "sampled", 2.0, "objective.tail: these draws are from what is outside the head",
      "set objective.tail=hybrid, or capture with logits.profile=sampled in a new run"),
 ]  # fmt: skip
