@@ -153,7 +153,7 @@ class StageWatch:
             left = (now - self.start) / (stage_step - self.first_step) * (self.steps - stage_step)
             parts = [
                 f"{self.stage} {stage_step}/{self.steps} {stage_step / self.steps:.0%}",
-                " ".join(f"{name} {value:.4f}" for name, value in means.items()),
+                " ".join(f"{name} {value:.4f}" for name, value in means.items()) or "nothing to learn from",
                 f"lr {lr:.2e}",
                 f"grad {norm:.2f}",
                 f"{short(speed)} tokens/s",

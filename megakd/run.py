@@ -8,7 +8,7 @@ from typing import Any
 
 from megakd.config import RunConfig, apply_overrides, flatten, is_live, load_recipe, parse
 from megakd.errors import UserError
-from megakd.files import append_json, read_json, shipped, write_json
+from megakd.files import append_json, read_json, read_json_lines, shipped, write_json
 
 # What a sibling run may take over from the run it was made from, and the sections each thing depends on.
 ARTIFACTS = {
@@ -79,6 +79,10 @@ class Run:
         append_json(
             self.path("history.jsonl"), {"time": time.strftime("%FT%TZ", time.gmtime()), "event": event, **facts}
         )
+
+    def events(self, event: str) -> list[dict[str, Any]]:
+        """What `record` wrote of one kind of event, oldest first."""
+        return [row for row in read_json_lines(self.path("history.jsonl")) if row["event"] == event]
 
     @property
     def student_folder(self) -> Path:

@@ -30,7 +30,7 @@ from megakd.data.records import Batch
 from megakd.data.shards import ShardSet
 from megakd.data.stream import Stream, shards_digest, share
 from megakd.dist import StopSignals, World, close_world, join_world, read_world, seed_step, sum_over_ranks
-from megakd.engine.base import Engine
+from megakd.engine.base import Engine, StepReport
 from megakd.engine.checkpoint import (
     Progress,
     Saved,
@@ -55,7 +55,7 @@ STOPPED = 85  # exit code: stopped by a signal, checkpoint saved; schedulers req
 class Step(NamedTuple):
     """What one optimizer step needs: this rank's micro-batches, and the counted tokens of all ranks.
 
-    damaged: what is wrong with samples of this rank that were left out; lost: their tokens, still in `tokens`.
+    damaged: for each sample of this rank that was left out, what is wrong; lost: their tokens, still in `tokens`.
     """
 
     micro_batches: list[Batch]
@@ -127,7 +127,9 @@ def train_stage(
             seed_step(config.seed, progress.step, world.rank)
             factor = schedule(config.optim, progress.stage_step, steps)
             tokens, damaged = count_damage(run, step, world)
-            report = engine.step((to_device(batch, world.device) for batch in step.micro_batches), tokens, factor)
+            batches = (to_device(batch, world.device) for batch in step.micro_batches)
+            # nothing to learn from: momentum and weight decay alone must not move the weights either
+            report = engine.step(batches, tokens, factor) if tokens else StepReport({}, 0.0)
             progress = Progress(
                 stage=index,
                 stage_step=progress.stage_step + 1,
@@ -197,8 +199,9 @@ def stage_data(
             micro = share(indices, world.rank, world.size, config.optim.micro_batch)
             tokens = sum(dataset.entry(i).labels for i in indices)
             batches = [collate(reader.read(part), length) for part in micro]
-            bad = {i: reader.damaged[i] for part in micro for i in part if i in reader.damaged}
-            yield Step(batches, tokens, list(bad.values()), sum(dataset.entry(i).labels for i in bad))
+            bad = [i for part in micro for i in part if i in reader.damaged]
+            lost = sum(dataset.entry(i).labels for i in bad)
+            yield Step(batches, tokens, [reader.damaged[i] for i in bad], lost)
     finally:
         reader.close()
 
@@ -216,14 +219,21 @@ def wait_for(dataset: ShardSet, indices: list[int], world: World) -> Iterator[No
 
 
 def count_damage(run: Run, step: Step, world: World) -> tuple[int, int]:
-    """The tokens that a step really counts, over all ranks, and how many samples it left out; each is named once."""
+    """The tokens that a step really counts, over all ranks, and how many samples it left out."""
     if run.config.stream.on_damage == "raise":
         return step.tokens, 0
-    for reason in step.damaged:
-        say(f"train: left out: {reason}")
-        run.record("damaged", sample=reason)
+    name_damage(run, step.damaged)
     lost, damaged = sum_over_ranks([float(step.lost), float(len(step.damaged))], world.device)
-    return max(step.tokens - int(lost), 1), int(damaged)  # 1: the sums are 0 then, and so is the step
+    return step.tokens - int(lost), int(damaged)
+
+
+def name_damage(run: Run, reasons: list[str]) -> None:
+    """Say and record what is damaged, once a run: what history knows, from another epoch or rank, is not new."""
+    known = {event.get("sample") for event in run.events("damaged")} if reasons else set()
+    for reason in dict.fromkeys(reasons):
+        if reason not in known:
+            say(f"train: left out: {reason}")
+            run.record("damaged", sample=reason)
 
 
 def build_objective(config: RunConfig, folder: Path, dataset: ShardSet) -> CachedDistillation:
