@@ -9,6 +9,7 @@ import hashlib
 import math
 import struct
 import zlib
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -107,9 +108,13 @@ def parse(data: bytes, layout: Any) -> Record:
     by_tail, by_entropy = order(tails[0]), order(planes["entropy"])
     starts = [planes["starts"][i] + 256 * planes["starts"][i + 1] for i in range(0, 2 * header.starts, 2)]
 
-    apart = [take_id(layout.book, bucket, bits) for bucket in planes["buckets"]]
-    head = take_ids(head_planes(planes, by_tail), by_tail, layout.book, bits) if layout.top_k else []
-    draws = take_ids(draws_planes(planes, by_entropy, layout), by_entropy, layout.book, bits) if layout.draws else []
+    begins = [0, *accumulate(1 << int(width) for width in layout.book.widths)]  # of each bucket, among the ids
+    apart = [take_id(layout.book, begins, bucket, bits) for bucket in planes["buckets"]]
+    head, draws = [], []
+    if layout.top_k:
+        head = take_ids(head_planes(planes, by_tail), by_tail, layout.book, begins, bits)
+    if layout.draws:
+        draws = take_ids(draws_planes(planes, by_entropy, layout), by_entropy, layout.book, begins, bits)
     assert -(-bits.at // 8) == len(raw), (bits.at, len(raw))
 
     tokens, stored_nll, label_nll = [apart.pop(0)], from_log_bytes(planes["label_nll"]), []
@@ -213,22 +218,21 @@ def draws_planes(planes: dict[str, bytes], by_entropy: list[int], layout: Any) -
     return rows
 
 
-def take_ids(rows: Rows, row_order: list[int], book: Any, bits: Bits) -> Rows:
+def take_ids(rows: Rows, row_order: list[int], book: Any, begins: list[int], bits: Bits) -> Rows:
     """(id, value) from (gap, value) of every entry of every row."""
     found: Rows = [[] for _ in rows]
     for row in row_order:
         bucket = 0
         for gap, value in rows[row]:
             bucket += gap
-            found[row].append((take_id(book, bucket, bits), value))
+            found[row].append((take_id(book, begins, bucket, bits), value))
     return found
 
 
-def take_id(book: Any, bucket: int, bits: Bits) -> int:
+def take_id(book: Any, begins: list[int], bucket: int, bits: Bits) -> int:
     """The id at a place of a bucket; bucket b begins where the buckets before it end and holds 2^width(b) places."""
     assert bucket < 256, bucket
-    widths = [int(width) for width in book.widths]
-    place = sum(1 << width for width in widths[:bucket]) + bits.number(widths[bucket])
+    place = begins[bucket] + bits.number(int(book.widths[bucket]))
     assert place < len(book.places), (place, "beyond the vocabulary")
     return int(book.ids[place])
 
