@@ -18,6 +18,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen3MoeForCausalLM
 
+from megakd.cli import run_verb
 from megakd.data.documents import python_documents
 from megakd.data.shards import ShardSet
 from megakd.models.tiny import tiny_moe_config, train_tokenizer
@@ -124,9 +125,9 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, teacher: Path, documents: l
 def prepared(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> Path:
     """A run with student-0, tokens and logits; read-only: make siblings of it (`sibling`)."""
     folder = tmp_path_factory.mktemp("runs") / "prepared"
-    megakd("new", folder, "--from", recipe)
-    for verb in ("compress", "tokenize", "generate-logits"):
-        megakd(verb, folder)
+    run_verb(["new", str(folder), "--from", str(recipe)])
+    for verb in ("compress", "tokenize", "generate-logits"):  # in this process, which has loaded the libraries
+        run_verb([verb, str(folder)])
     return folder
 
 
