@@ -50,31 +50,36 @@ class SharedCoreExperts(nn.Module):
         The caller applies the core of down_proj to the first, [N, F], and adds the second, [N, D].
         """
         order_P = torch.argsort(expert_NA.flatten(), stable=True)
-        token_P = order_P // expert_NA.shape[1]
-        weight_P1 = weight_NA.flatten()[order_P, None]
         counts = torch.bincount(expert_NA.flatten(), minlength=self.num_experts).tolist()
-        rows = zip(*(rows_ND[token_P].split(counts) for rows_ND in (x_ND, gate_NF, up_NF)), strict=True)
-        inner, outer = [], []
-        for expert, (x, gate, up) in enumerate(rows):
-            if len(x) > 0:
-                h = self.act_fn(self._gate_or_up("gate", expert, x, gate)) * self._gate_or_up("up", expert, x, up)
-                (u, v), (u_out, p) = self._factors("input", "down", expert), self._factors("output", "down", expert)
-                inner.append(h + (h @ v) @ u.T)
-                outer.append((h @ p) @ u_out.T)
-        # under autocast the products are of another type than the sums
-        inner_PF, outer_PD = torch.cat(inner) * weight_P1, torch.cat(outer) * weight_P1
-        inner_NF = torch.zeros_like(gate_NF).index_add(0, token_P, inner_PF.to(gate_NF.dtype))
-        outer_ND = torch.zeros_like(x_ND).index_add(0, token_P, outer_PD.to(x_ND.dtype))
+        tokens = (order_P // expert_NA.shape[1]).split(counts)
+        weights = weight_NA.flatten()[order_P, None].split(counts)
+        gate_in, gate_out = self._factors("input", "gate"), self._factors("output", "gate")
+        up_in, up_out = self._factors("input", "up"), self._factors("output", "up")
+        down_in, down_out = self._factors("input", "down"), self._factors("output", "down")
+        inner_NF, outer_ND = torch.zeros_like(gate_NF), torch.zeros_like(x_ND)
+        # rows are gathered and added up expert by expert, while they are in the cache: [P, D] is never written
+        for expert, (token, weight) in enumerate(zip(tokens, weights, strict=True)):
+            if len(token) > 0:
+                x = x_ND[token]
+                gate = _gate_or_up(x, gate_NF[token], gate_in[expert], gate_out[expert])
+                up = _gate_or_up(x, up_NF[token], up_in[expert], up_out[expert])
+                h = self.act_fn(gate) * up * weight
+                (u, v), (u_out, p) = down_in[expert], down_out[expert]
+                # under autocast the products are of another type than the sums
+                inner_NF.index_add_(0, token, torch.addmm(h, h @ v, u.T).to(inner_NF.dtype))
+                outer_ND.index_add_(0, token, ((h @ p) @ u_out.T).to(outer_ND.dtype))
         return inner_NF, outer_ND
 
-    def _gate_or_up(self, projection: str, expert: int, x: Tensor, core: Tensor) -> Tensor:
-        """L C x + Q V^T x from core = C x, for one expert's rows."""
-        (q, v), (u, s) = self._factors("input", projection, expert), self._factors("output", projection, expert)
-        return core + (core @ s) @ u.T + (x @ v) @ q.T
-
-    def _factors(self, wrapper: str, projection: str, expert: int) -> tuple[Tensor, Tensor]:
+    def _factors(self, wrapper: str, projection: str) -> list[tuple[Tensor, Tensor]]:
+        """(left, right) of every expert; unbound at once, the gradient of a `left[e]` would be a whole `left`."""
         left, right = (getattr(self, f"{wrapper}_wrapper_{projection}_{side}") for side in ("left", "right"))
-        return left[expert], right[expert]
+        return list(zip(left.unbind(), right.unbind(), strict=True))
+
+
+def _gate_or_up(x: Tensor, core: Tensor, inner: tuple[Tensor, Tensor], outer: tuple[Tensor, Tensor]) -> Tensor:
+    """L C x + Q V^T x from core = C x, for one expert's rows."""
+    (q, v), (u, s) = inner, outer
+    return torch.addmm(torch.addmm(core, core @ s, u.T), x @ v, q.T)
 
 
 class SharedCoreMoeBlock(nn.Module):
