@@ -45,8 +45,8 @@ def synthetic_logits(positions: int, seed: int, vocabulary: int = SYNTHETIC_VOCA
     directions_VD = torch.randn(vocabulary, 64, generator=shape) / 8
     rank_V = torch.randperm(vocabulary, generator=shape).float() + 1
     prior_V = -1.45 * torch.log(rank_V + 2.7)
-    for start in range(0, positions, 48):  # buffers under 32 MB, which the allocator keeps
-        n = min(48, positions - start)
+    for start in range(0, positions, 8):  # small buffers, which the allocator keeps
+        n = min(8, positions - start)
         context_ND = torch.randn(n, 64, generator=noise) * 2.7 * torch.exp(0.3 * torch.randn(n, 1, generator=noise))
         logits = context_ND @ directions_VD.T
         logits += prior_V

@@ -26,6 +26,7 @@ import math
 import struct
 import threading
 import zlib
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -71,7 +72,7 @@ def encode(sample: Sample, layout: Layout) -> bytes:
     targets, book = sample.targets, layout.book
     assert targets is not None, sample.key
     positions, places = len(sample.tokens) - 1, book.places[sample.tokens]
-    sets, entropy = [], _log_bytes(targets.entropy)
+    sets, entropy = [], _log_bytes(targets.entropy) if layout.draws else np.empty(0, np.uint8)
     tails = np.zeros((len(layout.temperatures), positions), np.uint8)
     if layout.top_k:
         roots = np.exp(targets.logprobs * np.float32(0.5))
@@ -140,31 +141,34 @@ def decode(key: str, data: bytes, layout: Layout) -> Sample:
     untold = others if layout.top_k else positions
     content = (temperatures + bool(layout.draws) + 1) * positions + untold + 1 + others + 2 * starts
     content += bool(layout.top_k) * (2 * positions + 2 * head) + drawn + (drawn + 1) // 2 + large
-    planes = _Planes(data[HEADER.size : size], content)
+    planes = _Planes(memoryview(data)[HEADER.size : size], content)
     tails = planes.take(temperatures * positions).reshape(temperatures, positions)
     like = planes.take(positions) if layout.draws else np.zeros(0, np.uint8)
     told = _from_log_bytes(planes.take(untold))
     ids, logprobs = np.empty((positions, layout.top_k), np.int32), np.empty((positions, layout.top_k), np.float32)
-    log_tails = np.full((positions, temperatures), -np.inf, np.float32)
     draw_ids = np.empty((positions, layout.draws), np.int32)
     shares = np.empty((positions, layout.draws), np.float32)
-    shifts, sets = np.zeros(positions, np.float32), []
+    sets: list[tuple] = []
     if layout.top_k:
         counts, order = np.empty(positions, np.int32), _order(tails[0])
         counts[order] = planes.take(positions).astype(np.int32) | planes.take(positions).astype(np.int32) << 8
         gaps, values = planes.take(head), planes.take(head)
-        inverse = 1 / np.array(layout.temperatures)
-        meaning = _LOG_Q, inverse, _LOG_SHARE, _LOG_REST
-        if tails.max() > 254 or kernels.head_scales(values, counts, order, tails, *meaning, shifts, log_tails) < 0:
+        sums_TM = np.empty((positions, temperatures))
+        if tails.max() > 254 or kernels.head_sums(values, counts, order, _powers(layout.temperatures), sums_TM) < 0:
             raise DamagedRecord("a row without entries, an entry without value or a tail of everything")
+        shifts, log_tails = _scales(tails, np.log(sums_TM, out=sums_TM), layout.temperatures)
         sets.append((counts, order, gaps, values, _LOG_Q, shifts, np.float32(-np.inf), ids, logprobs))
+    else:
+        log_tails = np.full((positions, temperatures), -np.inf, np.float32)
     if layout.draws:
         gaps, pairs, many = planes.take(drawn), planes.take((drawn + 1) // 2), planes.take(large)
         counts, values, order = np.empty(positions, np.int32), np.empty(drawn, np.uint8), _order(like)
         if kernels.unpack_draws(pairs, many, layout.draws, order, counts, values) < 0:
             raise DamagedRecord(f"a row whose draws are not {layout.draws}")
         share = np.arange(256, dtype=np.float32) / np.float32(layout.draws)
-        sets.append((counts, order, gaps, values, share, np.zeros_like(shifts), np.float32(0), draw_ids, shares))
+        sets.append(
+            (counts, order, gaps, values, share, np.zeros(positions, np.float32), np.float32(0), draw_ids, shares)
+        )
     found, buckets = planes.take(positions), planes.take(1 + others)
     offsets = planes.take(2 * starts).view("<u2").astype(np.int32)
     apart, tokens = np.empty(1 + others, np.int32), np.empty(positions + 1, np.int32)
@@ -208,7 +212,7 @@ class _Set(NamedTuple):
 class _Planes:
     """The content of the zstd frame, which must be exactly `size` bytes, taken plane by plane."""
 
-    def __init__(self, frame: bytes, size: int):
+    def __init__(self, frame: memoryview, size: int):
         if not hasattr(_local, "decompressor"):  # one a thread: they are not safe to share
             _local.decompressor = zstandard.ZstdDecompressor()
         try:
@@ -291,6 +295,24 @@ def _log_bytes(values: np.ndarray) -> np.ndarray:
 
 def _from_log_bytes(data: np.ndarray) -> np.ndarray:
     return np.expm1(np.maximum(data - _DITHER[: len(data)], 0) / np.float32(LOG_STEPS))
+
+
+@lru_cache(8)
+def _powers(temperatures: tuple[float, ...]) -> np.ndarray:
+    """q^(2/T_m) of all values q, [M, 256]."""
+    return np.arange(256.0) ** (2 / np.array(temperatures)[:, None])
+
+
+def _scales(
+    tails_MT: np.ndarray, log_sums_TM: np.ndarray, temperatures: tuple[float, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The c of log p = 2 log q + c by which each row and its tail sum to 1, [T], and the log tails, [T, M]."""
+    log_rest_MT, log_tails_TM = _LOG_REST.take(tails_MT), _LOG_SHARE.take(tails_MT.T)
+    shifts = log_rest_MT[0] - log_sums_TM[:, 0]
+    for m, temperature in enumerate(temperatures):
+        if m > 0:  # s / (1 - s) of the head's sum there
+            log_tails_TM[:, m] += log_sums_TM[:, m] - log_rest_MT[m] + shifts / temperature
+    return shifts.astype(np.float32), log_tails_TM.astype(np.float32)
 
 
 def _tag(book: Book) -> int:

@@ -5,8 +5,6 @@ tests/data/reference_codec.py is the slow obvious form. Indices are unsigned on 
 whether they count from the end, which took 40 % of the time.
 """
 
-import math
-
 import numpy as np
 from numba import njit
 
@@ -204,11 +202,10 @@ def unpack_ids(chosen, ids, starts, widths, words, position, bit_end, out):
 
 
 @njit(nogil=True, cache=True)
-def head_scales(values, counts_T, order_T, tails_MT, log_q, inverse_M, log_share, log_rest, shifts_T, log_tails_TM):
-    """The c of log p = 2 log q + c by which a row and its tail sum to 1, and the log tails at each temperature.
+def head_sums(values, counts_T, order_T, powers_MN, sums_TM):
+    """Sums over each row's entries, values q of all rows in `order_T`: of q^2, then of q^(2/T_m) = powers_MN[m, q].
 
-    values: bytes q of all rows in `order_T`. inverse_M = 1/T_m, T_0 = 1; log_q[q] = 2 log q; log_share, log_rest: log
-    of s and 1 - s of a tail byte. DAMAGED when an entry has no value, or the rows have not as many entries as values.
+    DAMAGED when an entry has no value, a row no entry, or the rows have not as many entries as there are values.
     """
     at, total = 0, np.int64(0)
     for row in order_T:
@@ -216,26 +213,19 @@ def head_scales(values, counts_T, order_T, tails_MT, log_q, inverse_M, log_share
     if total != len(values):
         return DAMAGED
     for row in order_T:
-        count, tails = np.int64(counts_T[row]), tails_MT[:, row]
-        squares, plain, least = np.int32(0), np.int32(0), np.int32(255)  # whole numbers: in any order the same
+        count, squares, least = np.int64(counts_T[row]), np.int32(0), np.int32(255)
         for i in range(count):
             value = np.int32(values[U(at + i)])
             squares += value * value
-            plain += value
             least = min(least, value)
         if count <= 0 or least == 0:
             return DAMAGED
-        shift = log_rest[tails[0]] - math.log(squares)
-        shifts_T[row] = shift
-        log_tails_TM[row, 0] = log_share[tails[0]]
-        for m in range(1, len(inverse_M)):
-            head = math.log(plain)
-            if inverse_M[m] != 0.5:
-                powers = 0.0
-                for i in range(count):
-                    powers += math.exp(log_q[values[U(at + i)]] * inverse_M[m])
-                head = math.log(powers)
-            log_tails_TM[row, m] = log_share[tails[m]] - log_rest[tails[m]] + head + shift * inverse_M[m]
+        sums_TM[row, 0] = squares
+        for m in range(1, len(powers_MN)):
+            power = 0.0
+            for i in range(count):
+                power += powers_MN[m, U(values[U(at + i)])]
+            sums_TM[row, m] = power
         at += count
     return 0
 
