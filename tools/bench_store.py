@@ -372,9 +372,8 @@ def measure(kind: str, captured: dict[str, Material], repeats: int) -> list[Row]
             size = sum(p.stat().st_size for p in folder.iterdir() if not p.name.startswith("book-"))
             rows.append(Row("store", case, "bytes_per_token", size / (LENGTH * len(samples)), "bytes"))
             readers[case], records[case] = store.open(folder), [store.encode(sample) for sample in samples]
-            rows += [
-                Row("store", case, name, value, "nats") for name, value in _fidelity(store, samples, records[case])
-            ]
+            for name, value in _fidelity(store, samples, records[case]):
+                rows.append(Row("store", case, name, value, "share" if name == "tv_mean" else "nats"))
         order = np.random.default_rng(0).permutation(len(plain)).tolist()
         for _ in range(repeats):
             for case, (store, samples) in cases.items():

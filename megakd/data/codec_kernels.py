@@ -213,18 +213,21 @@ def head_sums(values, counts_T, order_T, powers_MN, sums_TM):
     if total != len(values):
         return DAMAGED
     for row in order_T:
-        count, squares, least = np.int64(counts_T[row]), np.int32(0), np.int32(255)
+        count, squares, plain, least = np.int64(counts_T[row]), np.int32(0), np.int32(0), np.int32(255)
         for i in range(count):
             value = np.int32(values[U(at + i)])
             squares += value * value
+            plain += value
             least = min(least, value)
         if count <= 0 or least == 0:
             return DAMAGED
         sums_TM[row, 0] = squares
         for m in range(1, len(powers_MN)):
-            power = 0.0
-            for i in range(count):
-                power += powers_MN[m, U(values[U(at + i)])]
+            power = np.float64(plain)  # T = 2
+            if powers_MN[m, 2] != 2:
+                power = 0.0
+                for i in range(count):
+                    power += powers_MN[m, U(values[U(at + i)])]
             sums_TM[row, m] = power
         at += count
     return 0
