@@ -1,6 +1,7 @@
 """Measure MegaKD against what people use instead: interleaved runs in one process, medians of ratios.
 
-  store   the teacher-target store against HDF5 + gzip, tar of npy, parquet: bytes, fidelity, speed on one core
+  store    the teacher-target store against HDF5 + gzip, tar of npy, parquet: bytes, fidelity, speed on one core
+  experts  a layer of shared-core experts against the naive form and the dense experts, Qwen3-30B-A3B's sizes, one core
 
 Prints a table; --json writes rows {"bench", "case", "metric", "value", "unit"}; --quick takes less than a minute.
 
@@ -8,6 +9,7 @@ examples:
   OMP_NUM_THREADS=1 python tools/bench.py store
   OMP_NUM_THREADS=1 python tools/bench.py store --quick --json store.json
   python tools/real_models.py smollm2 smollm2 && python tools/bench.py store --real smollm2
+  python tools/bench.py experts --json experts.json
 """
 
 import argparse
@@ -19,6 +21,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # speeds are those of one core
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from bench_experts import bench_experts
 from bench_rows import show
 from bench_store import bench_store
 
@@ -27,13 +30,17 @@ from megakd.errors import UserError
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bench", choices=["store"])
+    parser.add_argument("bench", choices=["store", "experts"])
     parser.add_argument("--quick", action="store_true", help="less of everything: within a minute on 2 cores")
-    parser.add_argument("--real", type=Path, metavar="FOLDER", help="a model folder of tools/real_models.py smollm2")
+    parser.add_argument(
+        "--real", type=Path, metavar="FOLDER", help="store: a model folder of tools/real_models.py smollm2"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
     args = parser.parse_args()
     try:
-        rows = bench_store(args.quick, args.real)
+        if args.real and args.bench != "store":
+            raise UserError("--real is for store: the other benchmarks need no model")
+        rows = bench_store(args.quick, args.real) if args.bench == "store" else bench_experts(args.quick)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)

@@ -106,7 +106,8 @@ def _new_docstrings(path: Path, seen: set[str]) -> Iterator[str]:
 def _files(source: str) -> list[Path]:
     path = Path(source).expanduser()
     if path.is_dir():
-        files = sorted(f for f in path.rglob("*") if f.name.endswith(SUFFIXES))
+        # Spark's data sets are folders named like files
+        files = sorted(f for f in path.rglob("*") if f.name.endswith(SUFFIXES) and not f.is_dir())
         if not files:
             raise UserError(f"data.source: the folder {path} holds no file ending in {', '.join(SUFFIXES)}")
         return files
@@ -116,6 +117,8 @@ def _files(source: str) -> list[Path]:
     ):
         raise UserError(f"data.source: no file at {source}")
     for file in files:
+        if file.is_dir():
+            raise UserError(f"data.source: {file} is a folder; a pattern must name files: {file}/*{file.suffix}")
         if not file.name.endswith(SUFFIXES):
             raise UserError(f"data.source: {file} is none of {', '.join(SUFFIXES)}")
     return files

@@ -156,6 +156,16 @@ def test_missing_file_is_named(tmp_path):
         assert str(source) in error_of(source)
 
 
+def test_a_folder_named_like_a_file_as_spark_writes_them(tmp_path):
+    spark = tmp_path / "data" / "some.parquet"
+    spark.mkdir(parents=True)
+    write(spark, "parquet", ["x", "y"]).rename(spark / "part-00000.parquet")
+    (spark / "_SUCCESS").touch()
+    assert list(iter_documents(str(tmp_path))) == list(iter_documents(str(spark))) == ["x", "y"]
+    assert list(iter_documents(f"{spark}/*.parquet")) == ["x", "y"]
+    assert f"{spark} is a folder; a pattern must name files: {spark}/*.parquet" in error_of(f"{spark.parent}/*.parquet")
+
+
 def test_wrong_suffix_is_named_with_the_right_ones(tmp_path):
     (tmp_path / "a.csv").write_text("text\nx\n")
     message = error_of(tmp_path / "a.csv")
