@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +20,7 @@ from megakd.data.shards import ShardSet
 from megakd.data.stream import shards_digest
 from megakd.dist import World
 from megakd.errors import UserError
-from megakd.files import read_json
+from megakd.files import read_json, read_json_lines
 from megakd.run import Run
 from tests.conftest import command, metrics
 
@@ -60,6 +61,17 @@ def captured(run: Run, part: str) -> Run:
     return run
 
 
+def steps_done(run: Run) -> int:
+    """Steps made by a run that waits, once there are some and no more come: reading is ahead of training."""
+    done, deadline = 0, time.monotonic() + 120
+    while time.monotonic() < deadline:
+        before, done = done, len(read_json_lines(run.path("metrics.jsonl")))
+        if 0 < done == before:
+            break
+        time.sleep(2)
+    return done
+
+
 @pytest.fixture
 def half_captured(sibling: Make) -> Run:
     """Shards 0, 2 and 4 of 5, three of which training reads at a time."""
@@ -89,7 +101,7 @@ def test_a_signal_ends_a_run_that_waits(half_captured: Run):
     for _ in range(2):
         with waiting(half_captured) as (process, _):
             process.send_signal(signal.SIGTERM)
-            process.wait(timeout=10)
+            process.wait(timeout=60)
             assert process.returncode == 85
         assert not half_captured.path("checkpoints").exists()
 
@@ -102,15 +114,16 @@ def test_a_run_that_waits_saves_what_it_has_done_when_a_signal_comes(sibling: Ma
     run = captured(sibling(*options), "0/3")  # shards 0 and 3: some steps, then it waits for shard 1
     with waiting(run) as (process, line):
         assert "waiting for shard-00001" in line
+        done = steps_done(run)
         ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if "RANK" in p.environ()]
         last = next(
             (p for p in ranks if p.environ()["RANK"] == "1" and p.cmdline()[-3:-1] == ["megakd", "train"]), None
         )
         assert (last is None) == (not engine)
         (last or process).send_signal(signal.SIGTERM)
-        process.wait(timeout=20)
+        process.wait(timeout=60)
         assert process.returncode == 85
-    done = len(metrics(run.folder))
+    assert len(metrics(run.folder)) == done
     newest = sorted(run.path("checkpoints").glob("*/step-*"), key=lambda path: path.name)[-1]
     assert 0 < done < 10 and done % 4 and read_json(newest / "progress.json")["step"] == done
     megakd("generate-logits", run.folder)
