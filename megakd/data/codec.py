@@ -134,10 +134,8 @@ def decode(key: str, data: bytes, layout: Layout) -> Sample:
     if head > positions * layout.top_k or drawn > positions * layout.draws or large > drawn:
         raise DamagedRecord(f"announces {head} and {drawn} entries for {positions} positions")
     book, size = layout.book, HEADER.size + size
-    words, end = (
-        _words(memoryview(data)[size:], MAX_WIDTH * max(layout.top_k, layout.draws) // 8),
-        8 * max(len(data) - size, 0),
-    )
+    words = _words(memoryview(data)[size:], MAX_WIDTH * max(layout.top_k, layout.draws) // 8)
+    end = 8 * max(len(data) - size, 0)
     untold = others if layout.top_k else positions
     content = (temperatures + bool(layout.draws) + 1) * positions + untold + 1 + others + 2 * starts
     content += bool(layout.top_k) * (2 * positions + 2 * head) + drawn + (drawn + 1) // 2 + large

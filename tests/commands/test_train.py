@@ -172,7 +172,8 @@ def test_a_step_without_samples_moves_nothing_by_momentum_or_decay(sibling: Make
         flip(train, index)
     megakd("train", run.folder, "stream.on_damage=skip")
     assert [moved(weights(run, step), weights(run, step + 1)) for step in (5, 6)] == [False, True]
-    states = [torch.load(run.path("checkpoints", "all", f"step-{step:06d}", "state", "local.pt")) for step in (5, 6)]
+    saved = [run.path("checkpoints", "all", f"step-{step:06d}", "state", "local.pt") for step in (5, 6)]
+    states = [torch.load(path, weights_only=True) for path in saved]
     moments = [[group["exp_avg"] for group in state["optimizer"]["state"].values()] for state in states]
     assert all(torch.equal(*pair) for pair in zip(*moments, strict=True)) and any(m.any() for m in moments[0])
     rows = metrics(run.folder)
