@@ -11,6 +11,7 @@ examples:
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +22,8 @@ from megakd.files import publishing
 from megakd.log import say, short
 from megakd.models.hub import Checkpoint, copy_side_files, load_config, write_config, write_weights
 from megakd.models.shared_core import PROJECTIONS, dense_weight
-from megakd.models.spec import SPECS
-from megakd.models.student import SharedCoreQwen3MoeConfig
+from megakd.models.spec import spec_for
+from megakd.models.student import SharedCoreConfig, stock_config
 from megakd.run import Run
 
 
@@ -45,10 +46,10 @@ def main(run: Run, args: argparse.Namespace) -> None:
     dtype = getattr(torch, run.config.model.dtype)
     with publishing(target) as temporary:
         if args.dense:
-            if not isinstance(config, SharedCoreQwen3MoeConfig):
+            if not isinstance(config, SharedCoreConfig):
                 raise UserError(f"{source}: model type {config.model_type!r} is stock already; export without --dense")
             write_weights(temporary, dense_tensors(Checkpoint(source), config, dtype))
-            config = config.dense()
+            config = stock_config(config)
         else:
             checkpoint = Checkpoint(source)
             write_weights(temporary, ((name, checkpoint.tensor(name).to(dtype)) for name in checkpoint.files))
@@ -60,19 +61,28 @@ def main(run: Run, args: argparse.Namespace) -> None:
     say(f"{target}: {(config.architectures or ['?'])[0]}, {short(size)}B, from {source}")
 
 
-def dense_tensors(
-    checkpoint: Checkpoint, config: SharedCoreQwen3MoeConfig, dtype: torch.dtype
-) -> Iterator[tuple[str, Tensor]]:
+def dense_tensors(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """The stock model's tensors, experts one by one as hubs store them; a layer's factors are in memory at a time."""
-    spec = SPECS["qwen3_moe"]
-    blocks = {spec.block.format(i=i) + ".": i for i in spec.moe_layers(config)}
-    inside = ("experts.", "shared_core.")
+    spec = spec_for(config, str(checkpoint.folder))
+    blocks = {f"model.layers.{i}.mlp.": i for i in spec.moe_layers(config)}
+    inside = ("experts.", "shared_core.", "dense_experts.")
     for name in checkpoint.files:
         if not any(name.startswith(block) and name.removeprefix(block).startswith(inside) for block in blocks):
-            yield name, checkpoint.tensor(name).to(dtype)
+            yield spec.hub_name(name), checkpoint.tensor(name).to(dtype)
     for block, layer in blocks.items():
         factors = {n.removeprefix(block): checkpoint.tensor(n) for n in checkpoint.files if n.startswith(block)}
+        exempt = config.dense_experts(layer)
         for projection in PROJECTIONS:
-            for expert in range(config.num_experts):
-                name = spec.per_expert.format(i=layer, e=expert, p=projection)
-                yield name, dense_weight(factors, projection, expert).to(dtype)
+            for expert in range(spec.num_experts(config)):
+                name = spec.expert_name(layer, expert, projection)
+                if expert in exempt:
+                    yield name, kept_weight(factors, projection, exempt.index(expert)).to(dtype)
+                else:
+                    yield name, dense_weight(factors, projection, expert).to(dtype)
+
+
+def kept_weight(tensors: dict[str, Tensor], projection: str, slot: int) -> Tensor:
+    """One matrix of an expert that was kept dense."""
+    if projection == "down":
+        return tensors["dense_experts.down_proj"][slot]
+    return tensors["dense_experts.gate_up_proj"][slot].chunk(2)[projection == "up"]

@@ -9,7 +9,7 @@ from typing import Any
 
 from megakd.log import short, table
 from megakd.models.hub import empty_model, load_config, resolve
-from megakd.models.shared_core import PROJECTIONS, wrapper_shapes
+from megakd.models.shared_core import Form, stored_parameters
 from megakd.models.spec import spec_for
 from megakd.run import Run
 
@@ -23,6 +23,8 @@ def sizes(run: Run) -> list[list[str]]:
     folder = resolve(run.config.model.teacher, run.config.model.revision, weights=False)
     config = load_config(folder)
     dense, compact = expert_parameters(config, run.config.compress.rank, str(folder))
+    if run.config.compress.budget is not None:
+        compact = int(dense * run.config.compress.budget)
     rest = sum(p.numel() for p in empty_model(folder).parameters()) - dense
     width = 2 if run.config.model.dtype == "bfloat16" else 4
     student = compact + rest
@@ -41,15 +43,13 @@ def sizes(run: Run) -> list[list[str]]:
 
 
 def expert_parameters(config: Any, rank: int, place: str) -> tuple[int, int]:
-    """Parameters in the teacher's experts, and in the student's."""
+    """Parameters in the teacher's experts, and in the student's with wrappers of `rank`."""
     spec = spec_for(config, place)
-    layers, experts = len(spec.moe_layers(config)), config.num_experts
+    layers, experts = len(spec.moe_layers(config)), spec.num_experts(config)
     dense = compact = 0
-    for projection in PROJECTIONS:
-        rows, columns = spec.shapes(config)[projection]
+    for projection, (rows, columns) in spec.shapes(config).items():
         dense += layers * experts * rows * columns
-        factors = wrapper_shapes(projection, experts, config.hidden_size, config.moe_intermediate_size, rank).values()
-        compact += layers * (rows * columns + sum(e * n * r for e, n, r in factors))
+        compact += layers * stored_parameters(Form("wrappers", rank, rank), projection, experts, *spec.sizes(config))
     return dense, compact
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
@@ -126,37 +127,58 @@ class Checkpoint:
 
     def tensor(self, name: str) -> Tensor:
         if name not in self.files:
-            raise UserError(f"{self.folder}: no tensor {name}")
+            raise UserError(f"{self.folder}: no tensor {name} in it")
         with self._open(self.files[name]) as file:
             try:
                 return file.get_tensor(name)
             except SafetensorError as error:
                 raise UserError(f"{self.folder / self.files[name]}: cannot give {name} ({error})") from error
 
+    def place(self, name: str) -> str:
+        """FILE: TENSOR, for messages."""
+        return f"{self.folder / self.files.get(name, '?')}: {name}"
+
     def experts(self, spec: MoESpec, config: Any, layer: int, projection: str) -> Tensor:
-        """All experts' matrices of one projection, [E, d_out, d_in], from either layout; shapes are checked."""
-        expected = spec.shapes(config)[projection]
-        if spec.per_expert.format(i=layer, e=0, p=projection) in self.files:
-            names = [spec.per_expert.format(i=layer, e=e, p=projection) for e in range(config.num_experts)]
-            matrices = [self.tensor(name) for name in names]
-            if spec.per_expert.format(i=layer, e=config.num_experts, p=projection) in self.files:
-                raise UserError(
-                    f"{self.folder}: layer {layer} has more experts than the {config.num_experts} of config.json"
-                )
-        else:
-            fused = (spec.fused_down if projection == "down" else spec.fused_gate_up).format(i=layer)
+        """All experts' matrices of one projection, [E, d_out, d_in], from either layout, in the type stored.
+
+        UserError, naming file and tensor, when one is missing, of another shape than config.json says, not of a
+        floating type that can be computed with, or holds NaN or infinite numbers.
+        """
+        count, expected = spec.num_experts(config), spec.shapes(config)[projection]
+        fused = (spec.fused_down if projection == "down" else spec.fused_gate_up).format(i=layer)
+        if fused in self.files:
             stack = self.tensor(fused)
-            if projection != "down":
-                stack = stack.chunk(2, dim=1)[projection == "up"]
-            names, matrices = [f"{fused}[{e}]" for e in range(len(stack))], list(stack)
-        for name, matrix in zip(names, matrices, strict=True):
+            rows = expected[0] * (1 if projection == "down" else 2)
+            if tuple(stack.shape) != (count, rows, expected[1]):
+                raise UserError(
+                    f"{self.place(fused)} has shape {tuple(stack.shape)}, config.json says {(count, rows, expected[1])}"
+                )
+            found = stack if projection == "down" else stack.chunk(2, dim=1)[projection == "up"]
+            self._check(fused, found)
+            return found
+        extra = spec.expert_name(layer, count, projection)
+        if extra in self.files:
+            raise UserError(f"{self.place(extra)}: config.json says {count} experts, numbered from 0")
+        found = None
+        for expert in range(count):
+            name = spec.expert_name(layer, expert, projection)
+            matrix = self.tensor(name)
             if tuple(matrix.shape) != expected:
-                raise UserError(f"{self.folder}: {name} has shape {tuple(matrix.shape)}, config.json says {expected}")
-        if len(matrices) != config.num_experts:
-            raise UserError(
-                f"{self.folder}: layer {layer} has {len(matrices)} experts, config.json says {config.num_experts}"
-            )
-        return torch.stack(matrices)
+                raise UserError(f"{self.place(name)} has shape {tuple(matrix.shape)}, config.json says {expected}")
+            self._check(name, matrix)
+            if found is None:
+                found = matrix.new_empty(count, *expected)
+            found[expert] = matrix
+        assert found is not None, (layer, projection, count)
+        return found
+
+    def _check(self, name: str, tensor: Tensor) -> None:
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(f"{self.place(name)} is stored as {kind}; convert the checkpoint to bfloat16 first")
+        # the sum of a tensor is finite only if every entry is; entries are looked at when it is not
+        if not math.isfinite(tensor.sum(dtype=torch.float64)) and not torch.isfinite(tensor).all():
+            raise UserError(f"{self.place(name)} holds NaN or infinite weights")
 
     def _open(self, file: str) -> Any:
         try:

@@ -1,136 +1,322 @@
-"""The factored expert layer: one dense core a projection, low-rank wrappers an expert.
+"""The factored expert layer: one dense core a projection, small factors an expert.
 
-Every expert matrix is W_e = L_e C + Q_e V_e^T with L_e = I + U_e S_e^T (gate, up), or its mirror
-W_e = C (I + U_e V_e^T) + U'_e P_e^T (down): docs/compression.md. The core runs once a token, not once a routed row.
+A projection of a layer is stored in one of three shapes (docs/compression.md), for gate and up
+    wrappers   W_e = (I + U_e S_e^T) C + Q_e V_e^T
+    additive   W_e = C + Q_e V_e^T, wrappers without the one that acts on the core
+    basis      W_e = A_e Z_g, a basis Z_g of the inputs that the experts of group g share
+and for down the mirror: C (I + U_e V_e^T) + U'_e P_e^T, C + U'_e P_e^T, and Z_g^T B_e^T. What is shared, C or all Z_g,
+is a Linear outside the experts: it runs once a token, not once a routed row.
 
-N tokens, D hidden, F expert hidden, E experts, A active experts, P = N*A routed rows, R rank.
+This file and student.py need torch and transformers alone: they are copied into every model folder.
+N tokens, D hidden, F expert hidden, E experts, A active experts, P = N*A routed rows, R rank, G groups.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
+from torch.nn import functional
 
 PROJECTIONS = ("gate", "up", "down")
+SHAPES = ("wrappers", "additive", "basis")
 
 
-def wrapper_shapes(
-    projection: str, experts: int, hidden: int, expert_hidden: int, rank: int
+class Form(NamedTuple):
+    """How one projection of a layer is stored: a shape and the ranks of the factors left and right of what is shared.
+
+    gate, up: the input wrapper is Q V^T, the output wrapper U S^T acts on the core; a basis of k has output_rank k.
+    down: the output wrapper is U' P^T, the input wrapper U V^T acts on the core; a basis of k has input_rank k.
+    """
+
+    shape: str
+    input_rank: int
+    output_rank: int
+    groups: int = 1
+
+
+def free_and_core_rank(form: Form, projection: str) -> tuple[int, int]:
+    """(rank of the wrapper that is free, rank of the one that acts on the core, or of the basis)."""
+    ranks = form.input_rank, form.output_rank
+    return ranks[::-1] if projection == "down" else ranks
+
+
+def make_form(shape: str, projection: str, free: int, core: int, groups: int = 1) -> Form:
+    """The inverse of `free_and_core_rank`."""
+    return Form(shape, *((core, free) if projection == "down" else (free, core)), groups)
+
+
+def core_shape(form: Form, projection: str, hidden: int, expert_hidden: int) -> tuple[int, int]:
+    """(d_out, d_in) of what the experts share."""
+    rows = form.groups * free_and_core_rank(form, projection)[1] if form.shape == "basis" else expert_hidden
+    return (hidden, rows) if projection == "down" else (rows, hidden)
+
+
+def factor_shapes(
+    form: Form, projection: str, experts: int, hidden: int, expert_hidden: int
 ) -> dict[str, tuple[int, ...]]:
-    """Shapes [E, rows, R] of the four factors of one projection, by parameter name."""
-    d, f = hidden, expert_hidden
-    # (input left, input right, output left, output right)
-    rows = (f, f, d, f) if projection == "down" else (f, d, f, f)
-    names = [f"{wrapper}_wrapper_{projection}_{side}" for wrapper in ("input", "output") for side in ("left", "right")]
-    return {name: (experts, count, rank) for name, count in zip(names, rows, strict=True)}
+    """Shapes [E, rows, R] of an expert's factors by parameter name; a wrapper of rank 0 has none."""
+    free, core = free_and_core_rank(form, projection)
+    f, d = expert_hidden, hidden
+    far, near = ("output", "input") if projection == "down" else ("input", "output")
+    if form.shape == "basis":
+        side = "right" if projection == "down" else "left"
+        return {f"{near}_wrapper_{projection}_{side}": (experts, f, core)}
+    # the free wrapper reaches from D to F (gate, up) or from F to D (down); that on the core stays in F
+    left, right = (d, f) if projection == "down" else (f, d)
+    shapes = {}
+    if free:
+        shapes |= {f"{far}_wrapper_{projection}_left": (experts, left, free)}
+        shapes |= {f"{far}_wrapper_{projection}_right": (experts, right, free)}
+    if core:
+        shapes |= {f"{near}_wrapper_{projection}_{side}": (experts, f, core) for side in ("left", "right")}
+    return dict(sorted(shapes.items()))
+
+
+def stored_parameters(form: Form, projection: str, experts: int, hidden: int, expert_hidden: int) -> int:
+    """Numbers stored for one projection of a layer, the shared part among them."""
+    rows, columns = core_shape(form, projection, hidden, expert_hidden)
+    shapes = factor_shapes(form, projection, experts, hidden, expert_hidden).values()
+    return rows * columns + sum(e * n * r for e, n, r in shapes)
+
+
+class DenseExperts(nn.Module):
+    """Some experts kept as they are ("super experts"): a token's rows through them, weighted and summed, [N, D]."""
+
+    def __init__(self, ids: Sequence[int], hidden: int, expert_hidden: int, act_fn: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.ids, self.act_fn = tuple(ids), act_fn
+        self.gate_up_proj = nn.Parameter(torch.randn(len(self.ids), 2 * expert_hidden, hidden) * hidden**-0.5)
+        self.down_proj = nn.Parameter(torch.randn(len(self.ids), hidden, expert_hidden) * expert_hidden**-0.5)
+
+    def forward(self, x_ND: Tensor, expert_NA: Tensor, weight_NA: Tensor) -> Tensor:
+        total = torch.zeros_like(x_ND)
+        for expert, gate_up, down in zip(self.ids, self.gate_up_proj, self.down_proj, strict=True):
+            token, place = torch.where(expert_NA == expert)
+            gate, up = (x_ND[token] @ gate_up.T).chunk(2, dim=-1)
+            y = (self.act_fn(gate) * up) @ down.T * weight_NA[token, place, None]
+            total.index_add_(0, token, y.to(total.dtype))
+        return total
 
 
 class SharedCoreExperts(nn.Module):
-    """The wrappers of all experts of one layer. They are direct parameters, so that ZeRO-3 gathers them together."""
+    """All experts of one layer, called as the family's own: experts(x_ND, expert_NA, weight_NA) -> [N, D].
 
-    def __init__(self, experts: int, hidden: int, expert_hidden: int, rank: int, act_fn: Callable[[Tensor], Tensor]):
+    The factors are direct parameters, so that ZeRO-3 gathers them together. What is shared (`core`: gate_proj, up_proj
+    and down_proj) and the experts kept dense (`exempt`) are modules of the block around it, held here but not owned.
+    """
+
+    def __init__(
+        self,
+        experts: int,
+        hidden: int,
+        expert_hidden: int,
+        forms: Mapping[str, Form],
+        act_fn: Callable[[Tensor], Tensor],
+        core: nn.ModuleDict,
+        exempt: DenseExperts | None = None,
+    ):
         super().__init__()
-        self.num_experts = experts
+        self.num_experts, self.expert_hidden = experts, expert_hidden
+        self.forms = dict(forms)
         # a plain function, not a child module: experts without tokens skip it, and ZeRO-3 ends the run when ranks
         # call different numbers of modules
         self.act_fn = act_fn
-        for projection in PROJECTIONS:
-            for name, shape in wrapper_shapes(projection, experts, hidden, expert_hidden, rank).items():
+        self.held = (core, exempt)  # in a tuple: nn.Module would register them as children
+        for projection, form in self.forms.items():
+            for name, shape in factor_shapes(form, projection, experts, hidden, expert_hidden).items():
                 # zero left factors: a new layer starts as its core, and gradients reach the left factors at once
-                factor = torch.zeros(shape) if name.endswith("_left") else torch.randn(shape) * shape[1] ** -0.5
+                zero = name.endswith("_left") and form.shape != "basis"
+                factor = torch.zeros(shape) if zero else torch.randn(shape) * shape[1 + (form.shape == "basis")] ** -0.5
                 self.register_parameter(name, nn.Parameter(factor))
+            if form.shape == "basis" and form.groups > 1:
+                self.register_buffer(f"basis_group_{projection}", torch.arange(experts) % form.groups)
 
-    def forward(
-        self, x_ND: Tensor, gate_NF: Tensor, up_NF: Tensor, expert_NA: Tensor, weight_NA: Tensor
+    def forward(self, x_ND: Tensor, expert_NA: Tensor, weight_NA: Tensor) -> Tensor:
+        core: Any
+        core, exempt = self.held
+        gate_N, up_N = core["gate_proj"](x_ND), core["up_proj"](x_ND)
+        dense_ND = None
+        if exempt is not None:
+            dense_ND = exempt(x_ND, expert_NA, weight_NA)
+            for expert in exempt.ids:
+                weight_NA = weight_NA.masked_fill(expert_NA == expert, 0.0)
+        inner_N, outer_ND = self.factors(x_ND, gate_N, up_N, expert_NA, weight_NA)
+        out_ND = core["down_proj"](inner_N) + outer_ND
+        return out_ND if dense_ND is None else out_ND + dense_ND
+
+    def factors(
+        self, x_ND: Tensor, gate_N: Tensor, up_N: Tensor, expert_NA: Tensor, weight_NA: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """From tokens and core(tokens) to (sum w (I + U V^T) h, sum w U' P^T h), both summed over a token's experts.
+        """From tokens and core(tokens) to what the core of down is applied to, and what is added to it, [N, D].
 
-        The caller applies the core of down_proj to the first, [N, F], and adds the second, [N, D].
+        Both are summed over a token's experts, weighted.
         """
+        if x_ND.device.type == "cuda" and self._aligned():
+            return self.grouped(x_ND, gate_N, up_N, expert_NA, weight_NA)
+        return self.loop(x_ND, gate_N, up_N, expert_NA, weight_NA)
+
+    def loop(
+        self, x_ND: Tensor, gate_N: Tensor, up_N: Tensor, expert_NA: Tensor, weight_NA: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`factors`, expert by expert: best on CPUs, where an expert's rows stay in the cache."""
         order_P = torch.argsort(expert_NA.flatten(), stable=True)
         counts = torch.bincount(expert_NA.flatten(), minlength=self.num_experts).tolist()
         tokens = (order_P // expert_NA.shape[1]).split(counts)
         weights = weight_NA.flatten()[order_P, None].split(counts)
-        gate_in, gate_out = self._factors("input", "gate"), self._factors("output", "gate")
-        up_in, up_out = self._factors("input", "up"), self._factors("output", "up")
-        down_in, down_out = self._factors("input", "down"), self._factors("output", "down")
-        inner_NF, outer_ND = torch.zeros_like(gate_NF), torch.zeros_like(x_ND)
+        pick = {p: self._unbound(p) for p in PROJECTIONS}
+        groups = {p: self._groups(p).tolist() for p in PROJECTIONS}
+        inner_N = gate_N.new_zeros(len(x_ND) * self.forms["down"].groups, self._width())
+        outer_ND = torch.zeros_like(x_ND)
+        gate_N, up_N = (y.view(len(x_ND) * self.forms[p].groups, -1) for p, y in (("gate", gate_N), ("up", up_N)))
+
+        def slots(projection: str, token: Tensor, expert: int) -> Tensor:
+            """Rows of [N*G, ..] that belong to the tokens and the expert's group."""
+            count = self.forms[projection].groups
+            return token if count == 1 else token * count + groups[projection][expert]
+
         # rows are gathered and added up expert by expert, while they are in the cache: [P, D] is never written
         for expert, (token, weight) in enumerate(zip(tokens, weights, strict=True)):
             if len(token) > 0:
                 x = x_ND[token]
-                gate = _gate_or_up(x, gate_NF[token], gate_in[expert], gate_out[expert])
-                up = _gate_or_up(x, up_NF[token], up_in[expert], up_out[expert])
+                gate = _gate_or_up(x, gate_N[slots("gate", token, expert)], *pick["gate"][expert])
+                up = _gate_or_up(x, up_N[slots("up", token, expert)], *pick["up"][expert])
                 h = self.act_fn(gate) * up * weight
-                (u, v), (u_out, p) = down_in[expert], down_out[expert]
+                inner, outer = _down(h, *pick["down"][expert])
                 # under autocast the products are of another type than the sums
-                inner_NF.index_add_(0, token, torch.addmm(h, h @ v, u.T).to(inner_NF.dtype))
-                outer_ND.index_add_(0, token, ((h @ p) @ u_out.T).to(outer_ND.dtype))
-        return inner_NF, outer_ND
+                inner_N.index_add_(0, slots("down", token, expert), inner.to(inner_N.dtype))
+                if outer is not None:
+                    outer_ND.index_add_(0, token, outer.to(outer_ND.dtype))
+        return inner_N.view(len(x_ND), -1), outer_ND
 
-    def _factors(self, wrapper: str, projection: str) -> list[tuple[Tensor, Tensor]]:
-        """(left, right) of every expert; unbound at once, the gradient of a `left[e]` would be a whole `left`."""
-        left, right = (getattr(self, f"{wrapper}_wrapper_{projection}_{side}") for side in ("left", "right"))
-        return list(zip(left.unbind(), right.unbind(), strict=True))
+    def grouped(
+        self, x_ND: Tensor, gate_N: Tensor, up_N: Tensor, expert_NA: Tensor, weight_NA: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`factors` by grouped matrix products over all rows: no loop, and nothing that waits for the device."""
+        dtype = gate_N.dtype  # that of autocast, where it is on
+        expert_P, order_P = expert_NA.flatten().sort(stable=True)
+        token_P = order_P // expert_NA.shape[1]
+        experts = torch.arange(self.num_experts, device=expert_P.device)
+        ends_E = torch.searchsorted(expert_P, experts, right=True).to(torch.int32)
+
+        def product(rows: Tensor, matrices_E: Tensor) -> Tensor:
+            return functional.grouped_mm(rows.to(dtype), matrices_E.to(dtype), offs=ends_E)
+
+        def slots(projection: str) -> Tensor:
+            count = self.forms[projection].groups
+            return token_P if count == 1 else token_P * count + self._groups(projection)[expert_P]
+
+        x_PD = x_ND[token_P].to(dtype)
+        rows = {}
+        for projection, core_N in (("gate", gate_N), ("up", up_N)):
+            y = core_N.view(len(x_ND) * self.forms[projection].groups, -1)[slots(projection)]
+            left, right, free_left, free_right = self._stacked(projection)
+            if self.forms[projection].shape == "basis":
+                y = product(y, left.mT)  # type: ignore[union-attr]
+            elif left is not None and right is not None:
+                y = y + product(product(y, right), left.mT)
+            if free_left is not None and free_right is not None:
+                y = y + product(product(x_PD, free_right), free_left.mT)
+            rows[projection] = y
+        h_PF = self.act_fn(rows["gate"]) * rows["up"] * weight_NA.flatten()[order_P, None].to(dtype)
+        left, right, free_left, free_right = self._stacked("down")
+        form, inner_P = self.forms["down"], h_PF
+        if form.shape == "basis":
+            inner_P = product(h_PF, right)  # type: ignore[arg-type]
+        elif left is not None and right is not None:
+            inner_P = h_PF + product(product(h_PF, right), left.mT)
+        wide = torch.promote_types(dtype, torch.float32)
+        inner_N = torch.zeros(len(x_ND) * form.groups, self._width(), dtype=wide, device=x_ND.device)
+        inner_N.index_add_(0, slots("down"), inner_P.to(wide))
+        outer_ND = torch.zeros(x_ND.shape, dtype=wide, device=x_ND.device)
+        if free_left is not None and free_right is not None:
+            outer_ND.index_add_(0, token_P, product(product(h_PF, free_right), free_left.mT).to(wide))
+        return inner_N.view(len(x_ND), -1).to(dtype), outer_ND.to(dtype)
+
+    def _aligned(self) -> bool:
+        """Whether grouped_mm takes all factors: rows of whole 16 bytes, 8 numbers of bfloat16."""
+        sizes = {size for p in self.parameters() for size in getattr(p, "ds_shape", p.shape)[1:]}
+        return hasattr(functional, "grouped_mm") and all(size % 8 == 0 for size in sizes)
+
+    def _width(self) -> int:
+        """Columns that one group's core of down takes: F, or the rank of its basis."""
+        form = self.forms["down"]
+        return self.input_wrapper_down_right.shape[2] if form.shape == "basis" else self.expert_hidden  # type: ignore
+
+    def _groups(self, projection: str) -> Tensor:
+        found = getattr(self, f"basis_group_{projection}", None)
+        return torch.zeros(self.num_experts, dtype=torch.int64) if found is None else found
+
+    def _stacked(self, projection: str) -> tuple[Tensor | None, ...]:
+        """(left, right of the wrapper on the core or the basis; left, right of the free one), None where it is not."""
+        near, far = ("input", "output") if projection == "down" else ("output", "input")
+        names = [f"{wrapper}_wrapper_{projection}_{side}" for wrapper in (near, far) for side in ("left", "right")]
+        return tuple(getattr(self, name, None) for name in names)
+
+    def _unbound(self, projection: str) -> list[tuple[Tensor | None, ...]]:
+        """`_stacked` of every expert; unbound at once, the gradient of a `left[e]` would be a whole `left`."""
+        stacks = [(None,) * self.num_experts if s is None else s.unbind() for s in self._stacked(projection)]
+        return list(zip(*stacks, strict=True))
 
 
-def _gate_or_up(x: Tensor, core: Tensor, inner: tuple[Tensor, Tensor], outer: tuple[Tensor, Tensor]) -> Tensor:
-    """L C x + Q V^T x from core = C x, for one expert's rows."""
-    (q, v), (u, s) = inner, outer
-    return torch.addmm(torch.addmm(core, core @ s, u.T), x @ v, q.T)
+def _gate_or_up(
+    x: Tensor, y: Tensor, left: Tensor | None, right: Tensor | None, free_left: Tensor | None, free_right: Tensor | None
+) -> Tensor:
+    """L C x + Q V^T x from y = C x, or A y from y = Z x, for one expert's rows."""
+    if left is not None:
+        y = y @ left.T if right is None else torch.addmm(y, y @ right, left.T)
+    return y if free_left is None or free_right is None else torch.addmm(y, x @ free_right, free_left.T)
 
 
-class SharedCoreMoeBlock(nn.Module):
-    """A family's MoE block with shared-core experts; the router is the family's own and stays named `gate`."""
-
-    def __init__(self, router: nn.Module, experts: int, hidden: int, expert_hidden: int, rank: int, activation: str):
-        super().__init__()
-        self.gate = router
-        self.shared_core = nn.ModuleDict(
-            {
-                "gate_proj": nn.Linear(hidden, expert_hidden, bias=False),
-                "up_proj": nn.Linear(hidden, expert_hidden, bias=False),
-                "down_proj": nn.Linear(expert_hidden, hidden, bias=False),
-            }
-        )
-        self.experts = SharedCoreExperts(experts, hidden, expert_hidden, rank, ACT2FN[activation].forward)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        x_ND = hidden_states.reshape(-1, hidden_states.shape[-1])
-        _, weight_NA, expert_NA = self.gate(x_ND)
-        core: Any = self.shared_core
-        inner_NF, outer_ND = self.experts(x_ND, core["gate_proj"](x_ND), core["up_proj"](x_ND), expert_NA, weight_NA)
-        return (core["down_proj"](inner_NF) + outer_ND).view_as(hidden_states)
+def _down(
+    h: Tensor, left: Tensor | None, right: Tensor | None, free_left: Tensor | None, free_right: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """((I + U V^T) h, U' P^T h), or (B^T h, None), for one expert's rows."""
+    inner = h
+    if right is not None:
+        inner = h @ right if left is None else torch.addmm(h, h @ right, left.T)
+    return inner, None if free_left is None or free_right is None else (h @ free_right) @ free_left.T
 
 
-def dense_weight(tensors: dict[str, Tensor], projection: str, expert: int) -> Tensor:
+def dense_weight(tensors: Mapping[str, Tensor], projection: str, expert: int) -> Tensor:
     """One expert's matrix [d_out, d_in] expanded, in float32 (float64 stays float64).
 
-    tensors: the layer's factors by name (`shared_core.gate_proj.weight`, `experts.input_wrapper_gate_left`, …).
+    tensors: the layer's by name (`shared_core.gate_proj.weight`, `experts.input_wrapper_gate_left`, …).
     """
-
     core = tensors[f"shared_core.{projection}_proj.weight"]
     core = core.to(torch.promote_types(core.dtype, torch.float32))
 
-    def factor(wrapper: str, side: str) -> Tensor:
-        return tensors[f"experts.{wrapper}_wrapper_{projection}_{side}"][expert].to(core.dtype)
+    def factor(wrapper: str, side: str) -> Tensor | None:
+        found = tensors.get(f"experts.{wrapper}_wrapper_{projection}_{side}")
+        return None if found is None else found[expert].to(core.dtype)
 
-    inner = factor("input", "left") @ factor("input", "right").T
-    outer = factor("output", "left") @ factor("output", "right").T
-    # gate, up: L C + Q V^T with outer = U S^T, inner = Q V^T; down: C (I + inner) + outer
-    return core + core @ inner + outer if projection == "down" else core + outer @ core + inner
+    near, far = ("input", "output") if projection == "down" else ("output", "input")
+    left, right, free_left, free_right = (factor(w, s) for w in (near, far) for s in ("left", "right"))
+    group = tensors.get(f"experts.basis_group_{projection}")
+    g = 0 if group is None else int(group[expert])
+    if projection == "down":
+        if left is None and right is not None:
+            return core[:, g * right.shape[1] : (g + 1) * right.shape[1]] @ right.T
+        weight = core if left is None or right is None else core + core @ left @ right.T
+    else:
+        if right is None and left is not None:
+            return left @ core[g * left.shape[1] : (g + 1) * left.shape[1]]
+        weight = core if left is None or right is None else core + left @ (right.T @ core)
+    return weight if free_left is None or free_right is None else weight + free_left @ free_right.T
 
 
-def naive_forward(block: Any, hidden_states: Tensor) -> Tensor:
-    """The same function through the expanded matrices, one expert and token at a time: the reference for tests."""
-    x_ND = hidden_states.reshape(-1, hidden_states.shape[-1])
-    _, weight_NA, expert_NA = block.gate(x_ND)
-    tensors = dict(block.named_parameters())
+def naive_experts(experts: Any, x_ND: Tensor, expert_NA: Tensor, weight_NA: Tensor) -> Tensor:
+    """`SharedCoreExperts` through expanded matrices, one routed row at a time: the reference for tests."""
+    core, exempt = experts.held
+    tensors = {f"shared_core.{name}": p for name, p in core.named_parameters()}
+    tensors |= {f"experts.{name}": p for name, p in (*experts.named_parameters(), *experts.named_buffers())}
     out = torch.zeros_like(x_ND)
-    for token, (weights, experts) in enumerate(zip(weight_NA, expert_NA, strict=True)):
-        for weight, expert in zip(weights, experts.tolist(), strict=True):
-            gate, up, down = (dense_weight(tensors, p, expert).to(x_ND.dtype) for p in PROJECTIONS)
-            out[token] += weight * (down @ (block.experts.act_fn(gate @ x_ND[token]) * (up @ x_ND[token])))
-    return out.view_as(hidden_states)
+    for token, (weights, chosen) in enumerate(zip(weight_NA, expert_NA, strict=True)):
+        for weight, expert in zip(weights, chosen.tolist(), strict=True):
+            if exempt is not None and expert in exempt.ids:
+                slot = exempt.ids.index(expert)
+                (gate, up), down = exempt.gate_up_proj[slot].chunk(2), exempt.down_proj[slot]
+            else:
+                gate, up, down = (dense_weight(tensors, p, expert).to(x_ND.dtype) for p in PROJECTIONS)
+            out[token] += weight * (down @ (experts.act_fn(gate @ x_ND[token]) * (up @ x_ND[token])))
+    return out
