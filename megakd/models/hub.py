@@ -190,7 +190,8 @@ class Checkpoint:
 def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> None:
     """Write (name, tensor) pairs as `model.safetensors`, or as numbered files with an index when they exceed one.
 
-    Tensors are taken one at a time; no more than one file's worth is held. `folder` should be a temporary one.
+    Tensors are taken one at a time and must not change afterwards; no more than one file's worth is held. `folder`
+    should be a temporary one.
     """
     folder.mkdir(parents=True, exist_ok=True)
     names: list[list[str]] = []
@@ -200,6 +201,7 @@ def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_byt
         (folder / f"part-{number:05d}").chmod(0o644)  # safetensors writes for the owner alone; clusters share folders
         names.append(list(part))
         total += sum(t.numel() * t.element_size() for t in part.values())
+        del part  # else it lives until the next one is whole
     if len(names) == 1:
         (folder / "part-00000").rename(folder / WEIGHTS)
         return
@@ -219,7 +221,11 @@ def _parts(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[dict[s
         if part and size + count > limit:
             yield part
             part, size = {}, 0
-        part[name] = tensor.detach().cpu().contiguous().clone()
+        tensor = tensor.detach().cpu().contiguous()
+        alone = tensor.untyped_storage().nbytes() == count
+        if not alone or any(tensor.data_ptr() == other.data_ptr() for other in part.values()):
+            tensor = tensor.clone()  # safetensors refuses tensors that share memory
+        part[name] = tensor
         size += count
     yield part
 
