@@ -1,0 +1,276 @@
+"""Run a checkpoint layer by layer and measure what its experts see: the weights of one layer in memory at a time.
+
+A decoder layer is the family's own, run inside the family's own model (masks, rotary embeddings, sliding windows), in
+float32. Its experts note what they are called with and answer 0: a block adds them linearly, so that expert after
+expert is added afterwards, each over all tokens, and converted to float32 once.
+W windows, T positions, N = W*T tokens, D hidden, F expert hidden, E experts, A active experts a token.
+"""
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from megakd.errors import UserError
+from megakd.models.hub import Checkpoint
+from megakd.models.spec import MoESpec
+
+BATCH_TOKENS = 4096  # through attention at a time; 4096 queries of 32 heads are 64 MB
+ROWS = 4096  # of one expert at a time
+HELD_OUT = 4  # every fourth window is held out
+EARLY, PERCENTILE, OF_LARGEST, OF_MEDIAN = 0.75, 0.995, 0.1, 50.0  # see find_super_experts
+
+Experts = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x [N, D], expert [N, A], weight [N, A]) -> [N, D]
+
+
+class Measured(NamedTuple):
+    """What the experts of one MoE layer see over N tokens, float32, on the runner's device.
+
+    A routed row of expert e is a token x with e among its active ones, w its routing weight, h = act(gate x) * (up x).
+    """
+
+    share: Tensor  # [E] sum of w^2 over an expert's rows, divided by that of all experts: what its error counts
+    counts: Tensor  # [E] int64, routed rows, the held-out ones among them
+    inputs: Tensor  # [D, D] mean of x x^T over training tokens: the inputs of every gate and up
+    inputs_held: Tensor  # [D, D] the same over held-out tokens
+    hidden: Tensor  # [E, F, F] mean of w^2 h h^T over an expert's training rows, 0 without rows: the inputs of its down
+    hidden_held: Tensor  # [E, F, F]
+    peaks: Tensor  # [E] largest |entry| of an expert's output down h, not weighted
+    counts_held: Tensor  # [E] int64, routed rows of held-out tokens
+
+
+class LayerRunner:
+    """Runs windows of tokens through the layers of a checkpoint in order, of any family of `MoESpec`.
+
+    tokens, position_ids: [W, T]; positions restart at 0 where a packed document begins, as in training.
+    batch: windows through attention at a time; results depend on it by rounding alone.
+    Held out is every fourth window, the first among them; of a single window, the second half.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        spec: MoESpec,
+        config: Any,
+        tokens: Tensor,
+        position_ids: Tensor,
+        device: torch.device | str = "cpu",
+        batch: int | None = None,
+    ):
+        assert tokens.shape == position_ids.shape and tokens.ndim == 2, (tokens.shape, position_ids.shape)
+        self.checkpoint, self.spec, self.config = checkpoint, spec, config
+        self.device = torch.device(device)
+        self.tokens, self.position_ids = tokens, position_ids.to(self.device)
+        self.batch = batch or max(BATCH_TOKENS // tokens.shape[1], 1)
+        self.held_N = held_out(*tokens.shape).flatten().to(self.device)
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.model = _skeleton(config, self.device)
+        self.layers = list(self.model.layers)  # on the meta device but while they run
+        self.model.layers = nn.ModuleList(_Pass() for _ in self.layers)
+
+    def embed(self) -> Tensor:
+        """Hidden states before the first layer, [W, T, D] float32."""
+        name = "model.embed_tokens.weight"
+        table = self.checkpoint.tensor(name)  # mapped: only the rows that are looked up are read
+        if int(self.tokens.max()) >= len(table):
+            raise UserError(
+                f"{self.checkpoint.place(name)} has {len(table)} rows, the tokens go to {self.tokens.max()}"
+            )
+        return table[self.tokens.cpu()].to(self.device, torch.float32)
+
+    @torch.no_grad()
+    def layer(
+        self, index: int, hidden: Tensor, experts: Experts | None = None, measure: bool = False
+    ) -> tuple[Tensor, Measured | None]:
+        """Hidden states behind layer `index`, a new [W, T, D]; and the measurements, None where nothing is measured.
+
+        experts: stands for the family's, called as those are, a batch at a time; None: the checkpoint's own.
+        A layer without experts passes through its dense MLP.
+        """
+        assert experts is None or not measure, "what is measured are the checkpoint's own experts"
+        sparse = index in self.spec.moe_layers(self.config)
+        assert sparse or experts is None, f"layer {index} has no experts to stand for"
+        block = self.layers[index].mlp
+        assert sparse == hasattr(block, "experts"), (index, self.config.model_type)
+        recorder = _Recorder(self.tokens.numel())
+        if sparse:
+            block.experts = recorder if experts is None else _Delegate(experts)
+        out = self._through(index, hidden)
+        found = None
+        if sparse and experts is None:
+            found = self._add_experts(index, recorder, out.view(-1, out.shape[-1]), measure)
+        if not torch.isfinite(out.sum()) and not torch.isfinite(out).all():
+            raise UserError(
+                f"{self.checkpoint.folder}: layer {index} answers NaN or infinite numbers: damaged weights?"
+            )
+        return out, found
+
+    def _through(self, index: int, hidden: Tensor) -> Tensor:
+        """The family's forward over one layer, all others passing their input on; [W, T, D]."""
+        layer = self.layers[index]
+        layer.load_state_dict(self._weights(index), assign=True)
+        self.model.layers[index] = layer
+        out = torch.empty_like(hidden)
+        for start in range(0, len(hidden), self.batch):
+            rows = slice(start, start + self.batch)
+            embeds, positions = hidden[rows].to(self.device), self.position_ids[rows]
+            out[rows] = self.model(inputs_embeds=embeds, position_ids=positions, use_cache=False).last_hidden_state
+        self.model.layers[index] = _Pass()
+        if hasattr(layer.mlp, "experts"):
+            layer.mlp.experts = None
+        layer.to("meta")
+        return out
+
+    def _weights(self, index: int) -> dict[str, Tensor]:
+        """All tensors of a layer (its experts are replaced by now), by their names inside it, in float32."""
+        found = {}
+        for name, expected in self.layers[index].state_dict().items():
+            stored = f"model.layers.{index}.{name}"
+            hub = self.spec.hub_name(stored)
+            stored = stored if stored in self.checkpoint.files and hub not in self.checkpoint.files else hub
+            tensor = self.checkpoint.tensor(stored)
+            if tensor.shape != expected.shape:
+                shapes = f"{tuple(tensor.shape)}, config.json says {tuple(expected.shape)}"
+                raise UserError(f"{self.checkpoint.place(stored)} has shape {shapes}")
+            if not tensor.is_floating_point() or tensor.element_size() < 2:
+                kind = str(tensor.dtype).removeprefix("torch.")
+                raise UserError(f"{self.checkpoint.place(stored)} is stored as {kind}; convert it to bfloat16 first")
+            found[name] = tensor.to(self.device, torch.float32)
+        return found
+
+    def _add_experts(self, index: int, called: "_Recorder", out_ND: Tensor, measure: bool) -> Measured | None:
+        """Add the experts' answers to what they were called with, in place; the measurements."""
+        x_ND, expert_NA, weight_NA = called.noted
+        found = self._measured(x_ND, expert_NA, weight_NA) if measure else None
+        weights = [self.checkpoint.experts(self.spec, self.config, index, p) for p in ("gate", "up", "down")]
+        for expert, (token, weight) in enumerate(routed(expert_NA, weight_NA, self.spec.num_experts(self.config))):
+            if len(token) == 0:
+                continue
+            gate, up, down = (w[expert].to(self.device, torch.float32) for w in weights)
+            for row, w in zip(token.split(ROWS), weight.split(ROWS), strict=True):
+                x = x_ND[row]
+                h = self.act_fn(x @ gate.T) * (x @ up.T)
+                y = h @ down.T
+                out_ND.index_add_(0, row, y * w)
+                if found is not None:
+                    found.peaks[expert] = torch.maximum(found.peaks[expert], y.abs().max())
+                    h, held = h * w, self.held_N[row]
+                    for total, part in ((found.hidden, h[~held]), (found.hidden_held, h[held])):
+                        total[expert].addmm_(part.T, part)
+            if found is not None:
+                rows_held = found.counts_held[expert]
+                found.hidden[expert].div_((len(token) - rows_held).clamp(min=1))
+                found.hidden_held[expert].div_(rows_held.clamp(min=1))
+        return found
+
+    def _measured(self, x_ND: Tensor, expert_NA: Tensor, weight_NA: Tensor) -> Measured:
+        """The measurements that need no expert; zeros for the others."""
+        experts, (d, f) = self.spec.num_experts(self.config), self.spec.sizes(self.config)
+        power = x_ND.new_zeros(experts, dtype=torch.float64)
+        power.index_add_(0, expert_NA.flatten(), weight_NA.flatten().double().square())
+        inputs = x_ND.new_zeros(2, d, d)
+        for x, held in zip(x_ND.split(ROWS), self.held_N.split(ROWS), strict=True):
+            for total, part in zip(inputs, (x[~held], x[held]), strict=True):
+                total.addmm_(part.T, part)
+        count_held = int(self.held_N.sum())
+        inputs[0] /= max(len(x_ND) - count_held, 1)
+        inputs[1] /= max(count_held, 1)
+        hidden = (x_ND.new_zeros(experts, f, f) for _ in range(2))
+        counts, counts_held = (
+            torch.bincount(rows.flatten(), minlength=experts) for rows in (expert_NA, expert_NA[self.held_N])
+        )
+        share = (power / power.sum()).float()
+        return Measured(share, counts, inputs[0], inputs[1], *hidden, x_ND.new_zeros(experts), counts_held)
+
+
+def held_out(windows: int, length: int) -> Tensor:
+    """Which tokens are held out, [W, T] bool: windows 0, 4, 8, …; of a single window, its second half."""
+    if windows == 1:
+        return (torch.arange(length) >= (length + 1) // 2)[None]
+    return (torch.arange(windows) % HELD_OUT == 0)[:, None].expand(windows, length)
+
+
+def routed(expert_NA: Tensor, weight_NA: Tensor, experts: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of every expert in turn its tokens [n], in order, and their routing weights [n, 1]."""
+    order_P = torch.argsort(expert_NA.flatten(), stable=True)
+    counts = torch.bincount(expert_NA.flatten(), minlength=experts).tolist()
+    tokens = (order_P // expert_NA.shape[1]).split(counts)
+    return iter(zip(tokens, weight_NA.flatten()[order_P, None].split(counts), strict=True))
+
+
+def find_super_experts(peaks: dict[int, Tensor]) -> dict[int, tuple[int, ...]]:
+    """The experts that make a model's massive activations, by layer; layers without any are left out.
+
+    Su et al. 2025 ("Unveiling Super Experts in Mixture-of-Experts Large Language Models"), equation 6: the peak of an
+    expert's output is above the 99.5th percentile of all peaks and above a tenth of the largest. As in the authors'
+    code, only the first three quarters of the layers count: massive activations form early, and the last layers,
+    which take them away again, have large outputs too.
+
+    Any model has a largest peak, so we also ask that it is more than 50 times the median peak, else there are none.
+    Sun et al. 2024 call an activation massive above about 1000 times the median |activation|; an ordinary expert's
+    peak over thousands of tokens is itself 5 to 7 times its median |output|, so a massive one is some 150 to 200 times
+    the median peak, and 50 leaves a factor of three.
+    """
+    early = round((max(peaks, default=0) + 1) * EARLY)
+    considered = {layer: peak.float().cpu() for layer, peak in sorted(peaks.items()) if layer < early}
+    if not considered:
+        return {}
+    every = torch.cat(list(considered.values()))
+    largest = every.max()
+    if not largest > OF_MEDIAN * every.median():
+        return {}
+    bound = torch.maximum(torch.quantile(every.double(), PERCENTILE).float(), OF_LARGEST * largest)
+    found = {layer: tuple(torch.where(peak > bound)[0].tolist()) for layer, peak in considered.items()}
+    return {layer: experts for layer, experts in found.items() if experts}
+
+
+class _Recorder(nn.Module):
+    """Stands for a block's experts: notes what it is called with, N tokens in batches, and answers 0."""
+
+    def __init__(self, tokens: int):
+        super().__init__()
+        self.tokens, self.filled = tokens, 0
+        self.noted: tuple[Tensor, ...] = ()
+
+    def forward(self, *called: Tensor) -> Tensor:
+        if not self.noted:  # made once: parts joined at the end would need their memory twice
+            self.noted = tuple(part.new_empty(self.tokens, part.shape[1]) for part in called)
+        for whole, part in zip(self.noted, called, strict=True):
+            whole[self.filled : self.filled + len(part)] = part
+        self.filled += len(called[0])
+        return torch.zeros_like(called[0])
+
+
+class _Delegate(nn.Module):
+    """Any callable as a block's experts, without owning its parameters."""
+
+    def __init__(self, experts: Experts):
+        super().__init__()
+        self.called = (experts,)  # in a tuple: nn.Module would register a module as its child
+
+    def forward(self, x_ND: Tensor, expert_NA: Tensor, weight_NA: Tensor) -> Tensor:
+        return self.called[0](x_ND, expert_NA, weight_NA)
+
+
+class _Pass(nn.Module):
+    """A decoder layer that changes nothing; the layer that runs keeps its place, by which families pick its mask."""
+
+    def forward(self, hidden_states: Tensor, **_: Any) -> Tensor:
+        return hidden_states
+
+
+def _skeleton(config: Any, device: torch.device) -> Any:
+    """The family's model without lm_head on the meta device; its norm does nothing, its rotary embedding is real."""
+    from transformers import AutoModel
+
+    config = deepcopy(config)
+    config.output_router_logits = config.output_hidden_states = config.output_attentions = False
+    with torch.device("meta"):
+        model: Any = AutoModel.from_config(config, trust_remote_code=False, dtype=torch.float32).eval()
+    model.embed_tokens, model.norm = None, nn.Identity()
+    with torch.device(device):
+        model.rotary_emb = type(model.rotary_emb)(config=model.config)
+    return model
