@@ -1,0 +1,394 @@
+"""Which shape and ranks for every projection: what each form would cost and miss, and the best of them for a budget.
+
+`measure` predicts the error of every form of one projection without fitting all of its experts; `allocate` spends a
+budget of parameters, and of FLOPs, over all projections. In the frame of the fit every projection is E matrices W_e [F, D]
+(down is transposed). An error here is sum_e ||W_e - fit_e||^2 / sum_e ||W_e||^2, the lost share of the energy.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megakd.errors import UserError
+from megakd.models.fit import Settings, fit_projection
+from megakd.models.lanes import Lanes, lanes_over
+from megakd.models.shared_core import SHAPES, Form, free_and_core_rank, make_form, stored_parameters
+
+LEAST, MOST = 0.03, 0.95  # shares of the dense parameters between which forms are considered
+RANK_STEP = 8  # grouped matrix products want rows of 16 bytes, 8 numbers of bfloat16
+TINY = 128  # expert hidden sizes below it may have any rank
+GRID = 24  # wrappers: values of either rank
+# of the parameters, where fits are tried: a wrapper on the core, or none, for one that is free
+ADDITIVE_SHARES, WRAPPER_SHARES, WRAPPER_SPLITS = (0.3, 0.7), (0.15, 0.45, 0.8), (1 / 3, 3 / 4)
+FITTED_EXPERTS = 8  # the fits behind a prediction see this many
+FULL_SWEEPS, FEW_SWEEPS = 20, 4  # where the fits see all experts, or some
+BISECTIONS = 60  # of the price of a FLOP
+
+
+class Candidate(NamedTuple):
+    """A form of one projection, all its experts: numbers stored, FLOPs a token, predicted lost share of the energy."""
+
+    form: Form
+    parameters: int
+    flops: float
+    error: float
+
+
+def form_flops(form: Form, projection: str, active: int, hidden: int, expert_hidden: int) -> float:
+    """FLOPs of one projection a token: what is shared runs once, the factors of A active experts once each."""
+    return 2.0 * stored_parameters(form, projection, active, hidden, expert_hidden)
+
+
+def dense_flops(active: int, hidden: int, expert_hidden: int) -> float:
+    """FLOPs of one projection a token as the teacher computes it: A matrices [F, D]."""
+    return 2.0 * active * hidden * expert_hidden
+
+
+def candidates(
+    projection: str, experts: int, hidden: int, expert_hidden: int, shapes: Sequence[str] = SHAPES, groups: int = 1
+) -> list[Form]:
+    """Forms of between 3 and 95 % of the dense parameters; ranks are multiples of 8, of 1 in tiny layers.
+
+    groups: a basis is considered in 1, 2, 4 … groups up to this many.
+    """
+    f, d = expert_hidden, hidden
+    step = RANK_STEP if min(f, d) >= TINY else 1
+    found = []
+    if "additive" in shapes:
+        found += [make_form("additive", projection, r, 0) for r in range(step, min(f, d) + 1, step)]
+    if "wrappers" in shapes:
+        stride = step * math.ceil(min(f, d) / (GRID * step))
+        # two wrappers of f ranks together give any matrix; with hardly a free one, predictions are off by up to 16 %, and
+        # such forms were never the best
+        ranks = sorted({step, *range(stride, min(f, d) + 1, stride)})
+        pairs = [(free, core) for free in ranks for core in ranks if free + core <= min(f, d) and core <= 3 * free]
+        found += [make_form("wrappers", projection, *pair) for pair in pairs]
+    if "basis" in shapes:
+        for count in _powers(min(groups, experts // 2)):
+            most = min(d, experts // count * f)
+            found += [make_form("basis", projection, 0, k, count) for k in range(step, most + 1, step)]
+    dense = experts * f * d
+
+    def fits(form: Form) -> bool:
+        return LEAST <= stored_parameters(form, projection, experts, d, f) / dense <= MOST
+
+    return [form for form in found if fits(form)]
+
+
+def measure(
+    weights: Tensor,
+    projection: str,
+    active: int,
+    shapes: Sequence[str] = SHAPES,
+    sample: int = 16,
+    groups: int = 1,
+    forms: Sequence[Form] | None = None,
+    progress: Callable[[float], None] = lambda share: None,
+) -> list[Candidate]:
+    """What every form of one projection costs and is predicted to miss.
+
+    weights: [E, d_out, d_in] of any floating type, as stored or whitened by what calibration measured (metric.whiten).
+    basis: exact, the eigenvalues of sum_e W_e^T W_e behind the k-th. additive: singular values of W_e - mean of a sample of
+    experts behind the r-th, times what a few fits gain over the mean as core. wrappers: a rank of the wrapper on the core
+    is worth so many ranks of the free one; how many, a few fits say. These fits see 8 experts and 4, and a core shared by
+    fewer fits better: the relative error, the root of what is lost, is continued linearly in 1/E.
+    forms: instead of all candidates. progress: called with the share of the work that is done.
+    """
+    frame = weights.mT if projection == "down" else weights
+    experts, f, d = frame.shape
+    if forms is None:
+        forms = candidates(projection, experts, d, f, shapes, groups)
+    wanted = {form.shape for form in forms}
+    points = _fit_points(f, d, experts, wanted)
+    work = 1.0 + len(points)
+    bases: dict[int, np.ndarray] = {}
+    curve = np.zeros(0)
+    with lanes_over(frame) as lanes:
+        mean, norms = _mean_and_norms(frame, lanes)
+        energy = float(norms.sum())
+        if energy == 0:  # a projection of zeros loses nothing
+            return [_candidate(form, projection, experts, active, d, f, 0.0) for form in forms]
+        if "basis" in wanted:
+            for count in sorted({form.groups for form in forms if form.shape == "basis"}):
+                group = torch.arange(experts) % count
+                bases[count] = basis_curve(frame, group, count, lanes) / energy
+        if points:
+            curve = _additive_curve(frame, mean, norms, spread(experts, sample), lanes)
+    progress(1 / work)
+    table = _Wrappers(curve, f)
+    for number, (free, core) in enumerate(points):
+        table.learn(free, core, predicted_fit(frame, norms, make_form("wrappers", "gate", free, core)))
+        progress((2 + number) / work)
+    result = []
+    for form in forms:
+        free, core = free_and_core_rank(form, projection)
+        error = float(bases[form.groups][core]) if form.shape == "basis" else table.error(free, core)
+        result.append(_candidate(form, projection, experts, active, d, f, error))
+    return result
+
+
+def allocate(
+    tables: Mapping[tuple[int, str], Sequence[Candidate]],
+    dense_parameters: int,
+    budget: float,
+    dense_flops: float = 0.0,
+    flops: float | None = None,
+) -> dict[tuple[int, str], Form]:
+    """The forms of least summed error with at most `budget` of the dense parameters and `flops` of the dense FLOPs.
+
+    Every (layer, projection) counts the same: relative to its energy, since what follows a layer's output is normalised;
+    whoever knows better scales the errors. On the lower convex hull of (parameters, error) of each, steps are taken in
+    the order of their gain a parameter until one does not fit (Lagrange; optimal but for that last step), which then goes
+    as far as fits. With `flops`, error is replaced by error + price * FLOPs, the price the lowest that keeps to them.
+    """
+    limit = budget * dense_parameters
+    smallest = sum(min(c.parameters for c in table) for table in tables.values())
+    if smallest > limit:
+        least = math.ceil(smallest / dense_parameters * 1000) / 1000
+        raise UserError(f"compress.budget={budget:g}: the smallest of compress.shapes need {least:g}")
+    keys = sorted(tables)
+    found = _spend([tables[key] for key in keys], limit, 0.0)
+    if flops is not None and _flops(found) > flops * dense_flops:
+        found = _within_flops([tables[key] for key in keys], limit, budget, flops, dense_flops)
+    return {key: candidate.form for key, candidate in zip(keys, found, strict=True)}
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """`wanted` of `count` numbers, evenly spaced, the first one among them."""
+    wanted = min(count, wanted)
+    return [i * count // wanted for i in range(wanted)]
+
+
+def basis_curve(frame: Tensor, group: Tensor, groups: int, lanes: Lanes) -> np.ndarray:
+    """What is lost of the energy of matrices [E, F, D] with bases of 0 … D for each group: eigenvalues behind the k-th."""
+    columns = frame.shape[2]
+    dtype = torch.promote_types(frame.dtype, torch.float32)
+    lost = np.zeros(columns + 1)
+    for g in range(groups):
+
+        def work(lane: list[slice], g: int = g) -> Tensor:
+            total = torch.zeros(columns, columns, dtype=dtype, device=frame.device)
+            for chunk in lane:
+                for e in range(chunk.start, chunk.stop):
+                    if group[e] == g:
+                        exact = frame[e].to(dtype)
+                        total.addmm_(exact.mT, exact)
+            return total
+
+        lost += _tails(torch.linalg.eigvalsh(torch.stack(lanes.map(work)).sum(0)))
+    return lost
+
+
+def predicted_fit(frame: Tensor, norms: Tensor, form: Form) -> float:
+    """What the fit of all experts [E, F, D] would lose, from fits of a few; norms: squared, [E]."""
+
+    def lost(chosen: list[int], sweeps: int) -> float:
+        matrices = frame[chosen].to(torch.promote_types(frame.dtype, torch.float32))
+        _, fit = fit_projection(matrices, "gate", form, Settings(sweeps=sweeps))
+        share = norms[chosen] / norms[chosen].sum().clamp(min=1e-300)
+        return float((fit.errors.cpu().double().square() * share).sum())
+
+    experts = len(frame)
+    if experts <= FITTED_EXPERTS:
+        return lost(list(range(experts)), FULL_SWEEPS)
+    chosen = spread(experts, FITTED_EXPERTS)
+    many = math.sqrt(lost(chosen, FEW_SWEEPS))
+    few = math.sqrt((lost(chosen[::2], FEW_SWEEPS) + lost(chosen[1::2], FEW_SWEEPS)) / 2)
+    return min(1.0, (many + (many - few) * (1 - len(chosen) / experts)) ** 2)
+
+
+class _Wrappers:
+    """Lost energy for any two ranks, from that of free wrappers alone around the mean and some fits.
+
+    curve: [F + 1], lost with free rank r and the mean as core. A fit of (r, 0) gives the logarithm of its ratio to the curve,
+    linear in r between fits; one of (r, c) the rank r + worth * c at which free wrappers alone lose as much, the worth
+    bilinear in the sum of ranks and in the share of c between fits.
+    """
+
+    def __init__(self, curve: np.ndarray, rows: int):
+        self.curve, self.rows = curve, rows
+        self.ratios = [(0.0, 0.0)]
+        self.worths: dict[tuple[int, int], float] = {}
+
+    def learn(self, free: int, core: int, lost: float) -> None:
+        if core == 0:
+            ratio = math.log(max(lost, 1e-30) / max(self.curve[free], 1e-30)) if self.curve[free] > 0 else 0.0
+            self.ratios.append((free, min(ratio, 0.0)))
+        else:
+            ranks = np.arange(len(self.curve))
+            corrected = np.array([self.additive(r) for r in ranks])
+            equal = float(np.interp(-lost, -corrected, ranks))
+            self.worths[free, core] = (equal - free) / core
+
+    def error(self, free: int, core: int) -> float:
+        return self.additive(free + self._worth(free, core) * core if core else free)
+
+    def additive(self, rank: float) -> float:
+        rank = min(max(rank, 0.0), len(self.curve) - 1)
+        at, logs = zip(*self.ratios, strict=True)
+        ratio = float(np.interp(rank, at, logs))
+        if rank > at[-1] and len(at) > 1:  # on with the last slope
+            ratio += (rank - at[-1]) * (logs[-1] - logs[-2]) / (at[-1] - at[-2])
+        return float(np.interp(rank, np.arange(len(self.curve)), self.curve)) * math.exp(ratio)
+
+    def _worth(self, free: int, core: int) -> float:
+        """Bilinear in (share of the core's rank, sum of ranks); outside: on in the share, level in the sum."""
+        total, share = free + core, core / (free + core)
+        lines: dict[int, list[tuple[int, float]]] = {}
+        splits = sorted({_nearest_split(*pair) for pair in self.worths})
+        for pair, worth in self.worths.items():
+            lines.setdefault(_nearest_split(*pair), []).append((sum(pair), worth))
+        at, worths = [], []
+        for split in splits:
+            sums, values = zip(*sorted(lines[split]), strict=True)
+            at.append(WRAPPER_SPLITS[split])
+            worths.append(float(np.interp(total, sums, values)))
+        if len(at) == 1:
+            return min(max(worths[0], 0.0), 1.2)
+        slope = (worths[1] - worths[0]) / (at[1] - at[0])
+        return min(max(worths[0] + slope * (share - at[0]), 0.0), 1.2)
+
+
+def _nearest_split(free: int, core: int) -> int:
+    return min(range(len(WRAPPER_SPLITS)), key=lambda i: abs(WRAPPER_SPLITS[i] - core / (free + core)))
+
+
+def _fit_points(f: int, d: int, experts: int, wanted: set[str]) -> list[tuple[int, int]]:
+    """(free rank, core rank) of the fits, free wrappers alone first: the others are compared with them."""
+    short = min(f, d)
+    left = (MOST - 1 / experts) * experts * f * d / experts  # numbers an expert may have besides the core
+    points: list[tuple[int, int]] = []
+    if wanted & {"additive", "wrappers"}:
+        points += [(round(share * left / (f + d)), 0) for share in ADDITIVE_SHARES]
+    if "wrappers" in wanted:
+        for split in WRAPPER_SPLITS:
+            cost = (1 - split) * (f + d) + split * 2 * f
+            for share in WRAPPER_SHARES:
+                total = min(share * left / cost, short)
+                points.append((round((1 - split) * total), round(split * total)))
+    kept = {(min(free, short), core): None for free, core in points if free + core > 0 and 0 < free}
+    return list(kept)
+
+
+def _mean_and_norms(frame: Tensor, lanes: Lanes) -> tuple[Tensor, Tensor]:
+    """(mean of W_e, [F, D]; ||W_e||^2, [E] in float64)."""
+    dtype = torch.promote_types(frame.dtype, torch.float32)
+
+    def work(lane: list[slice]) -> tuple[Tensor, Tensor]:
+        total, norms = torch.zeros(frame.shape[1:], dtype=dtype, device=frame.device), []
+        for chunk in lane:
+            exact = frame[chunk].to(dtype)
+            total += exact.sum(0)
+            norms.append(exact.square().sum((1, 2)).double())
+        return total, torch.cat(norms)
+
+    totals, norms = zip(*lanes.map(work), strict=True)
+    return torch.stack(totals).sum(0) / len(frame), torch.cat(norms).cpu()
+
+
+def _additive_curve(frame: Tensor, mean: Tensor, norms: Tensor, chosen: list[int], lanes: Lanes) -> np.ndarray:
+    """Lost share of the chosen experts' energy with the mean of all as core and a free rank of 0 … F."""
+    lost = np.zeros(min(frame.shape[1:]) + 1)
+    for e in chosen:
+        residual = frame[e].to(mean) - mean
+        residual = residual if residual.shape[0] <= residual.shape[1] else residual.mT
+        lost += _tails(torch.linalg.eigvalsh(residual @ residual.mT))
+    return lost / max(float(norms[chosen].sum()), 1e-300)
+
+
+def _tails(eigenvalues: Tensor) -> np.ndarray:
+    """Sums of all but the largest 0 … n of ascending eigenvalues, [n + 1]."""
+    exact = eigenvalues.double().clamp(min=0).cpu().numpy()
+    return np.concatenate([[0.0], np.cumsum(exact)])[::-1]
+
+
+def _candidate(
+    form: Form, projection: str, experts: int, active: int, hidden: int, expert_hidden: int, error: float
+) -> Candidate:
+    stored = stored_parameters(form, projection, experts, hidden, expert_hidden)
+    return Candidate(form, stored, form_flops(form, projection, active, hidden, expert_hidden), error)
+
+
+def _powers(most: int) -> list[int]:
+    return [2**i for i in range(max(most, 1).bit_length())]
+
+
+def _hull(table: Sequence[Candidate], price: float) -> list[Candidate]:
+    """The lower convex hull of (parameters, error + price * FLOPs), from the fewest parameters to the least value."""
+
+    def value(c: Candidate) -> float:
+        return c.error + price * c.flops
+
+    hull: list[Candidate] = []
+    for c in sorted(table, key=lambda c: (c.parameters, value(c), c.form)):
+        if hull and value(c) >= value(hull[-1]):
+            continue
+        while len(hull) > 1:
+            a, b = hull[-2:]
+            # b is above the line from a to c
+            if (value(a) - value(b)) * (c.parameters - b.parameters) > (value(b) - value(c)) * (
+                b.parameters - a.parameters
+            ):
+                break
+            hull.pop()
+        hull.append(c)
+    return hull
+
+
+def _spend(tables: list[Sequence[Candidate]], limit: float, price: float) -> list[Candidate]:
+    """Greedy along the hulls up to `limit` parameters; the step that does not fit goes as far as it can."""
+    hulls = [_hull(table, price) for table in tables]
+    steps = []
+    for i, hull in enumerate(hulls):
+        for a, b in pairwise(hull):
+            gain = a.error + price * a.flops - b.error - price * b.flops
+            steps.append((-gain / (b.parameters - a.parameters), i, b))
+    # gains fall along a hull: the order keeps steps of one table in theirs
+    steps.sort(key=lambda step: (step[0], step[1], step[2].parameters))
+    found = [hull[0] for hull in hulls]
+    spent = sum(c.parameters for c in found)
+    for _, i, after in steps:
+        more = after.parameters - found[i].parameters
+        if spent + more > limit:
+            room = limit - spent + found[i].parameters
+            fitting = [c for c in tables[i] if c.parameters <= room]
+            found[i] = min(fitting, key=lambda c: (c.error + price * c.flops, c.parameters, c.form))
+            break
+        found[i], spent = after, spent + more
+    return found
+
+
+def _within_flops(
+    tables: list[Sequence[Candidate]], limit: float, budget: float, flops: float, dense_flops: float
+) -> list[Candidate]:
+    """`_spend` at the lowest price of a FLOP that keeps to the FLOPs; of those tried, the one of least error."""
+    allowed = flops * dense_flops
+    low, high = 0.0, 1 / dense_flops
+    while _flops(dear := _spend(tables, limit, high)) > allowed:
+        low, high = high, high * 16
+        if high * dense_flops > 1e18:
+            least = math.ceil(_flops(dear) / dense_flops * 1000) / 1000
+            raise UserError(
+                f"compress.flops={flops:g}: with compress.budget={budget:g} the experts need at least {least:g}"
+            )
+    best = dear
+    for _ in range(BISECTIONS):
+        middle = math.sqrt(low * high) if low > 0 else high / 16
+        found = _spend(tables, limit, middle)
+        if _flops(found) > allowed:
+            low = middle
+        else:
+            high = middle
+            best = min(best, found, key=lambda chosen: sum(c.error for c in chosen))
+        if low > 0 and high / low < 1 + 1e-9:
+            break
+    return best
+
+
+def _flops(found: Sequence[Candidate]) -> float:
+    return sum(c.flops for c in found)
