@@ -13,6 +13,7 @@ ORDER: tuple[set[str], ...] = (
     {"files"},
     {"config"},
     {"run", "dist", "log"},
+    {"tasks"},
     {"data"},
     {"models", "losses"},
     {"objectives"},

@@ -1,28 +1,38 @@
-"""Fit the teacher's experts: one shared core a layer and projection, low-rank wrappers an expert.
+"""Fit the teacher's experts: what a layer's experts share, and small factors an expert.
 
-Any number of workers (ranks or array tasks) share the (layer, projection) pairs; each pair is written when it is done
-and not fitted again after a kill. The worker that finds all of them finished writes RUN/student-0, a Hugging Face
-folder, with compress.json: the error of every matrix. The teacher is read one projection at a time, never whole.
+Any number of processes share the work through the run's folder, one (layer, projection) at a time; each is written when
+it is done and not fitted again after a kill. The teacher is read one projection at a time, never whole. The student is
+RUN/student-0, a Hugging Face folder, with compress.json and compress.png: the error of every matrix. With
+compress.calibration_tokens, the errors that count are those on the inputs that the experts see (run `tokenize` first).
 
 examples:
   megakd compress runs/a
-  RANK=0 WORLD_SIZE=2 megakd compress runs/a & RANK=1 WORLD_SIZE=2 megakd compress runs/a
+  megakd compress runs/a & megakd compress runs/a & wait     two processes share the work
+  srun --ntasks=16 megakd compress runs/a                    so do sixteen on any number of machines
 """
 
 import argparse
+import resource
 import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
+from megakd.data.batches import collate
+from megakd.data.shards import ShardSet
 from megakd.data.tokens import load_tokenizer, tokenizer_facts
 from megakd.dist import read_world
 from megakd.errors import UserError
+from megakd.evals.compression_plot import plot_errors
 from megakd.files import locked, publishing, read_json, remove, write_json
-from megakd.log import Progress, say, table
-from megakd.models.fit import fit_projection
+from megakd.log import say, table
+from megakd.models.fit import Settings, Statistics, best_split, fit_projection
 from megakd.models.hub import (
     Checkpoint,
     copy_side_files,
@@ -32,10 +42,42 @@ from megakd.models.hub import (
     write_config,
     write_weights,
 )
-from megakd.models.shared_core import PROJECTIONS
-from megakd.models.spec import spec_for
+from megakd.models.shared_core import (
+    PROJECTIONS,
+    DenseExperts,
+    Form,
+    SharedCoreExperts,
+    factor_shapes,
+    stored_parameters,
+)
+from megakd.models.spec import MoESpec, spec_for
 from megakd.models.student import student_config
 from megakd.run import Run
+from megakd.tasks import Task, run_tasks
+
+SAMPLE = 8  # experts that a split of ranks is tried on
+SCAN_TOKENS = 8192  # that super experts are looked for in
+SHARD_BYTES = 2**30  # a file of the student, held in memory while it is written
+
+
+class Job(NamedTuple):
+    """What every task needs to know; `parts` is where tasks leave what they made."""
+
+    run: Run
+    folder: Path
+    config: Any
+    checkpoint: Checkpoint
+    spec: MoESpec
+    layers: list[int]
+    parts: Path
+    device: torch.device
+
+    def part(self, layer: int, kind: str) -> Path:
+        return self.parts / f"layer-{layer:03d}-{kind}.safetensors"
+
+    @property
+    def experts(self) -> int:
+        return self.spec.num_experts(self.config)
 
 
 def main(run: Run, args: argparse.Namespace) -> None:
@@ -45,108 +87,342 @@ def main(run: Run, args: argparse.Namespace) -> None:
     if (target / "compress.json").exists():
         say(f"{target}: finished")
         return
-    world = read_world()
+    started = time.perf_counter()
+    job = open_job(run)
+    own = run_tasks("compress", tasks(job), job.parts / "locks")
+    with locked(run.path("compress.lock")):
+        if not (target / "compress.json").exists():
+            _assemble(job)
+            remove(job.parts)
+    remove(run.path("compress.lock"))
+    report = read_json(target / "compress.json")
+    say(error_table(report))
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    seconds = time.perf_counter() - started
+    run.record("compress", seconds=round(seconds, 1), tasks=own, peak_memory_gb=round(memory, 2))
+    say(
+        f"compress: {own} tasks here in {seconds:.0f} s, at most {memory:.2f} GB; "
+        f"calibrated on {report['calibration_tokens']:,} tokens"
+    )
+
+
+def open_job(run: Run) -> Job:
+    """The teacher and what is to be done with it; UserError when it cannot be."""
     folder = resolve(run.config.model.teacher, run.config.model.revision)
     config, checkpoint = load_config(folder), Checkpoint(folder)
     spec = spec_for(config, str(folder))
-    _check_rank(run, spec.shapes(config))
-    tasks = [(layer, projection) for layer in spec.moe_layers(config) for projection in PROJECTIONS]
-    parts = run.path("compress")
-    progress = Progress("compress", len(tasks[world.rank :: world.size]), "projections")
-    for layer, projection in tasks[world.rank :: world.size]:
-        if not _part(parts, layer, projection).exists():
-            started = time.perf_counter()
-            weights = checkpoint.experts(spec, config, layer, projection)
-            if not torch.isfinite(weights).all():
-                raise UserError(f"{folder}: layer {layer} {projection}_proj holds NaN or infinite weights")
-            error = _fit_part(run, parts, layer, projection, weights)
-            run.record(
-                "compress",
-                layer=layer,
-                projection=projection,
-                error=error,
-                seconds=round(time.perf_counter() - started, 3),
-            )
-        progress.update(1)
-    progress.close()
-    if all(_part(parts, *task).exists() for task in tasks):
-        with locked(run.path("compress.lock")):
-            if not (target / "compress.json").exists():
-                _assemble(run, folder, config, checkpoint, parts, tasks)
-                remove(parts)
-        remove(run.path("compress.lock"))
-        say(error_table(read_json(target / "compress.json")))
-    else:
-        say("compress: this worker's share is done; the student is written when the other workers' are")
-
-
-def error_table(report: dict[str, Any]) -> str:
-    """Relative Frobenius error of each layer and projection, mean over experts."""
-    errors = {(p["layer"], p["projection"]): p["errors"] for p in report["parts"]}
-    rows = []
-    for layer in sorted({layer for layer, _ in errors}):
-        rows.append([f"layer {layer}", *(f"{sum(e) / len(e):.4f}" for e in (errors[layer, p] for p in PROJECTIONS))])
-    return table(["relative error", *PROJECTIONS], rows)
-
-
-def _check_rank(run: Run, shapes: dict[str, tuple[int, int]]) -> None:
-    smallest = min(min(shape) for shape in shapes.values())
-    if run.config.compress.rank > smallest:
+    layers = spec.moe_layers(config)
+    if not layers:
+        raise UserError(f"{folder}: no layer of this {config.model_type} has experts; there is nothing to compress")
+    settings, smallest = run.config.compress, min(spec.sizes(config))
+    if settings.budget is None and settings.rank > smallest:
+        raise UserError(f"{run.folder}: compress.rank={settings.rank} exceeds the experts' smaller side, {smallest}")
+    job = Job(run, folder, config, checkpoint, spec, layers, run.path("compress"), read_world().device)
+    if settings.calibration_tokens and not run.path("data", "tokens", "train", "manifest.json").exists():
         raise UserError(
-            f"{run.folder}: compress.rank={run.config.compress.rank} exceeds the experts' smaller side, {smallest}"
+            f"{run.folder}: compress.calibration_tokens={settings.calibration_tokens} needs the run's tokens; "
+            f"run: megakd tokenize {run.folder}, or set compress.calibration_tokens=0"
         )
+    teacher, known = {"weights": weights_fingerprint(folder)}, job.parts / "teacher.json"
+    if not known.exists():
+        write_json(known, teacher)
+    if read_json(known) != teacher:
+        raise UserError(
+            f"{job.parts}: begun with weights {read_json(known)['weights']}, {folder} has {teacher['weights']} now; "
+            "delete that folder to begin again"
+        )
+    return job
 
 
-def _part(parts: Path, layer: int, projection: str) -> Path:
-    return parts / f"layer-{layer:03d}-{projection}.safetensors"
+def tasks(job: Job) -> list[Task]:
+    """Everything to be done, in the order in which it is best begun."""
+    settings, found = job.run.config.compress, []
+    supers, forms = job.parts / "super-experts.json", job.parts / "forms.json"
+    before: tuple[Path, ...] = ()  # what a layer's fit waits for
+    if settings.super_experts == "auto":
+        found.append(Task("super experts", supers, (), partial(_scan, job, supers)))
+        before = (supers,)
+    if settings.budget is not None:
+        tables = [job.parts / f"layer-{layer:03d}-candidates.json" for layer in job.layers]
+        for layer, path in zip(job.layers, tables, strict=True):
+            found.append(Task(f"candidates of layer {layer}", path, (), partial(_candidates, job, layer, path)))
+        found.append(Task("forms", forms, tuple(tables), partial(_choose, job, tables, forms)))
+        before = (*before, forms)
+    previous: int | None = None
+    for layer in job.layers:
+        needs = before
+        if settings.align == "auto":
+            order = job.part(layer, "order")
+            found.append(Task(f"order of layer {layer}", order, (), partial(_order, job, layer, order)))
+            needs = (*needs, order)
+        if settings.calibration_tokens:
+            inputs = job.part(layer, "inputs")
+            behind: tuple[Path, ...] = ()
+            if previous is not None:
+                fitted = tuple(job.part(previous, p) for p in PROJECTIONS) if settings.sequential else ()
+                behind = (job.part(previous, "inputs"), *fitted)
+            work = partial(_calibrate, job, layer, previous, inputs)
+            found.append(Task(f"inputs of layer {layer}", inputs, (*before, *behind), work))
+            needs = (*needs, inputs)
+        for projection in PROJECTIONS:
+            output = job.part(layer, projection)
+            work = partial(_fit, job, layer, projection, output)
+            found.append(Task(f"layer {layer} {projection}", output, needs, work))
+        previous = layer
+    return found
 
 
-def _fit_part(run: Run, parts: Path, layer: int, projection: str, weights: torch.Tensor) -> float:
-    settings = run.config.compress
-    tensors, fit = fit_projection(weights, projection, settings.rank, settings.sweeps, settings.tolerance)
-    dtype = getattr(torch, run.config.model.dtype)
-    path = _part(parts, layer, projection)
+def _scan(job: Job, output: Path) -> None:
+    """Run the teacher over some tokens and look for experts with massive outputs."""
+    from megakd.models.calibrate import find_super_experts
+
+    runner = _runner(job, min(SCAN_TOKENS, job.run.config.compress.calibration_tokens))
+    hidden, peaks = runner.embed(), {}
+    for layer in range(job.layers[-1] + 1):
+        hidden, measured = runner.layer(layer, hidden, measure=layer in job.layers)
+        if measured is not None:
+            peaks[layer] = measured.peaks
+    found = find_super_experts(peaks)
+    for layer, experts in found.items():
+        say(f"compress: layer {layer} keeps expert {', '.join(map(str, experts))} dense (massive activations)")
+    write_json(output, {str(layer): list(experts) for layer, experts in found.items()})
+
+
+def _candidates(job: Job, layer: int, output: Path) -> None:
+    """What each form would cost one layer, and gain."""
+    from megakd.models.planner import measure
+
+    settings, active = job.run.config.compress, job.config.num_experts_per_tok
+    found = {}
+    for projection in PROJECTIONS:
+        weights = job.checkpoint.experts(job.spec, job.config, layer, projection)
+        found[projection] = [c._asdict() for c in measure(weights, projection, active, settings.shapes)]
+    write_json(output, found)
+
+
+def _choose(job: Job, tables: list[Path], output: Path) -> None:
+    """Spend the budget over all layers."""
+    from megakd.models.planner import Candidate, allocate
+
+    settings, active, found = job.run.config.compress, job.config.num_experts_per_tok, {}
+    for layer, path in zip(job.layers, tables, strict=True):
+        for projection, rows in read_json(path).items():
+            found[layer, projection] = [Candidate(**{**row, "form": Form(*row["form"])}) for row in rows]
+    elements = len(job.layers) * sum(rows * columns for rows, columns in job.spec.shapes(job.config).values())
+    assert settings.budget is not None
+    chosen = allocate(found, elements * job.experts, settings.budget, 2 * elements * active, settings.flops)
+    write_json(output, {f"{layer}.{projection}": form._asdict() for (layer, projection), form in chosen.items()})
+
+
+def _order(job: Job, layer: int, output: Path) -> None:
+    """Permutations of hidden units that make experts alike, [E, F]; empty where there are none."""
+    try:
+        from megakd.models.align import alignment
+    except ImportError:
+        alignment = lambda *a: None
+
+    gate, up, down = (job.checkpoint.experts(job.spec, job.config, layer, p) for p in PROJECTIONS)
+    found = alignment(gate, up, down)
+    if found is not None:
+        say(f"compress: the experts of layer {layer} are copies of each other; their hidden units are put in order")
+    with publishing(output) as temporary:
+        save_file({"order": torch.empty(0, dtype=torch.int64) if found is None else found.contiguous()}, temporary)
+
+
+def _calibrate(job: Job, layer: int, previous: int | None, output: Path) -> None:
+    """Measure the inputs of a layer's experts; `previous` is the layer with experts before it."""
+    settings = job.run.config.compress
+    runner, replaced = _runner(job, settings.calibration_tokens), None
+    if previous is None:
+        hidden, first = runner.embed(), 0
+    else:
+        hidden, first = load_file(job.part(previous, "inputs"))["tokens"].to(job.device), previous
+        if settings.sequential:
+            replaced = _compressed(job, previous)
+        else:
+            first += 1
+    for index in range(first, layer):
+        hidden, _ = runner.layer(index, hidden, experts=replaced if index == previous else None)
+    after, measured = runner.layer(layer, hidden, measure=True)
+    assert measured is not None, layer
+    # with `sequential` the next layer begins again before this one, which is compressed by then
+    tensors = {"tokens": hidden if settings.sequential else after, **measured._asdict()}
+    with publishing(output) as temporary:
+        save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, temporary)
+
+
+def _compressed(job: Job, layer: int) -> Callable[..., Tensor]:
+    """The experts of a layer that is fitted already, to be run in the place of the teacher's."""
+    hidden, expert_hidden = job.spec.sizes(job.config)
+    tensors, forms = {}, {}
+    for projection in PROJECTIONS:
+        part = job.part(layer, projection)
+        tensors |= load_file(part)
+        forms[projection] = Form(**read_json(part.with_suffix(".json"))["form"])
+    act_fn = ACT2FN[job.config.hidden_act].forward
+    core = nn.ModuleDict()
+    for projection in PROJECTIONS:
+        weight = tensors[f"shared_core.{projection}_proj.weight"].float()
+        core[f"{projection}_proj"] = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        core[f"{projection}_proj"].weight = nn.Parameter(weight)  # type: ignore[assignment]
+    exempt = None
+    if ids := _exempt(job, layer):
+        exempt = DenseExperts(ids, hidden, expert_hidden, act_fn)
+        exempt.load_state_dict(_kept(job, layer, ids))
+    experts = SharedCoreExperts(job.experts, hidden, expert_hidden, forms, act_fn, core, exempt)
+    prefix = "experts."
+    experts.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+    for module in (core, exempt, experts):
+        if module is not None:
+            module.to(job.device).requires_grad_(False)
+    return experts
+
+
+def _fit(job: Job, layer: int, projection: str, output: Path) -> None:
+    """Fit one projection of one layer; its report is written first, its tensors say that it is done."""
+    settings, started = job.run.config.compress, time.perf_counter()
+    weights = job.checkpoint.experts(job.spec, job.config, layer, projection)
+    order = load_file(job.part(layer, "order"))["order"] if settings.align == "auto" else torch.empty(0)
+    if len(order):
+        axis = 2 if projection == "down" else 1
+        for expert in range(len(weights)):
+            weights[expert] = weights[expert].index_select(axis - 1, order[expert])
+    statistics = _statistics(job, layer, projection, order) if settings.calibration_tokens else None
+    solver = Settings(
+        settings.solver, settings.sweeps, settings.tolerance, settings.damping, settings.steps, settings.lr
+    )
+    form = _form(job, layer, projection, weights, solver)
+    exempt = _exempt(job, layer)
+    tensors, fit = fit_projection(weights.to(job.device), projection, form, solver, statistics, exempt)
+    dtype = getattr(torch, job.run.config.model.dtype)
     report = {
         "layer": layer,
         "projection": projection,
+        "form": form._asdict(),
         "sweeps": fit.sweeps,
         "errors": [round(e, 6) for e in fit.errors.tolist()],
     }
-    write_json(path.with_suffix(".json"), report)
-    with publishing(path) as temporary:
-        save_file({name: t.to(dtype).contiguous() for name, t in tensors.items()}, temporary)
-    return round(fit.errors.mean().item(), 6)
+    if fit.weighted_errors is not None:
+        report |= {"damping": fit.damping, "weighted_errors": [round(e, 6) for e in fit.weighted_errors.tolist()]}
+    write_json(output.with_suffix(".json"), report)
+    with publishing(output) as temporary:
+        stored = {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
+        save_file({name: t.contiguous().cpu() for name, t in stored.items()}, temporary)
+    job.run.record(
+        "fit",
+        layer=layer,
+        projection=projection,
+        error=round(fit.errors.mean().item(), 6),
+        seconds=round(time.perf_counter() - started, 3),
+    )
 
 
-def _assemble(
-    run: Run, folder: Path, config: Any, checkpoint: Checkpoint, parts: Path, tasks: list[tuple[int, str]]
-) -> None:
-    spec = spec_for(config, str(folder))
-    dtype = getattr(torch, run.config.model.dtype)
-    tokenizer = tokenizer_facts(load_tokenizer(folder))
+def _form(job: Job, layer: int, projection: str, weights: Tensor, solver: Settings) -> Form:
+    """What the run wants: the planner's choice, or wrappers of `rank`, or of as many parameters divided better."""
+    settings = job.run.config.compress
+    if settings.budget is not None:
+        return Form(**read_json(job.parts / "forms.json")[f"{layer}.{projection}"])
+    form = Form("wrappers", settings.rank, settings.rank)
+    if settings.split == "equal":
+        return form
+    sizes = job.spec.sizes(job.config)
+    stored = sum(n * r for _, n, r in factor_shapes(form, projection, 1, *sizes).values())
+    chosen = torch.arange(0, len(weights), max(len(weights) // SAMPLE, 1))[:SAMPLE]
+    return best_split(weights[chosen], projection, stored, solver)
 
-    def tensors():
-        for name in checkpoint.files:
-            if not spec.is_expert(name):
-                yield name, checkpoint.tensor(name).to(dtype)
-        for layer, projection in tasks:
-            for name, tensor in load_file(_part(parts, layer, projection)).items():
-                yield f"{spec.block.format(i=layer)}.{name}", tensor
 
+def _statistics(job: Job, layer: int, projection: str, order: Tensor) -> Statistics:
+    found = load_file(job.part(layer, "inputs"))
+    if projection != "down":
+        return Statistics(found["share"], found["inputs"], found["inputs_held"], found["counts"])
+    hidden, held = found["hidden"], found["hidden_held"]
+    for expert in range(len(order)):
+        for moments in (hidden, held):
+            moments[expert] = moments[expert][order[expert]][:, order[expert]]
+    return Statistics(found["share"], hidden, held, found["counts"])
+
+
+def _exempt(job: Job, layer: int) -> tuple[int, ...]:
+    if job.run.config.compress.super_experts == "off":
+        return ()
+    return tuple(read_json(job.parts / "super-experts.json").get(str(layer), ()))
+
+
+def _kept(job: Job, layer: int, ids: tuple[int, ...]) -> dict[str, Tensor]:
+    """The matrices of experts that stay dense, stacked."""
+    gate, up, down = (job.checkpoint.experts(job.spec, job.config, layer, p)[list(ids)] for p in PROJECTIONS)
+    return {"gate_up_proj": torch.cat([gate, up], dim=1), "down_proj": down}
+
+
+def _runner(job: Job, tokens: int) -> Any:
+    """Over windows spread evenly through the run's training tokens."""
+    from megakd.models.calibrate import LayerRunner
+
+    length = job.run.config.data.sequence_length
+    shards = ShardSet(job.run.path("data", "tokens", "train"))
+    count = min(-(-tokens // length), len(shards))
+    batch = collate([shards[len(shards) * i // count] for i in range(count)], length)
+    shards.close()
+    return LayerRunner(job.checkpoint, job.spec, job.config, batch.tokens, batch.position_ids, job.device)
+
+
+def _assemble(job: Job) -> None:
+    """Write the student from the parts, one at a time."""
+    run, dtype = job.run, getattr(torch, job.run.config.model.dtype)
+    reports = [read_json(job.part(layer, p).with_suffix(".json")) for layer in job.layers for p in PROJECTIONS]
+    forms: dict[int, dict[str, Form]] = {layer: {} for layer in job.layers}
+    for part in reports:
+        forms[part["layer"]][part["projection"]] = Form(**part["form"])
+    exempt = {layer: _exempt(job, layer) for layer in job.layers}
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name in job.checkpoint.files:
+            if not job.spec.is_expert(name):
+                tensor = job.checkpoint.tensor(name)
+                yield job.spec.module_name(name), tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for layer in job.layers:
+            block = job.spec.block.format(i=layer)
+            for projection in PROJECTIONS:
+                for name, tensor in load_file(job.part(layer, projection)).items():
+                    yield f"{block}.{name}", tensor
+            if exempt[layer]:
+                for name, tensor in _kept(job, layer, exempt[layer]).items():
+                    yield f"{block}.dense_experts.{name}", tensor.to(dtype)
+
+    stored = sum(
+        stored_parameters(form, p, job.experts, *job.spec.sizes(job.config))
+        for layer in job.layers
+        for p, form in forms[layer].items()
+    )
+    settings = run.config.compress
+    report = {
+        "teacher": {
+            "id": run.config.model.teacher,
+            "revision": run.config.model.revision,
+            "weights": weights_fingerprint(job.folder),
+        },
+        "tokenizer": tokenizer_facts(load_tokenizer(job.folder)),
+        "rank": settings.rank if settings.budget is None else None,
+        "expert_parameters": stored,
+        "calibration_tokens": settings.calibration_tokens,
+        "dense_experts": {str(layer): list(ids) for layer, ids in exempt.items() if ids},
+        "parts": reports,
+    }
     with publishing(run.path("student-0")) as temporary:
-        write_weights(temporary, tensors())
-        student = student_config(config, run.config.compress.rank)
+        write_weights(temporary, tensors(), SHARD_BYTES)
+        student = student_config(job.config, forms, exempt)
         student.dtype = dtype
         write_config(temporary, student)
-        copy_side_files(folder, temporary)
-        report = {
-            "teacher": {
-                "id": run.config.model.teacher,
-                "revision": run.config.model.revision,
-                "weights": weights_fingerprint(folder),
-            },
-            "tokenizer": tokenizer,
-            "rank": run.config.compress.rank,
-            "parts": [read_json(_part(parts, *task).with_suffix(".json")) for task in tasks],
-        }
+        copy_side_files(job.folder, temporary)
+        plot_errors(report, temporary / "compress.png")
         write_json(temporary / "compress.json", report)
+
+
+def error_table(report: dict[str, Any]) -> str:
+    """Relative error of each layer and projection, mean over experts: of the weights, or of what they give."""
+    key = "weighted_errors" if "weighted_errors" in report["parts"][0] else "errors"
+    errors = {(p["layer"], p["projection"]): p[key] for p in report["parts"]}
+    rows = []
+    for layer in sorted({layer for layer, _ in errors}):
+        rows.append([f"layer {layer}", *(f"{sum(e) / len(e):.4f}" for e in (errors[layer, p] for p in PROJECTIONS))])
+    return table(["relative error" if key == "errors" else "error of outputs", *PROJECTIONS], rows)

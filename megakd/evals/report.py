@@ -142,7 +142,8 @@ def _compression(compress: dict[str, Any] | None) -> str:
         axes.xaxis.get_major_locator().set_params(integer=True)
 
     rows = [[str(layer), *(f"{means[layer, p]:.4f}" for p in projections)] for layer in layers]
-    image = plot(f"relative weight error, rank {compress['rank']}, mean over experts", draw, "layer")
+    rank = f", rank {compress['rank']}" if compress.get("rank") else ""
+    image = plot(f"relative weight error{rank}, mean over experts", draw, "layer")
     return f'<div class="grid">{image}<div>{_table(["layer", *projections], rows)}</div></div>'
 
 

@@ -1,0 +1,84 @@
+"""Work that any number of processes share through a folder: a task is done when its file is there.
+
+No coordinator and no ranks: a process takes whatever is ready and not held by another. A killed one lets go of its task
+(the lock is the kernel's), and whoever comes next does it again. Start as many as there are machines, at any time.
+"""
+
+import fcntl
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from megakd.log import Progress, say
+
+POLL_SECONDS = 0.5
+
+
+class Task(NamedTuple):
+    """`work` publishes `output` (a file that appears whole); it may begin when all of `needs` are there."""
+
+    name: str
+    output: Path
+    needs: tuple[Path, ...]
+    work: Callable[[], None]
+
+    @property
+    def done(self) -> bool:
+        return self.output.exists()
+
+    @property
+    def ready(self) -> bool:
+        return all(path.exists() for path in self.needs)
+
+
+def run_tasks(title: str, tasks: Sequence[Task], locks: Path) -> int:
+    """Do what others do not, wait for what they do, until every task is done; how many this process did.
+
+    A task that raises ends this process; another that waits for it will try it, and fail the same way.
+    """
+    locks.mkdir(parents=True, exist_ok=True)
+    counted = {task.output for task in tasks if task.done}
+    progress = Progress(title, len(tasks), "tasks", done=len(counted))
+    own, said = 0, time.monotonic()
+    while missing := [task for task in tasks if not task.done]:
+        taken = _take_one(missing, locks)
+        own += taken is not None
+        finished = {task.output for task in tasks if task.done} - counted
+        counted |= finished
+        if taken is not None:
+            progress.add_others(len(finished) - 1)
+            progress.update(1, taken.name)
+        else:
+            progress.add_others(len(finished))
+            if time.monotonic() - said > 60:
+                said = time.monotonic()
+                say(f"{title}: waiting for another process to finish {missing[0].name}")
+            time.sleep(POLL_SECONDS)
+    progress.close()
+    return own
+
+
+def _take_one(tasks: Sequence[Task], locks: Path) -> Task | None:
+    """Do the first task that is ready and free; None when there is none."""
+    for task in tasks:
+        if task.ready:
+            with claimed(locks / f"{task.output.name}.lock") as mine:
+                if mine and not task.done:  # another may have finished it in between
+                    task.work()
+                    assert task.done, task
+                    return task
+    return None
+
+
+@contextmanager
+def claimed(path: Path) -> Iterator[bool]:
+    """Whether this process holds `path` alone meanwhile; never waits."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True

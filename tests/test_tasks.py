@@ -1,0 +1,85 @@
+"""Tasks shared through a folder: order, several processes, a killed one, one that fails."""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from megakd.errors import UserError
+from megakd.files import write_json
+from megakd.tasks import Task, claimed, run_tasks
+
+
+def chain(folder: Path, count: int, seconds: float = 0.0) -> list[Task]:
+    """Task i waits for i - 1 and writes who did it; listed last first, so that order must come from `needs`."""
+
+    def make(index: int) -> Task:
+        output = folder / f"{index}.json"
+
+        def work() -> None:
+            time.sleep(seconds)
+            assert not output.exists(), "done twice"
+            write_json(output, {"process": os.getpid(), "time": time.monotonic()})
+
+        return Task(f"task {index}", output, (folder / f"{index - 1}.json",) if index else (), work)
+
+    return [make(index) for index in reversed(range(count))]
+
+
+def test_needs_decide_the_order(tmp_path):
+    assert run_tasks("test", chain(tmp_path, 5), tmp_path / "locks") == 5
+    times = [json.loads((tmp_path / f"{i}.json").read_text())["time"] for i in range(5)]
+    assert times == sorted(times)
+
+
+def test_what_is_there_is_not_done_again(tmp_path):
+    run_tasks("test", chain(tmp_path, 3), tmp_path / "locks")
+    assert run_tasks("test", chain(tmp_path, 4), tmp_path / "locks") == 1
+
+
+def work_at(folder: Path, count: int, seconds: float) -> None:
+    tasks = [task._replace(needs=()) for task in chain(folder, count, seconds)]
+    run_tasks("test", tasks, folder / "locks")
+
+
+def test_processes_share_and_nothing_is_done_twice(tmp_path):
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=work_at, args=(tmp_path, 8, 0.05)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    done_by = {json.loads((tmp_path / f"{i}.json").read_text())["process"] for i in range(8)}
+    assert len(done_by) > 1
+
+
+def test_a_killed_process_lets_go(tmp_path):
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=work_at, args=(tmp_path, 1, 60.0))
+    process.start()
+    lock = tmp_path / "locks" / "0.json.lock"
+    deadline = time.monotonic() + 30
+    while not lock.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    with claimed(lock) as mine:
+        assert not mine
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert run_tasks("test", chain(tmp_path, 1), tmp_path / "locks") == 1
+
+
+def test_an_error_ends_this_process_and_leaves_the_task_to_do(tmp_path):
+    def fail() -> None:
+        raise UserError("layer 3 is broken")
+
+    task = Task("broken", tmp_path / "a.json", (), fail)
+    for _ in range(2):
+        with pytest.raises(UserError, match="layer 3"):
+            run_tasks("test", [task], tmp_path / "locks")
