@@ -3,8 +3,8 @@
     python tools/synthetic_moe.py FOLDER                          2 layers of Qwen3-30B-A3B's sizes, 3.7 GB
     python tools/synthetic_moe.py FOLDER --vocabulary 2048 --layers 1 --experts 8 --family mixtral
 
-writes a Hugging Face folder in the hub's layout (one 2-D tensor an expert), bfloat16, sharded, tensor by tensor: no more
-than one file's worth of them is in memory. Equal arguments give equal bytes.
+writes a Hugging Face folder in the hub's layout (one 2-D tensor an expert), bfloat16, sharded, tensor by tensor: no
+more than one file's worth of them is in memory. Equal arguments give equal bytes.
 
 Experts are random, but not white, so that compressing them means something. With every part scaled to its share of the
 squared norm, matrix e of a layer's projection is

@@ -37,8 +37,9 @@ class Form(NamedTuple):
 
 def free_and_core_rank(form: Form, projection: str) -> tuple[int, int]:
     """(rank of the wrapper that is free, rank of the one that acts on the core, or of the basis)."""
-    ranks = form.input_rank, form.output_rank
-    return ranks[::-1] if projection == "down" else ranks
+    if projection == "down":
+        return form.output_rank, form.input_rank
+    return form.input_rank, form.output_rank
 
 
 def make_form(shape: str, projection: str, free: int, core: int, groups: int = 1) -> Form:
@@ -168,7 +169,7 @@ class SharedCoreExperts(nn.Module):
         groups = {p: self._groups(p).tolist() for p in PROJECTIONS}
         inner_N = gate_N.new_zeros(len(x_ND) * self.forms["down"].groups, self._width())
         outer_ND = torch.zeros_like(x_ND)
-        gate_N, up_N = (y.view(len(x_ND) * self.forms[p].groups, -1) for p, y in (("gate", gate_N), ("up", up_N)))
+        gate_N, up_N = self._by_group("gate", gate_N), self._by_group("up", up_N)
 
         def slots(projection: str, token: Tensor, expert: int) -> Tensor:
             """Rows of [N*G, ..] that belong to the tokens and the expert's group."""
@@ -181,13 +182,13 @@ class SharedCoreExperts(nn.Module):
                 x = x_ND[token]
                 gate = _gate_or_up(x, gate_N[slots("gate", token, expert)], *pick["gate"][expert])
                 up = _gate_or_up(x, up_N[slots("up", token, expert)], *pick["up"][expert])
-                h = self.act_fn(gate) * up * weight
+                h = (self.act_fn(gate) * up * weight).to(gate.dtype)  # some routers weigh in float32
                 inner, outer = _down(h, *pick["down"][expert])
                 # under autocast the products are of another type than the sums
                 inner_N.index_add_(0, slots("down", token, expert), inner.to(inner_N.dtype))
                 if outer is not None:
                     outer_ND.index_add_(0, token, outer.to(outer_ND.dtype))
-        return inner_N.view(len(x_ND), -1), outer_ND
+        return inner_N.view(len(x_ND), inner_N.shape[1] * self.forms["down"].groups), outer_ND
 
     def grouped(
         self, x_ND: Tensor, gate_N: Tensor, up_N: Tensor, expert_NA: Tensor, weight_NA: Tensor
@@ -209,7 +210,7 @@ class SharedCoreExperts(nn.Module):
         x_PD = x_ND[token_P].to(dtype)
         rows = {}
         for projection, core_N in (("gate", gate_N), ("up", up_N)):
-            y = core_N.view(len(x_ND) * self.forms[projection].groups, -1)[slots(projection)]
+            y = self._by_group(projection, core_N)[slots(projection)]
             left, right, free_left, free_right = self._stacked(projection)
             if self.forms[projection].shape == "basis":
                 y = product(y, left.mT)  # type: ignore[union-attr]
@@ -231,12 +232,17 @@ class SharedCoreExperts(nn.Module):
         outer_ND = torch.zeros(x_ND.shape, dtype=wide, device=x_ND.device)
         if free_left is not None and free_right is not None:
             outer_ND.index_add_(0, token_P, product(product(h_PF, free_right), free_left.mT).to(wide))
-        return inner_N.view(len(x_ND), -1).to(dtype), outer_ND.to(dtype)
+        return inner_N.view(len(x_ND), inner_N.shape[1] * form.groups).to(dtype), outer_ND.to(dtype)
 
     def _aligned(self) -> bool:
         """Whether grouped_mm takes all factors: rows of whole 16 bytes, 8 numbers of bfloat16."""
         sizes = {size for p in self.parameters() for size in getattr(p, "ds_shape", p.shape)[1:]}
         return hasattr(functional, "grouped_mm") and all(size % 8 == 0 for size in sizes)
+
+    def _by_group(self, projection: str, core_N: Tensor) -> Tensor:
+        """[N, G*k] as [N*G, k]; sizes are spelled out, for no tokens leave nothing to infer them from."""
+        groups = self.forms[projection].groups
+        return core_N.view(len(core_N) * groups, core_N.shape[1] // groups)
 
     def _width(self) -> int:
         """Columns that one group's core of down takes: F, or the rank of its basis."""
