@@ -184,12 +184,17 @@ class StageConfig(Section):
 
 
 class EngineConfig(Section):
-    """local: one process. deepspeed: `config` names a file of ds_configs/ or a path, copied into `deepspeed`."""
+    """local: one process. deepspeed: `config` names a file of ds_configs/ or a path, copied into `deepspeed`.
+
+    expert_parallel: how many neighbouring ranks share the experts, each keeping its part of them (deepspeed alone);
+    tokens travel to their experts. 1: every rank keeps or partitions all of them. May change with `ranks`.
+    """
 
     kind: Literal["local", "deepspeed"] = "deepspeed"
     config: str = "zero3"
     deepspeed: dict[str, Any] | None = None
     ranks: int = live(1, ge=1)
+    expert_parallel: int = live(1, ge=1)
 
 
 class CheckpointConfig(Section):

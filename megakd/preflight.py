@@ -29,6 +29,10 @@ def check(run: Run) -> ShardSet:
     _check_data(run, dataset)
     skeleton = empty_model(student)
     CachedDistillation(skeleton, config.objective, dataset.facts)
+    if config.engine.expert_parallel > 1 and config.engine.kind == "deepspeed":
+        from megakd.models.expert_parallel import spread_experts
+
+        spread_experts(skeleton, config.engine.expert_parallel, 0)  # so that rules meet the tensors they will train
     for stage in config.stages:
         try:
             assign_rules(skeleton, stage.lr_multipliers)
@@ -95,6 +99,16 @@ def check_world(config: RunConfig, world: World) -> None:
         raise UserError(
             f"engine.kind: local is one process, this is a world of {world.size}; "
             "set engine.kind=deepspeed in a new run"
+        )
+    spread = config.engine.expert_parallel
+    if config.engine.kind == "local" and spread > 1:
+        raise UserError(
+            f"engine.expert_parallel: {spread}, but engine.kind local is one process; set engine.kind=deepspeed in a "
+            "new run, or engine.expert_parallel=1"
+        )
+    if world.size % spread:
+        raise UserError(
+            f"engine.expert_parallel: {spread} does not divide the {world.size} ranks; change engine.ranks or it"
         )
     windows = config.windows_per_step
     if windows % (world.size * config.optim.micro_batch):

@@ -244,7 +244,12 @@ def build_objective(config: RunConfig, folder: Path, dataset: ShardSet) -> Cache
 
 
 def build_engine(config: RunConfig, objective: CachedDistillation, stage: StageConfig, world: World) -> Engine:
-    """The engine of a stage, with the stage's frozen parameters, groups and rates."""
+    """The engine of a stage: experts on their ranks, the stage's frozen parameters, groups and rates."""
+    spread = config.engine.expert_parallel
+    if spread > 1:
+        from megakd.models.expert_parallel import join_groups, spread_experts
+
+        spread_experts(objective.student, spread, join_groups(spread))
     optimizer = build_optimizer(objective, stage.lr_multipliers, config.optim, stage.lr or config.optim.lr)
     if not objective.student.get_input_embeddings().weight.requires_grad:
         # ZeRO-3's backward needs an input that requires gradients when all that comes first is frozen
@@ -255,8 +260,10 @@ def build_engine(config: RunConfig, objective: CachedDistillation, stage: StageC
         return LocalEngine(objective, optimizer, config.optim.clip_norm, config.model.dtype, world.device)
     from megakd.engine.deepspeed import DeepSpeedEngine
 
+    if world.first and any(group["lr"] == 0 for group in optimizer.param_groups):
+        say(f"train: stage {stage.name}: spread experts that a rule freezes are kept by a learning rate of 0")
     settings = deepspeed_config(config, world.size, config.windows_per_step)
-    return DeepSpeedEngine(objective, optimizer, settings, world)
+    return DeepSpeedEngine(objective, optimizer, settings, world, spread)
 
 
 def launch(run: Run) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class StepReport(NamedTuple):
@@ -26,15 +26,28 @@ class Engine(Protocol):
         ...
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, whole tensor) of every parameter of the objective, on the first rank; nothing on the others."""
+        """(canonical name below the objective, whole tensor) of every parameter and every buffer that is saved.
+
+        On the first rank; nothing on the others. Names and tensors are the same however the ranks share them.
+        """
         ...
 
     def save(self, folder: Path) -> None:
-        """Write optimizer and weights state of all ranks below `folder`, for `load` on the same ranks."""
+        """Write optimizer and weights state of all ranks below `folder`, for `load`."""
         ...
 
-    def load(self, folder: Path) -> None: ...
+    def load(self, folder: Path) -> None:
+        """Go on from a `save`: bit by bit on the ranks that saved; on others where `elastic` says that it can."""
+        ...
 
     def close(self) -> None:
         """Free what the engine holds; the objective is not used afterwards."""
         ...
+
+
+def saved_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, buffer) of those that belong to a checkpoint: groups of a basis, a router's correction bias."""
+    for place, child in module.named_modules():
+        for name, buffer in child.named_buffers(recurse=False):
+            if name not in child._non_persistent_buffers_set:
+                yield f"{place}.{name}" if place else name, buffer

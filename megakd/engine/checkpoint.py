@@ -2,7 +2,7 @@
 
 checkpoints/<stage>/step-000500/   progress.json   where the run stands
                                    weights/        a Hugging Face folder, for evaluate, export and the next stage
-                                   state/          the engine's own, for exact resume on the same ranks
+                                   state/          the engine's own, for exact resume
 """
 
 import os
@@ -16,6 +16,8 @@ from megakd.engine.base import Engine
 from megakd.errors import UserError
 from megakd.files import read_json, remove, sync, write_json
 from megakd.models.hub import write_weights
+
+LAYOUT = "layout.json"  # of the ranks that saved, in a state that DeepSpeed wrote
 
 
 class Progress(NamedTuple):
@@ -84,12 +86,18 @@ def published(checkpoints: Path) -> list[Saved]:
 
 
 def check_ranks(saved: Saved, ranks: int) -> None:
-    """Exact resume needs the ranks that saved: UserError names both numbers."""
+    """A state that only the ranks that saved it can load is refused to others: UserError names both numbers."""
     before = read_json(saved.folder / "progress.json")["ranks"]
-    if before != ranks:
+    if before != ranks and not elastic(saved.folder / "state"):
         raise UserError(
             f"{saved.folder}: saved by {before} ranks, this is a world of {ranks}; resume with {before} ranks"
         )
+
+
+def elastic(state: Path) -> bool:
+    """Whether other ranks can load the engine's state below `state`, or other ranks' shares of the experts."""
+    layout = state / LAYOUT
+    return layout.exists() and read_json(layout)["zero"] > 0  # DeepSpeed converts no state of stage 0
 
 
 def check_shards(saved: Saved, shards: str, folder: Path) -> None:

@@ -1,5 +1,13 @@
-"""Steps under DeepSpeed: any ZeRO stage, any number of ranks, the same sums as the local engine."""
+"""Steps under DeepSpeed: any ZeRO stage, any number of ranks, experts spread or not, the same sums as the local engine.
 
+A state is loaded bit by bit by the layout of ranks that saved it; for another layout it passes through DeepSpeed's
+universal checkpoint, which holds every parameter whole, under the names of that layout.
+"""
+
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -8,19 +16,39 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
-from megakd.dist import World, sum_over_ranks
-from megakd.engine.base import StepReport
+from megakd.dist import World, barrier, sum_over_ranks
+from megakd.engine.base import StepReport, saved_buffers
+from megakd.engine.checkpoint import LAYOUT, elastic
 from megakd.engine.optim import set_learning_rate
+from megakd.errors import UserError
+from megakd.files import read_json, remove, write_json
+from megakd.log import say
 
-TAG = "state"
+TAG, UNIVERSAL = "state", "universal"
 
 
 class DeepSpeedEngine:
-    def __init__(self, objective: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], world: World):
+    """expert_parallel: how many ranks share the experts of an objective in which they are spread already."""
+
+    def __init__(
+        self,
+        objective: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: dict[str, Any],
+        world: World,
+        expert_parallel: int = 1,
+    ):
         self.world = world
         self.engine: Any
         self.engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=config)
         self.optimizer = optimizer
+        self.layout = {
+            "ranks": world.size,
+            "expert_parallel": expert_parallel,
+            "zero": config["zero_optimization"]["stage"],
+        }
+        if expert_parallel > 1 and self.layout["zero"] == 0:
+            self.engine.clip_fp32_gradients = self._clip
 
     def step(self, micro_batches: Iterable[Any], tokens: int, factor: float) -> StepReport:
         self.engine.train()
@@ -28,7 +56,8 @@ class DeepSpeedEngine:
         sums: dict[str, float] = {}
         for batch in micro_batches:
             report = self.engine(batch)
-            # DeepSpeed averages gradients over ranks; we want the sum over all tokens divided once
+            # DeepSpeed averages gradients over ranks; we want the sum over all tokens divided once. Experts are kept
+            # by fewer ranks, and DeepSpeed divides their sums by all ranks too
             self.engine.backward(report.total * (self.world.size / tokens), scale_wrt_gas=False)
             self.engine.step()  # counts micro-batches, updates weights at the last one
             for name, value in {"total": report.total, **report.terms}.items():
@@ -39,16 +68,135 @@ class DeepSpeedEngine:
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.engine.module.named_parameters():
+            packed = getattr(parameter, "packed", None)
             # under ZeRO-3 one parameter is whole on the first rank at a time; without it this gathers nothing
             with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-                if self.world.first:
+                if packed is not None:
+                    yield from packed.whole(name, parameter)
+                elif self.world.first:
                     yield name, parameter.detach()
+        if self.world.first:
+            yield from saved_buffers(self.engine.module)
 
     def save(self, folder: Path) -> None:
         self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        if self.world.first:
+            packs = {name: packed.shapes for name, packed in self._packed()}
+            write_json(folder / LAYOUT, {**self.layout, "packs": packs})
+        barrier()
 
     def load(self, folder: Path) -> None:
-        self.engine.load_checkpoint(str(folder), tag=TAG)
+        saved = read_json(folder / LAYOUT) if (folder / LAYOUT).exists() else self.layout
+        if all(saved[key] == value for key, value in self.layout.items()):
+            self.engine.load_checkpoint(str(folder), tag=TAG)
+            return
+        if not elastic(folder) or self.layout["zero"] == 0:
+            raise UserError(f"{folder}: saved by {describe(saved)}, this is {describe(self.layout)}: resume as saved")
+        if self.world.first:
+            say(f"{folder}: saved by {describe(saved)}, converted for {describe(self.layout)}")
+        self._convert(folder)
+        if self.world.first:
+            self._rename(folder / UNIVERSAL / "zero", saved["packs"])
+        barrier()
+        self._load_universal(folder)
+        barrier()
+        if self.world.first:
+            remove(folder / UNIVERSAL)  # it took as much room as the state; the next checkpoint is of this layout
+            (folder / "latest_universal").unlink(missing_ok=True)
 
     def close(self) -> None:
         self.engine.destroy()
+
+    def _clip(self) -> None:
+        """Clip by the norm of all gradients; DeepSpeed's own averages the norms of ranks that keep other experts."""
+        squares = {True: 0.0, False: 0.0}
+        gradients = [(p, p.grad) for p in self.engine.module.parameters() if p.grad is not None]
+        for parameter, gradient in gradients:
+            squares[hasattr(parameter, "packed")] += gradient.float().square().sum().item()
+        copies = self.world.size // self.layout["expert_parallel"]  # of each expert
+        spread = sum_over_ranks([squares[True]], self.world.device)[0] / copies
+        norm = (squares[False] + spread) ** 0.5
+        self.engine._global_grad_norm = norm
+        for _, gradient in gradients:
+            gradient.mul_(min(1.0, self.engine.gradient_clipping() / (norm + 1e-6)))
+
+    def _packed(self) -> Iterator[tuple[str, Any]]:
+        for name, parameter in self.engine.module.named_parameters():
+            if hasattr(parameter, "packed"):
+                yield name, parameter.packed
+
+    def _convert(self, folder: Path) -> None:
+        """DeepSpeed's own conversion, in a process of the first rank; the others meet it twice a second meanwhile.
+
+        They would wait in one collective otherwise, which ends with an error after some minutes.
+        """
+        output = folder / UNIVERSAL
+        process = None
+        if self.world.first:
+            remove(output)
+            command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+            command += ["--input_folder", str(folder / TAG), "--output_folder", str(output)]
+            # no rank of ours: it must not join, nor start an accelerator
+            alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+            log = (folder / "ds_to_universal.log").open("w")
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=alone)
+        going, failed = True, False
+        while going:
+            time.sleep(0.5)
+            code = process.poll() if process else 0
+            running, wrong = sum_over_ranks([float(code is None), float(bool(code))], self.world.device)
+            going, failed = running > 0, wrong > 0
+        if failed:
+            raise RuntimeError(f"ds_to_universal failed; see {folder / 'ds_to_universal.log'}")
+        if self.world.first:
+            (folder / "ds_to_universal.log").unlink()
+
+    def _rename(self, zero: Path, saved: dict[str, dict[str, list[int]]]) -> None:
+        """Give each parameter of this layout its folder below `zero`: pack or take apart what another packed.
+
+        saved: of the layout that saved, [rows, R] of each factor in a packed parameter.
+        """
+        mine = dict(self._packed())
+        for packed_name, shapes in saved.items():
+            if packed_name not in mine:
+                experts = packed_name.rsplit(".", 2)[0]
+                for path in sorted((zero / packed_name).iterdir()):
+                    content = torch.load(path, weights_only=True)
+                    offset = 0
+                    for factor, (rows, rank) in shapes.items():
+                        part = content
+                        if isinstance(content, dict):
+                            flat = content["param"][:, offset : offset + rows * rank]
+                            part = {"param": flat.reshape(-1, rows, rank).clone()}
+                        offset += rows * rank
+                        (zero / f"{experts}.{factor}").mkdir(exist_ok=True)
+                        torch.save(part, zero / f"{experts}.{factor}" / path.name)
+        for packed_name, packed in mine.items():
+            if packed_name not in saved:
+                factors = packed.names(packed_name)
+                (zero / packed_name).mkdir()
+                for path in sorted((zero / factors[0]).iterdir()):
+                    parts = [torch.load(zero / factor / path.name, weights_only=True) for factor in factors]
+                    tensors = [part["param"] if isinstance(part, dict) else part for part in parts]
+                    whole = tensors[0] if path.stem == "step" else packed.universal(tensors)
+                    torch.save(whole, zero / packed_name / path.name)
+
+    def _load_universal(self, folder: Path) -> None:
+        groups = self.optimizer.param_groups
+        kept = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+        self.engine._config.load_universal_checkpoint = True
+        try:
+            self.engine.load_checkpoint(str(folder), tag=UNIVERSAL)
+        finally:
+            self.engine._config.load_universal_checkpoint = False
+        # DeepSpeed gives all groups the rates and decay of the saved first one
+        for group, settings in zip(groups, kept, strict=True):
+            group.update(settings)
+        # and, under ZeRO-3, all of them one tensor that counts steps: each would count for all
+        for state in self.optimizer.state.values():
+            if isinstance(state.get("step"), Tensor):
+                state["step"] = state["step"].clone()
+
+
+def describe(layout: dict[str, Any]) -> str:
+    return f"{layout['ranks']} ranks with expert_parallel {layout['expert_parallel']}"

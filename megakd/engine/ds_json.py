@@ -15,6 +15,7 @@ OWNED = {
     "gradient_clipping": "optim.clip_norm",
     "bf16": "model.dtype",
     "fp16": "model.dtype",
+    "expert_parallel": "engine.expert_parallel",
 }
 
 

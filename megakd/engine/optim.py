@@ -12,7 +12,10 @@ from megakd.errors import UserError
 
 
 class Assignment(NamedTuple):
-    """One parameter, the index of the rule that it got (None: no rule), and its multiplier (0: frozen)."""
+    """One parameter, the index of the rule that it got (None: no rule), and its multiplier (0: frozen).
+
+    Under expert parallelism several names share a parameter (`parameter.packed`) and, by `assign_rules`, a multiplier.
+    """
 
     name: str
     parameter: nn.Parameter
@@ -23,8 +26,9 @@ class Assignment(NamedTuple):
 def assign_rules(module: nn.Module, rules: tuple[LrRule, ...]) -> list[Assignment]:
     """Every parameter with the first rule whose pattern is found in its canonical name; without one, multiplier 1.
 
-    Canonical names are those of the student alone (`model.layers.0.mlp.shared_core.gate_proj.weight`).
-    Raises UserError for a pattern that is no regex, and for a rule that no parameter gets, naming what took its place.
+    Canonical names are those of the student alone (`model.layers.0.mlp.shared_core.gate_proj.weight`); factors that
+    expert parallelism packs into one tensor keep theirs. Raises UserError for a pattern that is no regex, for a rule
+    that no parameter gets, naming what took its place, and for rules that would train parts of a tensor differently.
     """
     patterns = []
     for rule in rules:
@@ -33,10 +37,13 @@ def assign_rules(module: nn.Module, rules: tuple[LrRule, ...]) -> list[Assignmen
         except re.error as error:
             raise UserError(f"lr_multipliers: {rule.pattern!r} is not a regular expression: {error}") from error
     assigned = []
-    for name, parameter in module.named_parameters():
-        name = canonical_name(name)
-        first = next((i for i, pattern in enumerate(patterns) if pattern.search(name)), None)
-        assigned.append(Assignment(name, parameter, first, 1.0 if first is None else rules[first].lr_multiplier))
+    for whole, parameter in module.named_parameters():
+        parts = []
+        for name in canonical_names(whole, parameter):
+            first = next((i for i, pattern in enumerate(patterns) if pattern.search(name)), None)
+            parts.append(Assignment(name, parameter, first, 1.0 if first is None else rules[first].lr_multiplier))
+        _check_alike(canonical_name(whole), parts, rules)
+        assigned += parts
     for index, pattern in enumerate(patterns):
         if all(a.rule != index for a in assigned):
             found = [a for a in assigned if pattern.search(a.name)]
@@ -55,24 +62,53 @@ def canonical_name(name: str) -> str:
     return name.removeprefix("module.").removeprefix("student.")
 
 
+def canonical_names(name: str, parameter: nn.Parameter) -> list[str]:
+    """`canonical_name`, or those of the factors that lie packed in the parameter."""
+    packed = getattr(parameter, "packed", None)
+    return [canonical_name(name)] if packed is None else packed.names(canonical_name(name))
+
+
+def _check_alike(tensor: str, parts: list[Assignment], rules: tuple[LrRule, ...]) -> None:
+    """One tensor has one learning rate: UserError names it and two rules that want more."""
+    for part in parts[1:]:
+        if part.multiplier != parts[0].multiplier:
+            wanted = [
+                f"{p.name} {p.multiplier:g} ({'no rule' if p.rule is None else f'rule {rules[p.rule].pattern!r}'})"
+                for p in (parts[0], part)
+            ]
+            raise UserError(
+                f"lr_multipliers: engine.expert_parallel packs {len(parts)} factors into {tensor}, which has one "
+                f"learning rate, but {wanted[0]} and {wanted[1]} differ; give them one multiplier, or set "
+                "engine.expert_parallel=1"
+            )
+
+
 def build_optimizer(module: nn.Module, rules: tuple[LrRule, ...], optim: OptimConfig, lr: float) -> torch.optim.AdamW:
     """AdamW with a group for each (multiplier, decay); parameters with multiplier 0 stop requiring gradients.
 
     Weight decay never touches norms and biases (parameters of one dimension). UserError when nothing is left to train.
+    Spread experts get groups of their own, marked as DeepSpeed wants them; with multiplier 0 they stay as they are by
+    a rate of 0 (`packed.frozen`), for DeepSpeed can neither group nor save experts that require no gradient.
     """
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for assigned in assign_rules(module, rules):
-        assigned.parameter.requires_grad_(assigned.multiplier > 0)
-        if assigned.multiplier > 0:
+    groups: dict[tuple[float, float, str | None], list[nn.Parameter]] = {}
+    assignments = {id(assigned.parameter): assigned for assigned in assign_rules(module, rules)}
+    for assigned in assignments.values():
+        packed = getattr(assigned.parameter, "packed", None)
+        assigned.parameter.requires_grad_(assigned.multiplier > 0 or packed is not None)
+        if packed is not None:
+            packed.frozen = assigned.multiplier == 0
+        if assigned.parameter.requires_grad:
             # ZeRO-3 leaves an empty tensor behind and keeps the shape in ds_shape
             shape = getattr(assigned.parameter, "ds_shape", assigned.parameter.shape)
-            decay = optim.weight_decay if len(shape) > 1 else 0.0
-            groups.setdefault((assigned.multiplier, decay), []).append(assigned.parameter)
-    if not groups:
+            decay = optim.weight_decay if len(shape) > 1 and assigned.multiplier > 0 else 0.0
+            key = assigned.multiplier, decay, packed.group if packed is not None else None
+            groups.setdefault(key, []).append(assigned.parameter)
+    if all(multiplier == 0 for multiplier, _, _ in groups):
         raise UserError("lr_multipliers: every parameter is frozen; a stage must train something")
     settings = [
         {"params": parameters, "lr": lr * multiplier, "base_lr": lr * multiplier, "weight_decay": decay}
-        for (multiplier, decay), parameters in groups.items()
+        | ({} if group is None else {"moe": True, "name": group})
+        for (multiplier, decay, group), parameters in groups.items()
     ]
     return torch.optim.AdamW(settings, lr=lr, betas=optim.betas, eps=optim.eps)
 

@@ -20,6 +20,7 @@ DECIDED = {
     "gradient_clipping": 0.5,
     "bf16": {"enabled": True},
     "fp16": {"enabled": True},
+    "expert_parallel": {"enabled": True, "autoep_size": 2},
 }
 
 

@@ -1,0 +1,272 @@
+"""Shared-core experts spread over expert-parallel ranks: the one file that knows DeepSpeed's AutoEP names.
+
+Every rank of a group keeps E/size of the experts. A token's core runs once, on the rank that has the token; its row
+(x, core(x) of gate and up) goes to each rank that keeps some of its experts, once, however many those are, and what
+comes back is already their weighted sum (docs/scaling.md). Router, shared experts and auxiliary loss stay the family's.
+
+DeepSpeed 0.19.8 recognises subclasses of AutoEPMoELayer, and in checkpoints their `experts.w1`, `w2` and `w3` of three
+dimensions. Hence a projection's factors lie packed in one parameter [E_local, n, 1]: w1 gate, w2 down, w3 up.
+N tokens of this rank, M rows sent (token, rank), L rows received, P pairs (row, expert) computed here, A active.
+"""
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import torch
+from deepspeed.checkpoint.autoep_affine import (
+    autoep_experts_for_rank,
+    autoep_placement_to_affine_map,
+    make_autoep_placement_descriptor,
+)
+from deepspeed.checkpoint.constants import (
+    AFFINE_MAP,
+    AUTOEP_EXPERT_PLACEMENT,
+    AUTOEP_PARAM_EP_RANK,
+    AUTOEP_PARAM_LOCAL_EXPERTS,
+    AUTOEP_PARAM_LOGICAL_SHAPE,
+    CAT_DIM,
+    DS_AUTOEP_UC_META,
+    EP_IS_EXPERT_PARAM,
+    EP_NUM_EXPERTS,
+    PARAM,
+)
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer, _AllToAllV
+from deepspeed.utils import groups
+from torch import Tensor, nn
+
+from megakd.errors import UserError
+from megakd.models.shared_core import PROJECTIONS, SharedCoreExperts, factor_shapes, free_and_core_rank
+
+PACKED = {"gate": "w1", "up": "w3", "down": "w2"}
+
+
+def join_groups(size: int) -> int:
+    """Make the groups of `size` neighbouring ranks that share experts (once a process); this rank's place in its own.
+
+    Called by all ranks together.
+    """
+    groups._create_expert_and_data_parallel(size)
+    return groups._get_expert_parallel_rank(group_name(size))
+
+
+def group_name(size: int) -> str:
+    """What DeepSpeed calls the groups of `size` ranks."""
+    return f"ep_size_{size}"
+
+
+def spread_experts(student: nn.Module, size: int, rank: int) -> None:
+    """Replace every SharedCoreExperts by the share of place `rank` among `size` ranks, in place.
+
+    All ranks start from the same whole weights; works on the meta device too. UserError when they cannot be divided.
+    """
+    blocks = [
+        (name, module)
+        for name, module in student.named_modules()
+        if isinstance(getattr(module, "experts", None), SharedCoreExperts)
+    ]
+    if not blocks:
+        raise UserError(f"engine.expert_parallel: {size}, but the student has no shared-core experts to spread")
+    for name, block in blocks:
+        experts: Any = block.experts
+        if experts.num_experts % size:
+            raise UserError(
+                f"engine.expert_parallel: {size} does not divide the {experts.num_experts} experts of {name}"
+            )
+        block.experts = SpreadExperts(experts, size, rank, name)
+
+
+class Packed:
+    """What lies in a packed parameter [E_local, n, 1]; hangs on it as `parameter.packed`.
+
+    The engine asks it for canonical names and whole tensors, and knows nothing else of expert parallelism.
+    """
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], group: str):
+        """shapes: [rows, R] of an expert's factors by name, in the order in which they lie."""
+        self.shapes, self.group = shapes, group
+        self.frozen = False  # by a rate of 0: DeepSpeed cannot save experts that require no gradient
+
+    def names(self, name: str) -> list[str]:
+        """Canonical names of the factors in the parameter `name`."""
+        experts = name.rsplit(".", 2)[0]
+        return [f"{experts}.{factor}" for factor in self.shapes]
+
+    def split(self, packed: Tensor) -> list[Tensor]:
+        """The factors [E, rows, R] in a packed tensor [E, n, 1], as views."""
+        sizes = [rows * rank for rows, rank in self.shapes.values()]
+        parts = packed.squeeze(2).split(sizes, dim=1)
+        return [part.unflatten(1, shape) for part, shape in zip(parts, self.shapes.values(), strict=True)]
+
+    def whole(self, name: str, local: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """(canonical name, factor of all experts), on the first rank; called by all ranks, `local` of this one."""
+        group: Any = groups._get_expert_parallel_group(self.group)
+        if torch.distributed.get_global_rank(group, 0) != 0:
+            return  # another group keeps the same
+        first = torch.distributed.get_rank() == 0
+        local = local.detach().contiguous()
+        parts = [torch.empty_like(local) for _ in range(torch.distributed.get_world_size(group))] if first else None
+        torch.distributed.gather(local, parts, dst=0, group=group)
+        if parts is not None:
+            yield from zip(self.names(name), self.split(torch.cat(parts)), strict=True)
+
+    def universal(self, factors: list[Tensor]) -> dict[str, Any]:
+        """What a universal checkpoint holds of the parameter; factors: [E, rows, R] of all experts, in order."""
+        whole = torch.cat([factor.flatten(1) for factor in factors], dim=1)[..., None]
+        return {PARAM: whole, CAT_DIM: 0, EP_IS_EXPERT_PARAM: True, EP_NUM_EXPERTS: len(whole)}
+
+
+class LocalExperts(SharedCoreExperts):
+    """This rank's experts: their factors packed, called with rows that came from all ranks of the group."""
+
+    def __init__(self, source: SharedCoreExperts, first: int, count: int, group: str, place: str):
+        nn.Module.__init__(self)
+        self.num_experts, self.expert_hidden = count, source.expert_hidden
+        self.first, self.forms, self.act_fn = first, source.forms, source.act_fn
+        self.hidden = _core(source)["gate_proj"].in_features
+        for projection, form in self.forms.items():
+            shapes = factor_shapes(form, projection, count, self.hidden, self.expert_hidden)
+            if not shapes:
+                raise UserError(
+                    f"engine.expert_parallel: the experts of {place} have no factors for {projection}, only a core; "
+                    "set engine.expert_parallel=1"
+                )
+            own = [getattr(source, name).detach()[first : first + count].reshape(count, -1) for name in shapes]
+            parameter: Any = nn.Parameter(torch.cat(own, dim=1)[..., None])
+            parameter.packed = Packed({name: shape[1:] for name, shape in shapes.items()}, group)
+            self.register_parameter(PACKED[projection], parameter)
+            if form.shape == "basis" and form.groups > 1:
+                found = source._groups(projection)[first : first + count].clone()
+                self.register_buffer(f"basis_group_{projection}", found, persistent=False)
+        # a row carries x only where a free wrapper of gate or up reads it, and brings back D numbers only where one of
+        # down writes them
+        self.reads_x = any(self._free(p) for p in ("gate", "up"))
+        self.writes_outer = self._free("down")
+
+    def forward(self, rows: Tensor, expert_LA: Tensor, weight_LA: Tensor) -> Tensor:  # type: ignore[override]
+        """rows [L, (D) + core gate + core up] -> [L, core of down takes + (D)], summed over the experts kept here."""
+        widths = [self.hidden * self.reads_x, self.core_width("gate"), self.core_width("up")]
+        x, gate, up = rows.split(widths, dim=1)
+        local_LA = expert_LA - self.first
+        row_P, place_P = ((local_LA >= 0) & (local_LA < self.num_experts)).nonzero(as_tuple=True)
+        x = x[row_P] if self.reads_x else rows.new_zeros(1, 1).expand(len(row_P), self.hidden)
+        chosen = (row_P, place_P)
+        made = self.factors(x, gate[row_P], up[row_P], local_LA[chosen][:, None], weight_LA[chosen][:, None])
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        sums = [rows.new_zeros(len(rows), y.shape[1], dtype=wide).index_add(0, row_P, y.to(wide)) for y in made]
+        out = torch.cat(sums if self.writes_outer else sums[:1], dim=1).to(rows.dtype)
+        if len(row_P) == 0 and torch.is_grad_enabled():
+            # nothing came: the backward must still meet the other ranks, in the exchange and in the reduction
+            out = out + 0.0 * (rows.sum() + weight_LA.sum() + sum(p.sum() for p in self.parameters() if not _frozen(p)))
+        return out
+
+    def core_width(self, projection: str) -> int:
+        """Numbers a token that the core of gate or up gives, or that of down takes, all groups together."""
+        form = self.forms[projection]
+        rank = free_and_core_rank(form, projection)[1]
+        return form.groups * rank if form.shape == "basis" else self.expert_hidden
+
+    def _free(self, projection: str) -> bool:
+        form = self.forms[projection]
+        return form.shape != "basis" and free_and_core_rank(form, projection)[0] > 0
+
+    def _aligned(self) -> bool:
+        sizes = {n for p in PROJECTIONS for shape in self._packed(p).packed.shapes.values() for n in shape}
+        return hasattr(nn.functional, "grouped_mm") and all(size % 8 == 0 for size in sizes)
+
+    def _width(self) -> int:
+        return self.core_width("down") // self.forms["down"].groups
+
+    def _packed(self, projection: str) -> Any:
+        return getattr(self, PACKED[projection])
+
+    def _stacked(self, projection: str) -> tuple[Tensor | None, ...]:
+        packed = self._packed(projection)
+        tensor = packed.detach() if _frozen(packed) else packed
+        found = dict(zip(packed.packed.shapes, packed.packed.split(tensor), strict=True))
+        near, far = ("input", "output") if projection == "down" else ("output", "input")
+        names = [f"{wrapper}_wrapper_{projection}_{side}" for wrapper in (near, far) for side in ("left", "right")]
+        return tuple(found.get(name) for name in names)
+
+
+class SpreadExperts(AutoEPMoELayer):
+    """All experts of a layer, each kept by one rank of a group; called as the family's: experts(x, ids, weights)."""
+
+    def __init__(self, source: SharedCoreExperts, size: int, rank: int, place: str):
+        nn.Module.__init__(self)  # AutoEPMoELayer's own takes a block with a router apart
+        self.num_experts, self.num_local_experts = source.num_experts, source.num_experts // size
+        self.ep_size, self.ep_rank, self.ep_group, self.ep_group_name = size, rank, None, group_name(size)
+        bounds = range(0, source.num_experts + 1, self.num_local_experts)
+        by_rank = [range(start, end) for start, end in pairwise(bounds)]
+        self.expert_placement_descriptor = make_autoep_placement_descriptor(self.num_experts, by_rank)
+        self.folding_group_handles = self._deepep_exchange = self._async_split_plan_pending = None
+        self.held = source.held  # not owned: replicated, ordinary parameters of the block
+        for name, buffer in source.named_buffers():
+            self.register_buffer(name, buffer)  # of all experts: what a checkpoint's weights hold
+        first = rank * self.num_local_experts
+        self.experts = LocalExperts(source, first, self.num_local_experts, self.ep_group_name, place)
+        for parameter in self.experts.parameters():
+            self._tag(parameter)
+
+    def _tag(self, parameter: Any) -> None:
+        """What DeepSpeed's reduction, partitioning and universal checkpoints ask of an expert's parameter."""
+        parameter.allreduce = False
+        parameter.group_name = parameter.ds_zero_partition_group_name = self.ep_group_name
+        parameter.ds_zero_placement_family = "autoep_expert"
+        placement, shape = self.expert_placement_descriptor, [self.num_experts, *parameter.shape[1:]]
+        meta = {
+            AUTOEP_EXPERT_PLACEMENT: placement,
+            AFFINE_MAP: autoep_placement_to_affine_map(placement, shape).to_dict(),
+            AUTOEP_PARAM_LOGICAL_SHAPE: shape,
+            AUTOEP_PARAM_EP_RANK: self.ep_rank,
+            AUTOEP_PARAM_LOCAL_EXPERTS: list(autoep_experts_for_rank(placement, self.ep_rank)),
+        }
+        setattr(parameter, DS_AUTOEP_UC_META, meta)
+
+    def forward(  # type: ignore[override]
+        self, x_ND: Tensor, expert_NA: Tensor, weight_NA: Tensor
+    ) -> Tensor:
+        core: Any
+        core, exempt = self.held
+        gate_N, up_N = core["gate_proj"](x_ND), core["up_proj"](x_ND)
+        dense_ND = None
+        if exempt is not None:
+            dense_ND = exempt(x_ND, expert_NA, weight_NA)
+            for expert in exempt.ids:
+                expert_NA = expert_NA.masked_fill(expert_NA == expert, -1)  # goes nowhere
+        sum_N = self._exchange([x_ND, gate_N, up_N] if self.experts.reads_x else [gate_N, up_N], expert_NA, weight_NA)
+        inner_N = sum_N[:, : self.experts.core_width("down")]
+        out_ND = core["down_proj"](inner_N)
+        if self.experts.writes_outer:
+            out_ND = out_ND + sum_N[:, inner_N.shape[1] :]
+        return out_ND if dense_ND is None else out_ND + dense_ND
+
+    def _exchange(self, parts: list[Tensor], expert_NA: Tensor, weight_NA: Tensor) -> Tensor:
+        """Each token's row to the ranks that keep its experts, and the sums of what they make of it, [N, ..]."""
+        rank_NA = torch.div(expert_NA, self.num_local_experts, rounding_mode="floor")
+        ranks = torch.arange(self.ep_size, device=rank_NA.device)
+        goes = (rank_NA == ranks[:, None, None]).any(dim=-1)
+        token_M = goes.nonzero()[:, 1]
+        sent = goes.sum(dim=1)
+        received = torch.empty_like(sent)
+        torch.distributed.all_to_all_single(received, sent, group=self.ep_group)
+        out, back = torch.stack([sent, received]).tolist()
+
+        def send(rows_M: Tensor) -> Tensor:
+            return _AllToAllV.apply(self.ep_group, rows_M, out, back)  # type: ignore[return-value]
+
+        weight_LA, expert_LA = send(weight_NA[token_M]), send(expert_NA[token_M])
+        rows_L = send(torch.cat([part[token_M] for part in parts], dim=1))
+        made_L = self.experts(rows_L, expert_LA, weight_LA)
+        made_M: Any = _AllToAllV.apply(self.ep_group, made_L, back, out)
+        wide = torch.promote_types(made_M.dtype, torch.float32)
+        sums = made_M.new_zeros(len(expert_NA), made_M.shape[1], dtype=wide).index_add(0, token_M, made_M.to(wide))
+        return sums.to(made_M.dtype)
+
+
+def _core(experts: SharedCoreExperts) -> Any:
+    return experts.held[0]
+
+
+def _frozen(parameter: Any) -> bool:
+    return parameter.packed.frozen
