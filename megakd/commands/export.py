@@ -1,6 +1,6 @@
 """Write the trained student as a Hugging Face folder: RUN/export, or RUN/export-dense with --dense.
 
-compact  the shared-core model; load it with transformers after `import megakd.models.student`
+compact  the shared-core model; transformers loads it after `import megakd`, or without it with trust_remote_code=True
 dense    expanded to the family's stock architecture in the hub's own layout; needs no MegaKD
 
 examples:
@@ -20,10 +20,10 @@ from megakd.engine.checkpoint import published
 from megakd.errors import UserError
 from megakd.files import publishing
 from megakd.log import say, short
-from megakd.models.hub import Checkpoint, copy_side_files, load_config, write_config, write_weights
+from megakd.models.hub import Checkpoint, cast, copy_side_files, is_student, load_config, write_config, write_weights
 from megakd.models.shared_core import PROJECTIONS, dense_weight
 from megakd.models.spec import spec_for
-from megakd.models.student import SharedCoreConfig, stock_config
+from megakd.models.student import stock_config
 from megakd.run import Run
 
 
@@ -46,13 +46,14 @@ def main(run: Run, args: argparse.Namespace) -> None:
     dtype = getattr(torch, run.config.model.dtype)
     with publishing(target) as temporary:
         if args.dense:
-            if not isinstance(config, SharedCoreConfig):
+            if not is_student(config):
                 raise UserError(f"{source}: model type {config.model_type!r} is stock already; export without --dense")
             write_weights(temporary, dense_tensors(Checkpoint(source), config, dtype))
             config = stock_config(config)
         else:
             checkpoint = Checkpoint(source)
-            write_weights(temporary, ((name, checkpoint.tensor(name).to(dtype)) for name in checkpoint.files))
+            tensors = ((name, cast(name, checkpoint.tensor(name), dtype)) for name in checkpoint.files)
+            write_weights(temporary, tensors)
         config.dtype = dtype
         write_config(temporary, config)
         copy_side_files(source, temporary)
@@ -68,7 +69,7 @@ def dense_tensors(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> It
     inside = ("experts.", "shared_core.", "dense_experts.")
     for name in checkpoint.files:
         if not any(name.startswith(block) and name.removeprefix(block).startswith(inside) for block in blocks):
-            yield spec.hub_name(name), checkpoint.tensor(name).to(dtype)
+            yield spec.hub_name(name), cast(name, checkpoint.tensor(name), dtype)
     for block, layer in blocks.items():
         factors = {n.removeprefix(block): checkpoint.tensor(n) for n in checkpoint.files if n.startswith(block)}
         exempt = config.dense_experts(layer)

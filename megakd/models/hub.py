@@ -16,10 +16,12 @@ from torch import Tensor
 
 from megakd.errors import UserError
 from megakd.files import read_json, shipped, write_json
-from megakd.models.spec import MoESpec
+from megakd.log import say
+from megakd.models.spec import MoESpec, outside
 
 SHARD_BYTES = 2 * 2**30
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+CODE = ("shared_core.py", "student.py")  # what a student's folder needs to be loaded without MegaKD
 
 
 def resolve(name: str, revision: str | None = None, weights: bool = True) -> Path:
@@ -134,6 +136,17 @@ class Checkpoint:
             except SafetensorError as error:
                 raise UserError(f"{self.folder / self.files[name]}: cannot give {name} ({error})") from error
 
+    def names(self, config: Any) -> list[str]:
+        """The names of the model's tensors; says what else there is, layers beyond num_hidden_layers."""
+        beyond = [name for name in self.files if outside(config, name)]
+        if beyond:
+            layers = sorted({name.split(".")[2] for name in beyond}, key=int)
+            say(
+                f"{self.folder}: {len(beyond)} tensors of layer {', '.join(layers)} are left out; config.json says "
+                f"num_hidden_layers = {config.num_hidden_layers}"
+            )
+        return [name for name in self.files if not outside(config, name)]
+
     def place(self, name: str) -> str:
         """FILE: TENSOR, for messages."""
         return f"{self.folder / self.files.get(name, '?')}: {name}"
@@ -239,6 +252,30 @@ def copy_side_files(source: Path, target: Path) -> None:
 
 
 def write_config(folder: Path, config: Any) -> None:
-    """Write a Hugging Face config as config.json."""
+    """Write a Hugging Face config as config.json; a student's with the code that reads it (`copy_code`)."""
     folder.mkdir(parents=True, exist_ok=True)
+    if is_student(config):
+        copy_code(folder, config)
     write_json(folder / "config.json", json.loads(config.to_json_string(use_diff=False)))
+
+
+def is_student(config: Any) -> bool:
+    """Whether a config is that of a compressed student, in contrast to a stock model's."""
+    return hasattr(config, "shared_core")
+
+
+def copy_code(folder: Path, config: Any) -> None:
+    """Copy the student's code into its folder and name it in the config, for `trust_remote_code=True`."""
+    for name in CODE:
+        shutil.copyfile(Path(__file__).parent / name, folder / name)
+    model = config.architectures[0]
+    config.auto_map = {
+        "AutoConfig": f"student.{type(config).__name__}",
+        "AutoModelForCausalLM": f"student.{model}",
+    }
+
+
+def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor as a folder of `dtype` stores it: integers stay, and so does the routing bias that must be exact."""
+    exact = not tensor.is_floating_point() or name.endswith("e_score_correction_bias")
+    return tensor if exact else tensor.to(dtype)

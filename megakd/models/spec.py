@@ -91,3 +91,9 @@ def spec_for(config: Any, place: str) -> MoESpec:
     if family not in SPECS:
         raise UserError(f"{place}: model type {config.model_type!r} is not a family compress knows: {', '.join(SPECS)}")
     return SPECS[family]
+
+
+def outside(config: Any, name: str) -> bool:
+    """Whether a checkpoint's tensor belongs to a layer beyond the model's, as DeepSeek's for multi-token prediction."""
+    found = re.match(r"model\.layers\.(\d+)\.", name)
+    return found is not None and int(found[1]) >= config.num_hidden_layers

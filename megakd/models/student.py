@@ -1,7 +1,8 @@
 """The compressed student as a Hugging Face model: the family's own, with shared-core experts in its MoE blocks.
 
 Router, auxiliary loss, shared experts, attention: all else is the family's. `from_pretrained`, `save_pretrained` and
-`generate` work as for any transformers model.
+`generate` work as for any transformers model. This file and shared_core.py are in every model folder, so that
+`trust_remote_code=True` loads it where MegaKD is not installed: hence the relative import.
 """
 
 from collections.abc import Mapping
@@ -24,7 +25,7 @@ from transformers import (
 )
 from transformers.activations import ACT2FN
 
-from megakd.models.shared_core import PROJECTIONS, DenseExperts, Form, SharedCoreExperts, core_shape
+from .shared_core import PROJECTIONS, DenseExperts, Form, SharedCoreExperts, core_shape
 
 SUFFIX = "_shared_core"
 
@@ -123,8 +124,12 @@ STUDENTS: dict[str, type[Any]] = {
     "deepseek_v3": SharedCoreDeepseekV3ForCausalLM,
 }
 for _model in STUDENTS.values():
-    AutoConfig.register(_model.config_class.model_type, _model.config_class)
-    AutoModelForCausalLM.register(_model.config_class, _model)
+    # save_pretrained writes this code beside the weights
+    _model.config_class.register_for_auto_class("AutoConfig")
+    _model.register_for_auto_class("AutoModelForCausalLM")
+    if __package__ == "megakd.models":  # not for the copy in a model's folder, beside which MegaKD may be installed
+        AutoConfig.register(_model.config_class.model_type, _model.config_class)
+        AutoModelForCausalLM.register(_model.config_class, _model)
 
 
 def student_config(
