@@ -1,8 +1,8 @@
 """Which shape and ranks for every projection: what each form would cost and miss, and the best of them for a budget.
 
 `measure` predicts the error of every form of one projection without fitting all of its experts; `allocate` spends a
-budget of parameters, and of FLOPs, over all projections. In the frame of the fit every projection is E matrices W_e [F, D]
-(down is transposed). An error here is sum_e ||W_e - fit_e||^2 / sum_e ||W_e||^2, the lost share of the energy.
+budget of parameters, and of FLOPs, over all projections. In the frame of the fit every projection is E matrices W_e
+[F, D] (down is transposed). An error here is sum_e ||W_e - fit_e||^2 / sum_e ||W_e||^2, the lost share of the energy.
 """
 
 import math
@@ -22,11 +22,12 @@ from megakd.models.shared_core import SHAPES, Form, free_and_core_rank, make_for
 LEAST, MOST = 0.03, 0.95  # shares of the dense parameters between which forms are considered
 RANK_STEP = 8  # grouped matrix products want rows of 16 bytes, 8 numbers of bfloat16
 TINY = 128  # expert hidden sizes below it may have any rank
-GRID = 24  # wrappers: values of either rank
-# of the parameters, where fits are tried: a wrapper on the core, or none, for one that is free
-ADDITIVE_SHARES, WRAPPER_SHARES, WRAPPER_SPLITS = (0.3, 0.7), (0.15, 0.45, 0.8), (1 / 3, 3 / 4)
+FINENESS = 6  # wrappers: steps of either rank are its 6th part
+# where fits are tried: of the parameters, and of the ranks on the core
+ADDITIVE_SHARES, WRAPPER_POINTS = (0.3, 0.7), ((0.12, 1 / 2), (0.45, 1 / 3), (0.45, 2 / 3))
+MANY = 64  # experts, from which on a core that is fitted gains at most 2 % over the mean for additive
 FITTED_EXPERTS = 8  # the fits behind a prediction see this many
-FULL_SWEEPS, FEW_SWEEPS = 20, 4  # where the fits see all experts, or some
+FULL_SWEEPS, FEW_SWEEPS = 20, 3  # where the fits see all experts, or some
 BISECTIONS = 60  # of the price of a FLOP
 
 
@@ -62,11 +63,9 @@ def candidates(
     if "additive" in shapes:
         found += [make_form("additive", projection, r, 0) for r in range(step, min(f, d) + 1, step)]
     if "wrappers" in shapes:
-        stride = step * math.ceil(min(f, d) / (GRID * step))
-        # two wrappers of f ranks together give any matrix; with hardly a free one, predictions are off by up to 16 %, and
-        # such forms were never the best
-        ranks = sorted({step, *range(stride, min(f, d) + 1, stride)})
-        pairs = [(free, core) for free in ranks for core in ranks if free + core <= min(f, d) and core <= 3 * free]
+        # two wrappers of f ranks together give any matrix; with hardly a free one, predictions are off by up to 16 %
+        ranks = _ranks(step, min(f, d))
+        pairs = [(free, core) for free in ranks for core in ranks if free + core <= min(f, d) and core <= 2 * free]
         found += [make_form("wrappers", projection, *pair) for pair in pairs]
     if "basis" in shapes:
         for count in _powers(min(groups, experts // 2)):
@@ -93,10 +92,11 @@ def measure(
     """What every form of one projection costs and is predicted to miss.
 
     weights: [E, d_out, d_in] of any floating type, as stored or whitened by what calibration measured (metric.whiten).
-    basis: exact, the eigenvalues of sum_e W_e^T W_e behind the k-th. additive: singular values of W_e - mean of a sample of
-    experts behind the r-th, times what a few fits gain over the mean as core. wrappers: a rank of the wrapper on the core
-    is worth so many ranks of the free one; how many, a few fits say. These fits see 8 experts and 4, and a core shared by
-    fewer fits better: the relative error, the root of what is lost, is continued linearly in 1/E.
+    basis: exact, the eigenvalues of sum_e W_e^T W_e behind the k-th. additive: singular values of W_e - mean behind the
+    r-th for a sample of experts, times what a few fits gain over the mean as core. wrappers: a rank of the one on the
+    core is worth so many ranks of the free one; how many, a few fits say. These fits see 8 experts and 4, and a core
+    shared by fewer fits better: the relative error, the root of what is lost, is continued linearly in 1/E. With groups
+    the experts are dealt in turn, which the fit betters.
     forms: instead of all candidates. progress: called with the share of the work that is done.
     """
     frame = weights.mT if projection == "down" else weights
@@ -117,10 +117,10 @@ def measure(
             for count in sorted({form.groups for form in forms if form.shape == "basis"}):
                 group = torch.arange(experts) % count
                 bases[count] = basis_curve(frame, group, count, lanes) / energy
-        if points:
+        if wanted & {"additive", "wrappers"}:
             curve = _additive_curve(frame, mean, norms, spread(experts, sample), lanes)
     progress(1 / work)
-    table = _Wrappers(curve, f)
+    table = _Wrappers(curve)
     for number, (free, core) in enumerate(points):
         table.learn(free, core, predicted_fit(frame, norms, make_form("wrappers", "gate", free, core)))
         progress((2 + number) / work)
@@ -141,10 +141,11 @@ def allocate(
 ) -> dict[tuple[int, str], Form]:
     """The forms of least summed error with at most `budget` of the dense parameters and `flops` of the dense FLOPs.
 
-    Every (layer, projection) counts the same: relative to its energy, since what follows a layer's output is normalised;
-    whoever knows better scales the errors. On the lower convex hull of (parameters, error) of each, steps are taken in
-    the order of their gain a parameter until one does not fit (Lagrange; optimal but for that last step), which then goes
-    as far as fits. With `flops`, error is replaced by error + price * FLOPs, the price the lowest that keeps to them.
+    Every (layer, projection) counts the same, relative to its energy: the scale of a layer's weights says little of its
+    weight in the result, for norms follow; whoever knows more scales the errors. On the lower convex hull of
+    (parameters, error) of each, steps are taken in the order of their gain a parameter until one does not fit
+    (Lagrange; optimal but for that last step), which then goes as far as it can. With `flops`, error + price * FLOPs
+    takes the place of the error, at the lowest price that keeps to them.
     """
     limit = budget * dense_parameters
     smallest = sum(min(c.parameters for c in table) for table in tables.values())
@@ -165,7 +166,7 @@ def spread(count: int, wanted: int) -> list[int]:
 
 
 def basis_curve(frame: Tensor, group: Tensor, groups: int, lanes: Lanes) -> np.ndarray:
-    """What is lost of the energy of matrices [E, F, D] with bases of 0 … D for each group: eigenvalues behind the k-th."""
+    """What is lost of the energy of [E, F, D] with a basis of 0 … D a group: eigenvalues behind the k-th, [D + 1]."""
     columns = frame.shape[2]
     dtype = torch.promote_types(frame.dtype, torch.float32)
     lost = np.zeros(columns + 1)
@@ -187,43 +188,44 @@ def basis_curve(frame: Tensor, group: Tensor, groups: int, lanes: Lanes) -> np.n
 def predicted_fit(frame: Tensor, norms: Tensor, form: Form) -> float:
     """What the fit of all experts [E, F, D] would lose, from fits of a few; norms: squared, [E]."""
 
-    def lost(chosen: list[int], sweeps: int) -> float:
+    def lost(chosen: list[int], sweeps: int, among: slice = slice(None)) -> float:
+        """What the fit of the chosen loses of some of them."""
         matrices = frame[chosen].to(torch.promote_types(frame.dtype, torch.float32))
         _, fit = fit_projection(matrices, "gate", form, Settings(sweeps=sweeps))
-        share = norms[chosen] / norms[chosen].sum().clamp(min=1e-300)
-        return float((fit.errors.cpu().double().square() * share).sum())
+        share = norms[chosen][among] / norms[chosen][among].sum().clamp(min=1e-300)
+        return float((fit.errors.cpu().double()[among].square() * share).sum())
 
     experts = len(frame)
     if experts <= FITTED_EXPERTS:
         return lost(list(range(experts)), FULL_SWEEPS)
     chosen = spread(experts, FITTED_EXPERTS)
-    many = math.sqrt(lost(chosen, FEW_SWEEPS))
-    few = math.sqrt((lost(chosen[::2], FEW_SWEEPS) + lost(chosen[1::2], FEW_SWEEPS)) / 2)
+    # the same four experts, their core shared by eight and by four
+    many = math.sqrt(lost(chosen, FEW_SWEEPS, slice(0, None, 2)))
+    few = math.sqrt(lost(chosen[::2], FEW_SWEEPS))
     return min(1.0, (many + (many - few) * (1 - len(chosen) / experts)) ** 2)
 
 
 class _Wrappers:
     """Lost energy for any two ranks, from that of free wrappers alone around the mean and some fits.
 
-    curve: [F + 1], lost with free rank r and the mean as core. A fit of (r, 0) gives the logarithm of its ratio to the curve,
-    linear in r between fits; one of (r, c) the rank r + worth * c at which free wrappers alone lose as much, the worth
-    bilinear in the sum of ranks and in the share of c between fits.
+    curve: [F + 1], lost with free rank r and the mean as core. A fit of (r, 0) gives the logarithm of its ratio to the
+    curve, linear in r between fits; one of (r, c) the rank r + worth * c at which free wrappers alone lose as much, and
+    the worth of a core rank is a plane over (r + c) / F and c / (r + c).
     """
 
-    def __init__(self, curve: np.ndarray, rows: int):
-        self.curve, self.rows = curve, rows
+    def __init__(self, curve: np.ndarray):
+        self.curve = curve
         self.ratios = [(0.0, 0.0)]
-        self.worths: dict[tuple[int, int], float] = {}
+        self.worths: list[tuple[int, int, float]] = []
 
     def learn(self, free: int, core: int, lost: float) -> None:
         if core == 0:
-            ratio = math.log(max(lost, 1e-30) / max(self.curve[free], 1e-30)) if self.curve[free] > 0 else 0.0
+            ratio = math.log(max(lost, 1e-30) / self.curve[free]) if self.curve[free] > 0 else 0.0
             self.ratios.append((free, min(ratio, 0.0)))
         else:
-            ranks = np.arange(len(self.curve))
-            corrected = np.array([self.additive(r) for r in ranks])
-            equal = float(np.interp(-lost, -corrected, ranks))
-            self.worths[free, core] = (equal - free) / core
+            ranks = range(len(self.curve))
+            equal = float(np.interp(-lost, [-self.additive(rank) for rank in ranks], ranks))
+            self.worths.append((free, core, (equal - free) / core))
 
     def error(self, free: int, core: int) -> float:
         return self.additive(free + self._worth(free, core) * core if core else free)
@@ -237,42 +239,27 @@ class _Wrappers:
         return float(np.interp(rank, np.arange(len(self.curve)), self.curve)) * math.exp(ratio)
 
     def _worth(self, free: int, core: int) -> float:
-        """Bilinear in (share of the core's rank, sum of ranks); outside: on in the share, level in the sum."""
-        total, share = free + core, core / (free + core)
-        lines: dict[int, list[tuple[int, float]]] = {}
-        splits = sorted({_nearest_split(*pair) for pair in self.worths})
-        for pair, worth in self.worths.items():
-            lines.setdefault(_nearest_split(*pair), []).append((sum(pair), worth))
-        at, worths = [], []
-        for split in splits:
-            sums, values = zip(*sorted(lines[split]), strict=True)
-            at.append(WRAPPER_SPLITS[split])
-            worths.append(float(np.interp(total, sums, values)))
-        if len(at) == 1:
-            return min(max(worths[0], 0.0), 1.2)
-        slope = (worths[1] - worths[0]) / (at[1] - at[0])
-        return min(max(worths[0] + slope * (share - at[0]), 0.0), 1.2)
+        def place(free: int, core: int) -> list[float]:
+            return [1.0, (free + core) / (len(self.curve) - 1), core / (free + core)]
 
-
-def _nearest_split(free: int, core: int) -> int:
-    return min(range(len(WRAPPER_SPLITS)), key=lambda i: abs(WRAPPER_SPLITS[i] - core / (free + core)))
+        known = np.array([place(*pair) for *pair, _ in self.worths])
+        plane = np.linalg.lstsq(known, np.array([worth for *_, worth in self.worths]))[0]
+        return float(np.clip(plane @ place(free, core), 0.0, 1.2))
 
 
 def _fit_points(f: int, d: int, experts: int, wanted: set[str]) -> list[tuple[int, int]]:
     """(free rank, core rank) of the fits, free wrappers alone first: the others are compared with them."""
     short = min(f, d)
-    left = (MOST - 1 / experts) * experts * f * d / experts  # numbers an expert may have besides the core
-    points: list[tuple[int, int]] = []
-    if wanted & {"additive", "wrappers"}:
-        points += [(round(share * left / (f + d)), 0) for share in ADDITIVE_SHARES]
+    room = (MOST - 1 / experts) * f * d  # numbers an expert may have besides the core
+    points = []
+    if wanted & {"additive", "wrappers"} and experts < MANY:
+        points += [(share * room / (f + d), 0.0) for share in ADDITIVE_SHARES]
     if "wrappers" in wanted:
-        for split in WRAPPER_SPLITS:
-            cost = (1 - split) * (f + d) + split * 2 * f
-            for share in WRAPPER_SHARES:
-                total = min(share * left / cost, short)
-                points.append((round((1 - split) * total), round(split * total)))
-    kept = {(min(free, short), core): None for free, core in points if free + core > 0 and 0 < free}
-    return list(kept)
+        for share, split in WRAPPER_POINTS:
+            total = min(share * room / ((1 - split) * (f + d) + split * 2 * f), short)
+            points.append(((1 - split) * total, split * total))
+    rounded = [(min(round(free), short), round(core)) for free, core in points]
+    return list(dict.fromkeys(pair for pair in rounded if pair[0] > 0))
 
 
 def _mean_and_norms(frame: Tensor, lanes: Lanes) -> tuple[Tensor, Tensor]:
@@ -312,6 +299,14 @@ def _candidate(
 ) -> Candidate:
     stored = stored_parameters(form, projection, experts, hidden, expert_hidden)
     return Candidate(form, stored, form_flops(form, projection, active, hidden, expert_hidden), error)
+
+
+def _ranks(step: int, most: int) -> list[int]:
+    """Multiples of `step`, ever further apart: two dimensions of them must not be too many."""
+    found = [step]
+    while (after := found[-1] + step * max(1, round(found[-1] / step / FINENESS))) <= most:
+        found.append(after)
+    return found
 
 
 def _powers(most: int) -> list[int]:
