@@ -59,9 +59,9 @@ class CompressConfig(Section):
     tolerance: float = Field(1e-4, ge=0)
     steps: int = Field(1000, ge=1)
     lr: float = Field(1e-2, gt=0)
-    calibration_tokens: Count = Field(0, ge=0)
+    calibration_tokens: Count = Field(32768, ge=0)
     damping: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field((0.1,), min_length=1)
-    sequential: bool = True
+    sequential: bool = False
     align: Literal["auto", "off"] = "auto"
     super_experts: Literal["auto", "off"] = "off"
 

@@ -95,6 +95,8 @@ class Run:
             theirs = other.path(name)
             if name == "data/logits" and self.config.logits.profile != "topk":
                 sections = (*sections, "seed")  # draws depend on it
+            if name == "student-0" and self.config.compress.calibration_tokens:
+                sections = (*sections, "data")
             if theirs.exists() and self.config.fingerprint(*sections) == other.config.fingerprint(*sections):
                 self.path(name).parent.mkdir(parents=True, exist_ok=True)
                 self.path(name).symlink_to(os.path.relpath(theirs.resolve(), self.path(name).parent.resolve()))

@@ -84,7 +84,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, teacher: Path, documents: l
     value = {
         "name": "test",
         "model": {"teacher": str(teacher), "dtype": "float32"},
-        "compress": {"rank": 4, "sweeps": 3},
+        "compress": {"rank": 4, "sweeps": 3, "calibration_tokens": 0},
         "data": {
             "source": str(folder / "text.jsonl"),
             "sequence_length": 32,

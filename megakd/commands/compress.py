@@ -32,9 +32,13 @@ from megakd.errors import UserError
 from megakd.evals.compression_plot import plot_errors
 from megakd.files import locked, publishing, read_json, remove, write_json
 from megakd.log import say, table
+from megakd.models.align import alignment
+from megakd.models.calibrate import LayerRunner, find_super_experts
 from megakd.models.fit import Settings, Statistics, best_split, fit_projection
 from megakd.models.hub import (
     Checkpoint,
+    cast,
+    copy_code,
     copy_side_files,
     load_config,
     resolve,
@@ -42,6 +46,7 @@ from megakd.models.hub import (
     write_config,
     write_weights,
 )
+from megakd.models.planner import Candidate, allocate, measure
 from megakd.models.shared_core import (
     PROJECTIONS,
     DenseExperts,
@@ -50,7 +55,7 @@ from megakd.models.shared_core import (
     factor_shapes,
     stored_parameters,
 )
-from megakd.models.spec import MoESpec, spec_for
+from megakd.models.spec import MoESpec, outside, spec_for
 from megakd.models.student import student_config
 from megakd.run import Run
 from megakd.tasks import Task, run_tasks
@@ -174,8 +179,6 @@ def tasks(job: Job) -> list[Task]:
 
 def _scan(job: Job, output: Path) -> None:
     """Run the teacher over some tokens and look for experts with massive outputs."""
-    from megakd.models.calibrate import find_super_experts
-
     runner = _runner(job, min(SCAN_TOKENS, job.run.config.compress.calibration_tokens))
     hidden, peaks = runner.embed(), {}
     for layer in range(job.layers[-1] + 1):
@@ -190,8 +193,6 @@ def _scan(job: Job, output: Path) -> None:
 
 def _candidates(job: Job, layer: int, output: Path) -> None:
     """What each form would cost one layer, and gain."""
-    from megakd.models.planner import measure
-
     settings, active = job.run.config.compress, job.config.num_experts_per_tok
     found = {}
     for projection in PROJECTIONS:
@@ -202,8 +203,6 @@ def _candidates(job: Job, layer: int, output: Path) -> None:
 
 def _choose(job: Job, tables: list[Path], output: Path) -> None:
     """Spend the budget over all layers."""
-    from megakd.models.planner import Candidate, allocate
-
     settings, active, found = job.run.config.compress, job.config.num_experts_per_tok, {}
     for layer, path in zip(job.layers, tables, strict=True):
         for projection, rows in read_json(path).items():
@@ -216,11 +215,6 @@ def _choose(job: Job, tables: list[Path], output: Path) -> None:
 
 def _order(job: Job, layer: int, output: Path) -> None:
     """Permutations of hidden units that make experts alike, [E, F]; empty where there are none."""
-    try:
-        from megakd.models.align import alignment
-    except ImportError:
-        alignment = lambda *a: None
-
     gate, up, down = (job.checkpoint.experts(job.spec, job.config, layer, p) for p in PROJECTIONS)
     found = alignment(gate, up, down)
     if found is not None:
@@ -354,10 +348,8 @@ def _kept(job: Job, layer: int, ids: tuple[int, ...]) -> dict[str, Tensor]:
     return {"gate_up_proj": torch.cat([gate, up], dim=1), "down_proj": down}
 
 
-def _runner(job: Job, tokens: int) -> Any:
+def _runner(job: Job, tokens: int) -> LayerRunner:
     """Over windows spread evenly through the run's training tokens."""
-    from megakd.models.calibrate import LayerRunner
-
     length = job.run.config.data.sequence_length
     shards = ShardSet(job.run.path("data", "tokens", "train"))
     count = min(-(-tokens // length), len(shards))
@@ -377,9 +369,8 @@ def _assemble(job: Job) -> None:
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name in job.checkpoint.files:
-            if not job.spec.is_expert(name):
-                tensor = job.checkpoint.tensor(name)
-                yield job.spec.module_name(name), tensor.to(dtype) if tensor.is_floating_point() else tensor
+            if not outside(job.config, name) and not job.spec.is_expert(name):
+                yield job.spec.module_name(name), cast(name, job.checkpoint.tensor(name), dtype)
         for layer in job.layers:
             block = job.spec.block.format(i=layer)
             for projection in PROJECTIONS:
@@ -389,6 +380,9 @@ def _assemble(job: Job) -> None:
                 for name, tensor in _kept(job, layer, exempt[layer]).items():
                     yield f"{block}.dense_experts.{name}", tensor.to(dtype)
 
+    beyond = [name for name in job.checkpoint.files if outside(job.config, name)]
+    if beyond:
+        say(f"compress: {len(beyond)} tensors of layers beyond the model's are left out, the first is {beyond[0]}")
     stored = sum(
         stored_parameters(form, p, job.experts, *job.spec.sizes(job.config))
         for layer in job.layers
@@ -412,6 +406,7 @@ def _assemble(job: Job) -> None:
         write_weights(temporary, tensors(), SHARD_BYTES)
         student = student_config(job.config, forms, exempt)
         student.dtype = dtype
+        copy_code(temporary, student)
         write_config(temporary, student)
         copy_side_files(job.folder, temporary)
         plot_errors(report, temporary / "compress.png")

@@ -1,6 +1,6 @@
 """The whole path on a small teacher that ships with MegaKD: no network, no GPU, minutes on two cores.
 
-compress → tokenize → generate-logits → train in two stages under DeepSpeed ZeRO-3 on 2 ranks → the same training with
+tokenize → compress → generate-logits → train in two stages under DeepSpeed ZeRO-3 on 2 ranks → the same training with
 cross entropy alone → evaluate → export → report. Every number of the table it ends with is measured in this run.
 Started again on the same folder, it goes on where it stopped.
 
@@ -34,7 +34,7 @@ def main(args: argparse.Namespace) -> None:
     teacher = str(Path(args.teacher).resolve()) if Path(args.teacher).exists() else args.teacher
     if not (kd / "config.json").exists():
         _verb("new", str(kd), "--from", "demo", f"model.teacher={teacher}", *_fewer_ranks(), *args.overrides)
-    for verb in ("compress", "tokenize", "generate-logits"):
+    for verb in ("tokenize", "compress", "generate-logits"):
         _verb(verb, str(kd))
     if not (ce / "config.json").exists():
         _verb("new", str(ce), "--from", str(kd), "objective.alpha=0", "name=ce-alone")
