@@ -1,6 +1,7 @@
 """Measure MegaKD against what people use instead: interleaved runs in one process, medians of ratios.
 
   store    the teacher-target store against HDF5 + gzip, tar of npy, parquet: bytes, fidelity, speed on one core
+  fit      the solvers of megakd compress: ALS against Adam, forms at equal numbers stored, a sweep at real size
   experts  a layer of shared-core experts against the naive form and the dense experts, Qwen3-30B-A3B's sizes, one core
 
 Prints a table; --json writes rows {"bench", "case", "metric", "value", "unit"}; --quick takes less than a minute.
@@ -22,6 +23,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # speeds are those of one core
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from bench_experts import bench_experts
+from bench_fit import bench_fit
 from bench_rows import show
 from bench_store import bench_store
 
@@ -30,7 +32,7 @@ from megakd.errors import UserError
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bench", choices=["store", "experts"])
+    parser.add_argument("bench", choices=["store", "experts", "fit"])
     parser.add_argument("--quick", action="store_true", help="less of everything: within a minute on 2 cores")
     parser.add_argument(
         "--real", type=Path, metavar="FOLDER", help="store: a model folder of tools/real_models.py smollm2"
@@ -40,7 +42,8 @@ def main() -> None:
     try:
         if args.real and args.bench != "store":
             raise UserError("--real is for store: the other benchmarks need no model")
-        rows = bench_store(args.quick, args.real) if args.bench == "store" else bench_experts(args.quick)
+        benches = {"store": lambda quick: bench_store(quick, args.real), "experts": bench_experts, "fit": bench_fit}
+        rows = benches[args.bench](args.quick)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)

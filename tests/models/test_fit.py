@@ -66,7 +66,8 @@ def test_tensors_are_the_parameters_of_the_form(projection, shape, free, core, g
     hidden, expert_hidden = (rows, columns) if projection == "down" else (columns, rows)
     form = make_form(shape, projection, free, core, groups)
     tensors, _ = fit_projection(randn(*SHAPES[projection]).bfloat16(), projection, form, Settings(sweeps=2))
-    expected = {f"shared_core.{projection}_proj.weight": core_shape(form, projection, hidden, expert_hidden)}
+    expected: dict[str, tuple[int, ...]] = {}
+    expected[f"shared_core.{projection}_proj.weight"] = core_shape(form, projection, hidden, expert_hidden)
     for name, size in factor_shapes(form, projection, experts, hidden, expert_hidden).items():
         expected[f"experts.{name}"] = size
     assert {name: tuple(t.shape) for name, t in tensors.items()} == expected
