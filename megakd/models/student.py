@@ -140,8 +140,9 @@ def student_config(
     shared: dict[str, Any] = {
         "layers": {str(i): {p: form._asdict() for p, form in forms.items()} for i, forms in layers.items()}
     }
-    if exempt:
-        shared["dense_experts"] = {str(i): list(ids) for i, ids in exempt.items() if ids}
+    kept = {str(i): list(ids) for i, ids in (exempt or {}).items() if ids}
+    if kept:
+        shared["dense_experts"] = kept
     return model.config_class(**_fields(teacher), shared_core=shared, architectures=[model.__name__])
 
 

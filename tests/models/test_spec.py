@@ -2,7 +2,7 @@ import pytest
 from transformers import LlamaConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from megakd.errors import UserError
-from megakd.models.spec import spec_for
+from megakd.models.spec import SPECS, outside, spec_for
 from megakd.models.tiny import tiny_moe_config
 
 
@@ -45,3 +45,38 @@ def test_an_unknown_family_is_refused_with_its_place():
     with pytest.raises(UserError, match=r"some/folder: model type 'llama'.*qwen3_moe"):
         spec_for(LlamaConfig(), "some/folder")
     assert spec_for(Qwen3MoeConfig(), "here").model_type == "qwen3_moe"
+
+
+def test_a_students_config_has_its_familys_spec():
+    for family in SPECS:
+        config = Qwen3MoeConfig()
+        config.model_type = f"{family}_shared_core"
+        assert spec_for(config, "here").model_type == family
+
+
+@pytest.mark.parametrize(
+    "hub, module",
+    [
+        ("model.layers.3.block_sparse_moe.gate.weight", "model.layers.3.mlp.gate.weight"),
+        ("model.layers.3.self_attn.q_proj.weight", "model.layers.3.self_attn.q_proj.weight"),
+        ("lm_head.weight", "lm_head.weight"),
+    ],
+)
+def test_names_of_the_hub_and_of_modules(hub, module):
+    assert SPECS["mixtral"].module_name(hub) == module and SPECS["mixtral"].hub_name(module) == hub
+    assert SPECS["qwen3_moe"].module_name(hub) == hub == SPECS["qwen3_moe"].hub_name(hub)
+    assert SPECS["mixtral"].expert_name(2, 7, "up") == "model.layers.2.block_sparse_moe.experts.7.w3.weight"
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("model.layers.4.mlp.gate.weight", False),
+        ("model.layers.5.mlp.gate.weight", True),
+        ("model.layers.61.shared_head.norm.weight", True),
+        ("model.norm.weight", False),
+        ("lm_head.weight", False),
+    ],
+)
+def test_what_is_outside_the_model(name, expected):
+    assert outside(tiny_moe_config(16, num_hidden_layers=5), name) == expected

@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -9,12 +12,16 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from megakd.commands import compress
-from megakd.models.hub import Checkpoint, load_config
-from megakd.models.shared_core import SharedCoreMoeBlock, dense_weight
+from megakd.files import read_json
+from megakd.models.hub import CODE, Checkpoint, cast, load_config, load_model, write_config
+from megakd.models.shared_core import PROJECTIONS, DenseExperts, Form, SharedCoreExperts, dense_weight
 from megakd.models.spec import spec_for
-from megakd.models.student import SharedCoreQwen3MoeForCausalLM, student_config
+from megakd.models.student import SharedCoreQwen3MoeForCausalLM, stock_config, student_config
 from megakd.run import Run
-from tests.conftest import make_teacher
+from tests.conftest import ROOT, make_teacher
+from tests.models.students import FULL, logits, make_model, make_student
+
+RANK_3 = {p: Form("wrappers", 3, 3) for p in PROJECTIONS}
 
 
 @pytest.fixture(scope="module")
@@ -34,15 +41,12 @@ def compressed(recipe: Path, folder: Path, *overrides: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(run.path("student-0")).eval()
 
 
-@torch.no_grad()
-def logits(model: Any, tokens: Tensor) -> Tensor:
-    return model(tokens, use_cache=False).logits
-
-
 def test_auto_class_loads_the_compressed_folder(prepared, student):
     assert type(student) is SharedCoreQwen3MoeForCausalLM
-    assert student.config.shared_core_rank == 4 and student.dtype == torch.float32
-    assert all(isinstance(layer.mlp, SharedCoreMoeBlock) for layer in student.model.layers)
+    assert student.dtype == torch.float32
+    form = {"shape": "wrappers", "input_rank": 4, "output_rank": 4, "groups": 1}
+    assert student.config.shared_core == {"layers": {str(i): dict.fromkeys(PROJECTIONS, form) for i in range(2)}}
+    assert all(isinstance(layer.mlp.experts, SharedCoreExperts) for layer in student.model.layers)
     _, info = AutoModelForCausalLM.from_pretrained(prepared / "student-0", output_loading_info=True)
     assert not any(info.values()), info  # nothing missing, unexpected or mismatched
     stored = Checkpoint(prepared / "student-0")
@@ -82,7 +86,7 @@ def test_round_trip_gives_equal_logits(student, tokens, tmp_path, shard_size):
     assert len(list(tmp_path.glob("*.safetensors"))) == 1 or shard_size == "20KB"
     assert type(again) is type(student)
     assert torch.equal(logits(again, tokens), logits(student, tokens))
-    assert again.config.shared_core_rank == 4
+    assert again.config.shared_core == student.config.shared_core
 
 
 @torch.no_grad()
@@ -144,7 +148,7 @@ def test_dense_layers_stay_dense(recipe, tokenizer, documents, tokens, tmp_path)
         tmp_path / "teacher", tokenizer, documents, seed=1, steps=0, mlp_only_layers=[0], num_hidden_layers=3
     )
     found = compressed(recipe, tmp_path / "run", f"model.teacher={teacher}", "compress.rank=24")
-    assert [isinstance(layer.mlp, SharedCoreMoeBlock) for layer in found.model.layers] == [False, True, True]
+    assert [found.config.forms(i) is not None for i in range(3)] == [False, True, True]
     original = AutoModelForCausalLM.from_pretrained(teacher).eval()
     assert torch.equal(found.model.layers[0].mlp.up_proj.weight, original.model.layers[0].mlp.up_proj.weight)
     expected = logits(original, tokens)
@@ -153,11 +157,20 @@ def test_dense_layers_stay_dense(recipe, tokenizer, documents, tokens, tmp_path)
 
 
 def test_config_goes_to_the_student_and_back(teacher):
+    """What a teacher's folder says of its own code is not the student's."""
     config = AutoConfig.from_pretrained(teacher)
-    made = student_config(config, 5)
-    assert (made.model_type, made.shared_core_rank) == ("qwen3_moe_shared_core", 5)
+    made = student_config(config, {0: RANK_3, 1: FULL["mixed"]}, {0: (), 1: (3, 1)})
+    assert made.model_type == "qwen3_moe_shared_core" and made.architectures == ["SharedCoreQwen3MoeForCausalLM"]
+    again = type(made).from_dict(json.loads(made.to_json_string()))
+    for found in (made, again):
+        assert [found.forms(i) for i in range(3)] == [RANK_3, FULL["mixed"], None]
+        assert [found.dense_experts(i) for i in range(3)] == [(), (3, 1), ()]
+    config.auto_map = {"AutoConfig": "theirs.Config"}
+    made = student_config(config, {0: RANK_3})
+    assert getattr(made, "auto_map", None) is None
     before, after = (
-        {k: v for k, v in c.to_dict().items() if k != "transformers_version"} for c in (config, made.dense())
+        {k: v for k, v in c.to_dict().items() if k not in ("transformers_version", "auto_map", "_name_or_path")}
+        for c in (config, stock_config(made))
     )
     assert after == before
 
@@ -165,7 +178,7 @@ def test_config_goes_to_the_student_and_back(teacher):
 def test_a_fresh_student_starts_as_its_core(teacher):
     """Left factors are zero, right ones are not: gradients reach the left factors in the first step."""
     torch.manual_seed(0)
-    fresh = SharedCoreQwen3MoeForCausalLM(student_config(AutoConfig.from_pretrained(teacher), 3))
+    fresh = SharedCoreQwen3MoeForCausalLM(student_config(AutoConfig.from_pretrained(teacher), {0: RANK_3, 1: RANK_3}))
     for name, parameter in fresh.named_parameters():
         if "_wrapper_" in name:
             assert parameter.shape[-1] == 3
@@ -177,6 +190,17 @@ def test_a_fresh_student_starts_as_its_core(teacher):
             assert parameter.grad.any() == name.endswith("_left"), name
 
 
+def test_layers_may_differ(teacher, tokens):
+    """Each in its own forms and kept experts, one left as the family has it."""
+    config = student_config(AutoConfig.from_pretrained(teacher), {1: FULL["mixed"]}, {1: (2,)})
+    model = SharedCoreQwen3MoeForCausalLM(config)
+    first, second = (layer.mlp for layer in model.model.layers)
+    assert not isinstance(first.experts, SharedCoreExperts) and not hasattr(first, "shared_core")
+    assert isinstance(second.experts, SharedCoreExperts) and isinstance(second.dense_experts, DenseExperts)
+    assert second.experts.forms == FULL["mixed"] and second.dense_experts.ids == (2,)
+    assert torch.isfinite(logits(model, tokens)).all()
+
+
 def test_names_are_those_that_rules_are_written_for(student):
     names = [name for name, _ in student.named_parameters()]
     for layer in range(2):
@@ -184,3 +208,137 @@ def test_names_are_those_that_rules_are_written_for(student):
         assert f"model.layers.{layer}.mlp.experts.input_wrapper_gate_left" in names
         assert f"model.layers.{layer}.mlp.experts.output_wrapper_down_right" in names
         assert f"model.layers.{layer}.mlp.gate.weight" in names
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory) -> Path:
+    """A DeepSeek student: buffers, groups, kept experts, and a family whose own code differs most."""
+    folder = tmp_path_factory.mktemp("mixed")
+    make_model("deepseek_v3").save_pretrained(folder / "stock")
+    return make_student(
+        folder / "stock", folder / "student", FULL["mixed"] | {"gate": FULL["two bases"]["gate"]}, {1: (2,)}
+    )
+
+
+def in_a_process(script: str, tmp_path: Path, *argv: object, installed: bool) -> str:
+    """What the script prints; MegaKD is importable only if `installed`, and nothing is trusted that was cached."""
+    blocker = """
+class Blocker:
+    def find_spec(name, path=None, target=None):
+        if name.split(".")[0] == "megakd":
+            raise ModuleNotFoundError("megakd is not installed here")
+sys.meta_path.insert(0, Blocker)
+"""
+    place = f"sys.path.insert(0, {str(ROOT)!r})" if installed else blocker
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", f"import sys\n{place}\n{script}", *map(str, argv)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**environment, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+USE = """
+import torch
+tokens = torch.load(sys.argv[2], weights_only=True)
+with torch.no_grad():
+    torch.save(model.eval()(tokens, use_cache=False).logits, sys.argv[3])
+    model.generate(tokens, max_new_tokens=3, do_sample=False, use_cache=True, eos_token_id=None)
+"""
+TRUSTED = f"""
+from transformers import AutoConfig, AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+{USE}
+model.save_pretrained(sys.argv[4])
+config = AutoConfig.from_pretrained(sys.argv[4], trust_remote_code=True)
+again = AutoModelForCausalLM.from_pretrained(sys.argv[4], trust_remote_code=True)
+# transformers prefers classes that somebody registered to a folder's
+origin = "megakd.models." if "megakd" in sys.modules else "transformers_modules."
+assert all(type(found).__module__.startswith(origin) for found in (model, again, config))
+assert type(again).__name__ == type(model).__name__
+assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+"""
+
+
+@pytest.mark.parametrize("installed", [False, True], ids=["alone", "beside megakd"])
+def test_the_folder_alone_is_enough_for_those_who_trust_it(mixed, tokens, tmp_path, installed):
+    """Also saved again from there, and beside an installed MegaKD."""
+    tokens = tokens % 61
+    torch.save(tokens, tmp_path / "tokens")
+    script = ("import megakd\n" if installed else "") + TRUSTED
+    in_a_process(script, tmp_path, mixed, tmp_path / "tokens", tmp_path / "logits", tmp_path / "b", installed=installed)
+    found, model = torch.load(tmp_path / "logits", weights_only=True), load_model(mixed, torch.float32)
+    assert torch.equal(found, logits(model, tokens))
+    for folder in (mixed, tmp_path / "b"):
+        for name in CODE:
+            assert (folder / name).read_bytes() == (ROOT / "megakd" / "models" / name).read_bytes()
+    assert torch.equal(logits(load_model(tmp_path / "b", torch.float32), tokens), found)
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        "import megakd\nfrom transformers import AutoConfig, AutoModelForCausalLM",
+        "from transformers import AutoConfig, AutoModelForCausalLM\nimport megakd",
+        "import megakd, transformers\nfrom transformers import AutoConfig, AutoModelForCausalLM",
+        # the family's module is half there while it imports the Auto classes
+        "import megakd\nfrom transformers import DeepseekV3ForCausalLM, AutoConfig, AutoModelForCausalLM",
+        "import megakd.models.student\nfrom transformers import AutoConfig, AutoModelForCausalLM",
+    ],
+)
+def test_importing_megakd_is_enough(mixed, tokens, tmp_path, order):
+    torch.save(tokens % 61, tmp_path / "tokens")
+    script = f"""
+{order}
+assert type(AutoConfig.from_pretrained(sys.argv[1])).__name__ == "SharedCoreDeepseekV3Config"
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+assert type(model).__module__ == "megakd.models.student"
+{USE}
+"""
+    in_a_process(script, tmp_path, mixed, tmp_path / "tokens", tmp_path / "logits", installed=True)
+    found = torch.load(tmp_path / "logits", weights_only=True)
+    assert torch.equal(found, logits(load_model(mixed, torch.float32), tokens % 61))
+
+
+def test_importing_megakd_imports_neither_torch_nor_transformers(tmp_path):
+    script = "import megakd; print(*sorted(sys.modules))"
+    modules = in_a_process(script, tmp_path, installed=True).split()
+    assert "megakd" in modules and not {"torch", "transformers"} & set(modules)
+
+
+def test_our_loaders_run_no_code_of_a_folder(mixed, tmp_path):
+    """Whatever stands in it."""
+    for path in mixed.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    for name in CODE:
+        (tmp_path / name).write_text("raise SystemExit('run')")
+    assert type(load_model(tmp_path, torch.float32)).__module__ == "megakd.models.student"
+    assert type(load_config(tmp_path)).__module__ == "megakd.models.student"
+
+
+def test_saved_from_a_live_model_it_carries_its_code(mixed, tmp_path):
+    model = load_model(mixed, torch.float32)
+    model.config.auto_map = None
+    model.save_pretrained(tmp_path)
+    assert read_json(tmp_path / "config.json")["auto_map"] == read_json(mixed / "config.json")["auto_map"]
+    assert all((tmp_path / name).exists() for name in CODE)
+
+
+def test_buffers_are_loaded_as_they_were_stored(mixed):
+    """Groups of bases as integers, the bias of the router in float32, also in a model of bfloat16."""
+    stored, model = Checkpoint(mixed), load_model(mixed, torch.bfloat16)
+    buffers = {name: tensor for name, tensor in model.named_buffers() if name in stored.files}
+    assert {name.rpartition(".")[2] for name in buffers} == {"basis_group_gate", "e_score_correction_bias"}
+    for name, tensor in buffers.items():
+        assert torch.equal(tensor, stored.tensor(name)), name
+        assert cast(name, tensor, torch.bfloat16) is tensor
+    assert cast("model.norm.weight", torch.ones(2), torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_a_stock_config_is_written_without_code(teacher, tmp_path):
+    write_config(tmp_path, load_config(teacher))
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
