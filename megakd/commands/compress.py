@@ -326,13 +326,16 @@ def _form(job: Job, layer: int, projection: str, weights: Tensor, solver: Settin
 
 
 def _statistics(job: Job, layer: int, projection: str, order: Tensor) -> Statistics:
+    """What calibration measured about the inputs of a projection, in the order that its hidden units have now."""
     found = load_file(job.part(layer, "inputs"))
     if projection != "down":
-        return Statistics(found["share"], found["inputs"], found["inputs_held"], found["counts"])
+        rows = found[f"{projection}_rows"]
+        rows = rows.gather(1, order) if len(order) else rows
+        return Statistics(found["share"], found["inputs"], found["inputs_held"], found["counts"], rows)
     hidden, held = found["hidden"], found["hidden_held"]
-    for expert in range(len(order)):
+    for expert, units in enumerate(order):
         for moments in (hidden, held):
-            moments[expert] = moments[expert][order[expert]][:, order[expert]]
+            moments[expert] = moments[expert][units][:, units]
     return Statistics(found["share"], hidden, held, found["counts"])
 
 

@@ -36,8 +36,15 @@ class Measured(NamedTuple):
     counts: Tensor  # [E] int64, routed rows, the held-out ones among them
     inputs: Tensor  # [D, D] mean of x x^T over training tokens: the inputs of every gate and up
     inputs_held: Tensor  # [D, D] the same over held-out tokens
-    hidden: Tensor  # [E, F, F] mean of w^2 h h^T over an expert's training rows, 0 without rows: the inputs of its down
+    hidden: (
+        Tensor  # [E, F, F] sum w^2 h h^T / sum w^2 over an expert's training rows, 0 without: the inputs of its down
+    )
     hidden_held: Tensor  # [E, F, F]
+    gate_rows: (
+        Tensor  # [E, F] what a unit of squared error in (gate x)_j costs the output, to first order, over training
+    )
+    # rows: sum w^2 (dh_j / d(gate x)_j)^2 / sum w^2 * ||column j of down||^2
+    up_rows: Tensor  # [E, F] the same of (up x)_j
     peaks: Tensor  # [E] largest |entry| of an expert's output down h, not weighted
     counts_held: Tensor  # [E] int64, routed rows of held-out tokens
 
@@ -152,7 +159,9 @@ class LayerRunner:
             gate, up, down = (w[expert].to(self.device, torch.float32) for w in weights)
             for row, w in zip(token.split(ROWS), weight.split(ROWS), strict=True):
                 x = x_ND[row]
-                h = self.act_fn(x @ gate.T) * (x @ up.T)
+                g, u = x @ gate.T, x @ up.T
+                activated = self.act_fn(g)
+                h = activated * u
                 y = h @ down.T
                 out_ND.index_add_(0, row, y * w)
                 if found is not None:
@@ -160,10 +169,15 @@ class LayerRunner:
                     h, held = h * w, self.held_N[row]
                     for total, part in ((found.hidden, h[~held]), (found.hidden_held, h[held])):
                         total[expert].addmm_(part.T, part)
+                    found.gate_rows[expert] += (slope(self.act_fn, g) * u * w)[~held].square().sum(0)
+                    found.up_rows[expert] += (activated * w)[~held].square().sum(0)
             if found is not None:
-                rows_held = found.counts_held[expert]
-                found.hidden[expert].div_((len(token) - rows_held).clamp(min=1))
-                found.hidden_held[expert].div_(rows_held.clamp(min=1))
+                held, squares = self.held_N[token], weight[:, 0].double().square()
+                own, other = (float(squares[side].sum()) or 1.0 for side in (~held, held))
+                found.hidden[expert].div_(own)
+                found.hidden_held[expert].div_(other)
+                for rows in (found.gate_rows, found.up_rows):
+                    rows[expert].mul_(down.square().sum(0) / own)
         return found
 
     def _measured(self, x_ND: Tensor, expert_NA: Tensor, weight_NA: Tensor) -> Measured:
@@ -179,11 +193,19 @@ class LayerRunner:
         inputs[0] /= max(len(x_ND) - count_held, 1)
         inputs[1] /= max(count_held, 1)
         hidden = (x_ND.new_zeros(experts, f, f) for _ in range(2))
+        rows = (x_ND.new_zeros(experts, f) for _ in range(2))
         counts, counts_held = (
-            torch.bincount(rows.flatten(), minlength=experts) for rows in (expert_NA, expert_NA[self.held_N])
+            torch.bincount(chosen.flatten(), minlength=experts) for chosen in (expert_NA, expert_NA[self.held_N])
         )
         share = (power / power.sum()).float()
-        return Measured(share, counts, inputs[0], inputs[1], *hidden, x_ND.new_zeros(experts), counts_held)
+        return Measured(share, counts, inputs[0], inputs[1], *hidden, *rows, x_ND.new_zeros(experts), counts_held)
+
+
+def slope(act_fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The derivative of an activation function at every entry."""
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        return torch.autograd.grad(act_fn(leaf).sum(), leaf)[0]
 
 
 def held_out(windows: int, length: int) -> Tensor:

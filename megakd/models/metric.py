@@ -1,8 +1,8 @@
 """The metric a projection is fitted in: what calibration measured about its inputs.
 
 All matrices are in the frame of the fit, W_e [F, D] (down is transposed): J = sum_e p_e ||M_e (W_e - fit_e) N||^2. The
-inputs of gate and up are shared by all experts, N N^T = H [D, D], M = I; those of down are each expert's own hidden
-states, M_e^T M_e = H_e [F, F], N = I. Roots are Cholesky factors: whitening and its inverse are triangular.
+inputs of gate and up are shared by all experts, N N^T = H [D, D]; M_e is diagonal: what an error of each unit costs the
+expert's output. The inputs of down are each expert's own hidden states, M_e^T M_e = H_e [F, F], N = I. Roots are Cholesky factors: whitening and its inverse are triangular.
 """
 
 from typing import NamedTuple
@@ -13,6 +13,7 @@ from torch import Tensor
 from megakd.models.lanes import Lanes
 
 SHARE_FLOOR = 0.1  # of an expert's mean weight: a rare expert is not thrown away
+ROW_FLOOR = 0.05  # of the mean cost of a unit
 SMALLEST_DAMPING = 1e-6  # a second moment of fewer tokens than dimensions has no root
 
 
@@ -24,12 +25,14 @@ class Statistics(NamedTuple):
         expert's hidden states h and routing weights w: share * covariance is what an expert adds to the layer's output.
     held_out: the same of other tokens.
     counts: [E], routed tokens seen.
+    rows: [E, F], gate and up: what a squared error of each unit costs the expert's output; None: all the same.
     """
 
     share: Tensor
     covariance: Tensor
     held_out: Tensor
     counts: Tensor
+    rows: Tensor | None = None
 
 
 class Metric(NamedTuple):
@@ -55,7 +58,8 @@ def make_metric(
     dtype = torch.promote_types(weights.dtype, torch.float32)
     if projection != "down":
         right = root(covariance.to(weights.device).double(), damping).to(dtype)
-        return Metric(_importance(share, exempt).to(weights.device), None, right)
+        importance = _importance(share, exempt).to(weights.device)
+        return Metric(importance, _unit_costs(statistics.rows, exempt, weights), right)
     left = torch.empty(covariance.shape, dtype=dtype, device=weights.device)
     scale = torch.empty(len(share), dtype=torch.float64, device=weights.device)
 
@@ -68,6 +72,20 @@ def make_metric(
 
     lanes.map(fill)
     return Metric(_importance(share * scale.cpu(), exempt).to(weights.device), left, None)
+
+
+def _unit_costs(rows: Tensor | None, exempt: tuple[int, ...], weights: Tensor) -> Tensor | None:
+    """M_e, diagonal [E, F, F], from the costs of units [E, F], their mean 1; those that hardly cost get a floor."""
+    if rows is None:
+        return None
+    exact = rows.double().cpu()
+    taking_part = torch.ones(len(exact), dtype=torch.bool)
+    taking_part[list(exempt)] = False
+    mean = exact[taking_part].mean()
+    if not mean > 0:
+        return None
+    dtype = torch.promote_types(weights.dtype, torch.float32)
+    return torch.diag_embed((exact / mean + ROW_FLOOR).sqrt()).to(weights.device, dtype)
 
 
 def root(covariance: Tensor, damping: Tensor | float) -> Tensor:

@@ -147,17 +147,24 @@ def reference(model: Any, index: int, tokens: Tensor, positions: Tensor) -> Meas
     power, peaks = torch.zeros(experts).double(), torch.zeros(experts).double()
     rows = torch.zeros(2, experts, dtype=torch.int64)
     inputs, hidden = torch.zeros(2, d, d).double(), torch.zeros(2, experts, f, f).double()
+    squares, costs, step = torch.zeros(2, experts).double(), torch.zeros(2, experts, f).double(), 1e-6
     for x, chosen, weights, side in zip(x_ND.double(), expert_NA, weight_NA.double(), held, strict=True):
         inputs[int(side)] += torch.outer(x, x) / held.count(side)
         for e, w in zip(chosen.tolist(), weights, strict=True):
             gate, up = block.gate_up_proj[e].double().chunk(2)
-            h = block.act_fn(gate @ x) * (up @ x)
+            g, u, down = gate @ x, up @ x, block.down_proj[e].double()
+            h = block.act_fn(g) * u
+            squares[int(side), e] += w**2
+            if not side:  # by finite differences, all units at once: each has its own column of down
+                for cost, nudged in zip(costs, (block.act_fn(g + step) * u, block.act_fn(g) * (u + step)), strict=True):
+                    cost[e] += w**2 * ((nudged - h) / step).square() * down.square().sum(0)
             power[e] += w**2
-            peaks[e] = max(peaks[e], (block.down_proj[e].double() @ h).abs().max())
+            peaks[e] = max(peaks[e], (down @ h).abs().max())
             hidden[int(side), e] += w**2 * torch.outer(h, h)
             rows[int(side), e] += 1
-    hidden /= rows[..., None, None].clamp(min=1)
-    return Measured(power / power.sum(), rows.sum(0), *inputs, *hidden, peaks, rows[1])
+    hidden /= squares[..., None, None].clamp(min=1e-30)
+    costs /= squares[0, :, None].clamp(min=1e-30)
+    return Measured(power / power.sum(), rows.sum(0), *inputs, *hidden, *costs, peaks, rows[1])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
