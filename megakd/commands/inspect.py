@@ -421,7 +421,8 @@ def experts_text(result: dict[str, Any]) -> str:
         *(_units_line(found) for found in result["layers"] if "units" in found),
         "\nspectra: stable rank, and energy in the largest singular values, of single experts and of their mean",
         table(["", "stable rank", *top, "mean: stable rank", *top, "its energy"], spectra),
-        f"\nrelative error of the weights at {', '.join(labels)} of the parameters, predicted, at the best ranks",
+        f"\nrelative error of the weights at {', '.join(labels)} of the parameters, predicted, at the best ranks "
+        "(input + output)",
         table(["", *(f"{shape} {label}" for label in labels for shape in SHAPES)], errors),
     ]
     return "\n".join(parts)

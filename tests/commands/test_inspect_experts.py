@@ -276,7 +276,7 @@ def test_options_of_experts_alone_are_refused(tmp_path, capsys):
 def test_folders_without_experts_are_refused(tmp_path, capsys):
     dense = LlamaConfig(**{**COMMON, "hidden_size": 24}, intermediate_size=24, num_hidden_layers=1)
     AutoModelForCausalLM.from_config(dense).save_pretrained(tmp_path / "llama")
-    assert "experts" not in inspect(capsys, tmp_path / "llama")
+    assert "active" not in inspect(capsys, tmp_path / "llama")
     with pytest.raises(UserError, match=r"llama: model type 'llama' is not a family .*qwen3_moe.*deepseek_v3"):
         inspect(capsys, tmp_path / "llama", "--experts")
     without = tiny_moe_config(64, hidden_size=20, num_hidden_layers=2, mlp_only_layers=[0, 1])
