@@ -14,6 +14,8 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from torch import Tensor, nn
 
 from megakd.dist import World, barrier, sum_over_ranks
@@ -97,6 +99,8 @@ class DeepSpeedEngine:
         self._convert(folder)
         if self.world.first:
             self._rename(folder / UNIVERSAL / "zero", saved["packs"])
+            self._match_groups(folder / UNIVERSAL / "zero" / "optimizer_state.pt")
+        self._keep_frozen(folder / UNIVERSAL / "zero")
         barrier()
         self._load_universal(folder)
         barrier()
@@ -172,7 +176,7 @@ class DeepSpeedEngine:
                         (zero / f"{experts}.{factor}").mkdir(exist_ok=True)
                         torch.save(part, zero / f"{experts}.{factor}" / path.name)
         for packed_name, packed in mine.items():
-            if packed_name not in saved:
+            if packed_name not in saved and not packed.frozen:
                 factors = packed.names(packed_name)
                 (zero / packed_name).mkdir()
                 for path in sorted((zero / factors[0]).iterdir()):
@@ -180,6 +184,30 @@ class DeepSpeedEngine:
                     tensors = [part["param"] if isinstance(part, dict) else part for part in parts]
                     whole = tensors[0] if path.stem == "step" else packed.universal(tensors)
                     torch.save(whole, zero / packed_name / path.name)
+
+    def _keep_frozen(self, zero: Path) -> None:
+        """Spread experts that a rule freezes train at a rate of 0: give them their weights, and no momentum."""
+        for name, parameter in self.engine.module.named_parameters():
+            packed = getattr(parameter, "packed", None)
+            if packed is not None and packed.frozen:
+                with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+                    factors = [tensor.float() for _, tensor in packed.whole(name, parameter)]
+                if self.world.first:
+                    remove(zero / name)
+                    (zero / name).mkdir()
+                    torch.save(packed.universal(factors), zero / name / "fp32.pt")
+                    # ZeRO 1 and 2 make moments that are missing, ZeRO-3 asks for them
+                    for moment in ("exp_avg", "exp_avg_sq") if self.layout["zero"] == 3 else ():
+                        zeros = packed.universal([torch.zeros_like(factor) for factor in factors])
+                        torch.save(zeros, zero / name / f"{moment}.pt")
+
+    def _match_groups(self, path: Path) -> None:
+        """As many saved groups as there are here: ZeRO 1 and 2 load the states of no more groups than were saved."""
+        if self.layout["zero"] < 3:
+            with torch.serialization.safe_globals([LossScaler, ZeroStageEnum]):
+                state = torch.load(path, weights_only=True)
+            state["param_groups"] = [{} for _ in self.optimizer.param_groups]  # their settings are ours
+            torch.save(state, path)
 
     def _load_universal(self, folder: Path) -> None:
         groups = self.optimizer.param_groups

@@ -111,8 +111,10 @@ class Packed:
             yield from zip(self.names(name), self.split(torch.cat(parts)), strict=True)
 
     def universal(self, factors: list[Tensor]) -> dict[str, Any]:
-        """What a universal checkpoint holds of the parameter; factors: [E, rows, R] of all experts, in order."""
-        whole = torch.cat([factor.flatten(1) for factor in factors], dim=1)[..., None]
+        """What a universal checkpoint holds of the parameter; factors: of all experts, in order, flat or not."""
+        sizes = [rows * rank for rows, rank in self.shapes.values()]
+        parts = [factor.reshape(-1, size) for factor, size in zip(factors, sizes, strict=True)]
+        whole = torch.cat(parts, dim=1)[..., None]
         return {PARAM: whole, CAT_DIM: 0, EP_IS_EXPERT_PARAM: True, EP_NUM_EXPERTS: len(whole)}
 
 
