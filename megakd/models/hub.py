@@ -169,7 +169,9 @@ class Checkpoint:
             found = stack if projection == "down" else stack.chunk(2, dim=1)[projection == "up"]
             self._check(fused, found)
             return found
-        extra = spec.expert_name(layer, count, projection)
+        first, extra = (spec.expert_name(layer, expert, projection) for expert in (0, count))
+        if first not in self.files:
+            raise UserError(f"{self.folder}: neither {first} nor {fused} in it")
         if extra in self.files:
             raise UserError(f"{self.place(extra)}: config.json says {count} experts, numbered from 0")
         found = None
@@ -209,12 +211,13 @@ def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_byt
     folder.mkdir(parents=True, exist_ok=True)
     names: list[list[str]] = []
     total = 0
-    for number, part in enumerate(_parts(tensors, shard_bytes)):
-        save_file(part, folder / f"part-{number:05d}", metadata={"format": "pt"})
-        (folder / f"part-{number:05d}").chmod(0o644)  # safetensors writes for the owner alone; clusters share folders
+    for part in _parts(tensors, shard_bytes):  # no enumerate: it holds a part until the next one is whole
+        path = folder / f"part-{len(names):05d}"
+        save_file(part, path, metadata={"format": "pt"})
+        path.chmod(0o644)  # safetensors writes for the owner alone; clusters share folders
         names.append(list(part))
         total += sum(t.numel() * t.element_size() for t in part.values())
-        del part  # else it lives until the next one is whole
+        del part
     if len(names) == 1:
         (folder / "part-00000").rename(folder / WEIGHTS)
         return

@@ -61,7 +61,7 @@ class MoESpec:
 
     def hub_name(self, name: str) -> str:
         """The name of a module's tensor in the hub's files."""
-        return name.replace(*self.renamed[::-1]) if self.renamed else name
+        return name.replace(self.renamed[1], self.renamed[0]) if self.renamed else name
 
 
 SPECS = {

@@ -1,5 +1,6 @@
 import json
 import re
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -98,29 +99,25 @@ def test_a_missing_tensor_is_named(layout, name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "layout, name, wrong, shape",
+    "layout, name, wrong, right",
     [
-        ("hub", "model.layers.0.mlp.experts.1.up_proj.weight", (6, 11), (6, 11)),
-        ("hub", "model.layers.0.mlp.experts.0.up_proj.weight", (10, 6), (10, 6)),  # transposed
-        ("fused", "model.layers.0.mlp.experts.gate_up_proj", (3, 14, 10), (7, 10)),
-        (
-            "fused",
-            "model.layers.0.mlp.experts.gate_up_proj",
-            (3, 10, 12),
-            (5, 12),
-        ),  # [E, D, 2F], as other families store it
+        ("hub", "model.layers.0.mlp.experts.1.up_proj.weight", (6, 11), (6, 10)),
+        ("hub", "model.layers.0.mlp.experts.0.up_proj.weight", (10, 6), (6, 10)),  # transposed
+        ("fused", "model.layers.0.mlp.experts.gate_up_proj", (3, 14, 10), (3, 12, 10)),
+        # [E, D, 2F], as other families store it
+        ("fused", "model.layers.0.mlp.experts.gate_up_proj", (3, 10, 12), (3, 12, 10)),
     ],
 )
-def test_a_wrong_shape_is_named_with_the_right_one(layout, name, wrong, shape, tmp_path):
+def test_a_wrong_shape_is_named_with_the_right_one(layout, name, wrong, right, tmp_path):
     write_weights(tmp_path, (LAYOUTS[layout]() | {name: torch.zeros(wrong)}).items())
-    with refused(tmp_path, name, shape, (6, 10)):
+    with refused(tmp_path, name, wrong, right):
         Checkpoint(tmp_path).experts(SPEC, CONFIG, 0, "up")
 
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_a_wrong_number_of_experts_is_named(count, tmp_path):
     write_weights(tmp_path, {"model.layers.0.mlp.experts.down_proj": torch.zeros(count, 10, 6)}.items())
-    with refused(tmp_path, "layer 0", f"{count} experts", 3):
+    with refused(tmp_path, "model.layers.0.mlp.experts.down_proj", (count, 10, 6), (3, 10, 6)):
         Checkpoint(tmp_path).experts(SPEC, CONFIG, 0, "down")
 
 
@@ -128,7 +125,7 @@ def test_more_experts_in_the_files_than_in_the_config_are_not_left_out_in_silenc
     """The hub's layout too: a config that says 3 beside a checkpoint of 4 is another model's."""
     extra = {f"model.layers.0.mlp.experts.3.{p}_proj.weight": torch.zeros(SPEC.shapes(CONFIG)[p]) for p in PROJECTIONS}
     write_weights(tmp_path, (hub_layout() | extra).items())
-    with refused(tmp_path, "layer 0", "experts", 3):
+    with refused(tmp_path, "model.layers.0.mlp.experts.3.up_proj.weight", "config.json says 3 experts"):
         Checkpoint(tmp_path).experts(SPEC, CONFIG, 0, "up")
 
 
@@ -207,6 +204,25 @@ def test_sharded_weights_load_back(teacher, limit, tmp_path):
     write_config(tmp_path, load_config(teacher))
     theirs, mine = AutoModelForCausalLM.from_pretrained(teacher), AutoModelForCausalLM.from_pretrained(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(theirs.parameters(), mine.parameters(), strict=True))
+
+
+def test_no_more_than_one_file_is_in_memory(tmp_path):
+    """And a tensor that owns its memory is not copied."""
+    alive: set[int] = set()
+    most = 0
+
+    def tensors():
+        nonlocal most
+        for number in range(12):
+            tensor = torch.full((1000,), float(number))
+            alive.add(number)
+            weakref.finalize(tensor.untyped_storage(), alive.discard, number)
+            most = max(most, len(alive))
+            yield str(number), tensor
+            del tensor
+
+    write_weights(tmp_path, tensors(), 3 * 4000)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 4 and most <= 5
 
 
 def test_written_tensors_may_be_views_and_parameters(tmp_path):
@@ -334,3 +350,31 @@ def test_side_files_are_those_that_are_neither_config_nor_weights(tmp_path):
     (source / "folder.json").mkdir()
     copy_side_files(source, target)
     assert {p.name: p.read_text() for p in target.iterdir()} == {name: name for name in copied}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("value, said", [(torch.nan, "NaN"), (-torch.inf, "infinite")])
+def test_weights_that_are_no_numbers_are_named(layout, value, said, tmp_path):
+    tensors = LAYOUTS[layout]()
+    name = next(name for name in tensors if "layers.1" in name and "down_proj" in name)
+    tensors[name].view(-1)[7] = value
+    write_weights(tmp_path, tensors.items())
+    with refused(WEIGHTS, name, said):
+        Checkpoint(tmp_path).experts(SPEC, CONFIG, 1, "down")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_quantised_weights_are_refused_by_type(dtype, tmp_path):
+    """Their scales are other tensors, of which MegaKD knows nothing."""
+    tensors = hub_layout()
+    name = "model.layers.0.mlp.experts.2.gate_proj.weight"
+    tensors[name] = tensors[name].to(dtype)
+    write_weights(tmp_path, tensors.items())
+    with refused(name, str(dtype).removeprefix("torch."), "bfloat16"):
+        Checkpoint(tmp_path).experts(SPEC, CONFIG, 0, "gate")
+
+
+def test_large_sums_are_no_infinite_weights(tmp_path):
+    tensors = {name: torch.full_like(tensor, 3e38) for name, tensor in hub_layout().items()}
+    write_weights(tmp_path, tensors.items())
+    assert (Checkpoint(tmp_path).experts(SPEC, CONFIG, 0, "gate") == 3e38).all()
