@@ -26,6 +26,7 @@ from megakd.models.shared_core import Form
 from megakd.models.student import STUDENTS, student_config
 from megakd.models.tiny import tiny_moe_config
 from tests.conftest import ROOT, SMALL
+from tests.models.test_expert_parallel import on_two_ranks
 
 STEPS, HALF = 20, 10
 VOCABULARY, LENGTH, WINDOWS = 97, 16, 4
@@ -223,13 +224,18 @@ def test_experts_alone_train(seen):
 
 
 def rank(plan: Path) -> None:
-    """Every job of a plan: layout and operations; what it saw is written as plan.out by the first rank."""
+    """Every job of a plan: layout and operations; what it saw is written as plan.out by the first rank.
+
+    Two ranks first compare every shape of the layer with the one that keeps all experts.
+    """
     from megakd.engine.deepspeed import DeepSpeedEngine
     from megakd.models.expert_parallel import join_groups, spread_experts
 
     torch.set_num_threads(1)
     world = join_world()
     seen: dict[str, Any] = {}
+    if world.size == 2:
+        on_two_ranks(world.rank)
     for job in json.loads(plan.read_text()):
         student = AutoModelForCausalLM.from_pretrained(job["student"], dtype=torch.float32)
         objective = Language(student)
