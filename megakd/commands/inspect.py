@@ -432,7 +432,8 @@ def _error_cell(error: dict[str, Any]) -> str:
     if "relative_error" not in error:
         return "too small"
     ranks = [str(r) for r in (error["input_rank"], error["output_rank"]) if r]
-    return f"{error['relative_error']:.3f} (r {'+'.join(ranks)})"
+    groups = f" x {error['groups']} groups" if error["groups"] > 1 else ""
+    return f"{error['relative_error']:.3f} (r {'+'.join(ranks)}{groups})"
 
 
 def _units_line(found: dict[str, Any]) -> str:
