@@ -11,6 +11,7 @@ examples:
   OMP_NUM_THREADS=1 python tools/bench.py store --quick --json store.json
   python tools/real_models.py smollm2 smollm2 && python tools/bench.py store --real smollm2
   python tools/bench.py experts --json experts.json
+  python tools/bench.py experts --device cuda
 """
 
 import argparse
@@ -22,6 +23,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # speeds are those of one core
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import torch
 from bench_experts import bench_experts
 from bench_fit import bench_fit
 from bench_rows import show
@@ -37,12 +39,18 @@ def main() -> None:
     parser.add_argument(
         "--real", type=Path, metavar="FOLDER", help="store: a model folder of tools/real_models.py smollm2"
     )
+    parser.add_argument("--device", default="cpu", help="experts: cuda measures bfloat16 on a GPU (default: cpu)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
     args = parser.parse_args()
     try:
         if args.real and args.bench != "store":
             raise UserError("--real is for store: the other benchmarks need no model")
-        benches = {"store": lambda quick: bench_store(quick, args.real), "experts": bench_experts, "fit": bench_fit}
+        if args.device != "cpu" and args.bench != "experts":
+            raise UserError("--device is for experts: the other benchmarks run on the CPU")
+        if args.device != "cpu" and not torch.cuda.is_available():
+            raise UserError(f"--device {args.device}: torch sees no GPU here")
+        benches = {"store": lambda quick: bench_store(quick, args.real), "fit": bench_fit}
+        benches["experts"] = lambda quick: bench_experts(quick, args.device)
         rows = benches[args.bench](args.quick)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from megakd.models.shared_core import PROJECTIONS, SharedCoreExperts
+from megakd.models.shared_core import PROJECTIONS, Form, SharedCoreExperts, core_shape
 
 HIDDEN, EXPERT_HIDDEN, EXPERTS, ACTIVE = 2048, 768, 128, 8
 
@@ -21,16 +21,17 @@ class SharedCore(nn.Module):
 
     def __init__(self, rank: int):
         super().__init__()
-        self.wrappers = SharedCoreExperts(EXPERTS, HIDDEN, EXPERT_HIDDEN, rank, nn.functional.silu)
-        shapes = {p: (HIDDEN, EXPERT_HIDDEN) if p == "down" else (EXPERT_HIDDEN, HIDDEN) for p in PROJECTIONS}
-        self.core = nn.ParameterDict({p: torch.randn(s) * s[1] ** -0.5 for p, s in shapes.items()})
+        forms = {p: Form("wrappers", rank, rank) for p in PROJECTIONS}
+        shapes = {p: core_shape(form, p, HIDDEN, EXPERT_HIDDEN) for p, form in forms.items()}
+        self.core = nn.ModuleDict({f"{p}_proj": nn.Linear(i, o, bias=False) for p, (o, i) in shapes.items()})
+        self.wrappers = SharedCoreExperts(EXPERTS, HIDDEN, EXPERT_HIDDEN, forms, nn.functional.silu, self.core)
+        for weight in self.core.parameters():
+            nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
         for name, factor in self.wrappers.named_parameters():
             nn.init.normal_(factor, std=0.05 if name.endswith("_left") else factor.shape[1] ** -0.5)
 
     def forward(self, x_ND: Tensor, expert_NA: Tensor, weight_NA: Tensor) -> Tensor:
-        gate_NF, up_NF = x_ND @ self.core["gate"].T, x_ND @ self.core["up"].T
-        inner_NF, outer_ND = self.wrappers(x_ND, gate_NF, up_NF, expert_NA, weight_NA)
-        return outer_ND + inner_NF @ self.core["down"].T
+        return self.wrappers(x_ND, expert_NA, weight_NA)
 
 
 class Naive(nn.Module):
@@ -41,7 +42,8 @@ class Naive(nn.Module):
         self.shared = shared
 
     def forward(self, x_ND: Tensor, expert_NA: Tensor, weight_NA: Tensor) -> Tensor:
-        core, out_ND = self.shared.core, torch.zeros_like(x_ND)
+        core = {p: self.shared.get_parameter(f"core.{p}_proj.weight") for p in PROJECTIONS}
+        out_ND = torch.zeros_like(x_ND)
         factors = {
             name: factor.unbind() for name, factor in self.shared.wrappers.named_parameters()
         }  # an index's gradient would be a whole stack
@@ -78,20 +80,23 @@ def dense(implementation: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return experts
 
 
-def bench_experts(quick: bool) -> list[Row]:
-    """Medians of ratios over rounds in which all forms take turns."""
+def bench_experts(quick: bool, device: str = "cpu") -> list[Row]:
+    """Medians of ratios over rounds in which all forms take turns; float32 on a CPU, bfloat16 on a GPU."""
     torch.manual_seed(0)
-    ranks, sizes, rounds = ([64], [256], 2) if quick else ([16, 64, 128], [256, 1024], 5)
+    gpu = device != "cpu"
+    ranks, sizes, rounds = ([64], [256], 2) if quick else ([16, 64, 128], [1, 64, 4096] if gpu else [256, 1024], 5)
+    dtype, rounds = (torch.bfloat16, 4 * rounds) if gpu else (torch.float32, rounds)
     rows = []
-    eager, grouped = dense("eager"), dense("grouped_mm")
+    eager, grouped = (dense(kind).to(device, dtype) for kind in ("eager", "grouped_mm"))
     for rank in ranks:
-        shared = SharedCore(rank)
+        shared = SharedCore(rank).to(device, dtype)
         forms = {"megakd": shared, "naive": Naive(shared), "dense": eager, "dense_grouped_mm": grouped}
         for tokens in sizes:
-            x = torch.randn(tokens, HIDDEN)
-            weight, expert = torch.rand(tokens, EXPERTS).softmax(-1).topk(ACTIVE)
+            x = torch.randn(tokens, HIDDEN).to(device, dtype)
+            weight, expert = (part.to(device) for part in torch.rand(tokens, EXPERTS).softmax(-1).topk(ACTIVE))
+            weight = weight.to(dtype)
             with torch.no_grad():
-                found, expected = (forms[name](x, expert, weight) for name in ("megakd", "naive"))
+                found, expected = (forms[name](x, expert, weight).float() for name in ("megakd", "naive"))
             case = f"R {rank}, {tokens} tokens"
             difference = (found - expected).abs().max() / expected.abs().max()
             rows.append(Row("experts", case, "max_rel_diff", difference.item(), "of the largest"))
@@ -101,12 +106,22 @@ def bench_experts(quick: bool) -> list[Row]:
                 taken: dict[str, list[float]] = {name: [] for name in timed}
                 for turn in range(1 + rounds):
                     for name in timed:
-                        start = time.perf_counter()
-                        action(forms[name], x, expert, weight)
+                        seconds = clocked(gpu, action, forms[name], x, expert, weight)
                         if turn:  # the first is a warm-up
-                            taken[name].append(time.perf_counter() - start)
+                            taken[name].append(seconds)
                 rows += speeds(case, passes, {name: np.array(each) for name, each in taken.items()})
     return rows
+
+
+def clocked(gpu: bool, action: Callable[..., None], *arguments: Any) -> float:
+    """Seconds that an action takes, with all that it started on the device."""
+    if gpu:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    action(*arguments)
+    if gpu:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def speeds(case: str, passes: str, taken: dict[str, np.ndarray]) -> list[Row]:

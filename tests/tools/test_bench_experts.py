@@ -28,7 +28,7 @@ def whole(shared, projection, expert):
         factors[f"{wrapper}_wrapper_{projection}_left"] @ factors[f"{wrapper}_wrapper_{projection}_right"].T
         for wrapper in ("input", "output")
     )
-    core = shared.core[projection]
+    core = shared.core[f"{projection}_proj"].weight
     return core + core @ inner + outer if projection == "down" else core + outer @ core + inner
 
 
@@ -74,7 +74,15 @@ def test_rows(small, monkeypatch):
     assert "R 64, 256 tokens" in show(rows)
 
 
-def test_a_model_is_refused():
-    command = [sys.executable, str(ROOT / "tools" / "bench.py"), "experts", "--real", "model"]
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["experts", "--real", "model"], "--real is for store: the other benchmarks need no model"),
+        (["experts", "--device", "cuda"], "--device cuda: torch sees no GPU here"),
+        (["store", "--device", "cuda"], "--device is for experts: the other benchmarks run on the CPU"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(arguments, message):
+    command = [sys.executable, str(ROOT / "tools" / "bench.py"), *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr == "error: --real is for store: the other benchmarks need no model\n"
+    assert done.returncode == 2 and done.stderr == f"error: {message}\n"
