@@ -52,3 +52,15 @@ def test_array_tasks_capture_what_one_worker_does(prepared, tmp_path):
         script = str(ROOT / "launch" / "generate_logits.sbatch")
         subprocess.run(["bash", script, str(run)], env=environment, check=True, capture_output=True)
     assert files(run / "data" / "logits") == files((prepared / "data" / "logits").resolve())
+
+
+def test_tasks_compress_together(recipe, prepared, tmp_path):
+    """The job script with `srun` standing for two tasks at once: the student is that of one process."""
+    run = tmp_path / "run"
+    megakd("new", run, "--from", recipe)
+    (tmp_path / "srun").write_text('#!/bin/sh\n"$@" & "$@" & wait $! && wait\n')
+    (tmp_path / "srun").chmod(stat.S_IRWXU)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable}
+    script = str(ROOT / "launch" / "compress.sbatch")
+    subprocess.run(["bash", script, str(run)], env=environment, check=True, capture_output=True)
+    assert files(run / "student-0") == files(prepared / "student-0")

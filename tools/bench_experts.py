@@ -68,7 +68,7 @@ class Naive(nn.Module):
         return out_ND
 
 
-def dense(implementation: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def dense(implementation: str) -> nn.Module:
     """transformers' own experts of the same sizes, by its loop (eager) or its grouped kernels (grouped_mm)."""
     config: Any = Qwen3MoeConfig(
         hidden_size=HIDDEN, moe_intermediate_size=EXPERT_HIDDEN, num_experts=EXPERTS, num_experts_per_tok=ACTIVE
