@@ -1,5 +1,7 @@
 """Write the trained student as a Hugging Face folder: RUN/export, or RUN/export-dense with --dense.
 
+Its model card, README.md, holds what compress and evaluate measured.
+
 compact  the shared-core model; transformers loads it after `import megakd`, or without it with trust_remote_code=True
 dense    expanded to the family's stock architecture in the hub's own layout; needs no MegaKD
 
@@ -18,7 +20,8 @@ from torch import Tensor
 
 from megakd.engine.checkpoint import published
 from megakd.errors import UserError
-from megakd.files import publishing
+from megakd.evals.model_card import write_card
+from megakd.files import publishing, read_json, read_json_lines
 from megakd.log import say, short
 from megakd.models.hub import Checkpoint, cast, copy_side_files, is_student, load_config, write_config, write_weights
 from megakd.models.shared_core import PROJECTIONS, dense_weight
@@ -57,9 +60,25 @@ def main(run: Run, args: argparse.Namespace) -> None:
         config.dtype = dtype
         write_config(temporary, config)
         copy_side_files(source, temporary)
+        describe(run, source, temporary)
     size = sum(path.stat().st_size for path in target.glob("*.safetensors"))
     run.record("export", folder=str(target), source=str(source))
     say(f"{target}: {(config.architectures or ['?'])[0]}, {short(size)}B, from {source}")
+
+
+def describe(run: Run, source: Path, folder: Path) -> None:
+    """Write the model card of a finished export."""
+    report = run.student_folder / "compress.json"
+    place = source.resolve()
+    measured = f"{place.parent.parent.name}/{place.parent.name}" if place.name == "weights" else "student-0"
+    write_card(
+        folder,
+        run.config.name,
+        read_json(report) if report.exists() else None,
+        read_json_lines(run.path("evals.jsonl")),
+        measured,
+        (run.student_folder, Path(run.config.model.teacher)),
+    )
 
 
 def dense_tensors(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

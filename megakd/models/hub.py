@@ -38,7 +38,7 @@ def resolve(name: str, revision: str | None = None, weights: bool = True) -> Pat
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = ["*.json", "*.txt", "*.model", "*.jinja", *(["*.safetensors"] if weights else [])]
+        patterns = ["*.json", "*.txt", "*.model", "*.jinja", "README.md", *(["*.safetensors"] if weights else [])]
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub's errors are many; each means that this model cannot be had
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)

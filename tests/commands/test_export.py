@@ -3,9 +3,11 @@ import sys
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
-from megakd.models.hub import load_model
+from megakd.files import read_json, read_json_lines
+from megakd.models.hub import CODE, load_model
 from tests.conftest import megakd
 
 STOCK = """
@@ -54,6 +56,24 @@ def test_compact_export_is_the_last_checkpoint(trained):
     assert type(exported).__name__ == "SharedCoreQwen3MoeForCausalLM"
     for (name, mine), theirs in zip(exported.named_parameters(), last.parameters(), strict=True):
         assert torch.equal(mine, theirs), name
+
+
+def test_exports_carry_a_model_card_and_the_code(trained, tmp_path):
+    """What evaluate measured of this checkpoint and no other; a dense export has neither code nor our architecture."""
+    megakd("evaluate", trained, "--model", "last")
+    (row,) = read_json_lines(trained / "evals.jsonl")
+    for dense, name in (([], "compact"), (["--dense"], "dense")):
+        megakd("export", trained, *dense, "--out", tmp_path / name)
+        text = (tmp_path / name / "README.md").read_text()
+        assert ModelCard(text).data.to_dict()["library_name"] == "transformers"
+        assert f"# {read_json(trained / 'config.json')['name']}\n" in text
+        assert f"| **this model** | {row['tokens']:,} | {row['perplexity']:.3f} |" in text
+        assert ("trust_remote_code=True" in text) == (not dense)
+        assert {path.name for path in (tmp_path / name).glob("*.py")} == (set() if dense else set(CODE))
+        assert str(trained.parent) not in text
+    step = trained / "checkpoints" / "experts" / "step-000003"
+    megakd("export", trained, "--checkpoint", step, "--out", tmp_path / "early")
+    assert "was not evaluated" in (tmp_path / "early" / "README.md").read_text()
 
 
 def test_earlier_checkpoint_can_be_named(trained, tmp_path):
