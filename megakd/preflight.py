@@ -30,6 +30,7 @@ def check(run: Run) -> ShardSet:
     skeleton = empty_model(student)
     CachedDistillation(skeleton, config.objective, dataset.facts)
     if config.engine.expert_parallel > 1 and config.engine.kind == "deepspeed":
+        os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # DeepSpeed asks for it
         from megakd.models.expert_parallel import spread_experts
 
         spread_experts(skeleton, config.engine.expert_parallel, 0)  # so that rules meet the tensors they will train

@@ -19,6 +19,7 @@ LIVE = {
     "stream.scratch",
     "optim.micro_batch",
     "engine.ranks",
+    "engine.expert_parallel",
     "checkpoint.every_steps",
     "checkpoint.keep",
     "eval.batch_size",

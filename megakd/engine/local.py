@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megakd.engine.base import StepReport
+from megakd.engine.base import StepReport, saved_buffers
 from megakd.engine.optim import set_learning_rate
 
 
@@ -40,6 +40,7 @@ class LocalEngine:
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         yield from ((name, p.detach()) for name, p in self.objective.named_parameters())
+        yield from saved_buffers(self.objective)
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True)

@@ -151,16 +151,17 @@ class LocalExperts(SharedCoreExperts):
         x, gate, up = rows.split(widths, dim=1)
         local_LA = expert_LA - self.first
         row_P, place_P = ((local_LA >= 0) & (local_LA < self.num_experts)).nonzero(as_tuple=True)
+        out_width = self.core_width("down") + self.hidden * self.writes_outer
+        if len(row_P) == 0:
+            # nothing came: the backward must still meet the other ranks, in the exchange and in the reduction
+            own = sum(p.sum() for p in self.parameters() if not _frozen(p))
+            return rows.new_zeros(len(rows), out_width) + 0.0 * (rows.sum() + weight_LA.sum() + own)
         x = x[row_P] if self.reads_x else rows.new_zeros(1, 1).expand(len(row_P), self.hidden)
         chosen = (row_P, place_P)
         made = self.factors(x, gate[row_P], up[row_P], local_LA[chosen][:, None], weight_LA[chosen][:, None])
         wide = torch.promote_types(rows.dtype, torch.float32)
         sums = [rows.new_zeros(len(rows), y.shape[1], dtype=wide).index_add(0, row_P, y.to(wide)) for y in made]
-        out = torch.cat(sums if self.writes_outer else sums[:1], dim=1).to(rows.dtype)
-        if len(row_P) == 0 and torch.is_grad_enabled():
-            # nothing came: the backward must still meet the other ranks, in the exchange and in the reduction
-            out = out + 0.0 * (rows.sum() + weight_LA.sum() + sum(p.sum() for p in self.parameters() if not _frozen(p)))
-        return out
+        return torch.cat(sums if self.writes_outer else sums[:1], dim=1).to(rows.dtype)
 
     def core_width(self, projection: str) -> int:
         """Numbers a token that the core of gate or up gives, or that of down takes, all groups together."""

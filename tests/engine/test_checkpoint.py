@@ -1,5 +1,6 @@
 import json
 import random
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,24 @@ def test_another_number_of_ranks_is_refused_naming_both(save, tmp_path):
     check_ranks(saved, 4)
     with pytest.raises(UserError, match=rf"{folder}.*saved by 4 ranks.*world of 2.*resume with 4 ranks"):
         check_ranks(saved, 2)
+
+
+@pytest.mark.parametrize("zero, taken", [(0, False), (1, True), (2, True), (3, True)])
+def test_a_partitioned_state_is_taken_on_by_another_number_of_ranks(tmp_path, zero, taken):
+    folder = fake(tmp_path, "all/step-000001", Progress(0, 1, 1))
+    (folder / "state").mkdir()
+    (folder / "state" / "layout.json").write_text(json.dumps({"ranks": 1, "expert_parallel": 1, "zero": zero}))
+    check_ranks(published(tmp_path)[0], 1)
+    with nullcontext() if taken else pytest.raises(UserError, match="saved by 1 ranks, this is a world of 2"):
+        check_ranks(published(tmp_path)[0], 2)
+
+
+def test_weights_hold_the_buffers_of_a_state_dict():
+    """Groups of a basis, a router's correction bias: without them the checkpoint cannot be loaded."""
+    module = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2))
+    module[1].register_buffer("passing", torch.zeros(2), persistent=False)
+    engine = LocalEngine(module, build_optimizer(module, (), OptimConfig(), 1e-3), 1.0, "float32", WORLD.device)
+    assert dict(engine.weights()).keys() == module.state_dict().keys()
 
 
 def test_a_position_over_other_shards_is_refused_naming_both(save, tmp_path):
