@@ -413,7 +413,7 @@ def experts_text(result: dict[str, Any]) -> str:
                 row += [f"{one['stable_rank']:.1f}", *(f"{share:.1%}" for share in one["top"].values())]
             spectra.append([*row, f"{p['mean_expert']['energy']:.1%}"])
             by = {(e["shape"], e["share"]): e for e in p["errors"]}
-            errors.append([place, *(_error_cell(by[shape, label]) for label in labels for shape in SHAPES)])
+            errors += [[place, label, *(_error_cell(by[shape, label]) for shape in SHAPES)] for label in labels]
     top = [f"top 1/{part}" for part in TOP]
     parts = [
         head,
@@ -421,9 +421,8 @@ def experts_text(result: dict[str, Any]) -> str:
         *(_units_line(found) for found in result["layers"] if "units" in found),
         "\nspectra: stable rank, and energy in the largest singular values, of single experts and of their mean",
         table(["", "stable rank", *top, "mean: stable rank", *top, "its energy"], spectra),
-        f"\nrelative error of the weights at {', '.join(labels)} of the parameters, predicted, at the best ranks "
-        "(input + output)",
-        table(["", *(f"{shape} {label}" for label in labels for shape in SHAPES)], errors),
+        "\nrelative error of the weights at shares of the parameters, predicted, at the best ranks (input + output)",
+        table(["", "share", *SHAPES], errors),
     ]
     return "\n".join(parts)
 

@@ -384,7 +384,7 @@ def _spend(tables: list[Sequence[Candidate]], limit: float, price: float) -> lis
 def _within_flops(
     tables: list[Sequence[Candidate]], limit: float, budget: float, flops: float, dense_flops: float
 ) -> list[Candidate]:
-    """`_spend` at the lowest price of a FLOP that keeps to the FLOPs; of those tried, the one of least error."""
+    """`_spend` at the lowest price of a FLOP that keeps to the FLOPs; then, one by one, as at a price just too low."""
     allowed = flops * dense_flops
     low, high = 0.0, 1 / dense_flops
     while _flops(dear := _spend(tables, limit, high)) > allowed:
@@ -394,17 +394,24 @@ def _within_flops(
             raise UserError(
                 f"compress.flops={flops:g}: with compress.budget={budget:g} the experts need at least {least:g}"
             )
-    best = dear
+    best, cheap = dear, _spend(tables, limit, low)
     for _ in range(BISECTIONS):
         middle = math.sqrt(low * high) if low > 0 else high / 16
         found = _spend(tables, limit, middle)
         if _flops(found) > allowed:
-            low = middle
+            low, cheap = middle, found
         else:
             high = middle
             best = min(best, found, key=lambda chosen: sum(c.error for c in chosen))
-        if low > 0 and high / low < 1 + 1e-9:
+        if low > 0 and high / low < 1 + 1e-6:
             break
+    # where tables are equal, many change at one price
+    best = list(best)
+    for i, other in sorted(enumerate(cheap), key=lambda pair: pair[1].error - best[pair[0]].error):
+        changed = [*best[:i], other, *best[i + 1 :]]
+        fits = _flops(changed) <= allowed and sum(c.parameters for c in changed) <= limit
+        if fits and other.error < best[i].error:
+            best = changed
     return best
 
 

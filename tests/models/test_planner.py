@@ -274,6 +274,14 @@ def test_equal_tables_get_equal_ranks():
     assert set(forms.values()) == {Form("additive", 15, 0)} and list(forms) == sorted(tables)
 
 
+def test_equal_tables_use_the_flops_they_may():
+    """Two forms, one twice as good and dear: half of ten projections can have it, though all change at one price."""
+    table = [Candidate(Form("additive", r, 0), 10, 100.0 * r, 1.0 / r) for r in (1, 2)]
+    tables = {(layer, "gate"): table for layer in range(10)}
+    forms = allocate(tables, 200, 0.5, 2000.0, 0.76)
+    assert sorted(form.input_rank for form in forms.values()) == [1] * 5 + [2] * 5
+
+
 def test_it_spends_where_it_buys_most():
     plain = torch.randn(6, 24, 40, generator=torch.Generator().manual_seed(1))
     easy = plain * torch.logspace(0, -2, 40)
