@@ -175,7 +175,7 @@ def _fit_wrappers(task: _Task, metric: Metric, whitened: Tensor) -> tuple[Wrappe
         seed = fit_seed_form(whitened, metric, free, inner, settings.steps, settings.lr, lanes, task.progress)
         fitted, sweeps = Wrappers(*fused(*seed)), settings.steps
     else:
-        fitted, sweeps = fit_wrappers(
+        fitted, sweeps, _ = fit_wrappers(
             whitened, metric, free, inner, settings.sweeps, settings.tolerance, lanes, task.progress
         )
         fitted = fitted._replace(u=unwhiten_left(fitted.u, metric, lanes), q=unwhiten_left(fitted.q, metric, lanes))
@@ -238,7 +238,8 @@ def _errors(task: _Task, factors: Wrappers | Basis) -> tuple[Tensor, Tensor | No
     # [weights or residual, plain or held out, E]
     found = torch.cat(task.lanes.map(work), 2).double()
     found[:, :, list(task.exempt)] = 0
-    relative = (found[1] / found[0].clamp(min=torch.finfo(dtype).tiny)).sqrt().to(dtype)
+    # an expert of zeros has error 0
+    relative = torch.where(found[0] > 0, found[1] / found[0], 0.0).sqrt().to(dtype)
     if statistics is None:
         return relative[0], None, float(found[1, 0].sum())
     return relative[0], relative[1], float((statistics.share.to(found) * found[1, 1]).sum())

@@ -48,10 +48,11 @@ def fit_wrappers(
     tolerance: float,
     lanes: Lanes,
     progress: Callable[[], None] = lambda: None,
-) -> tuple[Wrappers, int]:
+) -> tuple[Wrappers, int, float]:
     """ALS from the best C, U = S = 0 and the best Q V^T; stops at a relative gain below `tolerance`.
 
-    whitened: [E, F, D]. The result is in the whitened frame: M u, s, M q, N^T v, C N.
+    whitened: [E, F, D]. The result, with the number of sweeps and the objective, is in the whitened frame: C N, M u, s,
+    M q, N^T v.
     """
     experts, rows, columns = whitened.shape
     p, left = metric.importance, metric.left
@@ -134,7 +135,7 @@ def fit_wrappers(
         if gain <= tolerance * float(sums.objective + gain):
             break
     core, u, s, q, v = state
-    return Wrappers(core, u, s[..., :inner], q, v[..., :free]), done
+    return Wrappers(core, u, s[..., :inner], q, v[..., :free]), done, float(sums.objective)
 
 
 class _Core(NamedTuple):

@@ -2,7 +2,8 @@
 
 All matrices are in the frame of the fit, W_e [F, D] (down is transposed): J = sum_e p_e ||M_e (W_e - fit_e) N||^2. The
 inputs of gate and up are shared by all experts, N N^T = H [D, D]; M_e is diagonal: what an error of each unit costs the
-expert's output. The inputs of down are each expert's own hidden states, M_e^T M_e = H_e [F, F], N = I. Roots are Cholesky factors: whitening and its inverse are triangular.
+expert's output. The inputs of down are each expert's own hidden states, M_e^T M_e = H_e [F, F], N = I. Roots are
+Cholesky factors: whitening and its inverse are triangular.
 """
 
 from typing import NamedTuple

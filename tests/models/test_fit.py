@@ -4,8 +4,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from megakd.models.fit import Fit, Settings, balance, fit_projection
-from megakd.models.shared_core import PROJECTIONS, core_shape, dense_weight, factor_shapes, make_form
+from megakd.models.fit import Fit, Settings, balance, best_split, fit_projection
+from megakd.models.metric import Statistics
+from megakd.models.shared_core import (
+    PROJECTIONS,
+    Form,
+    core_shape,
+    dense_weight,
+    factor_shapes,
+    free_and_core_rank,
+    make_form,
+)
 
 SHAPES = {"gate": (5, 9, 14), "up": (3, 11, 11), "down": (4, 15, 8)}  # experts, d_out, d_in
 
@@ -160,3 +169,163 @@ def test_balance_keeps_products_and_equalises_column_norms():
     alive = (left.norm(dim=1) > 0) & (right.norm(dim=1) > 0)
     assert torch.allclose(found_left.norm(dim=1)[alive], found_right.norm(dim=1)[alive], rtol=1e-5)
     assert found_left.isfinite().all() and found_right.isfinite().all()
+
+
+def measured(weights: Tensor, projection: str, tokens: int = 400, decay: float = 1.5, seed: int = 3) -> Statistics:
+    """Second moments of inputs whose spectrum falls over `decay` decades along random axes, shares that differ."""
+    experts, d_in = len(weights), weights.shape[2]
+    share = torch.linspace(1, 2, experts)
+
+    def moment(seed: int, count: int) -> Tensor:
+        axes = torch.linalg.qr(randn(count, d_in, d_in, seed=7))[0]
+        x = randn(count, tokens, d_in, seed=seed) * torch.logspace(0, -decay, d_in) @ axes
+        return x.mT @ x / tokens
+
+    count = experts if projection == "down" else 1
+    moments = [moment(at, count) if count > 1 else moment(at, 1)[0] for at in (seed, seed + 1)]
+    return Statistics(share / share.sum(), *moments, torch.full((experts,), float(tokens)))
+
+
+def weighted_errors(weights: Tensor, tensors: dict[str, Tensor], projection: str, moment: Tensor) -> Tensor:
+    """sqrt(tr(X H X^T)) of residuals over that of weights in float64, [E]."""
+    exact = {name: t.double() for name, t in tensors.items()}
+    found = []
+    for e, weight in enumerate(weights.double()):
+        h = (moment[e] if moment.dim() == 3 else moment).double()
+        rest = weight - dense_weight(exact, projection, e).double()
+        found.append(((rest @ h * rest).sum() / (weight @ h * weight).sum()).sqrt())
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("shape, free, core", [("wrappers", 3, 2), ("additive", 2, 0), ("basis", 0, 6)])
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_measured_inputs_lower_the_error_in_their_metric(projection, shape, free, core):
+    weights = randn(*SHAPES[projection]) + randn(*SHAPES[projection][1:], seed=1)
+    statistics = measured(weights, projection)
+    form, settings = make_form(shape, projection, free, core), Settings(sweeps=10, tolerance=0, damping=(0.02,))
+    plain, _ = fit_projection(weights, projection, form, settings)
+    tensors, fit = fit_projection(weights, projection, form, settings, statistics)
+    assert fit.weighted_errors is not None and fit.damping == 0.02
+    found = weighted_errors(weights, tensors, projection, statistics.held_out)
+    assert torch.allclose(found, fit.weighted_errors.double(), rtol=1e-4)
+    assert torch.allclose(relative_errors(weights, tensors, projection), fit.errors.double(), rtol=1e-4)
+    assert found.mean() < 0.9 * weighted_errors(weights, plain, projection, statistics.held_out).mean()
+
+
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_of_several_dampings_the_best_on_held_out_inputs_is_kept(projection):
+    """Few tokens: nearly no damping follows their noise, a damping of 1 knows nothing of them."""
+    weights = randn(*SHAPES[projection])
+    statistics, form = measured(weights, projection, tokens=12), make_form("wrappers", projection, 2, 2)
+    candidates, totals = (1e-3, 0.2, 1.0), {}
+    for damping in candidates:
+        tensors, _ = fit_projection(weights, projection, form, Settings(damping=(damping,)), statistics)
+        moments = statistics.held_out.double().expand(len(weights), -1, -1)
+        rests = [weights[e].double() - dense_weight(tensors, projection, e) for e in range(len(weights))]
+        each = torch.stack([(rest @ h * rest).sum() for rest, h in zip(rests, moments, strict=True)])
+        totals[damping] = float((statistics.share * each).sum())
+    best = min(candidates, key=lambda damping: totals[damping])
+    for order in (candidates, candidates[::-1]):
+        tensors, fit = fit_projection(weights, projection, form, Settings(damping=order), statistics)
+        assert fit.damping == best, totals
+    alone, _ = fit_projection(weights, projection, form, Settings(damping=(best,)), statistics)
+    assert all(torch.equal(alone[name], tensors[name]) for name in alone)
+
+
+@pytest.mark.parametrize("shape, free, core", [("wrappers", 2, 2), ("additive", 2, 0), ("basis", 0, 4)])
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_exempt_experts_have_no_part_and_no_factors(projection, shape, free, core):
+    weights, form = randn(*SHAPES[projection]), make_form(shape, projection, free, core)
+    other = weights.clone()
+    other[1] *= 1000
+    first, fit = fit_projection(weights, projection, form, Settings(sweeps=3), exempt=(1,))
+    second, _ = fit_projection(other, projection, form, Settings(sweeps=3), exempt=(1,))
+    taking_part, _ = fit_projection(other, projection, form, Settings(sweeps=3))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    core_name = f"shared_core.{projection}_proj.weight"
+    assert not torch.allclose(taking_part[core_name], first[core_name])
+    assert fit.errors[1] == 0 and (fit.errors[[0, 2]] > 0).all()
+    assert not any(t[1].any() for name, t in first.items() if name != core_name)
+
+
+@pytest.mark.parametrize("shape, free, core", [("wrappers", 2, 2), ("basis", 0, 4)])
+@pytest.mark.parametrize("solver", ["als", "adam"])
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_experts_of_zeros_and_without_tokens_stay_finite(projection, solver, shape, free, core):
+    if solver == "adam" and shape == "basis":
+        pytest.skip("refused")
+    weights = randn(*SHAPES[projection])
+    weights[1] = 0
+    statistics = measured(weights, projection)
+    share, counts, covariance = statistics.share.clone(), statistics.counts.clone(), statistics.covariance.clone()
+    share[2], counts[2] = 0, 0
+    if projection == "down":
+        covariance[2] = 0
+    starved = statistics._replace(share=share, counts=counts, covariance=covariance)
+    settings = Settings(solver=solver, sweeps=3, steps=5)
+    for given in (None, starved):
+        form = make_form(shape, projection, free, core)
+        tensors, fit = fit_projection(weights, projection, form, settings, given)
+        assert all(t.isfinite().all() for t in tensors.values())
+        assert fit.errors.isfinite().all() and (fit.errors[[0, 2]] < 1.2).all()
+        assert fit.errors[1] == 0
+    nothing, fit = fit_projection(torch.zeros_like(weights), projection, form, settings)
+    assert all(t.isfinite().all() for t in nothing.values()) and not fit.errors.any()
+
+
+@pytest.mark.parametrize("shape, free, core", [("wrappers", 5, 3), ("basis", 0, 12)])
+@pytest.mark.parametrize("projection", ["gate", "down"])
+def test_bytes_do_not_depend_on_the_number_of_threads(projection, shape, free, core):
+    weights = randn(19, *((96, 130) if projection == "gate" else (130, 96))).bfloat16()
+    form = make_form(shape, projection, free, core, 2 if shape == "basis" else 1)
+    given, before = measured(weights.float(), projection), torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(fit_projection(weights, projection, form, Settings(sweeps=3), given)[0])
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one[name], found[0][name]) for one in found[1:] for name in one)
+
+
+def stored(form: Form, projection: str, hidden: int, expert_hidden: int) -> int:
+    """Numbers of one expert's factors."""
+    return sum(n * r for _, n, r in factor_shapes(form, projection, 1, hidden, expert_hidden).values())
+
+
+@pytest.mark.parametrize("projection", PROJECTIONS)
+@pytest.mark.parametrize("planted", ["free", "core"])
+def test_best_split_finds_where_the_rank_is(planted, projection):
+    """Differences of high rank that are free, or that act on the core: equal ranks waste half of their numbers."""
+    experts, f, d = 6, 24, 40
+    core = torch.linalg.qr(randn(d, f))[0].T * torch.linspace(1, 2, f)[:, None]
+    if planted == "free":
+        weights = core + 0.5 * randn(experts, f, 6, seed=1) @ randn(experts, 6, d, seed=2) / 6
+        numbers = 6 * (f + d)
+    else:
+        weights = core + randn(experts, f, 8, seed=1) @ (randn(experts, 8, f, seed=2) / 40 @ core)
+        numbers = 8 * 2 * f
+    weights = weights.mT.contiguous() if projection == "down" else weights
+    form = best_split(weights, projection, numbers, Settings())
+    assert stored(form, projection, d, f) <= numbers
+    assert form == best_split(weights.clone(), projection, numbers, Settings())
+    free, inner = free_and_core_rank(form, projection)
+    assert (free >= 5 and inner == 0 and form.shape == "additive") if planted == "free" else inner >= 6, form
+    equal = numbers // (3 * f + d)
+    errors = [
+        fit_projection(weights, projection, each, Settings())[1].errors.mean()
+        for each in (form, make_form("wrappers", projection, equal, equal))
+    ]
+    assert errors[0] < 0.5 * errors[1]
+
+
+@pytest.mark.parametrize("numbers", [0, 47, 10**6])
+def test_best_split_of_a_budget_at_the_ends(numbers):
+    """Nothing, less than one unit, and more than the matrices hold."""
+    form = best_split(randn(3, 24, 40), "gate", numbers, Settings())
+    assert stored(form, "gate", 40, 24) <= numbers
+    assert max(form.input_rank, form.output_rank) <= 24
+    _, fit = fit_projection(randn(3, 24, 40), "gate", form, Settings(sweeps=1))
+    assert fit.errors.isfinite().all()
