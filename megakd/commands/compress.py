@@ -30,6 +30,7 @@ from megakd.data.tokens import load_tokenizer, tokenizer_facts
 from megakd.dist import read_world
 from megakd.errors import UserError
 from megakd.evals.compression_plot import plot_errors
+from megakd.evals.model_card import write_card
 from megakd.files import locked, publishing, read_json, remove, write_json
 from megakd.log import say, table
 from megakd.models.align import alignment
@@ -55,7 +56,7 @@ from megakd.models.shared_core import (
     factor_shapes,
     stored_parameters,
 )
-from megakd.models.spec import MoESpec, outside, spec_for
+from megakd.models.spec import MoESpec, spec_for
 from megakd.models.student import student_config
 from megakd.run import Run
 from megakd.tasks import Task, run_tasks
@@ -371,8 +372,8 @@ def _assemble(job: Job) -> None:
     exempt = {layer: _exempt(job, layer) for layer in job.layers}
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        for name in job.checkpoint.files:
-            if not outside(job.config, name) and not job.spec.is_expert(name):
+        for name in job.checkpoint.names(job.config):
+            if not job.spec.is_expert(name):
                 yield job.spec.module_name(name), cast(name, job.checkpoint.tensor(name), dtype)
         for layer in job.layers:
             block = job.spec.block.format(i=layer)
@@ -383,9 +384,6 @@ def _assemble(job: Job) -> None:
                 for name, tensor in _kept(job, layer, exempt[layer]).items():
                     yield f"{block}.dense_experts.{name}", tensor.to(dtype)
 
-    beyond = [name for name in job.checkpoint.files if outside(job.config, name)]
-    if beyond:
-        say(f"compress: {len(beyond)} tensors of layers beyond the model's are left out, the first is {beyond[0]}")
     stored = sum(
         stored_parameters(form, p, job.experts, *job.spec.sizes(job.config))
         for layer in job.layers
@@ -414,6 +412,7 @@ def _assemble(job: Job) -> None:
         copy_side_files(job.folder, temporary)
         plot_errors(report, temporary / "compress.png")
         write_json(temporary / "compress.json", report)
+        write_card(temporary, run.config.name, report, license_from=(job.folder,))
 
 
 def error_table(report: dict[str, Any]) -> str:
