@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, OlmoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    LlamaConfig,
+    MixtralConfig,
+    OlmoeConfig,
+    Qwen2MoeConfig,
+)
 
 from megakd import cli
 from megakd.commands.inspect import measure_projection, norms_and_cosines, singular_values, tensor_sizes
@@ -28,6 +35,17 @@ CONFIGS = {
     ),
     "mixtral": MixtralConfig(
         **COMMON, intermediate_size=28, num_hidden_layers=2, num_local_experts=4, num_experts_per_tok=2
+    ),
+    "qwen2_moe": Qwen2MoeConfig(
+        **COMMON, moe_intermediate_size=12, num_hidden_layers=1, num_experts=4, num_experts_per_tok=2
+    ),
+    "deepseek_v3": DeepseekV3Config(
+        **{**COMMON, "num_key_value_heads": 4},
+        moe_intermediate_size=12,
+        num_hidden_layers=3,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        first_k_dense_replace=1,
     ),
     "olmoe": OlmoeConfig(**COMMON, intermediate_size=12, num_hidden_layers=1, num_experts=5, num_experts_per_tok=3),
 }
@@ -68,7 +86,17 @@ def inspect(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("family, layout", [("qwen3_moe", "hub"), ("mixtral", "fused"), ("mixtral", "hub")])
+@pytest.mark.parametrize(
+    "family, layout",
+    [
+        ("qwen3_moe", "hub"),
+        ("mixtral", "fused"),
+        ("mixtral", "hub"),
+        ("qwen2_moe", "hub"),
+        ("olmoe", "fused"),
+        ("deepseek_v3", "hub"),
+    ],
+)
 def test_experts_are_measured_from_either_layout(family, layout, tmp_path, capsys):
     folder = write_model(tmp_path / "model", family, layout)
     known = SPECS[family].moe_layers(CONFIGS[family])
@@ -87,7 +115,7 @@ def test_experts_are_measured_from_either_layout(family, layout, tmp_path, capsy
         assert mine["outliers"] == [2]
         row = re.search(rf"^layer {known[-1]} {projection} .*$", text, re.MULTILINE)
         assert row is not None and f"2 ({float(stack[2].norm()):.3g})" in row[0]
-        candidates = measure(stack, projection, 2)
+        candidates = measure(stack, projection, found["active"])
         for error in mine["errors"]:
             share = {"0.3": 0.3, "3/4": 0.75}[error["share"]]
             fitting = [
