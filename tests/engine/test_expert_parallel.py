@@ -81,13 +81,10 @@ def jobs(folder: Path) -> Callable[..., dict[str, Any]]:
             nn.init.normal_(parameter, std=0.15)
     student.save_pretrained(folder / "student")
 
-    def make(name: str, zero: int, spread: int, *do: list[Any], rules: tuple[dict[str, Any], ...] = RULES) -> Any:
-        return {"name": name, "zero": zero, "spread": spread, "student": str(folder / "student"), "rules": rules} | {
-            "do": [
-                [verb, *(str(folder / word) if isinstance(word, str) else word for word in words)]
-                for verb, *words in do
-            ]
-        }
+    def make(name: str, zero: int, spread: int, *do: list[Any], rules: Any = RULES, dtype: str = "float32") -> Any:
+        placed = [[verb, *(str(folder / w) if isinstance(w, str) else w for w in words)] for verb, *words in do]
+        layout = {"name": name, "zero": zero, "spread": spread, "dtype": dtype}
+        return {**layout, "student": str(folder / "student"), "rules": rules, "do": placed}
 
     return make
 
@@ -123,6 +120,9 @@ def seen(folder: Path, jobs: Any) -> dict[str, Any]:
     short = ["train", 0, 4]
     two = [
         *(whole(f"zero{z} spread{s}", z, s) for z, s in ((2, 1), (2, 2), (3, 1), (3, 2))),
+        # each expert on both ranks, in groups of one: what four ranks with expert_parallel=2 do to an expert
+        *(jobs(f"zero{z} copies", z, 1, FIRST, SECOND, ["weights", f"zero{z} copies.w"]) for z in (2, 3)),
+        *(jobs(f"bfloat16 spread{s}", 3, s, short, dtype="bfloat16") for s in (1, 2)),
         jobs("zero0 spread2", 0, 2, FIRST, ["save", "zero0 spread2"], SECOND, ["weights", "zero0 spread2.w"]),
         jobs("zero0 spread2 as saved", 0, 2, ["load", "zero0 spread2"], SECOND),
         *(resumed(f"zero{z} spread2", z, 2, "saved") for z in (2, 3)),
@@ -145,7 +145,7 @@ def losses(seen: dict[str, Any], name: str) -> list[float]:
     return [step[0] for step in seen[name]["steps"]]
 
 
-LAYOUTS = ["zero0 spread2", "zero2 spread1", "zero2 spread2", "zero3 spread1", "zero3 spread2"]
+LAYOUTS = ["zero0 spread2", *(f"zero{z} {how}" for z in (2, 3) for how in ("spread1", "spread2", "copies"))]
 
 
 @pytest.mark.ranks
@@ -223,6 +223,12 @@ def test_experts_alone_train(seen):
     assert losses(seen, "alone spread2") == pytest.approx(losses(seen, "alone"), abs=1e-5)
 
 
+@pytest.mark.ranks
+def test_bfloat16_trains_close_to_experts_that_are_not_spread(seen):
+    assert losses(seen, "bfloat16 spread2") == pytest.approx(losses(seen, "bfloat16 spread1"), rel=0.01)
+    assert losses(seen, "bfloat16 spread2") == pytest.approx(losses(seen, "one rank")[:4], rel=0.03)
+
+
 def rank(plan: Path) -> None:
     """Every job of a plan: layout and operations; what it saw is written as plan.out by the first rank.
 
@@ -237,15 +243,15 @@ def rank(plan: Path) -> None:
     if world.size == 2:
         on_two_ranks(world.rank)
     for job in json.loads(plan.read_text()):
-        student = AutoModelForCausalLM.from_pretrained(job["student"], dtype=torch.float32)
+        student = AutoModelForCausalLM.from_pretrained(job["student"], dtype=getattr(torch, job["dtype"]))
         objective = Language(student)
-        if job["spread"] > 1:
+        if job["spread"] > 1 or "copies" in job["name"]:
             spread_experts(student, job["spread"], join_groups(job["spread"]))
         if job["rules"] == list(EXPERTS_ALONE):
             student.enable_input_require_grads()
         config = parse(
             {
-                "model": {"dtype": "float32"},
+                "model": {"dtype": job["dtype"]},
                 "engine": {"deepspeed": {"zero_optimization": {"stage": job["zero"], "reduce_bucket_size": 10000}}},
                 "optim": {"clip_norm": 0.5, "micro_batch": 1},
             },
