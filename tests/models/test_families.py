@@ -1,5 +1,7 @@
 """Every family that MoESpec describes: read, made a student of, loaded, saved, expanded to the stock model again."""
 
+import shutil
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +10,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from megakd.commands import compress
 from megakd.commands.export import dense_tensors
 from megakd.models.hub import Checkpoint, load_config, load_model, write_config, write_weights
 from megakd.models.shared_core import PROJECTIONS, SharedCoreExperts, make_form
 from megakd.models.spec import SPECS, outside
 from megakd.models.student import STUDENTS, stock_config
+from megakd.run import Run
 from tests.models.students import EXPERTS, FAMILIES, FULL, logits, make_model, make_student, relative
 
 TOKENS = torch.randint(1, 61, (3, 13), generator=torch.Generator().manual_seed(0))
@@ -95,6 +99,21 @@ def test_a_student_of_half_the_rank_is_not(stock, folders, tmp_path):
     half = {p: make_form("additive", p, 12, 0) for p in PROJECTIONS}
     model = load_model(make_student(folders["hub"], tmp_path, half), torch.float32)
     assert relative(logits(model, TOKENS), logits(stock, TOKENS)) > 1e-3
+
+
+def test_megakd_compress_at_full_rank_gives_the_stock_model(family, stock, folders, recipe, tokenizer, tmp_path):
+    """Through the verb: buffers, shared experts and dense layers among what it carries over."""
+    shutil.copytree(folders["hub"], tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    run = Run.create(recipe, [f"model.teacher={tmp_path / 'teacher'}", "compress.rank=24"], tmp_path / "run")
+    compress.main(run, Namespace())
+    model = load_model(run.path("student-0"), torch.float32)
+    assert type(model) is STUDENTS[family]
+    assert relative(logits(model, TOKENS), logits(stock, TOKENS)) <= 1e-4
+    theirs = stock.state_dict()
+    own = {n: t for n, t in model.state_dict().items() if "_wrapper_" not in n and ".shared_core." not in n}
+    assert own.keys() == {name for name in theirs if not SPECS[family].is_expert(name)}
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in own.items())
 
 
 @pytest.mark.parametrize("shape", ["additive", "mixed"])

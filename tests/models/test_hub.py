@@ -353,14 +353,29 @@ def test_side_files_are_those_that_are_neither_config_nor_weights(tmp_path):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("value, said", [(torch.nan, "NaN"), (-torch.inf, "infinite")])
-def test_weights_that_are_no_numbers_are_named(layout, value, said, tmp_path):
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_weights_that_are_no_numbers_are_named(layout, value, tmp_path):
     tensors = LAYOUTS[layout]()
     name = next(name for name in tensors if "layers.1" in name and "down_proj" in name)
     tensors[name].view(-1)[7] = value
     write_weights(tmp_path, tensors.items())
-    with refused(WEIGHTS, name, said):
+    with refused(WEIGHTS, name, "NaN or infinite"):
         Checkpoint(tmp_path).experts(SPEC, CONFIG, 1, "down")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_no_place_in_a_tensor_hides_them(dtype, value, tmp_path):
+    """In registers of any width and what is left behind them."""
+    weights = torch.randn(6, 10, dtype=torch.float64).repeat(7, 5).to(dtype)
+    write_weights(tmp_path, [("x", torch.zeros(1))])
+    checkpoint = Checkpoint(tmp_path)
+    checkpoint._check("x", weights)
+    for place in range(0, weights.numel(), 13):
+        broken = weights.clone()
+        broken.view(-1)[place] = value
+        with refused("NaN or infinite"):
+            checkpoint._check("x", broken)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
