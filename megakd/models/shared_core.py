@@ -179,9 +179,10 @@ class SharedCoreExperts(nn.Module):
         # rows are gathered and added up expert by expert, while they are in the cache: [P, D] is never written
         for expert, (token, weight) in enumerate(zip(tokens, weights, strict=True)):
             if len(token) > 0:
-                x = x_ND[token]
-                gate = _gate_or_up(x, gate_N[slots("gate", token, expert)], *pick["gate"][expert])
-                up = _gate_or_up(x, up_N[slots("up", token, expert)], *pick["up"][expert])
+                x = x_ND.index_select(0, token)  # several times as fast as x_ND[token], and so is its gradient
+                gate = gate_N.index_select(0, slots("gate", token, expert))
+                up = up_N.index_select(0, slots("up", token, expert))
+                gate, up = _gate_or_up(x, gate, *pick["gate"][expert]), _gate_or_up(x, up, *pick["up"][expert])
                 h = (self.act_fn(gate) * up * weight).to(gate.dtype)  # some routers weigh in float32
                 inner, outer = _down(h, *pick["down"][expert])
                 # under autocast the products are of another type than the sums
@@ -271,7 +272,10 @@ def _gate_or_up(
     """L C x + Q V^T x from y = C x, or A y from y = Z x, for one expert's rows."""
     if left is not None:
         y = y @ left.T if right is None else torch.addmm(y, y @ right, left.T)
-    return y if free_left is None or free_right is None else torch.addmm(y, x @ free_right, free_left.T)
+    if free_left is not None and free_right is not None:
+        # in place: y is a product or gathered rows here, which no gradient needs; autocast leaves what is in place alone
+        y.addmm_(x @ free_right, free_left.T.to(y.dtype))
+    return y
 
 
 def _down(
