@@ -273,7 +273,7 @@ def _gate_or_up(
     if left is not None:
         y = y @ left.T if right is None else torch.addmm(y, y @ right, left.T)
     if free_left is not None and free_right is not None:
-        # in place: y is a product or gathered rows here, which no gradient needs; autocast leaves what is in place alone
+        # in place: y is a product or gathered rows, which no gradient needs; autocast does not cast for it
         y.addmm_(x @ free_right, free_left.T.to(y.dtype))
     return y
 
