@@ -25,7 +25,7 @@ def test_rows_of_solvers_and_forms(monkeypatch):
     monkeypatch.setattr(bench, "RATES", (1e-2,))
     weights = bench.proxies(2)["upcycled"]
     rows = (
-        bench.solvers("upcycled", weights, (3,)) + bench.forms("upcycled", weights, bench.RANK) + bench.real_size(1, 1)
+        bench.solvers("upcycled", weights, (3,)) + bench.forms("upcycled", weights, bench.RANK) + bench.real_size(3, 1)
     )
     values = {(row.case, row.metric): row.value for row in rows}
     assert all(row.bench == "fit" for row in rows)
@@ -34,4 +34,4 @@ def test_rows_of_solvers_and_forms(monkeypatch):
     assert values["upcycled, adam 3", "cpu_seconds"] > 0
     below = [row for row in rows if row.metric == "below_seed_form"]
     assert len(below) == 1 and 0 < below[0].value < 1 and "0.23 of the numbers" in below[0].case
-    assert values["768 x 2048, rank 64, 1 experts", "cpu_seconds"] > 0
+    assert values["768 x 2048, rank 64, 3 experts", "cpu_seconds"] > 0
