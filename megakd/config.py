@@ -69,6 +69,8 @@ class CompressConfig(Section):
     def _needs(self) -> "CompressConfig":
         if self.super_experts == "auto" and not self.calibration_tokens:
             raise ValueError("super_experts=auto finds them by running tokens: set calibration_tokens, like 32768")
+        if self.sequential and self.budget is not None:
+            raise ValueError("the planner wants all layers measured before one is fitted: set sequential=false")
         if self.flops is not None and self.budget is None:
             raise ValueError("flops bounds what the planner chooses: set budget too, like 0.25")
         return self

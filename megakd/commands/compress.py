@@ -47,7 +47,7 @@ from megakd.models.hub import (
     write_config,
     write_weights,
 )
-from megakd.models.planner import Candidate, allocate, measure
+from megakd.models.planner import Candidate, allocate, measure, reach
 from megakd.models.shared_core import (
     PROJECTIONS,
     DenseExperts,
@@ -144,23 +144,15 @@ def tasks(job: Job) -> list[Task]:
     """Everything to be done, in the order in which it is best begun."""
     settings, found = job.run.config.compress, []
     supers, forms = job.parts / "super-experts.json", job.parts / "forms.json"
-    before: tuple[Path, ...] = ()  # what a layer's fit waits for
     if settings.super_experts == "auto":
         found.append(Task("super experts", supers, (), partial(_scan, job, supers)))
-        before = (supers,)
-    if settings.budget is not None:
-        tables = [job.parts / f"layer-{layer:03d}-candidates.json" for layer in job.layers]
-        for layer, path in zip(job.layers, tables, strict=True):
-            found.append(Task(f"candidates of layer {layer}", path, (), partial(_candidates, job, layer, path)))
-        found.append(Task("forms", forms, tuple(tables), partial(_choose, job, tables, forms)))
-        before = (*before, forms)
-    previous: int | None = None
-    for layer in job.layers:
-        needs = before
+    needs: dict[int, tuple[Path, ...]] = {}  # what fitting a layer waits for
+    for layer, previous in zip(job.layers, [None, *job.layers], strict=False):
+        needs[layer] = (supers,) if settings.super_experts == "auto" else ()
         if settings.align == "auto":
             order = job.part(layer, "order")
             found.append(Task(f"order of layer {layer}", order, (), partial(_order, job, layer, order)))
-            needs = (*needs, order)
+            needs[layer] += (order,)
         if settings.calibration_tokens:
             inputs = job.part(layer, "inputs")
             behind: tuple[Path, ...] = ()
@@ -168,13 +160,21 @@ def tasks(job: Job) -> list[Task]:
                 fitted = tuple(job.part(previous, p) for p in PROJECTIONS) if settings.sequential else ()
                 behind = (job.part(previous, "inputs"), *fitted)
             work = partial(_calibrate, job, layer, previous, inputs)
-            found.append(Task(f"inputs of layer {layer}", inputs, (*before, *behind), work))
-            needs = (*needs, inputs)
+            found.append(Task(f"inputs of layer {layer}", inputs, behind, work))
+            needs[layer] += (inputs,)
+        if settings.budget is not None:
+            table = job.parts / f"layer-{layer:03d}-candidates.json"
+            work = partial(_candidates, job, layer, table)
+            found.append(Task(f"candidates of layer {layer}", table, needs[layer], work))
+    if settings.budget is not None:
+        tables = [job.parts / f"layer-{layer:03d}-candidates.json" for layer in job.layers]
+        found.append(Task("forms", forms, tuple(tables), partial(_choose, job, tables, forms)))
+        needs = {layer: (*paths, forms) for layer, paths in needs.items()}
+    for layer in job.layers:
         for projection in PROJECTIONS:
             output = job.part(layer, projection)
             work = partial(_fit, job, layer, projection, output)
-            found.append(Task(f"layer {layer} {projection}", output, needs, work))
-        previous = layer
+            found.append(Task(f"layer {layer} {projection}", output, needs[layer], work))
     return found
 
 
@@ -193,12 +193,24 @@ def _scan(job: Job, output: Path) -> None:
 
 
 def _candidates(job: Job, layer: int, output: Path) -> None:
-    """What each form would cost one layer, and gain."""
-    settings, active = job.run.config.compress, job.config.num_experts_per_tok
-    found = {}
+    """What each form would cost one layer, and lose: of the weights, or where it was measured of the residual stream.
+
+    Layers normalise the stream they read: an error counts by what it is of the squared norm behind the layer.
+    """
+    settings, active, exempt = job.run.config.compress, job.config.num_experts_per_tok, _exempt(job, layer)
+    found: dict[str, Any] = {}
     for projection in PROJECTIONS:
-        weights = job.checkpoint.experts(job.spec, job.config, layer, projection)
-        found[projection] = [c._asdict() for c in measure(weights, projection, active, settings.shapes)]
+        weights, order = _in_order(job, layer, projection)
+        statistics = _statistics(job, layer, projection, order) if settings.calibration_tokens else None
+        damping = settings.damping[0]
+        found[projection] = measure(
+            weights, projection, active, settings.shapes, statistics=statistics, damping=damping, exempt=exempt
+        )
+        scale = 1.0
+        if statistics is not None:
+            inputs = load_file(job.part(layer, "inputs"))
+            scale = reach(weights, projection, statistics, exempt) * float(inputs["power"] / inputs["stream"])
+        found[projection] = [c._replace(error=c.error * scale)._asdict() for c in found[projection]]
     write_json(output, found)
 
 
@@ -276,12 +288,7 @@ def _compressed(job: Job, layer: int) -> Callable[..., Tensor]:
 def _fit(job: Job, layer: int, projection: str, output: Path) -> None:
     """Fit one projection of one layer; its report is written first, its tensors say that it is done."""
     settings, started = job.run.config.compress, time.perf_counter()
-    weights = job.checkpoint.experts(job.spec, job.config, layer, projection)
-    order = load_file(job.part(layer, "order"))["order"] if settings.align == "auto" else torch.empty(0)
-    if len(order):
-        axis = 2 if projection == "down" else 1
-        for expert in range(len(weights)):
-            weights[expert] = weights[expert].index_select(axis - 1, order[expert])
+    weights, order = _in_order(job, layer, projection)
     statistics = _statistics(job, layer, projection, order) if settings.calibration_tokens else None
     solver = Settings(
         settings.solver, settings.sweeps, settings.tolerance, settings.damping, settings.steps, settings.lr
@@ -310,6 +317,18 @@ def _fit(job: Job, layer: int, projection: str, output: Path) -> None:
         error=round(fit.errors.mean().item(), 6),
         seconds=round(time.perf_counter() - started, 3),
     )
+
+
+def _in_order(job: Job, layer: int, projection: str) -> tuple[Tensor, Tensor]:
+    """A projection's matrices, hidden units in the order that makes experts alike, and that order, [E, F] or empty."""
+    weights = job.checkpoint.experts(job.spec, job.config, layer, projection)
+    if job.run.config.compress.align == "off":
+        return weights, torch.empty(0)
+    order = load_file(job.part(layer, "order"))["order"]
+    axis = 1 if projection == "down" else 0
+    for expert, units in enumerate(order):
+        weights[expert] = weights[expert].index_select(axis, units)
+    return weights, order
 
 
 def _form(job: Job, layer: int, projection: str, weights: Tensor, solver: Settings) -> Form:

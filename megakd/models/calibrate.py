@@ -47,6 +47,8 @@ class Measured(NamedTuple):
     up_rows: Tensor  # [E, F] the same of (up x)_j
     peaks: Tensor  # [E] largest |entry| of an expert's output down h, not weighted
     counts_held: Tensor  # [E] int64, routed rows of held-out tokens
+    power: Tensor  # [] mean over tokens of the sum of its experts' w^2
+    stream: Tensor  # [] median over tokens of the squared norm of the hidden state behind the layer
 
 
 class LayerRunner:
@@ -178,6 +180,8 @@ class LayerRunner:
                 found.hidden_held[expert].div_(other)
                 for rows in (found.gate_rows, found.up_rows):
                     rows[expert].mul_(down.square().sum(0) / own)
+        if found is not None:
+            found.stream.copy_(torch.linalg.vector_norm(out_ND, dim=1).median().square())
         return found
 
     def _measured(self, x_ND: Tensor, expert_NA: Tensor, weight_NA: Tensor) -> Measured:
@@ -197,8 +201,9 @@ class LayerRunner:
         counts, counts_held = (
             torch.bincount(chosen.flatten(), minlength=experts) for chosen in (expert_NA, expert_NA[self.held_N])
         )
-        share = (power / power.sum()).float()
-        return Measured(share, counts, inputs[0], inputs[1], *hidden, *rows, x_ND.new_zeros(experts), counts_held)
+        share, mean_power = (power / power.sum()).float(), (power.sum() / len(x_ND)).float()
+        peaks, stream = x_ND.new_zeros(experts), x_ND.new_zeros(())
+        return Measured(share, counts, inputs[0], inputs[1], *hidden, *rows, peaks, counts_held, mean_power, stream)
 
 
 def slope(act_fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from megakd.errors import UserError
-from megakd.models.fit import Settings, fit_projection
+from megakd.models.fit_als import fit_wrappers
 from megakd.models.lanes import Lanes, lanes_over
+from megakd.models.metric import Metric, Statistics, make_metric, whiten
 from megakd.models.shared_core import SHAPES, Form, free_and_core_rank, make_form, stored_parameters
 
 LEAST, MOST = 0.03, 0.95  # shares of the dense parameters between which forms are considered
@@ -30,6 +31,7 @@ MANY = 64  # experts, from which on a core that is fitted gains at most 2 % over
 FITTED_EXPERTS = 8  # the fits behind a prediction see this many
 FULL_SWEEPS, FEW_SWEEPS = 20, 3  # of fits that see all experts, and of others; three leave 1 to 4 % of the error
 SMALL = 2**24  # numbers of a projection, beyond which even fits of all experts are broken off early
+TOLERANCE = 1e-4  # of these fits
 BISECTIONS = 60  # of the price of a FLOP
 
 
@@ -104,11 +106,15 @@ def measure(
     sample: int = 16,
     groups: int = GROUPS,
     forms: Sequence[Form] | None = None,
+    statistics: Statistics | None = None,
+    damping: float = 0.1,
+    exempt: tuple[int, ...] = (),
     progress: Callable[[float], None] = lambda share: None,
 ) -> list[Candidate]:
     """What every form of one projection costs and is predicted to miss.
 
-    weights: [E, d_out, d_in] of any floating type, as stored or whitened by what calibration measured (metric.whiten).
+    weights: [E, d_out, d_in] of any floating type. statistics: what calibration measured; the energy is then that of
+    sqrt(p_e) M_e W_e N (metric.py), to which experts in `exempt` add nothing.
     basis: exact, the eigenvalues of sum_e W_e^T W_e behind the k-th. additive: singular values of W_e - mean behind the
     r-th for a sample of experts, times what a few fits gain over the mean as core. wrappers: a rank of the one on the
     core is worth so many ranks of the free one; how many, a few fits say. These fits see 8 experts and 4, and a core
@@ -126,7 +132,10 @@ def measure(
     bases: dict[int, np.ndarray] = {}
     curve = np.zeros(0)
     with lanes_over(frame) as lanes:
-        mean, norms = _mean_and_norms(frame, lanes)
+        left = None
+        if statistics is not None:
+            frame, left = _measured(frame, make_metric(statistics, projection, damping, exempt, frame, lanes), lanes)
+        core, norms = _core_and_norms(frame, left, lanes)
         energy = float(norms.sum())
         if energy == 0:  # a projection of zeros loses nothing
             return [_candidate(form, projection, experts, active, d, f, 0.0) for form in forms]
@@ -134,11 +143,11 @@ def measure(
             counts = {form.groups for form in forms if form.shape == "basis"}
             bases = {count: lost / energy for count, lost in basis_curves(frame, counts, lanes).items()}
         if wanted & {"additive", "wrappers"}:
-            curve = _additive_curve(frame, mean, norms, spread(experts, sample), lanes)
+            curve = _additive_curve(frame, left, core, norms, spread(experts, sample))
     progress(1 / work)
     table = _Wrappers(curve)
-    for number, (free, core) in enumerate(points):
-        table.learn(free, core, predicted_fit(frame, norms, make_form("wrappers", "gate", free, core)))
+    for number, (free, inner) in enumerate(points):
+        table.learn(free, inner, predicted_fit(frame, norms, free, inner, left))
         progress((2 + number) / work)
     result = []
     for form in forms:
@@ -215,15 +224,19 @@ def basis_curves(frame: Tensor, counts: Collection[int], lanes: Lanes) -> dict[i
     return lost
 
 
-def predicted_fit(frame: Tensor, norms: Tensor, form: Form) -> float:
-    """What the fit of all experts [E, F, D] would lose, from fits of a few; norms: squared, [E]."""
+def predicted_fit(frame: Tensor, norms: Tensor, free: int, inner: int, left: Tensor | None = None) -> float:
+    """What wrappers of all experts M_e W_e [E, F, D] would lose, from fits of a few; norms: squared; left: M_e^T."""
 
     def lost(chosen: list[int], sweeps: int, among: slice = slice(None)) -> float:
         """What the fit of the chosen loses of some of them."""
         matrices = frame[chosen].to(torch.promote_types(frame.dtype, torch.float32))
-        _, fit = fit_projection(matrices, "gate", form, Settings(sweeps=sweeps))
-        share = norms[chosen][among] / norms[chosen][among].sum().clamp(min=1e-300)
-        return float((fit.errors.cpu().double()[among].square() * share).sum())
+        own = None if left is None else left[chosen]
+        even = torch.full((len(chosen),), 1 / len(chosen), dtype=torch.float64, device=frame.device)
+        with lanes_over(matrices) as lanes:
+            fit, *_ = fit_wrappers(matrices, Metric(even, own, None), free, inner, sweeps, TOLERANCE, lanes)
+        shared = fit.core if own is None else own.mT @ fit.core
+        rest = matrices - shared - fit.u @ (fit.s.mT @ fit.core) - fit.q @ fit.v.mT
+        return float(rest[among].square().sum(dtype=torch.float64) / norms[chosen][among].sum().clamp(min=1e-300))
 
     experts = len(frame)
     if experts <= FITTED_EXPERTS:
@@ -292,27 +305,62 @@ def _fit_points(f: int, d: int, experts: int, wanted: set[str]) -> list[tuple[in
     return list(dict.fromkeys(pair for pair in rounded if pair[0] > 0))
 
 
-def _mean_and_norms(frame: Tensor, lanes: Lanes) -> tuple[Tensor, Tensor]:
-    """(mean of W_e, [F, D]; ||W_e||^2, [E] in float64)."""
+def reach(weights: Tensor, projection: str, statistics: Statistics, exempt: tuple[int, ...] = ()) -> float:
+    """The energy that a projection [E, d_out, d_in] has in the block's output, to first order; for down all of it.
+
+    sum_e share_e E ||D_e h||^2 for down, sum_e share_e sum_j rows_ej E (w_ej x)^2 for gate and up: in one unit, so that
+    errors of projections compare. What a form loses of the one, times this over that of down, it loses of the output.
+    """
+    total = 0.0
+    for expert, share in enumerate(statistics.share.tolist()):
+        if expert not in exempt:
+            w = weights[expert].to(torch.float32)
+            h = statistics.covariance[expert] if projection == "down" else statistics.covariance
+            of_rows = ((w @ h.to(w)) * w).sum(1).double()
+            if projection != "down" and statistics.rows is not None:
+                of_rows = of_rows * statistics.rows[expert].to(of_rows)
+            total += share * float(of_rows.sum())
+    return total
+
+
+def _measured(frame: Tensor, metric: Metric, lanes: Lanes) -> tuple[Tensor, Tensor]:
+    """sqrt(E p_e) M_e W_e N, [E, F, D], and sqrt(E p_e) M_e^T, [E, F, F]."""
+    scale = (metric.importance * len(frame)).sqrt()[:, None, None]
+    white = whiten(frame, metric, lanes)
+    white = white.mul_(scale.to(white)) if white is not frame else white * scale.to(white)
+    eye = torch.eye(frame.shape[1], dtype=white.dtype, device=white.device)
+    return white, (eye if metric.left is None else metric.left) * scale.to(white)
+
+
+def _core_and_norms(frame: Tensor, left: Tensor | None, lanes: Lanes) -> tuple[Tensor, Tensor]:
+    """(the core that alone fits best, [F, D]: the mean of W_e where M = I; ||M_e W_e||^2, [E] in float64)."""
     dtype = torch.promote_types(frame.dtype, torch.float32)
 
-    def work(lane: list[slice]) -> tuple[Tensor, Tensor]:
-        total, norms = torch.zeros(frame.shape[1:], dtype=dtype, device=frame.device), []
+    def work(lane: list[slice]) -> tuple[Tensor, Tensor, Tensor]:
+        target, norms = torch.zeros(frame.shape[1:], dtype=dtype, device=frame.device), []
+        gram = torch.zeros(frame.shape[1], frame.shape[1], dtype=dtype, device=frame.device)
         for chunk in lane:
             exact = frame[chunk].to(dtype)
-            total += exact.sum(0)
+            target += exact.sum(0) if left is None else (left[chunk] @ exact).sum(0)
+            if left is not None:
+                gram += (left[chunk] @ left[chunk].mT).sum(0)
             norms.append(exact.square().sum((1, 2)).double())
-        return total, torch.cat(norms)
+        return gram, target, torch.cat(norms)
 
-    totals, norms = zip(*lanes.map(work), strict=True)
-    return torch.stack(totals).sum(0) / len(frame), torch.cat(norms).cpu()
+    grams, targets, norms = zip(*lanes.map(work), strict=True)
+    target = torch.stack(targets).sum(0)
+    if left is None:
+        return target / len(frame), torch.cat(norms).cpu()
+    gram = torch.stack(grams).sum(0).double()
+    gram.diagonal().add_(1e-10 * gram.diagonal().mean().clamp(min=1e-30))
+    return torch.linalg.solve(gram, target.double()).to(target), torch.cat(norms).cpu()
 
 
-def _additive_curve(frame: Tensor, mean: Tensor, norms: Tensor, chosen: list[int], lanes: Lanes) -> np.ndarray:
-    """Lost share of the chosen experts' energy with the mean of all as core and a free rank of 0 … F."""
+def _additive_curve(frame: Tensor, left: Tensor | None, core: Tensor, norms: Tensor, chosen: list[int]) -> np.ndarray:
+    """Lost share of the chosen experts' energy with that core for all and a free rank of 0 … F."""
     lost = np.zeros(min(frame.shape[1:]) + 1)
     for e in chosen:
-        residual = frame[e].to(mean) - mean
+        residual = frame[e].to(core) - (core if left is None else left[e].mT @ core)
         residual = residual if residual.shape[0] <= residual.shape[1] else residual.mT
         lost += _tails(torch.linalg.eigvalsh(residual @ residual.mT))
     return lost / max(float(norms[chosen].sum()), 1e-300)

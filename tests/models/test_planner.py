@@ -22,7 +22,7 @@ from megakd.models.planner import (
     predicted_fit,
     spread,
 )
-from megakd.models.shared_core import PROJECTIONS, SHAPES, Form, make_form, stored_parameters
+from megakd.models.shared_core import PROJECTIONS, SHAPES, Form, free_and_core_rank, make_form, stored_parameters
 from megakd.models.spec import spec_for
 
 
@@ -148,7 +148,7 @@ def test_groups_are_predicted_too():
 
 def test_a_prediction_where_all_experts_are_fitted_is_the_fit():
     weights, form = related(6, 12, 18), Form("wrappers", 3, 2)
-    found = predicted_fit(weights, weights.square().sum((1, 2)).double(), form)
+    found = predicted_fit(weights, weights.square().sum((1, 2)).double(), *free_and_core_rank(form, "gate"))
     assert found**0.5 == pytest.approx(whole_fit(weights, "gate", form), rel=1e-5)
 
 
