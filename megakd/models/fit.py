@@ -218,7 +218,7 @@ def _errors(task: _Task, factors: Wrappers | Basis) -> tuple[Tensor, Tensor | No
     dtype, statistics, frame = factors[0].dtype, task.statistics, task.frame
 
     def squares(matrices: Tensor, chunk: slice) -> Tensor:
-        """tr(X^T X) and tr of X's second moment with the held-out inputs, [2, B]."""
+        """tr(X^T X), and that with the held-out inputs' second moment and the costs of units between, [2, B]."""
         plain = matrices.square().sum((1, 2))
         if statistics is None:
             return torch.stack([plain, plain])
@@ -226,7 +226,10 @@ def _errors(task: _Task, factors: Wrappers | Basis) -> tuple[Tensor, Tensor | No
             turned = statistics.held_out[chunk].to(matrices) @ matrices
         else:
             turned = matrices @ statistics.held_out.to(matrices)
-        return torch.stack([plain, (turned * matrices).sum((1, 2))])
+        of_units = (turned * matrices).sum(2)
+        if statistics.rows is not None:
+            of_units = of_units * statistics.rows[chunk].to(of_units)
+        return torch.stack([plain, of_units.sum(1)])
 
     def work(lane: list[slice]) -> Tensor:
         found = []

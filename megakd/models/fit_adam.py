@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megakd.models.lanes import Lanes
-from megakd.models.metric import Metric
+from megakd.models.metric import Metric, times
 
 
 def fit_seed_form(
@@ -50,7 +50,7 @@ def fit_seed_form(
                 x.detach().requires_grad_() for x in (parameters[0], *(y[chunk] for y in parameters[1:]))
             )
             fit = seed_form(core_now, *factors)
-            fit = fit if metric.left is None else metric.left[chunk].mT @ fit
+            fit = times(None if metric.left is None else metric.left[chunk], fit)
             # a factor of 1/E less of the gradient would do nothing to Adam but for its epsilon
             loss = ((fit - whitened[chunk] / scale).square().sum((1, 2)) * p[chunk].to(fit)).sum() * experts
             found = torch.autograd.grad(loss, (core_now, *factors))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megakd.models.lanes import Lanes
-from megakd.models.metric import Metric
+from megakd.models.metric import Metric, times, times_transposed
 
 OVER_RELAXATION = 1.9  # of the core's step
 OVERSAMPLING = 8  # columns of a range finder beyond the rank
@@ -72,6 +72,9 @@ def fit_wrappers(
             norm += (p[chunk] * whitened[chunk].square().sum((1, 2)).double()).sum()
             if left is None:
                 target += torch.einsum("e,efd->fd", weight, whitened[chunk])
+            elif left.shape[2] == 1:
+                gram.diagonal().add_((weight[:, None] * left[chunk, :, 0].square()).sum(0))
+                target += torch.einsum("ef,efd->fd", weight[:, None] * left[chunk, :, 0], whitened[chunk])
             else:
                 scaled = left[chunk] * weight[:, None, None]
                 gram += torch.einsum("efg,ehg->fh", scaled, left[chunk])
@@ -201,10 +204,10 @@ def _best_inner(
     def forward(x: Tensor) -> Tensor:
         turned = core.rows.T @ x
         down = core.through @ x
-        return w @ turned - (down if m is None else m.mT @ down) - q @ (v.mT @ turned)
+        return w @ turned - times(m, down) - q @ (v.mT @ turned)
 
     def backward(y: Tensor) -> Tensor:
-        return core.rows @ (w.mT @ y - v @ (q.mT @ y)) - core.through.T @ (y if m is None else m @ y)
+        return core.rows @ (w.mT @ y - v @ (q.mT @ y)) - core.through.T @ times_transposed(m, y)
 
     left, right = _leading(forward, backward, start, rank, iterations)
     return left, core.back @ right
@@ -217,10 +220,10 @@ def _best_free(
 
     def forward(x: Tensor) -> Tensor:
         down = core @ x
-        return w @ x - (down if m is None else m.mT @ down) - u @ (s.mT @ down)
+        return w @ x - times(m, down) - u @ (s.mT @ down)
 
     def backward(y: Tensor) -> Tensor:
-        return w.mT @ y - core.T @ ((y if m is None else m @ y) + s @ (u.mT @ y))
+        return w.mT @ y - core.T @ (times_transposed(m, y) + s @ (u.mT @ y))
 
     return _leading(forward, backward, start, rank, iterations)
 
@@ -254,7 +257,7 @@ def _add(
     """
     weight = p.to(w)[:, None, None]
     uw, uu = u.mT @ w, u.mT @ u
-    mu, mq = (u, q) if m is None else (m @ u, m @ q)
+    mu, mq = times_transposed(m, u), times_transposed(m, q)
     _add_products(sums.gram, (mu + s @ (uu / 2)) * weight, s.mT)
     _add_products(sums.target, s * weight, uw)
     _add_products(sums.target, -(mq + s @ (u.mT @ q)) * weight, v.mT)

@@ -37,7 +37,10 @@ class Statistics(NamedTuple):
 
 
 class Metric(NamedTuple):
-    """importance: [E], p_e, sums to 1; left: [E, F, F], M_e^T; right: [D, D], N. Both are lower triangular."""
+    """importance: [E], p_e, sums to 1; left: M_e^T, [E, F, F], or its diagonal as a column [E, F, 1]; right: [D, D], N.
+
+    Both are lower triangular.
+    """
 
     importance: Tensor
     left: Tensor | None
@@ -76,7 +79,7 @@ def make_metric(
 
 
 def _unit_costs(rows: Tensor | None, exempt: tuple[int, ...], weights: Tensor) -> Tensor | None:
-    """M_e, diagonal [E, F, F], from the costs of units [E, F], their mean 1; those that hardly cost get a floor."""
+    """M_e, diagonal [E, F, 1], from the costs of units [E, F], their mean 1; those that hardly cost get a floor."""
     if rows is None:
         return None
     exact = rows.double().cpu()
@@ -86,7 +89,17 @@ def _unit_costs(rows: Tensor | None, exempt: tuple[int, ...], weights: Tensor) -
     if not mean > 0:
         return None
     dtype = torch.promote_types(weights.dtype, torch.float32)
-    return torch.diag_embed((exact / mean + ROW_FLOOR).sqrt()).to(weights.device, dtype)
+    return (exact / mean + ROW_FLOOR).sqrt()[:, :, None].to(weights.device, dtype)
+
+
+def times(left: Tensor | None, x: Tensor) -> Tensor:
+    """M_e X_e of [.., F, r]."""
+    return x if left is None else left * x if left.shape[-1] == 1 else left.mT @ x
+
+
+def times_transposed(left: Tensor | None, x: Tensor) -> Tensor:
+    """M_e^T X_e of [.., F, r]."""
+    return x if left is None else left * x if left.shape[-1] == 1 else left @ x
 
 
 def root(covariance: Tensor, damping: Tensor | float) -> Tensor:
@@ -126,7 +139,7 @@ def whiten(weights: Tensor, metric: Metric, lanes: Lanes) -> Tensor:
             exact = weights[chunk].to(dtype)
             if metric.right is not None:
                 exact = exact @ metric.right
-            whitened[chunk] = exact if metric.left is None else metric.left[chunk].mT @ exact
+            whitened[chunk] = times(None if metric.left is None else metric.left[chunk], exact)
 
     lanes.map(fill)
     return whitened
@@ -136,6 +149,8 @@ def unwhiten_left(factors: Tensor, metric: Metric, lanes: Lanes) -> Tensor:
     """M_e^-1 X_e of factors [E, F, r]."""
     if metric.left is None or factors.shape[2] == 0:
         return factors
+    if metric.left.shape[-1] == 1:
+        return factors / metric.left
     plain, left = torch.empty_like(factors), metric.left
 
     def fill(lane: list[slice]) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from megakd.errors import UserError
 from megakd.models.fit_als import fit_wrappers
 from megakd.models.lanes import Lanes, lanes_over
-from megakd.models.metric import Metric, Statistics, make_metric, whiten
+from megakd.models.metric import Metric, Statistics, make_metric, times, times_transposed, whiten
 from megakd.models.shared_core import SHAPES, Form, free_and_core_rank, make_form, stored_parameters
 
 LEAST, MOST = 0.03, 0.95  # shares of the dense parameters between which forms are considered
@@ -234,7 +234,7 @@ def predicted_fit(frame: Tensor, norms: Tensor, free: int, inner: int, left: Ten
         even = torch.full((len(chosen),), 1 / len(chosen), dtype=torch.float64, device=frame.device)
         with lanes_over(matrices) as lanes:
             fit, *_ = fit_wrappers(matrices, Metric(even, own, None), free, inner, sweeps, TOLERANCE, lanes)
-        shared = fit.core if own is None else own.mT @ fit.core
+        shared = times(own, fit.core)
         rest = matrices - shared - fit.u @ (fit.s.mT @ fit.core) - fit.q @ fit.v.mT
         return float(rest[among].square().sum(dtype=torch.float64) / norms[chosen][among].sum().clamp(min=1e-300))
 
@@ -324,12 +324,11 @@ def reach(weights: Tensor, projection: str, statistics: Statistics, exempt: tupl
 
 
 def _measured(frame: Tensor, metric: Metric, lanes: Lanes) -> tuple[Tensor, Tensor]:
-    """sqrt(E p_e) M_e W_e N, [E, F, D], and sqrt(E p_e) M_e^T, [E, F, F]."""
+    """sqrt(E p_e) M_e W_e N, [E, F, D], and sqrt(E p_e) M_e^T, [E, F, F] or, diagonal, [E, F, 1]."""
     scale = (metric.importance * len(frame)).sqrt()[:, None, None]
     white = whiten(frame, metric, lanes)
     white = white.mul_(scale.to(white)) if white is not frame else white * scale.to(white)
-    eye = torch.eye(frame.shape[1], dtype=white.dtype, device=white.device)
-    return white, (eye if metric.left is None else metric.left) * scale.to(white)
+    return white, (torch.ones_like(white[:, :, :1]) if metric.left is None else metric.left) * scale.to(white)
 
 
 def _core_and_norms(frame: Tensor, left: Tensor | None, lanes: Lanes) -> tuple[Tensor, Tensor]:
@@ -341,9 +340,10 @@ def _core_and_norms(frame: Tensor, left: Tensor | None, lanes: Lanes) -> tuple[T
         gram = torch.zeros(frame.shape[1], frame.shape[1], dtype=dtype, device=frame.device)
         for chunk in lane:
             exact = frame[chunk].to(dtype)
-            target += exact.sum(0) if left is None else (left[chunk] @ exact).sum(0)
-            if left is not None:
-                gram += (left[chunk] @ left[chunk].mT).sum(0)
+            own = None if left is None else left[chunk]
+            target += times_transposed(own, exact).sum(0)
+            if own is not None:
+                gram += (own @ own.mT).sum(0) if own.shape[2] > 1 else own[:, :, 0].square().sum(0).diag()
             norms.append(exact.square().sum((1, 2)).double())
         return gram, target, torch.cat(norms)
 
@@ -360,7 +360,7 @@ def _additive_curve(frame: Tensor, left: Tensor | None, core: Tensor, norms: Ten
     """Lost share of the chosen experts' energy with that core for all and a free rank of 0 … F."""
     lost = np.zeros(min(frame.shape[1:]) + 1)
     for e in chosen:
-        residual = frame[e].to(core) - (core if left is None else left[e].mT @ core)
+        residual = frame[e].to(core) - times(None if left is None else left[e], core)
         residual = residual if residual.shape[0] <= residual.shape[1] else residual.mT
         lost += _tails(torch.linalg.eigvalsh(residual @ residual.mT))
     return lost / max(float(norms[chosen].sum()), 1e-300)
