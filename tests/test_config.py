@@ -282,7 +282,7 @@ def test_live_fields_are_these():
 
 def test_fingerprint_changes_with_every_frozen_field_and_with_no_live_one():
     tries = [True, False, 3, 7, 0.25, "truncated", "linear", "local", "online", "float32", [0.5, 0.75]]
-    tries += ["sampled", "zero3", "skip"]
+    tries += ["sampled", "zero3", "skip", "free", "adam", "off"]
     tries += [[{"name": "b", "tokens": 3}], {"a": {"b": 1}}]
     only_one_value = {"objective.kind"}
     config = RunConfig()
