@@ -1,3 +1,4 @@
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -281,13 +282,13 @@ def test_live_fields_are_these():
 
 
 def test_fingerprint_changes_with_every_frozen_field_and_with_no_live_one():
-    tries = [True, False, 3, 7, 0.25, "truncated", "linear", "local", "online", "float32", [0.5, 0.75]]
-    tries += ["sampled", "zero3", "skip", "free", "adam", "off"]
+    tries = [True, False, 3, 7, 0.25, "truncated", "linear", "local", "online", "float32", [0.5, 0.75], ["basis"]]
+    tries += ["sampled", "zero3", "skip", "free", "adam", "off", "auto"]
     tries += [[{"name": "b", "tokens": 3}], {"a": {"b": 1}}]
     only_one_value = {"objective.kind"}
-    config = RunConfig()
-    for path in leaves(config):
-        for value in tries:
+    configs = [RunConfig(), parse({"compress": {"budget": 0.3}}, "")]  # some fields need another one
+    for path in leaves(configs[0]):
+        for config, value in itertools.product(configs, tries):
             try:
                 changed = parse(apply_overrides(config.model_dump(mode="json"), [f"{path}={json.dumps(value)}"]), "")
             except UserError:
@@ -295,7 +296,7 @@ def test_fingerprint_changes_with_every_frozen_field_and_with_no_live_one():
             if leaves(changed) != leaves(config):
                 break
         else:
-            assert path in only_one_value
+            assert path in only_one_value, path
             continue
         section, *_ = path.split(".")
         moved = {name for name in RunConfig.model_fields if changed.fingerprint(name) != config.fingerprint(name)}
