@@ -18,8 +18,9 @@ from transformers import (
 )
 
 from megakd import cli
-from megakd.commands.inspect import measure_projection, norms_and_cosines, singular_values, tensor_sizes
+from megakd.commands.inspect import tensor_sizes
 from megakd.errors import UserError
+from megakd.evals.expert_report import measure_projection, norms_and_cosines, singular_values
 from megakd.files import read_json, write_json
 from megakd.models.hub import INDEX, WEIGHTS, Checkpoint, write_config, write_weights
 from megakd.models.planner import measure
@@ -163,7 +164,7 @@ def test_numbers_are_those_of_slow_references():
 def test_cosines_do_not_depend_on_how_rows_are_cut(monkeypatch):
     weights = experts_of("qwen3_moe", 1, "up").bfloat16()
     norms, cosines = norms_and_cosines(weights)
-    monkeypatch.setattr("megakd.commands.inspect.ROW_CHUNK", 7 * 6 * 20)
+    monkeypatch.setattr("megakd.evals.expert_report.ROW_CHUNK", 7 * 6 * 20)
     again = norms_and_cosines(weights)
     assert torch.allclose(norms, again[0], rtol=1e-6) and torch.allclose(cosines, again[1], atol=1e-6)
     assert torch.allclose(cosines.diagonal(), torch.ones(6, dtype=torch.float64))
