@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
@@ -208,8 +209,9 @@ def _candidates(job: Job, layer: int, output: Path) -> None:
         )
         scale = 1.0
         if statistics is not None:
-            inputs = load_file(job.part(layer, "inputs"))
-            scale = reach(weights, projection, statistics, exempt) * float(inputs["power"] / inputs["stream"])
+            with safe_open(job.part(layer, "inputs"), "pt") as file:
+                scale = float(file.get_tensor("power") / file.get_tensor("stream"))
+            scale *= reach(weights, projection, statistics, exempt)
         found[projection] = [c._replace(error=c.error * scale)._asdict() for c in found[projection]]
     write_json(output, found)
 
@@ -243,7 +245,8 @@ def _calibrate(job: Job, layer: int, previous: int | None, output: Path) -> None
     if previous is None:
         hidden, first = runner.embed(), 0
     else:
-        hidden, first = load_file(job.part(previous, "inputs"))["tokens"].to(job.device), previous
+        with safe_open(job.part(previous, "inputs"), "pt") as file:
+            hidden, first = file.get_tensor("tokens").to(job.device), previous
         if settings.sequential:
             replaced = _compressed(job, previous)
         else:
@@ -347,16 +350,17 @@ def _form(job: Job, layer: int, projection: str, weights: Tensor, solver: Settin
 
 def _statistics(job: Job, layer: int, projection: str, order: Tensor) -> Statistics:
     """What calibration measured about the inputs of a projection, in the order that its hidden units have now."""
-    found = load_file(job.part(layer, "inputs"))
-    if projection != "down":
-        rows = found[f"{projection}_rows"]
-        rows = rows.gather(1, order) if len(order) else rows
-        return Statistics(found["share"], found["inputs"], found["inputs_held"], found["counts"], rows)
-    hidden, held = found["hidden"], found["hidden_held"]
+    kind = "hidden" if projection == "down" else "inputs"
+    with safe_open(job.part(layer, "inputs"), "pt") as file:  # only what is wanted: hidden moments are 600 MB
+        share, counts = file.get_tensor("share"), file.get_tensor("counts")
+        seen, held = file.get_tensor(kind), file.get_tensor(f"{kind}_held")
+        rows = None if projection == "down" else file.get_tensor(f"{projection}_rows")
+    if rows is not None:
+        return Statistics(share, seen, held, counts, rows.gather(1, order) if len(order) else rows)
     for expert, units in enumerate(order):
-        for moments in (hidden, held):
+        for moments in (seen, held):
             moments[expert] = moments[expert][units][:, units]
-    return Statistics(found["share"], hidden, held, found["counts"])
+    return Statistics(share, seen, held, counts)
 
 
 def _exempt(job: Job, layer: int) -> tuple[int, ...]:

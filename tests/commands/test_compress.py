@@ -58,8 +58,8 @@ def real_tokens(prepared: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("sequential", [False, True])
-def test_calibration_makes_outputs_better_and_weights_worse(prepared, recipe, teacher, tmp_path, sequential):
-    """Measured: held-out logits are off by 0.31 without, 0.26 with."""
+def test_calibration_makes_the_student_better(prepared, recipe, teacher, tmp_path, sequential):
+    """Measured: held-out logits are off by 0.136 without, 0.071 with."""
     plain = prepared / "student-0"
     run = student_of(
         recipe, tmp_path / "a", *CALIBRATED, f"compress.sequential={json.dumps(sequential)}", data=prepared
@@ -67,7 +67,7 @@ def test_calibration_makes_outputs_better_and_weights_worse(prepared, recipe, te
     tokens = real_tokens(prepared)
     expected = logits(load(teacher), tokens)
     before, after = (relative(logits(load(f), tokens), expected) for f in (plain, run.path("student-0")))
-    assert after < 0.95 * before
+    assert after < 0.65 * before
     errors = report(run)
     assert errors["calibration_tokens"] == 2048
     assert all(0 < e < 1 for part in errors["parts"] for e in part["weighted_errors"])
@@ -91,7 +91,8 @@ def test_any_processes_and_kills_give_the_same_bytes(recipe, prepared, tmp_path,
     assert not killed.path("compress").exists()
 
 
-def test_a_budget_is_kept_and_spent_better_than_evenly(recipe, prepared, tmp_path):
+def test_a_budget_is_kept_and_spent_better_than_evenly(recipe, teacher, prepared, tmp_path):
+    """Measured: held-out logits are off by 0.054 instead of 0.071."""
     even = student_of(recipe, tmp_path / "even", *CALIBRATED, data=prepared)
     stored, config = report(even)["expert_parameters"], load_config(even.path("student-0"))
     dense = 2 * 4 * 3 * 32 * 24
@@ -106,8 +107,10 @@ def test_a_budget_is_kept_and_spent_better_than_evenly(recipe, prepared, tmp_pat
     assert experts == found["expert_parameters"]
     chosen = load_config(run.path("student-0")).shared_core["layers"]
     assert chosen != config.shared_core["layers"]
-    assert mean_error(run, "weighted_errors") < mean_error(even, "weighted_errors")
-    load(run.path("student-0"))(TOKENS)
+    tokens = real_tokens(prepared)
+    expected = logits(load(teacher), tokens)
+    evenly, planned = (relative(logits(load(r.path("student-0")), tokens), expected) for r in (even, run))
+    assert planned < 0.9 * evenly
 
 
 def test_a_free_split_is_never_larger_nor_worse(recipe, tmp_path):
@@ -207,6 +210,7 @@ def changed(teacher: Path, folder: Path, change: Any) -> Path:
 
 
 NAME = "model.layers.1.mlp.experts.3.up_proj.weight"
+FIFTH = "model.layers.1.mlp.experts.4.up_proj.weight"
 
 
 @pytest.mark.parametrize(
@@ -217,7 +221,7 @@ NAME = "model.layers.1.mlp.experts.3.up_proj.weight"
         (lambda t: t[NAME].view(-1).__setitem__(7, torch.nan), [f"model.safetensors: {NAME} holds NaN"]),
         (lambda t: t[NAME].view(-1).__setitem__(7, torch.inf), [f"model.safetensors: {NAME} holds NaN or infinite"]),
         (lambda t: t.update({NAME: t[NAME].to(torch.float8_e4m3fn)}), [NAME, "float8_e4m3fn", "convert"]),
-        (lambda t: t.update({NAME.replace(".3.", ".4."): t[NAME].clone()}), [NAME.replace(".3.", ".4."), "says 4 experts"]),
+        (lambda t: t.update({FIFTH: t[NAME].clone()}), [FIFTH, "says 4 experts"]),
     ],
     ids=["missing", "transposed", "nan", "inf", "float8", "too many"],
 )
