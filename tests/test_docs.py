@@ -28,7 +28,7 @@ def test_readme_walkthrough_runs_line_by_line(tmp_path, monkeypatch, recipe):
         if isinstance(fields, dict)
         for k, v in fields.items()
     ]
-    small += ["data.subset=null", "stages.0.tokens=1024", "stages.1.tokens=1024"]
+    small += ["data.subset=null", "compress.calibration_tokens=2048", "stages.0.tokens=1024", "stages.1.tokens=1024"]
     monkeypatch.chdir(tmp_path)
     ran = []
     for line in "".join(blocks("bash run")).splitlines():
