@@ -103,6 +103,41 @@ def test_plan_counts_what_compress_makes(trained):
     assert "steps of" in megakd("plan", trained)
 
 
+def test_plan_knows_qwen3_30b_a3b():
+    """At rank 64: 75.5 and 22.8 MFLOP a layer (docs/compression.md), 5 core-hours of 20 sweeps, 3 GB as measured."""
+    from transformers import Qwen3MoeConfig
+
+    from megakd.commands.plan import expert_flops, fit_costs
+    from megakd.config import CompressConfig
+
+    config = Qwen3MoeConfig(hidden_size=2048, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8)
+    flops = expert_flops(config, CompressConfig(), "here")
+    assert [round(f / 1e6, 1) for f in flops if f] == [75.5, 22.8]
+    assert expert_flops(config, CompressConfig(budget=0.2), "here")[1] is None
+    assert expert_flops(config, CompressConfig(budget=0.2, flops=0.5), "here")[1] == flops[0] / 2
+    seconds, memory = fit_costs(CompressConfig(), 48, 128, 2048, 768)
+    assert seconds == pytest.approx(48 * 3 * 128 * 20 * 0.05) and memory == 3e9
+    # half as wide, at half the rank; in 3 experts of 4
+    assert fit_costs(CompressConfig(rank=32), 48, 96, 1024, 768)[0] == pytest.approx(seconds * 3 / 16)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["compress.align=off"],
+        ["compress.calibration_tokens=2048", "compress.super_experts=auto"],
+        ["compress.budget=0.4", "compress.calibration_tokens=2048"],
+    ],
+)
+def test_plan_counts_the_tasks_of_compress(changes, prepared, tmp_path):
+    from megakd.commands.compress import open_job, tasks
+    from megakd.commands.plan import compression
+    from megakd.run import Run
+
+    run = Run.create(prepared, changes, tmp_path / "run")
+    assert compression(run)[0][1].startswith(f"{len(tasks(open_job(run)))} tasks ")
+
+
 def test_compress_report_names_every_matrix(prepared):
     report = json.loads((prepared / "student-0" / "compress.json").read_text())
     assert {(p["layer"], p["projection"], len(p["errors"])) for p in report["parts"]} == {
