@@ -296,7 +296,7 @@ def _fit(job: Job, layer: int, projection: str, output: Path) -> None:
     solver = Settings(
         settings.solver, settings.sweeps, settings.tolerance, settings.damping, settings.steps, settings.lr
     )
-    form = _form(job, layer, projection, weights, solver)
+    form = _form(job, layer, projection, weights, solver, statistics)
     exempt = _exempt(job, layer)
     tensors, fit = fit_projection(weights.to(job.device), projection, form, solver, statistics, exempt)
     dtype = getattr(torch, job.run.config.model.dtype)
@@ -334,7 +334,9 @@ def _in_order(job: Job, layer: int, projection: str) -> tuple[Tensor, Tensor]:
     return weights, order
 
 
-def _form(job: Job, layer: int, projection: str, weights: Tensor, solver: Settings) -> Form:
+def _form(
+    job: Job, layer: int, projection: str, weights: Tensor, solver: Settings, statistics: Statistics | None
+) -> Form:
     """What the run wants: the planner's choice, or wrappers of `rank`, or of as many parameters divided better."""
     settings = job.run.config.compress
     if settings.budget is not None:
@@ -345,7 +347,11 @@ def _form(job: Job, layer: int, projection: str, weights: Tensor, solver: Settin
     sizes = job.spec.sizes(job.config)
     stored = sum(n * r for _, n, r in factor_shapes(form, projection, 1, *sizes).values())
     chosen = torch.arange(0, len(weights), max(len(weights) // SAMPLE, 1))[:SAMPLE]
-    return best_split(weights[chosen], projection, stored, solver)
+    if statistics is not None:
+        shared = ("covariance", "held_out") if projection != "down" else ()
+        own: dict[str, Any] = {n: t for n, t in statistics._asdict().items() if t is not None and n not in shared}
+        statistics = statistics._replace(**{name: tensor[chosen] for name, tensor in own.items()})
+    return best_split(weights[chosen], projection, stored, solver, statistics)
 
 
 def _statistics(job: Job, layer: int, projection: str, order: Tensor) -> Statistics:

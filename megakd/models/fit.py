@@ -22,7 +22,7 @@ from megakd.models.lanes import Lanes, lanes_over
 from megakd.models.metric import Metric, Statistics, make_metric, unwhiten_left, unwhiten_right, whiten
 from megakd.models.shared_core import Form, free_and_core_rank, make_form
 
-SPLIT_SWEEPS = 4  # to tell a better split of ranks from a worse one
+SPLIT_SWEEPS = 10  # to tell a better split of ranks from a worse one; core ranks take more of them than free ones
 
 
 class Settings(NamedTuple):
