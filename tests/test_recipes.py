@@ -43,12 +43,14 @@ def test_rules_of_recipes_match_real_parameters(recipe: Path):
 
     import megakd.models.student as student
     from megakd.engine.optim import assign_rules
+    from megakd.models.shared_core import PROJECTIONS, Form
     from megakd.models.tiny import tiny_moe_config
 
     config = load_recipe(recipe)
     shape = tiny_moe_config(500, tie_word_embeddings=recipe.stem == "demo")
+    layers = {i: {p: Form("wrappers", 4, 4) for p in PROJECTIONS} for i in range(shape.num_hidden_layers)}
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(student.student_config(shape, 4))
+        model = AutoModelForCausalLM.from_config(student.student_config(shape, layers))
     for stage in config.stages:
         assert {a.rule for a in assign_rules(model, stage.lr_multipliers)} >= set(range(len(stage.lr_multipliers)))
 
