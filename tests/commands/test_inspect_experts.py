@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,9 +29,9 @@ from megakd.models.shared_core import PROJECTIONS, SHAPES
 from megakd.models.spec import SPECS
 from megakd.models.tiny import tiny_moe_config
 
-COMMON = {"vocab_size": 64, "hidden_size": 20, "num_attention_heads": 4, "num_key_value_heads": 2}
+COMMON: dict[str, Any] = {"vocab_size": 64, "hidden_size": 20, "num_attention_heads": 4, "num_key_value_heads": 2}
 COMMON |= {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}
-CONFIGS = {
+CONFIGS: dict[str, Any] = {
     "qwen3_moe": tiny_moe_config(
         64, hidden_size=20, moe_intermediate_size=12, num_experts=6, num_hidden_layers=4, mlp_only_layers=[0]
     ),

@@ -43,7 +43,7 @@ def test_stored_targets_are_the_teachers(prepared, teacher):
         logits = model(batch.tokens, position_ids=batch.position_ids, use_cache=False).logits
     logp = logits[0].double().log_softmax(-1).numpy()
     targets = sample.targets
-    assert targets is not None
+    assert targets is not None and shards.layout is not None
     step, angle_step = 1 / shards.layout.levels, np.pi / 2 / 255
     for t in range(len(sample.tokens) - 1):
         kept = np.isfinite(targets.logprobs[t])
@@ -118,7 +118,8 @@ def test_plan_knows_qwen3_30b_a3b():
     seconds, memory = fit_costs(CompressConfig(), 48, 128, 2048, 768)
     assert seconds == pytest.approx(48 * 3 * 128 * 20 * 0.05) and memory == 3e9
     # half as wide, at half the rank; in 3 experts of 4
-    assert fit_costs(CompressConfig(rank=32), 48, 96, 1024, 768)[0] == pytest.approx(seconds * 3 / 16)
+    smaller, _ = fit_costs(CompressConfig(rank=32), 48, 96, 1024, 768)
+    assert smaller == pytest.approx(48 * 3 * 128 * 20 * 0.05 * 3 / 16)
 
 
 @pytest.mark.parametrize(
