@@ -33,39 +33,44 @@ class Task(NamedTuple):
         return all(path.exists() for path in self.needs)
 
 
-def run_tasks(title: str, tasks: Sequence[Task], locks: Path) -> int:
-    """Do what others do not, wait for what they do, until every task is done; how many this process did.
+def run_tasks(title: str, tasks: Sequence[Task], finished: Path, locks: Path) -> int:
+    """Do what others do not, wait for what they do, until `finished` is there; how many tasks this process did.
 
+    finished: the output of the task that needs all others; from then on their outputs, and `locks`, may be gone.
     A task that raises ends this process; another that waits for it will try it, and fail the same way.
     """
     locks.mkdir(parents=True, exist_ok=True)
     counted = {task.output for task in tasks if task.done}
     progress = Progress(title, len(tasks), "tasks", done=len(counted))
     own, said = 0, time.monotonic()
-    while missing := [task for task in tasks if not task.done]:
-        taken = _take_one(missing, locks)
+    while not finished.exists():
+        missing = [task for task in tasks if not task.done]
+        taken = _take_one(missing, finished, locks)
         own += taken is not None
-        finished = {task.output for task in tasks if task.done} - counted
-        counted |= finished
+        # what another removed after it had finished is done too
+        found = {task.output for task in tasks if task.done} if not finished.exists() else {t.output for t in tasks}
+        new = found - counted
+        counted |= found
         if taken is not None:
-            progress.add_others(len(finished) - 1)
+            progress.add_others(len(new) - 1)
             progress.update(1, taken.name)
         else:
-            progress.add_others(len(finished))
-            if time.monotonic() - said > 60:
+            progress.add_others(len(new))
+            if missing and time.monotonic() - said > 60:
                 said = time.monotonic()
                 say(f"{title}: waiting for another process to finish {missing[0].name}")
-            time.sleep(POLL_SECONDS)
+            if not finished.exists():
+                time.sleep(POLL_SECONDS)
     progress.close()
     return own
 
 
-def _take_one(tasks: Sequence[Task], locks: Path) -> Task | None:
+def _take_one(tasks: Sequence[Task], finished: Path, locks: Path) -> Task | None:
     """Do the first task that is ready and free; None when there is none."""
     for task in tasks:
         if task.ready:
             with claimed(locks / f"{task.output.name}.lock") as mine:
-                if mine and not task.done:  # another may have finished it in between
+                if mine and not task.done and not finished.exists():  # another may have done it, or all, in between
                     task.work()
                     assert task.done, task
                     return task
@@ -74,8 +79,13 @@ def _take_one(tasks: Sequence[Task], locks: Path) -> Task | None:
 
 @contextmanager
 def claimed(path: Path) -> Iterator[bool]:
-    """Whether this process holds `path` alone meanwhile; never waits."""
-    with path.open("w") as file:
+    """Whether this process holds `path` alone meanwhile; never waits. Not when its folder is gone."""
+    try:
+        file = path.open("w")
+    except FileNotFoundError:
+        yield False
+        return
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

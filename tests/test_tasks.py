@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megakd.errors import UserError
-from megakd.files import write_json
+from megakd.files import remove, write_json
 from megakd.tasks import Task, claimed, run_tasks
 
 
@@ -31,19 +31,46 @@ def chain(folder: Path, count: int, seconds: float = 0.0) -> list[Task]:
 
 
 def test_needs_decide_the_order(tmp_path):
-    assert run_tasks("test", chain(tmp_path, 5), tmp_path / "locks") == 5
+    assert run_tasks("test", chain(tmp_path, 5), tmp_path / "4.json", tmp_path / "locks") == 5
     times = [json.loads((tmp_path / f"{i}.json").read_text())["time"] for i in range(5)]
     assert times == sorted(times)
 
 
 def test_what_is_there_is_not_done_again(tmp_path):
-    run_tasks("test", chain(tmp_path, 3), tmp_path / "locks")
-    assert run_tasks("test", chain(tmp_path, 4), tmp_path / "locks") == 1
+    run_tasks("test", chain(tmp_path, 3), tmp_path / "2.json", tmp_path / "locks")
+    assert run_tasks("test", chain(tmp_path, 4), tmp_path / "3.json", tmp_path / "locks") == 1
+
+
+def test_the_last_task_may_remove_what_the_others_made(tmp_path):
+    """A process that comes late, or was in between, neither fails nor begins again."""
+    parts, finished = tmp_path / "parts", tmp_path / "all.json"
+
+    def finish() -> None:
+        write_json(finished, {})
+        remove(parts)
+
+    tasks = chain(parts, 3)
+    tasks.append(Task("all", finished, tuple(task.output for task in tasks), finish))
+    assert run_tasks("test", tasks, finished, parts / "locks") == 4
+    assert run_tasks("test", tasks, finished, tmp_path / "locks") == 0 and not parts.exists()
+    with claimed(parts / "locks" / "0.json.lock") as mine:
+        assert not mine
+    context = multiprocessing.get_context("fork")
+    finished.unlink()
+    processes = [context.Process(target=run_tasks, args=("test", tasks, finished, parts / "locks")) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
 
 
 def work_at(folder: Path, count: int, seconds: float) -> None:
     tasks = [task._replace(needs=()) for task in chain(folder, count, seconds)]
-    run_tasks("test", tasks, folder / "locks")
+    tasks.append(
+        Task("all", folder / "all.json", tuple(t.output for t in tasks), lambda: write_json(folder / "all.json", {}))
+    )
+    run_tasks("test", tasks, folder / "all.json", folder / "locks")
 
 
 def test_processes_share_and_nothing_is_done_twice(tmp_path):
@@ -72,7 +99,7 @@ def test_a_killed_process_lets_go(tmp_path):
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    assert run_tasks("test", chain(tmp_path, 1), tmp_path / "locks") == 1
+    assert run_tasks("test", chain(tmp_path, 1), tmp_path / "0.json", tmp_path / "locks") == 1
 
 
 def test_an_error_ends_this_process_and_leaves_the_task_to_do(tmp_path):
@@ -82,4 +109,4 @@ def test_an_error_ends_this_process_and_leaves_the_task_to_do(tmp_path):
     task = Task("broken", tmp_path / "a.json", (), fail)
     for _ in range(2):
         with pytest.raises(UserError, match="layer 3"):
-            run_tasks("test", [task], tmp_path / "locks")
+            run_tasks("test", [task], task.output, tmp_path / "locks")

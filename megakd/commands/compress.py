@@ -12,9 +12,11 @@ examples:
 """
 
 import argparse
+import os
 import resource
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +34,7 @@ from megakd.dist import read_world
 from megakd.errors import UserError
 from megakd.evals.compression_plot import plot_errors
 from megakd.evals.model_card import write_card
-from megakd.files import locked, publishing, read_json, remove, write_json
+from megakd.files import publishing, read_json, remove, write_json
 from megakd.log import say, table
 from megakd.models.align import alignment
 from megakd.models.calibrate import LayerRunner, find_super_experts
@@ -91,18 +93,16 @@ def main(run: Run, args: argparse.Namespace) -> None:
     target = run.path("student-0")
     if run.config.model.student:
         raise UserError(f"{run.folder}: model.student names {run.config.model.student}; there is nothing to compress")
-    if (target / "compress.json").exists():
+    finished = target / "compress.json"
+    if finished.exists():
+        _clear(run.path("compress"))  # a kill came between the student and this
         say(f"{target}: finished")
         return
     started = time.perf_counter()
     job = open_job(run)
-    own = run_tasks("compress", tasks(job), job.parts / "locks")
-    with locked(run.path("compress.lock")):
-        if not (target / "compress.json").exists():
-            _assemble(job)
-            remove(job.parts)
-    remove(run.path("compress.lock"))
-    report = read_json(target / "compress.json")
+    own = run_tasks("compress", tasks(job), finished, job.parts / "locks")
+    _clear(job.parts)  # begun by this process when another had just finished
+    report = read_json(finished)
     say(error_table(report))
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     seconds = time.perf_counter() - started
@@ -176,6 +176,8 @@ def tasks(job: Job) -> list[Task]:
             output = job.part(layer, projection)
             work = partial(_fit, job, layer, projection, output)
             found.append(Task(f"layer {layer} {projection}", output, needs[layer], work))
+    finished = job.run.path("student-0", "compress.json")
+    found.append(Task("the student", finished, tuple(task.output for task in found), partial(_assemble, job)))
     return found
 
 
@@ -392,7 +394,7 @@ def _runner(job: Job, tokens: int) -> LayerRunner:
 
 
 def _assemble(job: Job) -> None:
-    """Write the student from the parts, one at a time."""
+    """Write the student from the parts, one at a time; then they are not needed any more."""
     run, dtype = job.run, getattr(torch, job.run.config.model.dtype)
     reports = [read_json(job.part(layer, p).with_suffix(".json")) for layer in job.layers for p in PROJECTIONS]
     forms: dict[int, dict[str, Form]] = {layer: {} for layer in job.layers}
@@ -442,6 +444,15 @@ def _assemble(job: Job) -> None:
         plot_errors(report, temporary / "compress.png")
         write_json(temporary / "compress.json", report)
         write_card(temporary, run.config.name, report, license_from=(job.folder,))
+    _clear(job.parts)
+
+
+def _clear(parts: Path) -> None:
+    """Remove a folder that others may look into: out of their sight first."""
+    aside = parts.with_name(f"{parts.name}.tmp-{os.uname().nodename}-{os.getpid()}")
+    with suppress(FileNotFoundError):
+        os.replace(parts, aside)
+        remove(aside)
 
 
 def error_table(report: dict[str, Any]) -> str:
