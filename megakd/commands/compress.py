@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -145,37 +146,41 @@ def tasks(job: Job) -> list[Task]:
     """Everything to be done, in the order in which it is best begun."""
     settings, found = job.run.config.compress, []
     supers, forms = job.parts / "super-experts.json", job.parts / "forms.json"
+    before: tuple[Path, ...] = ()
     if settings.super_experts == "auto":
         found.append(Task("super experts", supers, (), partial(_scan, job, supers)))
-    needs: dict[int, tuple[Path, ...]] = {}  # what fitting a layer waits for
-    for layer, previous in zip(job.layers, [None, *job.layers], strict=False):
-        needs[layer] = (supers,) if settings.super_experts == "auto" else ()
+        before = (supers,)
+    measuring, tables, fitting = [], [], []
+    for index, layer in enumerate(job.layers):
+        first, needs = [], before
         if settings.align == "auto":
             order = job.part(layer, "order")
-            found.append(Task(f"order of layer {layer}", order, (), partial(_order, job, layer, order)))
-            needs[layer] += (order,)
+            first.append(Task(f"order of layer {layer}", order, (), partial(_order, job, layer, order)))
+            needs += (order,)
         if settings.calibration_tokens:
-            inputs = job.part(layer, "inputs")
-            behind: tuple[Path, ...] = ()
-            if previous is not None:
+            inputs, behind = job.part(layer, "inputs"), ()
+            if index:
+                previous = job.layers[index - 1]
                 fitted = tuple(job.part(previous, p) for p in PROJECTIONS) if settings.sequential else ()
                 behind = (job.part(previous, "inputs"), *fitted)
-            work = partial(_calibrate, job, layer, previous, inputs)
-            found.append(Task(f"inputs of layer {layer}", inputs, behind, work))
-            needs[layer] += (inputs,)
+            first.append(Task(f"inputs of layer {layer}", inputs, behind, partial(_calibrate, job, layer, inputs)))
+            needs += (inputs,)
         if settings.budget is not None:
             table = job.parts / f"layer-{layer:03d}-candidates.json"
-            work = partial(_candidates, job, layer, table)
-            found.append(Task(f"candidates of layer {layer}", table, needs[layer], work))
+            first.append(Task(f"candidates of layer {layer}", table, needs, partial(_candidates, job, layer, table)))
+            tables.append(table)
+            needs += (forms,)
+        measuring.append(first)
+        outputs = {p: job.part(layer, p) for p in PROJECTIONS}
+        fits = [Task(f"layer {layer} {p}", o, needs, partial(_fit, job, layer, p, o)) for p, o in outputs.items()]
+        fitting.append(fits)
     if settings.budget is not None:
-        tables = [job.parts / f"layer-{layer:03d}-candidates.json" for layer in job.layers]
+        found += chain.from_iterable(measuring)
         found.append(Task("forms", forms, tuple(tables), partial(_choose, job, tables, forms)))
-        needs = {layer: (*paths, forms) for layer, paths in needs.items()}
-    for layer in job.layers:
-        for projection in PROJECTIONS:
-            output = job.part(layer, projection)
-            work = partial(_fit, job, layer, projection, output)
-            found.append(Task(f"layer {layer} {projection}", output, needs[layer], work))
+        found += chain.from_iterable(fitting)
+    else:  # measurements are serial, so they are a layer ahead of the fits; not more, for they take room on the disk
+        for first, fits in zip([*measuring, []], [[], *fitting], strict=True):
+            found += first + fits
     finished = job.run.path("student-0", "compress.json")
     found.append(Task("the student", finished, tuple(task.output for task in found), partial(_assemble, job)))
     return found
@@ -240,9 +245,10 @@ def _order(job: Job, layer: int, output: Path) -> None:
         save_file({"order": torch.empty(0, dtype=torch.int64) if found is None else found.contiguous()}, temporary)
 
 
-def _calibrate(job: Job, layer: int, previous: int | None, output: Path) -> None:
-    """Measure the inputs of a layer's experts; `previous` is the layer with experts before it."""
-    settings = job.run.config.compress
+def _calibrate(job: Job, layer: int, output: Path) -> None:
+    """Measure the inputs of a layer's experts, behind the layer with experts before it."""
+    settings, index = job.run.config.compress, job.layers.index(layer)
+    previous = job.layers[index - 1] if index else None
     runner, replaced = _runner(job, settings.calibration_tokens), None
     if previous is None:
         hidden, first = runner.embed(), 0
@@ -261,6 +267,17 @@ def _calibrate(job: Job, layer: int, previous: int | None, output: Path) -> None
     tensors = {"tokens": hidden if settings.sequential else after, **measured._asdict()}
     with publishing(output) as temporary:
         save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, temporary)
+    if previous is not None:
+        _shrink(job, previous)
+
+
+def _shrink(job: Job, layer: int) -> None:
+    """Empty a layer's measurements once nobody wants them: at Qwen3-30B-A3B's sizes they are 0.9 GB a layer."""
+    index = job.layers.index(layer) + 1
+    after = [job.part(following, "inputs") for following in job.layers[index : index + 1]]
+    if all(path.exists() for path in (*after, *(job.part(layer, p) for p in PROJECTIONS))):
+        with publishing(job.part(layer, "inputs")) as temporary:
+            save_file({}, temporary)
 
 
 def _compressed(job: Job, layer: int) -> Callable[..., Tensor]:
@@ -315,6 +332,8 @@ def _fit(job: Job, layer: int, projection: str, output: Path) -> None:
     with publishing(output) as temporary:
         stored = {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
         save_file({name: t.contiguous().cpu() for name, t in stored.items()}, temporary)
+    if settings.calibration_tokens:
+        _shrink(job, layer)
     job.run.record(
         "fit",
         layer=layer,

@@ -99,7 +99,7 @@ def compress_tasks(settings: CompressConfig, layers: int) -> int:
     """As many as compress.tasks makes."""
     each = len(PROJECTIONS) + (settings.align == "auto") + (settings.calibration_tokens > 0)
     each += settings.budget is not None
-    return layers * each + (settings.super_experts == "auto") + (settings.budget is not None)
+    return layers * each + (settings.super_experts == "auto") + (settings.budget is not None) + 1
 
 
 def fit_costs(
