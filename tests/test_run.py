@@ -135,7 +135,7 @@ def test_wrong_override_names_the_file(made):
         (["optim.lr=0.1", "objective.alpha=1", "stages.0.tokens=5", "seed=1", "name=b"], MADE),
         (["logits.batch_size=2"], MADE),  # live: the logits do not depend on it
         (["logits.top_k=32"], ("student-0", "data/tokens")),
-        (["data.tokens=1000"], ("student-0",)),
+        (["data.tokens=1000"], ()),  # the student is calibrated on them
         (["compress.rank=8"], ("data/tokens", "data/logits")),
         (["compress.rank=8", "logits.top_k=32"], ("data/tokens",)),
         (["model.teacher=other"], ()),
@@ -150,6 +150,12 @@ def test_sibling_links_what_its_changes_do_not_touch(made, tmp_path, overrides, 
     assert [event["event"] for event in history(sibling)] == ["new", "link"]
     assert history(sibling)[-1]["linked"] == list(linked)
     assert not sibling.path("metrics.jsonl").exists()
+
+
+def test_a_student_that_was_not_calibrated_does_not_depend_on_data(recipe, tmp_path):
+    run = Run.create(recipe, ["compress.calibration_tokens=0"], tmp_path / "a")
+    run.path("student-0").mkdir()
+    assert Run.create(run.folder, ["data.tokens=1000"], tmp_path / "b").path("student-0").exists()
 
 
 def test_sibling_of_a_sibling_outlives_it(made, tmp_path):

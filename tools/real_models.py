@@ -218,7 +218,7 @@ def moe_tensors(
         if ".mlp." in name:
             layer = int(name.split(".")[2])
             for e in range(experts):
-                expert = SPEC.per_expert.format(i=layer, e=e, p=part.removesuffix("_proj"))
+                expert = SPEC.expert_name(layer, e, part.removesuffix("_proj"))
                 yield expert, with_noise(weight, noise, generator(seed, expert))
             if part == "gate_proj":
                 router = SPEC.block.format(i=layer) + ".gate.weight"
