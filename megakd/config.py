@@ -207,7 +207,23 @@ class CheckpointConfig(Section):
 
 
 class EvalConfig(Section):
+    """What `evaluate` and `watch` measure beside the hold-out, and how (docs/evaluation.md).
+
+    batch_size: windows of the hold-out at once. tasks: of lm-eval, its own or those of YAML files below task_folder.
+    limit: questions of each task, the first ones, null: all. few_shot: examples before a question, null: as each task
+    says. task_batch_size: requests of lm-eval at once.
+    best: the measure by which `watch` keeps a checkpoint from rotation: kl, perplexity, bits_per_byte, nll, top1, topk,
+    or TASK/METRIC like hellaswag/acc_norm. poll_seconds: how often it looks for new ones.
+    """
+
     batch_size: int = live(8, ge=1)
+    tasks: tuple[str, ...] = live(())
+    task_folder: str | None = live(None)
+    limit: int | None = live(None, ge=1)
+    few_shot: int | None = live(None, ge=0)
+    task_batch_size: int = live(8, ge=1)
+    best: str = live("kl")
+    poll_seconds: float = live(5.0, gt=0)
 
 
 class LogConfig(Section):
