@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megakd.config import LogConfig
+from megakd.config import LogConfig, RunConfig
 from megakd.files import append_json, publishing, read_json_lines
 
 
@@ -79,14 +79,7 @@ class MetricLog:
 
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         if config.wandb != "disabled":
-            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-            import wandb
-
-            settings = wandb.Settings(silent=True, console="off", disable_git=True, x_disable_stats=True)
-            self.wandb = wandb.init(
-                project=config.wandb_project, name=name, id=run_id, resume="allow", mode=config.wandb,
-                dir=str(folder), config=frozen, settings=settings,
-            )  # fmt: skip
+            self.wandb = _open_wandb(folder, config.wandb_project, name, run_id, frozen, config.wandb)
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         append_json(self.file, {"step": step, **metrics})
@@ -102,6 +95,47 @@ class MetricLog:
             self.board.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+
+def _open_wandb(folder: Path, project: str, name: str, run_id: str, frozen: dict[str, Any], mode: str) -> Any:
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    import wandb
+
+    settings = wandb.Settings(silent=True, console="off", disable_git=True, x_disable_stats=True)
+    how: Any = mode
+    return wandb.init(
+        project=project, name=name, id=run_id, resume="allow", mode=how, dir=str(folder), config=frozen,
+        settings=settings,
+    )  # fmt: skip
+
+
+def log_evaluation(folder: Path, config: RunConfig, step: int, numbers: dict[str, float]) -> None:
+    """Put numbers of a checkpoint as `eval/NAME` at its step, beside a training that may go on in another process.
+
+    Each call leaves files of its own, whole, so a kill loses nothing and processes do not meet.
+    TensorBoard follows a folder's newest file alone (`DirectoryWatcher`): another one beside training's would end its
+    curves, so these are a folder below. W&B loses lines where two processes send to a run, for each counts lines by
+    itself; its shared mode ignores steps. So this is recorded offline under the run's id, with a step of its own, and
+    `wandb sync` appends it when training has ended.
+    """
+    if config.log.tensorboard:
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        with SummaryWriter(str(folder / "tensorboard" / "eval")) as board:
+            for name, value in numbers.items():
+                board.add_scalar(f"eval/{name}", value, step)
+    if config.log.wandb != "disabled":
+        frozen = config.model_dump(mode="json")
+        run = _open_wandb(folder, config.log.wandb_project, config.name, wandb_id(config), frozen, "offline")
+        run.define_metric("eval/step", hidden=True)
+        run.define_metric("eval/*", step_metric="eval/step")
+        run.log({"eval/step": step, **{f"eval/{name}": value for name, value in numbers.items()}})
+        run.finish()
+
+
+def wandb_id(config: RunConfig) -> str:
+    """The id that all processes of a run give W&B."""
+    return f"{config.name}-{config.fingerprint()[:8]}"
 
 
 class StageWatch:

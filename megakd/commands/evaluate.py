@@ -1,92 +1,92 @@
-"""Measure models on the held-out documents and append a line each to RUN/evals.jsonl.
+"""Measure models on the held-out documents, and on lm-eval tasks, and append a line each to RUN/evals.jsonl.
 
 Without --model: the teacher, the student before training and every published checkpoint, those that have no line yet.
+`megakd watch` does the same for checkpoints while they appear.
 
 examples:
   megakd evaluate runs/a
   megakd evaluate runs/a --model teacher
+  megakd evaluate runs/a --model best --tasks hellaswag,piqa eval.limit=500
   megakd evaluate runs/a --model runs/a/export
 """
 
 import argparse
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
-import torch
-
-from megakd.data.shards import ShardSet, read_manifest
-from megakd.dist import read_world
-from megakd.engine.checkpoint import Progress, published
+from megakd.engine.checkpoint import Progress, best_weights, published
 from megakd.errors import UserError
-from megakd.evals.quality import Quality, evaluate_model
+from megakd.evals.follow import Follower
+from megakd.evals.harness import flat
+from megakd.evals.measure import Meter, Subject, checkpoint_subject
+from megakd.evals.quality import Quality
 from megakd.files import append_json, read_json_lines
-from megakd.log import table
-from megakd.models.hub import load_model, resolve
+from megakd.log import say, table
+from megakd.models.hub import resolve
 from megakd.run import Run
-
-
-class Subject(NamedTuple):
-    """A model to measure: how reports name it, its folder, and how far it was trained."""
-
-    name: str
-    folder: Path
-    progress: Progress
-    stage: str | None = None
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", help="teacher, student-0, last, or a model folder; measured again even if it has a line"
+        "--model", help="teacher, student-0, last, best, or a model folder; measured again even if it has a line"
     )
+    parser.add_argument("--tasks", metavar="A,B", help="lm-eval tasks, instead of those of eval.tasks")
 
 
 def main(run: Run, args: argparse.Namespace) -> None:
-    rows = evaluate(run, args.model)
+    rows = evaluate(run, args.model, None if args.tasks is None else [t for t in args.tasks.split(",") if t])
     print(quality_table(rows))
+    if any(row.get("tasks") for row in rows):
+        print("\n" + task_table(rows))
 
 
-def evaluate(run: Run, only: str | None = None) -> list[dict[str, Any]]:
+def evaluate(run: Run, only: str | None = None, tasks: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Measure what has no line yet (or `only`), append to evals.jsonl, return the lines of all that were asked for."""
-    holdout = ShardSet(run.path("data", "logits", "holdout"))
-    text = read_manifest(run.path("data", "tokens", "holdout"))
-    known = {row["model"]: row for row in read_json_lines(run.path("evals.jsonl"))}
+    chosen = None if only is None else [named(run, only)]
+    meter = Meter(run, tasks)
+    lines = run.path("evals.jsonl")
+    known = {row["model"]: row for row in read_json_lines(lines)}
     rows = []
-    for subject in subjects(run, only):
+    for subject in chosen or [named(run, "teacher"), named(run, "student-0")]:
         if only is None and subject.name in known:
             rows.append(known[subject.name])
-            continue
-        model = load_model(subject.folder, getattr(torch, run.config.model.dtype))
-        tokens_per_byte = text["text_tokens"] / text["text_bytes"]
-        quality = evaluate_model(
-            model, holdout, tokens_per_byte, run.config.eval.batch_size, read_world().device, subject.name
-        )
-        row = {
-            "model": subject.name,
-            "step": subject.progress.step,
-            "tokens": subject.progress.tokens,
-            "stage": subject.stage,
-        }
-        rows.append({**row, **quality._asdict()})
-        append_json(run.path("evals.jsonl"), rows[-1])
-    return rows
+        else:
+            rows.append(meter.row(subject))
+            append_json(lines, rows[-1])
+    if only is not None:
+        return rows
+    follower = Follower(run, meter, watching=False)
+    follower.scan()
+    for name in follower.pending():
+        if not follower.take(name):
+            say(f"evaluate: {name} is being evaluated by another process")
+    found = follower.lines()
+    return rows + [found[name] for name in follower.published() if name in found]
 
 
-def subjects(run: Run, only: str | None) -> Iterator[Subject]:
-    """The models to measure, in the order a report shows them."""
-    config, checkpoints = run.config, published(run.path("checkpoints"))
-    if only not in (None, "teacher", "student-0", "last"):
-        yield Subject(str(only), resolve(str(only)), Progress())
-        return
-    if only in (None, "teacher"):
-        yield Subject("teacher", resolve(config.model.teacher, config.model.revision), Progress())
-    if only in (None, "student-0"):
-        yield Subject("student-0", run.student_folder, Progress())
-    if only == "last" and not checkpoints:
-        raise UserError(f"{run.folder}: no checkpoint yet; run: megakd train {run.folder}")
-    for saved in checkpoints[-1:] if only == "last" else checkpoints if only is None else []:
-        stage = config.stages[saved.progress.stage].name
-        yield Subject(f"{stage}/{saved.folder.name}", saved.weights, saved.progress, stage)
+def named(run: Run, name: str) -> Subject:
+    """The model that --model means."""
+    checkpoints = run.path("checkpoints")
+    if name == "teacher":
+        return Subject(name, resolve(run.config.model.teacher, run.config.model.revision), Progress())
+    if name == "student-0":
+        return Subject(name, run.student_folder, Progress())
+    if name == "best":
+        return checkpoint_subject(run, best_weights(checkpoints).parent)
+    if name == "last":
+        saved = next(reversed(published(checkpoints)), None)
+        if saved is None:
+            raise UserError(f"{run.folder}: no checkpoint yet; run: megakd train {run.folder}")
+        return checkpoint_subject(run, saved.folder)
+    return Subject(name, resolve(name), Progress())
+
+
+def task_table(rows: list[dict[str, Any]]) -> str:
+    """The tasks of rows of evals.jsonl as text, a model a line."""
+    found = [flat(row.get("tasks", {})) for row in rows]
+    names = list(dict.fromkeys(name for numbers in found for name in numbers))
+    cells = [[f"{numbers[name]:.4g}" if name in numbers else "-" for name in names] for numbers in found]
+    return table(["tasks", *names], [[row["model"], *line] for row, line in zip(rows, cells, strict=True)])
 
 
 def quality_table(rows: list[dict[str, Any]], names: list[str] | None = None) -> str:

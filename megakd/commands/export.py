@@ -8,6 +8,7 @@ dense    expanded to the family's stock architecture in the hub's own layout; ne
 examples:
   megakd export runs/a
   megakd export runs/a --dense
+  megakd export runs/a --checkpoint best        the one that `megakd watch` keeps
 """
 
 import argparse
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megakd.engine.checkpoint import published
+from megakd.engine.checkpoint import best_weights, published
 from megakd.errors import UserError
 from megakd.evals.model_card import write_card
 from megakd.files import publishing, read_json, read_json_lines
@@ -32,13 +33,18 @@ from megakd.run import Run
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dense", action="store_true", help="expand to the stock architecture")
-    parser.add_argument("--checkpoint", type=Path, help="a checkpoint folder (default: the last one, else student-0)")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="a checkpoint folder, or best (default: the last one, else student-0)"
+    )
     parser.add_argument("--out", type=Path, help="where to write (default: RUN/export or RUN/export-dense)")
 
 
 def main(run: Run, args: argparse.Namespace) -> None:
     saved = published(run.path("checkpoints"))
-    source = args.checkpoint / "weights" if args.checkpoint else saved[-1].weights if saved else run.student_folder
+    source = saved[-1].weights if saved else run.student_folder
+    if args.checkpoint:
+        best = args.checkpoint == Path("best")
+        source = best_weights(run.path("checkpoints")) if best else args.checkpoint / "weights"
     if not (source / "config.json").exists():
         raise UserError(
             f"{source}: no model here; give --checkpoint RUN/checkpoints/STAGE/step-N, "

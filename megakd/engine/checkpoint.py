@@ -15,6 +15,7 @@ from megakd.dist import World, barrier
 from megakd.engine.base import Engine
 from megakd.errors import UserError
 from megakd.files import read_json, remove, sync, write_json
+from megakd.log import say
 from megakd.models.hub import write_weights
 
 LAYOUT = "layout.json"  # of the ranks that saved, in a state that DeepSpeed wrote
@@ -80,7 +81,12 @@ def published(checkpoints: Path) -> list[Saved]:
     found = []
     for path in checkpoints.glob("*/step-*"):
         if re.fullmatch(r"step-\d+", path.name) and (path / "progress.json").exists():
-            fields = {"shards": "", **read_json(path / "progress.json")}
+            try:
+                fields = {"shards": "", **read_json(path / "progress.json")}
+            except UserError:
+                if (path / "progress.json").exists():
+                    raise
+                continue  # rotation took it meanwhile
             found.append(Saved(path, Progress(**{name: fields[name] for name in Progress._fields})))
     return sorted(found, key=lambda saved: saved.progress)
 
@@ -118,10 +124,36 @@ def remove_unpublished(checkpoints: Path) -> None:
 
 
 def rotate(checkpoints: Path, keep: int, protected: set[Path]) -> None:
-    """Delete all but the newest `keep` checkpoints (0: none) and those protected."""
-    for saved in published(checkpoints)[: -keep or None] if keep else []:
-        if saved.folder not in protected:
+    """Delete all but the newest `keep` checkpoints (0: none), those protected and the best that `watch` names."""
+    if not keep:
+        return
+    try:
+        best = pinned(checkpoints)
+    except UserError as error:  # no reason to end a training
+        say(f"train: {error}; no checkpoint is deleted, for the best must stay")
+        return
+    for saved in published(checkpoints)[:-keep]:
+        if saved.folder not in {*protected, best}:
             # out of sight first: a kill half way must not leave a checkpoint that looks whole
             aside = saved.folder.with_name(saved.folder.name + ".tmp")
             os.replace(saved.folder, aside)
             remove(aside)
+
+
+def best_file(checkpoints: Path) -> Path:
+    """What `watch` writes of the best checkpoint: model, step, metric, value; checkpoint and weights, paths in RUN."""
+    return checkpoints / "best.json"
+
+
+def pinned(checkpoints: Path) -> Path | None:
+    """The checkpoint that rotation spares; None where no `watch` named one."""
+    path = best_file(checkpoints)
+    return checkpoints.parent / read_json(path)["checkpoint"] if path.exists() else None
+
+
+def best_weights(checkpoints: Path) -> Path:
+    """The weights folder of the best checkpoint."""
+    path = best_file(checkpoints)
+    if not path.exists():
+        raise UserError(f"{path}: no best checkpoint yet; run: megakd watch {checkpoints.parent}")
+    return checkpoints.parent / read_json(path)["weights"]

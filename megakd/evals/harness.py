@@ -157,7 +157,6 @@ def _language_model(model: Any, tokenizer: Any, batch_size: int, title: str) -> 
     """lm-eval's HFLM over `model`, with our progress line; softmax in float32 whatever the model computes in."""
     from lm_eval.models.huggingface import HFLM
 
-
     base: Any = HFLM
 
     class Watched(base):

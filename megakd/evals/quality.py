@@ -2,6 +2,7 @@
 
 import math
 import time
+from contextlib import closing
 from typing import Any, NamedTuple
 
 import torch
@@ -48,15 +49,16 @@ def evaluate_model(
     batches = (collate([holdout[i] for i in range(s, min(s + batch_size, len(holdout)))], length) for s in starts)
     progress = Progress(f"evaluate {name}", len(holdout), "windows")
     sums, seconds, tokens = torch.zeros(5, dtype=torch.float64), 0.0, 0
-    for batch in prefetch(batches):
-        start = time.perf_counter()
-        logits = model(batch.tokens.to(device), position_ids=batch.position_ids.to(device), use_cache=False).logits
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds += time.perf_counter() - start
-        tokens += batch.tokens.numel()
-        sums += batch_sums(logits[..., :vocab_size].cpu(), batch)
-        progress.update(len(batch.tokens))
+    with closing(prefetch(batches)) as prepared:  # a signal may end it early
+        for batch in prepared:
+            start = time.perf_counter()
+            logits = model(batch.tokens.to(device), position_ids=batch.position_ids.to(device), use_cache=False).logits
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds += time.perf_counter() - start
+            tokens += batch.tokens.numel()
+            sums += batch_sums(logits[..., :vocab_size].cpu(), batch)
+            progress.update(len(batch.tokens))
     progress.close()
     nll, kl, top1, topk, positions = *(sums / sums[4]).tolist()[:4], int(sums[4])
     parameters = {p.data_ptr(): p for p in model.parameters()}.values()

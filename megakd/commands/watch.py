@@ -1,0 +1,139 @@
+"""Evaluate checkpoints while training publishes them: hold-out, lm-eval tasks, curves; the best is kept from rotation.
+
+Start it beside a training, on a device or machine of its own that sees the run's folder; start several, they share the
+work. Training never waits for it. It ends when the last checkpoint of the last stage has its line in RUN/evals.jsonl.
+Killed at any moment and started again, it loses and repeats none. SIGTERM and SIGUSR1 end it with exit code 85.
+
+examples:
+  megakd watch runs/a
+  megakd watch runs/a --once                                   what is there, then end
+  megakd watch runs/a eval.tasks='["hellaswag"]' eval.limit=500
+  megakd watch runs/a --follow eval.best=hellaswag/acc_norm
+"""
+
+import argparse
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import Event, Thread
+from types import FrameType
+
+from megakd.engine.checkpoint import best_file
+from megakd.evals.follow import Follower
+from megakd.evals.measure import Meter, check_best
+from megakd.files import read_json
+from megakd.log import clock, say
+from megakd.run import Run
+
+STOPPED = 85  # exit code: stopped by a signal, what is finished is kept; schedulers requeue on it
+
+
+class Stopped(BaseException):
+    """SIGTERM or SIGUSR1: nothing below may take it for an error."""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    ends = parser.add_mutually_exclusive_group()
+    ends.add_argument("--once", action="store_true", help="evaluate the checkpoints that are there, then end")
+    ends.add_argument("--follow", action="store_true", help="do not end when training has ended")
+
+
+def main(run: Run, args: argparse.Namespace) -> None:
+    try:
+        with raising_stopped():
+            check_best(run.config.eval.best, run.config.eval.tasks)
+            watch(run, Follower(run, Meter(run), watching=True), args.once, args.follow)
+    except Stopped:
+        say(f"watch: stopped by a signal; megakd watch {run.folder} goes on from here")
+        sys.exit(STOPPED)
+
+
+def watch(run: Run, follower: Follower, once: bool = False, follow: bool = False) -> None:
+    """Evaluate what is there and what comes, oldest first, until training has ended and every checkpoint is settled."""
+    follower.scan()
+    follower.pin()  # of the lines that are there, maybe by another measure than before
+    if once:
+        for name in follower.pending():
+            if not follower.take(name):
+                say(f"watch: {name} is being evaluated by another process")
+        return
+    own, seconds, said = 0, 0.0, time.monotonic()
+    with scanning(follower, run.config.eval.poll_seconds) as check_scan:
+        while True:
+            check_scan()
+            start, waiting = time.monotonic(), follower.pending()
+            if any(follower.take(name) for name in waiting):
+                own, seconds, said = own + 1, seconds + time.monotonic() - start, time.monotonic()
+                say(progress(run, follower, seconds / own))
+            elif not waiting and not follow and ended(run, follower):
+                break
+            else:
+                if time.monotonic() - said > 60:
+                    said = time.monotonic()
+                    first = next(iter(waiting), None)
+                    say(f"watch: another process is at {first}" if first else "watch: waiting for a checkpoint")
+                time.sleep(min(run.config.eval.poll_seconds, 1.0))
+    file = best_file(run.path("checkpoints"))
+    if file.exists():
+        best = read_json(file)
+        say(f"watch: the best by {best['metric']} is {best['model']}, {best['value']:.4g}: {file}")
+
+
+def progress(run: Run, follower: Follower, seconds: float) -> str:
+    """`watch  3/12 checkpoints  25%  1 waits  ETA 6:09`; seconds: what one takes; the ETA is without training's own."""
+    done, waiting = len(follower.lines().keys() | follower.settled()), len(follower.pending())
+    every, stages = run.config.checkpoint.every_steps, run.config.stages
+    total = max(sum(-(-run.config.steps_of(stage) // every) for stage in stages), done + waiting)
+    left = clock(seconds * (total - done))
+    return f"watch  {done}/{total} checkpoints  {done / total:4.0%}  {waiting} waiting  ETA {left}"
+
+
+def ended(run: Run, follower: Follower) -> bool:
+    """Whether the last checkpoint of the last stage is settled, and every one that is there."""
+    settled = follower.lines().keys() | follower.settled()
+    steps = sum(run.config.steps_of(stage) for stage in run.config.stages)
+    return f"{run.config.stages[-1].name}/step-{steps:06d}" in settled and follower.published().keys() <= settled
+
+
+@contextmanager
+def scanning(follower: Follower, seconds: float) -> Iterator[Callable[[], None]]:
+    """Scan in a thread, so that rotation takes nothing while a checkpoint is measured; gives what raises its error."""
+    stop, errors = Event(), []
+
+    def scan() -> None:
+        while not stop.wait(seconds):
+            try:
+                follower.scan()
+            except BaseException as error:  # handed over, not handled
+                errors.append(error)
+                return
+
+    def check() -> None:
+        if errors:
+            raise errors[0]
+
+    thread = Thread(target=scan, name="scan", daemon=True)
+    thread.start()
+    try:
+        yield check
+    finally:
+        stop.set()
+        thread.join(10)
+
+
+@contextmanager
+def raising_stopped() -> Iterator[None]:
+    """SIGTERM and SIGUSR1 raise Stopped, at once: pieces of an evaluation outlive it."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped
+
+    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

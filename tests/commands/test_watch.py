@@ -1,0 +1,420 @@
+"""Following checkpoints: one line each whatever is killed, rotated or broken; curves; the best stays."""
+
+import errno
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import megakd.evals.follow
+from megakd.cli import run_verb
+from megakd.commands.train import _identity
+from megakd.engine.checkpoint import best_weights, published, rotate
+from megakd.errors import UserError
+from megakd.evals.follow import Follower, hold
+from megakd.evals.harness import Harness
+from megakd.evals.measure import Meter
+from megakd.log import wandb_id
+from megakd.run import Run
+from megakd.tasks import claimed
+from tests.conftest import command, kill_when
+from tests.evals.test_harness import write_tasks
+
+NAMES = ["experts/step-000003", "experts/step-000004", "all/step-000007", "all/step-000010"]
+
+
+@pytest.fixture(scope="module")
+def trained(prepared, tmp_path_factory) -> Path:
+    """A finished training with its four checkpoints; read-only: see `run`."""
+    folder = tmp_path_factory.mktemp("watch") / "trained"
+    run_verb(["new", str(folder), "--from", str(prepared)])
+    run_verb(["train", str(folder)])
+    return folder
+
+
+@pytest.fixture
+def run(trained, tmp_path, monkeypatch) -> Path:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    shutil.copytree(trained, tmp_path / "run", symlinks=False)
+    return tmp_path / "run"
+
+
+def watch(run: Path, *argv: object) -> None:
+    run_verb(["watch", str(run), "eval.poll_seconds=0.02", *map(str, argv)])
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    path = run / "evals.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def names(run: Path) -> list[str]:
+    return [line["model"] for line in lines(run)]
+
+
+def held(run: Path) -> list[Path]:
+    """What is left of the work: nothing, once it is done."""
+    return [*run.glob("watch/held/*/*"), *run.glob("watch/best/*/*.*"), *run.rglob("*.tmp*")]
+
+
+def best(run: Path) -> dict[str, Any]:
+    return json.loads((run / "checkpoints" / "best.json").read_text())
+
+
+def with_tasks(folder: Path, *tasks: str) -> list[str]:
+    return [f"eval.tasks={json.dumps(tasks)}", f"eval.task_folder={write_tasks(folder)}", "eval.task_batch_size=4"]
+
+
+@pytest.mark.ranks
+def test_one_line_a_checkpoint_whatever_is_killed(prepared, tmp_path):
+    """Two deepspeed ranks train and keep one checkpoint; watches are killed and started, at the end two at once.
+
+    The test itself goes on scanning, as a further watch would: between two kills rotation takes checkpoints.
+    """
+    folder = tmp_path / "run"
+    live = ["checkpoint.every_steps=1", "checkpoint.keep=1", "eval.poll_seconds=0.02", "log.tensorboard=true"]
+    tasks = with_tasks(tmp_path / "tasks", "tiny_choice", "tiny_last")
+    run_verb(["new", str(folder), "--from", str(prepared), "engine.kind=deepspeed", "engine.ranks=2", *live, *tasks])
+    training = subprocess.Popen(command("train", folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    done = threading.Event()
+
+    def scan() -> None:
+        run = Run.open(folder)
+        follower = Follower(run, Meter(run, []), watching=False)
+        while not done.wait(0.005):
+            follower.scan()
+
+    scanner = threading.Thread(target=scan)
+    scanner.start()
+    try:
+        for count in (2, 5):
+            assert kill_when(["watch", folder], lambda count=count: len(lines(folder)) >= count)
+        assert training.wait(300) == 0
+        other = subprocess.Popen(command("watch", folder), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        watch(folder)
+        assert other.wait(120) == 0, other.communicate()[1]
+    finally:
+        done.set()
+        scanner.join()
+    run = Run.open(folder)
+    expected = [event["folder"].removeprefix("checkpoints/") for event in run.events("checkpoint")]
+    assert len(expected) == 10 and sorted(names(folder)) == sorted(expected)
+    assert not run.events("evaluation_lost") and not held(folder)
+    for line in lines(folder):
+        assert line["tasks"].keys() == {"tiny_choice", "tiny_last"} and line["step"] == int(line["model"][-6:])
+    first = min(lines(folder), key=lambda line: line["kl"])
+    assert best(folder)["model"] == first["model"] and best_weights(folder / "checkpoints").is_dir()
+    board = EventAccumulator(str(folder / "tensorboard" / "eval"))
+    board.Reload()
+    for name in ("kl", "perplexity", "tiny_choice/acc", "tiny_last/perplexity"):
+        points = {event.step: event.value for event in board.Scalars(f"eval/{name}")}
+        assert sorted(points) == list(range(1, 11)), name
+    assert points[10] == pytest.approx(lines_of(folder)["all/step-000010"]["tasks"]["tiny_last"]["perplexity,none"])
+
+
+def lines_of(run: Path) -> dict[str, dict[str, Any]]:
+    return {line["model"]: line for line in lines(run)}
+
+
+def test_it_ends_with_the_training_and_evaluate_finds_nothing_to_do(run, capfd):
+    watch(run)
+    assert names(run) == NAMES and not held(run)
+    said = capfd.readouterr().err
+    assert "all/step-000010: kl " in said and "4/4 checkpoints  100%  0 waiting  ETA 0:00" in said
+    assert "the best by kl is" in said
+    watch(run)
+    run_verb(["evaluate", str(run)])
+    assert names(run) == [*NAMES, "teacher", "student-0"]
+    quality = {name: line for name, line in lines_of(run).items() if name in NAMES}
+    (run / "evals.jsonl").unlink()
+    run_verb(["evaluate", str(run)])  # the same numbers another way
+    for name, line in quality.items():
+        assert {**lines_of(run)[name], "tokens_per_second": 0} == {**line, "tokens_per_second": 0}
+
+
+def test_once_ends_though_the_training_has_not(run):
+    shutil.rmtree(run / "checkpoints" / "all" / "step-000010")
+    watch(run, "--once")
+    assert names(run) == NAMES[:3]
+
+
+def test_a_signal_ends_it_and_what_is_finished_stays(run, capfd):
+    def stop() -> None:
+        deadline = time.monotonic() + 60
+        while len(lines(run)) < 4 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop).start()
+    with pytest.raises(SystemExit) as ended:
+        watch(run, "--follow")
+    assert ended.value.code == 85 and names(run) == NAMES
+    assert "stopped by a signal" in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_pieces_outlive_a_kill(run, tmp_path, monkeypatch):
+    """Killed in the second task: hold-out and first task are not measured again, unless their settings changed."""
+    measured: list[str] = []
+    original, quality = Harness.measure, Meter._quality
+
+    def measure(self: Harness, name: str, *args: Any, **kwargs: Any) -> Any:
+        measured.append(name)
+        if measured == ["hold-out", "tiny_choice", "tiny_last"]:
+            raise KeyboardInterrupt
+        return original(self, name, *args, **kwargs)
+
+    monkeypatch.setattr(Harness, "measure", measure)
+    monkeypatch.setattr(Meter, "_quality", lambda *args: measured.append("hold-out") or quality(*args))
+    shutil.rmtree(run / "checkpoints" / "experts")
+    shutil.rmtree(run / "checkpoints" / "all" / "step-000007")
+    tasks = with_tasks(tmp_path / "tasks", "tiny_choice", "tiny_last")
+    with pytest.raises(KeyboardInterrupt):
+        watch(run, *tasks)
+    assert not lines(run)
+    del measured[:]
+    watch(run)
+    assert measured == ["tiny_last"] and names(run) == NAMES[-1:]
+    assert lines(run)[0]["tasks"].keys() == {"tiny_choice", "tiny_last"} and "nll" in lines(run)[0]
+
+
+@pytest.mark.parametrize("place", ["log_evaluation", "append_json"])
+def test_a_kill_around_the_line_repeats_nothing(place, run, monkeypatch):
+    """Before the line is written the numbers are there already; after it, curves and the pin are done again."""
+    original = getattr(megakd.evals.follow, place)
+
+    def killed(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(megakd.evals.follow, place, killed)
+    with pytest.raises(KeyboardInterrupt):
+        watch(run, "--once")
+    assert names(run) == (NAMES[:1] if place == "log_evaluation" else [])
+    monkeypatch.setattr(megakd.evals.follow, place, original)
+    watch(run)
+    assert names(run) == NAMES and not held(run)
+
+
+def test_watches_share(run, tmp_path):
+    """Two processes: each does some, each line is there once."""
+
+    def work(number: int) -> None:
+        opened = Run.open(run)
+        follower = Follower(opened, Meter(opened), watching=True)
+        follower.scan()
+        (tmp_path / f"ready-{number}").touch()
+        while len(list(tmp_path.glob("ready-*"))) < 2:
+            time.sleep(0.001)
+        while waiting := follower.pending():
+            for name in waiting:
+                if follower.take(name):
+                    with (tmp_path / f"took-{number}").open("a") as file:
+                        file.write(name + "\n")
+
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=work, args=(number,)) for number in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    took = [(tmp_path / f"took-{number}").read_text().split() for number in range(2)]
+    assert sorted(names(run)) == sorted(NAMES) == sorted(took[0] + took[1])
+    assert took[0] and took[1]
+
+
+def test_what_another_process_is_at_is_left_to_it(run, capfd):
+    (run / "watch" / "locks").mkdir(parents=True)
+    with claimed(run / "watch" / "locks" / "all--step-000007.lock") as mine:
+        assert mine
+        watch(run, "--once")
+        run_verb(["evaluate", str(run)])
+    said = capfd.readouterr().err
+    assert said.count("all/step-000007 is being evaluated by another process") == 2
+    assert [name for name in names(run) if name in NAMES] == [NAMES[0], NAMES[1], NAMES[3]]
+    watch(run)
+    assert sorted(n for n in names(run) if n in NAMES) == sorted(NAMES)
+
+
+def spoil(checkpoint: Path, how: str) -> None:
+    """New files in the old ones' places, as a training would have written them."""
+    weights = checkpoint / "weights" / "model.safetensors"
+    if how == "nan":
+        tensors = load_file(weights)
+        tensors["model.norm.weight"].fill_(torch.nan)
+        weights.unlink()
+        save_file(tensors, weights, metadata={"format": "pt"})
+    elif how == "cut":
+        content = weights.read_bytes()
+        weights.unlink()
+        weights.write_bytes(content[: len(content) // 2])
+    elif how == "config":
+        (checkpoint / "weights" / "config.json").write_text('{"model_type": "qwen3_moe_shared_core", "layers": 3')
+    elif how == "progress":
+        (checkpoint / "progress.json").write_text("[]")
+    else:
+        shutil.rmtree(checkpoint / "weights")
+
+
+@pytest.mark.parametrize("how", ["nan", "cut", "config", "progress", "nothing"])
+def test_a_bad_checkpoint_is_named_and_left_out(how, run, capfd, trained):
+    name = NAMES[1]
+    spoil(run / "checkpoints" / name, how)
+    watch(run)
+    assert names(run) == [n for n in NAMES if n != name] and not held(run)
+    (event,) = Run.open(run).events("bad_checkpoint")
+    assert event["checkpoint"] == name and event["reason"]
+    assert f"{name} cannot be evaluated and is left out" in capfd.readouterr().err
+    watch(run)
+    run_verb(["evaluate", str(run)])
+    assert len(Run.open(run).events("bad_checkpoint")) == 1 and "left out" not in capfd.readouterr().err
+    shutil.rmtree(run / "checkpoints" / name)  # another content is tried
+    shutil.copytree(trained / "checkpoints" / name, run / "checkpoints" / name)
+    watch(run, "--once")
+    assert name in names(run)
+
+
+def test_the_last_checkpoint_may_be_the_bad_one(run):
+    spoil(run / "checkpoints" / NAMES[-1], "cut")
+    watch(run)
+    assert names(run) == NAMES[:-1]
+
+
+def test_half_written_checkpoints_are_not_read(run):
+    """One being written, one being deleted, one put aside, one without its progress."""
+    whole = run / "checkpoints" / NAMES[2]
+    for other in ("all/step-000008.tmp", "all/step-000006.damaged", "all/step-000009"):
+        shutil.copytree(whole, run / "checkpoints" / other)
+    (run / "checkpoints" / "all" / "step-000009" / "progress.json").unlink()
+    watch(run)
+    assert names(run) == NAMES
+
+
+def test_rotation_may_take_a_checkpoint_while_it_is_measured(run, monkeypatch):
+    original = Meter._quality
+
+    def rotated(self: Meter, *args: Any) -> Any:
+        rotate(run / "checkpoints", 1, set())
+        return original(self, *args)
+
+    monkeypatch.setattr(Meter, "_quality", rotated)
+    watch(run)
+    assert names(run) == NAMES and not held(run)
+    found = [f"{saved.folder.parent.name}/{saved.folder.name}" for saved in published(run / "checkpoints")]
+    assert set(found) <= {NAMES[-1], best(run)["model"]}
+
+
+@pytest.mark.parametrize("after", range(1, 8))
+def test_a_checkpoint_that_vanishes_while_it_is_linked(after, run, monkeypatch, tmp_path):
+    """Rotated after so many links: nothing is held, no half of it stays."""
+    checkpoint, links, original = run / "checkpoints" / NAMES[0], [], os.link
+
+    def link(source: Path, target: Path) -> None:
+        original(source, target)
+        links.append(target)
+        if len(links) == after:
+            rotate(run / "checkpoints", 1, set())
+
+    monkeypatch.setattr(os, "link", link)
+    assert not hold(checkpoint, tmp_path / "held") and len(links) == after
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("held")]
+
+
+def test_where_there_are_no_hard_links_files_are_copied(run, monkeypatch, tmp_path):
+    def link(source: Path, target: Path) -> None:
+        raise OSError(errno.EXDEV, "cross-device")
+
+    monkeypatch.setattr(os, "link", link)
+    checkpoint = run / "checkpoints" / NAMES[0]
+    assert hold(checkpoint, tmp_path / "held")
+    for path in [*(checkpoint / "weights").iterdir(), checkpoint / "progress.json"]:
+        copy = tmp_path / "held" / path.relative_to(checkpoint)
+        assert copy.read_bytes() == path.read_bytes() and copy.stat().st_ino != path.stat().st_ino
+
+
+def test_what_rotation_took_before_is_named_once(run, capfd):
+    rotate(run / "checkpoints", 1, set())
+    watch(run)
+    watch(run)
+    assert names(run) == NAMES[-1:]
+    (event,) = Run.open(run).events("evaluation_lost")
+    assert event["checkpoints"] == NAMES[:-1]
+    assert capfd.readouterr().err.count("without a line: experts/step-000003, experts/step-000004") == 1
+
+
+def test_the_best_is_kept_by_the_measure_that_was_asked_for(run, tmp_path, capfd):
+    """By KL, by another measure later, by a task; rotation spares it; verbs know it; its weights outlive rotation."""
+    checkpoints = run / "checkpoints"
+    with pytest.raises(UserError, match="no best checkpoint yet"):
+        run_verb(["evaluate", str(run), "--model", "best"])
+    with pytest.raises(UserError, match="no best checkpoint yet"):
+        run_verb(["export", str(run), "--checkpoint", "best"])
+    with pytest.raises(UserError, match=r"eval.best: 'accuracy' is not measured; give one of kl, perplexity"):
+        watch(run, "eval.best=accuracy")
+    tasks = with_tasks(tmp_path / "tasks", "tiny_last")
+    watch(run, "eval.best=kl", *tasks)
+    order = sorted(NAMES, key=lambda name: lines_of(run)[name]["kl"])
+    assert best(run)["model"] == order[0] and best(run)["value"] == lines_of(run)[order[0]]["kl"]
+    # the other measures at once: made up, so that each has another best
+    rows = lines(run)
+    for index, row in enumerate(rows):
+        row["top1"] = 0.9 if index == 0 else 0.1
+        row["tasks"]["tiny_last"]["perplexity,none"] = 1.0 if index == 1 else 9.0
+    (run / "evals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for measure, expected in (("top1", NAMES[0]), ("tiny_last/perplexity", NAMES[1])):
+        watch(run, f"eval.best={measure}")
+        assert best(run)["model"] == expected and [p.name for p in run.glob("watch/best/*/*")] == [expected[-11:]]
+    rotate(checkpoints, 1, set())
+    assert {f"{saved.folder.parent.name}/{saved.folder.name}" for saved in published(checkpoints)} == {
+        NAMES[1],
+        NAMES[3],
+    }
+    shutil.rmtree(checkpoints / NAMES[1])  # by hand
+    run_verb(["export", str(run), "--checkpoint", "best", "--out", str(tmp_path / "out")])
+    assert "was not evaluated" not in (tmp_path / "out" / "README.md").read_text()
+    run_verb(["evaluate", str(run), "--model", "best", "--tasks", "tiny_choice"])
+    assert lines(run)[-1]["model"] == NAMES[1] and lines(run)[-1]["tasks"].keys() == {"tiny_choice"}
+    assert "tiny_choice/acc" in capfd.readouterr().out
+
+
+def test_unreadable_best_ends_no_training(run, capfd):
+    (run / "checkpoints" / "best.json").write_text("{")
+    rotate(run / "checkpoints", 1, set())
+    assert len(published(run / "checkpoints")) == 4 and "no checkpoint is deleted" in capfd.readouterr().err
+
+
+def test_curves_stand_at_their_steps_under_the_runs_own_id(run, capfd):
+    """TensorBoard, with training's event file beside; W&B offline, the same run, a step of its own."""
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+    with SummaryWriter(str(run / "tensorboard")) as writer:
+        writer.add_scalar("train/loss", 1.0, 99)
+    watch(run, "log.tensorboard=true", "log.wandb=offline")
+    opened = Run.open(run)
+    assert wandb_id(opened.config) == _identity(opened)[0]
+    board = EventAccumulator(str(run / "tensorboard" / "eval"))
+    board.Reload()
+    for key in ("kl", "perplexity", "top1"):
+        events = board.Scalars(f"eval/{key}")
+        assert [event.step for event in events] == [3, 4, 7, 10]
+        assert [event.value for event in events] == pytest.approx([line[key] for line in lines(run)], rel=1e-6)
+    files = [p for p in run.glob("wandb/offline-run-*/*.wandb") if p.name == f"run-{wandb_id(opened.config)}.wandb"]
+    assert len(files) == 4
+    deadline = time.monotonic() + 20
+    expected = {str(line["kl"]).encode() for line in lines(run)}
+    while time.monotonic() < deadline and expected:  # another process writes them
+        expected = {value for value in expected if not any(value in path.read_bytes() for path in files)}
+    assert not expected and all(b"eval/step" in path.read_bytes() for path in files)
+    assert "wandb" not in capfd.readouterr().out
