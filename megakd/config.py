@@ -2,11 +2,23 @@
 
 import difflib
 import json
+import math
+import operator
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError, PydanticKnownError
 
 from megakd.errors import UserError
 from megakd.files import digest, read_json, shipped
@@ -142,16 +154,57 @@ class StreamConfig(Section):
     scratch: str | None = live(None)
 
 
+def _ramp(**bounds: float) -> PlainValidator:
+    """Checks a number, or a pair [start, end] of them; bounds like those of a Field."""
+    kinds: dict[str, Any] = {"ge": "greater_than_equal", "gt": "greater_than", "le": "less_than_equal"}
+    holds: dict[str, Any] = {"ge": operator.ge, "gt": operator.gt, "le": operator.le}
+
+    def number(value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise PydanticKnownError("float_type")
+        if not math.isfinite(value):
+            raise PydanticKnownError("finite_number")
+        for key, bound in bounds.items():
+            if not holds[key](value, bound):
+                raise PydanticKnownError(kinds[key], {key: bound})
+        return float(value)
+
+    def check(value: Any) -> float | tuple[float, float]:
+        if not isinstance(value, list | tuple):
+            return number(value)
+        if len(value) != 2:
+            raise PydanticCustomError("ramp", "Input should be a number or a pair [start, end]")
+        return number(value[0]), number(value[1])
+
+    return PlainValidator(check)
+
+
+_AS_IT_IS = PlainSerializer(lambda value: value)
+# pydantic's own union would name its members in every error
+Share = Annotated[float | tuple[float, float], _ramp(ge=0, le=1), _AS_IT_IS]
+Temperature = Annotated[float | tuple[float, float], _ramp(gt=0), _AS_IT_IS]
+
+
 class ObjectiveConfig(Section):
     """(1 - alpha) * CE + alpha * T^2 * KL; tail: what stands for the tokens that are not in the stored head.
 
     ghost: one more bucket. truncated: nothing. sampled, hybrid: the stored draws, from everything or from the rest.
+    alpha, temperature: a number, or [start, end]: linear over each stage. divergence: instead of the KL; mix: the
+    teacher's share of the mixture in jsd and skew_kl.
     """
 
     kind: Literal["cached"] = "cached"
-    alpha: float = Field(0.5, ge=0, le=1)
-    temperature: float = Field(2.0, gt=0)
+    alpha: Share = 0.5
+    temperature: Temperature = 2.0
     tail: Literal["ghost", "truncated", "sampled", "hybrid"] = "ghost"
+    divergence: Literal["kl", "reverse_kl", "jsd", "skew_kl", "tvd"] = "kl"
+    mix: float = 0.5
+
+    @model_validator(mode="after")
+    def _mixes(self) -> "ObjectiveConfig":
+        if self.divergence in ("jsd", "skew_kl") and not 0 < self.mix < 1:
+            raise ValueError(f"{self.divergence} mixes teacher and student: mix is between 0 and 1, like 0.1")
+        return self
 
 
 class OptimConfig(Section):
@@ -177,12 +230,33 @@ class LrRule(Section):
 
 
 class StageConfig(Section):
-    """A stretch of training with its own length and rules; the first rule that matches a parameter counts."""
+    """A stretch of training with its own length and rules; the first rule that matches a parameter counts.
+
+    Exactly one of tokens (positions), steps and epochs (passes over the run's training samples) says how long it is.
+    lr, objective, optim: what differs from the run's sections, like {"alpha": 0.9} or {"batch_tokens": 524288}.
+    config: a DeepSpeed file of its own, copied into `deepspeed`.
+    Adam's moments and fp32 masters of parameters that a stage goes on training come from the stage before.
+    """
 
     name: str = Field(pattern=r"^[\w.-]+$")
-    tokens: Count = Field(ge=1)
+    tokens: Count | None = Field(None, ge=1)
+    steps: Count | None = Field(None, ge=1)
+    epochs: float | None = Field(None, gt=0)
     lr: float | None = Field(None, gt=0)
     lr_multipliers: tuple[LrRule, ...] = ()
+    objective: dict[str, Any] = {}
+    optim: dict[str, Any] = {}
+    config: str | None = None
+    deepspeed: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "StageConfig":
+        given = [name for name in ("tokens", "steps", "epochs") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give one of tokens, steps and epochs, not {' and '.join(given) or 'none of them'}")
+        if self.lr is not None and "lr" in self.optim:
+            raise ValueError("lr is there twice, in optim too; delete one")
+        return self
 
 
 class EngineConfig(Section):
@@ -249,14 +323,54 @@ class RunConfig(Section):
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
 
+    @model_validator(mode="after")
+    def _stages_fit(self) -> "RunConfig":
+        for index, stage in enumerate(self.stages):
+            for name in ("objective", "optim"):
+                try:
+                    _changed(getattr(self, name), getattr(stage, name))
+                except ValidationError as error:
+                    first = error.errors()[0]
+                    place = (name, *first["loc"])
+                    what = _nearest(place) if first["type"] == "extra_forbidden" else ""
+                    path = ".".join(map(str, place))
+                    raise ValueError(f"stages.{index}.{path}: {first['msg']}{what}") from error
+            live = [key for key in stage.optim if is_live(f"optim.{key}")]
+            if live:
+                raise ValueError(f"stages.{index}.optim.{live[0]} is one for all stages; set it in the run's optim")
+        return self
+
     @property
     def windows_per_step(self) -> int:
         """Windows of one optimizer step over all ranks."""
         return self.optim.batch_tokens // self.data.sequence_length
 
-    def steps_of(self, stage: StageConfig) -> int:
-        """Optimizer steps of a stage: its tokens over the batch, rounded up."""
-        return -(-stage.tokens // self.optim.batch_tokens)
+    def at(self, stage: StageConfig) -> "RunConfig":
+        """The configuration in force during a stage."""
+        optim = {**stage.optim, **({} if stage.lr is None else {"lr": stage.lr})}
+        engine = {} if stage.config is None else {"config": stage.config, "deepspeed": stage.deepspeed}
+        return self.model_copy(
+            update={
+                "objective": _changed(self.objective, stage.objective),
+                "optim": _changed(self.optim, optim),
+                "engine": self.engine.model_copy(update=engine),
+            }
+        )
+
+    def steps_of(self, stage: StageConfig, windows: int | None = None) -> int:
+        """Optimizer steps of a stage: its tokens, or its passes over so many windows, over its batch, rounded up.
+
+        windows: those of the training shards; without them as many as `data` asks for.
+        """
+        if stage.steps is not None:
+            return stage.steps
+        config = self.at(stage)
+        if stage.tokens is not None:
+            return -(-stage.tokens // config.optim.batch_tokens)
+        assert stage.epochs is not None
+        if windows is None:
+            windows = max(self.data.tokens // self.data.sequence_length, 1)
+        return max(math.ceil(stage.epochs * windows / max(config.windows_per_step, 1)), 1)
 
     def fingerprint(self, *sections: str) -> str:
         """A hash of the named sections without their live fields; of the whole run when none is named."""
@@ -359,18 +473,36 @@ def _nearest(location: tuple[int | str, ...]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; known keys are {', '.join(names)}"
 
 
+def _changed(section: Section, changes: dict[str, Any]) -> Any:
+    """A section with changes, validated."""
+    return type(section).model_validate({**section.model_dump(), **changes}) if changes else section
+
+
 def _with_deepspeed(config: RunConfig, folder: Path) -> RunConfig:
-    """Copy the named DeepSpeed file into the config, so that the run never depends on a file that may change."""
+    """Copy the named DeepSpeed files into the config, so that the run never depends on a file that may change."""
     engine = config.engine
-    if engine.kind != "deepspeed" or engine.deepspeed is not None:
+    if engine.kind != "deepspeed":
         return config
-    path = shipped("ds_configs", f"{engine.config}.json")
+    if engine.deepspeed is None:
+        content = _deepspeed_file(engine.config, folder, "engine.config")
+        config = config.model_copy(update={"engine": engine.model_copy(update={"deepspeed": content})})
+    stages = []
+    for index, stage in enumerate(config.stages):
+        if stage.config is not None and stage.deepspeed is None:
+            content = _deepspeed_file(stage.config, folder, f"stages.{index}.config")
+            stage = stage.model_copy(update={"deepspeed": content})
+        stages.append(stage)
+    return config.model_copy(update={"stages": tuple(stages)})
+
+
+def _deepspeed_file(name: str, folder: Path, key: str) -> dict[str, Any]:
+    path = shipped("ds_configs", f"{name}.json")
     if not path.exists():
-        path = Path(engine.config) if Path(engine.config).exists() else folder / engine.config
+        path = Path(name) if Path(name).exists() else folder / name
     if not path.exists():
         known = ", ".join(sorted(p.stem for p in shipped("ds_configs", "").glob("*.json")))
-        raise UserError(f"engine.config: {engine.config!r} is neither a file nor one of {known}")
+        raise UserError(f"{key}: {name!r} is neither a file nor one of {known}")
     content = read_json(path)
     if not isinstance(content, dict):
         raise UserError(f"{path}: a DeepSpeed file is a JSON object, not {type(content).__name__}")
-    return config.model_copy(update={"engine": engine.model_copy(update={"deepspeed": content})})
+    return content

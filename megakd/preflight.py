@@ -28,7 +28,6 @@ def check(run: Run) -> ShardSet:
     dataset = open_dataset(run)
     _check_data(run, dataset)
     skeleton = empty_model(student)
-    CachedDistillation(skeleton, config.objective, dataset.facts)
     if config.engine.expert_parallel > 1 and config.engine.kind == "deepspeed":
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # DeepSpeed asks for it
         from megakd.models.expert_parallel import spread_experts
@@ -36,19 +35,21 @@ def check(run: Run) -> ShardSet:
         spread_experts(skeleton, config.engine.expert_parallel, 0)  # so that rules meet the tensors they will train
     for stage in config.stages:
         try:
+            CachedDistillation(skeleton, config.at(stage).objective, dataset.facts)
             assign_rules(skeleton, stage.lr_multipliers)
+            if config.engine.kind == "deepspeed":
+                deepspeed_config(config.at(stage), 1, 1)
         except UserError as error:
             raise UserError(f"{run.folder}: stage {stage.name!r}: {error}") from error
-    if config.engine.kind == "deepspeed":
-        deepspeed_config(config, 1, 1)
     saved = next(reversed(published(run.path("checkpoints"))), None)
-    last = (len(config.stages) - 1, config.steps_of(config.stages[-1]))
-    if saved and (saved.progress.stage, saved.progress.stage_step) < last:
+    last = (len(config.stages) - 1, config.steps_of(config.stages[-1], len(dataset)))
+    unfinished = saved is not None and (saved.progress.stage, saved.progress.stage_step) < last
+    if saved and unfinished:
         check_shards(saved, shards_digest(dataset.names, dataset.sizes), dataset.folder)
     if not was_launched():
         ranks = config.engine.ranks if config.engine.kind == "deepspeed" else 1
         check_world(config, World(0, ranks, torch.device("cpu")))
-        if saved and saved.progress.stage_step < config.steps_of(config.stages[saved.progress.stage]):
+        if saved and unfinished:
             check_ranks(saved, ranks)
     return dataset
 
@@ -88,10 +89,9 @@ def _check_data(run: Run, dataset: ShardSet) -> None:
         raise UserError(
             f"{dataset.folder}: windows of {tokens['sequence_length']} tokens, data.sequence_length is {length}"
         )
-    if config.optim.batch_tokens % length:
-        raise UserError(
-            f"optim.batch_tokens: {config.optim.batch_tokens} is no multiple of data.sequence_length {length}"
-        )
+    for stage in config.stages:
+        if (batch := config.at(stage).optim.batch_tokens) % length:
+            raise UserError(f"optim.batch_tokens: {batch} is no multiple of data.sequence_length {length}")
 
 
 def check_world(config: RunConfig, world: World) -> None:
@@ -111,12 +111,13 @@ def check_world(config: RunConfig, world: World) -> None:
         raise UserError(
             f"engine.expert_parallel: {spread} does not divide the {world.size} ranks; change engine.ranks or it"
         )
-    windows = config.windows_per_step
-    if windows % (world.size * config.optim.micro_batch):
-        raise UserError(
-            f"optim.batch_tokens: {windows} windows a step do not divide among {world.size} ranks x optim.micro_batch "
-            f"{config.optim.micro_batch}; change optim.micro_batch, engine.ranks or the batch"
-        )
+    for stage in config.stages:
+        windows = config.at(stage).windows_per_step
+        if windows % (world.size * config.optim.micro_batch):
+            raise UserError(
+                f"optim.batch_tokens: {windows} windows a step do not divide among {world.size} ranks x "
+                f"optim.micro_batch {config.optim.micro_batch}; change optim.micro_batch, engine.ranks or the batch"
+            )
 
 
 def was_launched() -> bool:

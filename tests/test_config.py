@@ -216,7 +216,9 @@ def test_temperature_one_is_always_declared_and_first(tmp_path, temperatures, de
 
 
 def test_missing_key_and_the_number_of_other_faults(tmp_path):
-    assert "recipe.json: stages.0.tokens: field required" in error_of(tmp_path, {"stages": [{"name": "a"}]})
+    assert "stages.0: value error, give one of tokens, steps and epochs, not none of them" in error_of(
+        tmp_path, {"stages": [{"name": "a"}]}
+    )
     assert "(and 2 more)" in error_of(tmp_path, {"seed": -1, "compress": {"rank": 0}, "optim": {"lr": 0}})
 
 

@@ -103,8 +103,9 @@ def describe_run(run: Run) -> str:
                 pattern = "(no rule)" if index is None else stage.lr_multipliers[index].pattern
                 count = sum(a.parameter.numel() for a in mine)
                 rows.append([pattern, f"{mine[0].multiplier:g}", str(len(mine)), f"{count:,}", mine[0].name])
-        lr = stage.lr or run.config.optim.lr
-        parts.append(f"\nstage {stage.name}: {short(stage.tokens)} tokens, lr {lr:g}")
+        config = run.config.at(stage)
+        length = f"{run.config.steps_of(stage)} steps of {short(config.optim.batch_tokens)} tokens"
+        parts.append(f"\nstage {stage.name}: {length}, lr {config.optim.lr:g}")
         parts.append(table(["rule", "x lr", "tensors", "parameters", "for example"], rows))
     return "\n".join(parts)
 

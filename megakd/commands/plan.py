@@ -132,12 +132,9 @@ def lengths(run: Run) -> list[list[str]]:
         ["cache on disk", f"at most about {short(stored * upper)}B ({upper:.0f} bytes a token)"],
     ]
     for stage in config.stages:
-        steps = config.steps_of(stage)
-        passes = stage.tokens / data.tokens
+        steps, batch = config.steps_of(stage), config.at(stage).optim.batch_tokens
+        passes = steps * batch / data.tokens
         rows.append(
-            [
-                f"stage {stage.name}",
-                f"{steps} steps of {short(config.optim.batch_tokens)} tokens, {passes:.2f} passes over the cache",
-            ]
+            [f"stage {stage.name}", f"{steps} steps of {short(batch)} tokens, {passes:.2f} passes over the cache"]
         )
     return rows

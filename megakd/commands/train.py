@@ -30,12 +30,12 @@ from megakd.data.records import Batch
 from megakd.data.shards import ShardSet
 from megakd.data.stream import Stream, shards_digest, share
 from megakd.dist import StopSignals, World, close_world, join_world, read_world, seed_step, sum_over_ranks
-from megakd.engine.base import Engine, StepReport
+from megakd.engine.base import Carried, Engine, StepReport
 from megakd.engine.checkpoint import (
     Progress,
     Saved,
     check_ranks,
-    published,
+    last_sound,
     remove_unpublished,
     rotate,
     save_checkpoint,
@@ -81,7 +81,10 @@ def main(run: Run, args: argparse.Namespace) -> None:
 
 def train(run: Run, dataset: ShardSet, world: World, stop: StopSignals) -> bool:
     """Every stage that remains after the last checkpoint; False when a signal ended it early."""
-    saved = next(reversed(published(run.path("checkpoints"))), None)
+    saved, damaged = last_sound(run.path("checkpoints"), world)
+    for reason in damaged:
+        say(f"train: checkpoint left out: {reason}")
+        run.record("damaged checkpoint", reason=reason)
     progress = saved.progress if saved else Progress()
     log = None
     if world.first:
@@ -90,11 +93,12 @@ def train(run: Run, dataset: ShardSet, world: World, stop: StopSignals) -> bool:
         if saved:
             say(f"train: going on from {saved.folder}")
         log = MetricLog(run.folder, run.config.log, run.config.name, *_identity(run), progress.step)
+    carried = None
     try:
         for index, stage in enumerate(run.config.stages):
             reached = (saved.progress.stage, saved.progress.stage_step) if saved else (0, 0)
-            if reached < (index, run.config.steps_of(stage)):
-                saved = train_stage(run, index, dataset, saved, world, stop, log)
+            if reached < (index, run.config.steps_of(stage, len(dataset))):
+                saved, carried = train_stage(run, index, dataset, saved, carried, world, stop, log)
             if stop.agreed:
                 return False
         return True
@@ -104,27 +108,45 @@ def train(run: Run, dataset: ShardSet, world: World, stop: StopSignals) -> bool:
 
 
 def train_stage(
-    run: Run, index: int, dataset: ShardSet, saved: Saved | None, world: World, stop: StopSignals, log: MetricLog | None
-) -> Saved | None:
+    run: Run,
+    index: int,
+    dataset: ShardSet,
+    saved: Saved | None,
+    carried: Carried | None,
+    world: World,
+    stop: StopSignals,
+    log: MetricLog | None,
+) -> tuple[Saved | None, Carried | None]:
     """Stage `index`, to its end or a signal: exactly on from `saved` if it is of this stage, else from its weights.
 
-    Returns the last checkpoint; None when a signal came before the first step of all.
+    carried: what the stage before handed over; None where it ended in another process.
+    Returns the last checkpoint (None when a signal came before the first step of all), and what this stage hands over.
     """
-    config, stage = run.config, run.config.stages[index]
-    steps, start = config.steps_of(stage), saved.weights if saved else run.student_folder
-    engine = build_engine(config, build_objective(config, start, dataset), stage, world)
+    stage, config = run.config.stages[index], run.config.at(run.config.stages[index])
+    steps = run.config.steps_of(stage, len(dataset))
     progress = saved.progress if saved else Progress()
+    if saved and progress.stage < index and carried is None:
+        carried = end_of_stage(run, saved, dataset, world)
+    objective = build_objective(config, saved.weights if saved else run.student_folder, dataset)
+    updates = carried.updates if carried else {}
     if saved and progress.stage == index:
         check_ranks(saved, world.size)
+        updates = saved.updates
+        engine = build_engine(config, objective, stage, world, updates)
         engine.load(saved.folder / "state")
     else:
         progress = progress._replace(stage=index, stage_step=0)
+        engine = build_engine(config, objective, stage, world, updates)
+        if carried:
+            engine.take_over(carried)
+            carried.tensors.clear()  # the engine has them now
     shards = shards_digest(dataset.names, dataset.sizes)
     watch = StageWatch(stage.name, steps, progress.stage_step, config.log.every_steps, log)
     with closing(prefetch(stage_data(config, dataset, progress, steps, world))) as data:
         for step in in_step(data, world, stop):
             watch.data_ready()
             seed_step(config.seed, progress.step, world.rank)
+            objective.at(progress.stage_step / max(steps - 1, 1))
             factor = schedule(config.optim, progress.stage_step, steps)
             tokens, damaged = count_damage(run, step, world)
             batches = (to_device(batch, world.device) for batch in step.micro_batches)
@@ -138,17 +160,30 @@ def train_stage(
                 tokens=progress.tokens + tokens,
                 shards=shards,
             )
-            lr = (stage.lr or config.optim.lr) * factor
+            lr = config.optim.lr * factor
             watch.step_done(
                 progress.stage_step, progress.step, progress.tokens, tokens, report.sums, lr, report.grad_norm, damaged
             )
             if progress.stage_step == steps or progress.stage_step % config.checkpoint.every_steps == 0:
-                saved = save(run, stage, engine, progress, world)
+                saved = save(run, stage, engine, progress, world, updates)
                 watch.resume_clock()
         if progress.step > (saved.progress.step if saved else 0):  # a signal came in between
-            saved = save(run, stage, engine, progress, world)
+            saved = save(run, stage, engine, progress, world, updates)
+    handed = engine.hand_over() if index + 1 < len(run.config.stages) and not stop.agreed else None
     engine.close()
-    return saved
+    return saved, handed
+
+
+def end_of_stage(run: Run, saved: Saved, dataset: ShardSet, world: World) -> Carried:
+    """What a stage that ended in another process hands over, from its last checkpoint."""
+    stage = run.config.stages[saved.progress.stage]
+    config = run.config.at(stage)
+    engine = build_engine(config, build_objective(config, saved.weights, dataset), stage, world, saved.updates)
+    check_ranks(saved, world.size)
+    engine.load(saved.folder / "state")
+    carried = engine.hand_over()
+    engine.close()
+    return carried
 
 
 def in_step(data: Iterator[Step | None], world: World, stop: StopSignals) -> Iterator[Step]:
@@ -168,8 +203,10 @@ def in_step(data: Iterator[Step | None], world: World, stop: StopSignals) -> Ite
     stop.agree(world)  # the signals of the last step
 
 
-def save(run: Run, stage: StageConfig, engine: Engine, progress: Progress, world: World) -> Saved:
-    """Publish a checkpoint, then rotate the old ones."""
+def save(
+    run: Run, stage: StageConfig, engine: Engine, progress: Progress, world: World, updates: dict[str, int]
+) -> Saved:
+    """Publish a checkpoint, then rotate the old ones; updates: what the stage began with (`Carried`)."""
     folder = run.path("checkpoints", stage.name, f"step-{progress.step:06d}")
 
     def describe(weights: Path) -> None:
@@ -177,7 +214,7 @@ def save(run: Run, stage: StageConfig, engine: Engine, progress: Progress, world
         write_config(weights, load_config(run.student_folder))
         copy_side_files(run.student_folder, weights)
 
-    save_checkpoint(folder, engine, progress, world, describe, world.size)
+    save_checkpoint(folder, engine, progress, world, describe, updates)
     if world.first:
         run.record("checkpoint", folder=str(folder.relative_to(run.folder)), step=progress.step)
         rotate(run.path("checkpoints"), run.config.checkpoint.keep, {folder})
@@ -243,14 +280,23 @@ def build_objective(config: RunConfig, folder: Path, dataset: ShardSet) -> Cache
     return CachedDistillation(load_model(folder, dtype), config.objective, dataset.facts)
 
 
-def build_engine(config: RunConfig, objective: CachedDistillation, stage: StageConfig, world: World) -> Engine:
-    """The engine of a stage: experts on their ranks, the stage's frozen parameters, groups and rates."""
+def build_engine(
+    config: RunConfig,
+    objective: CachedDistillation,
+    stage: StageConfig,
+    world: World,
+    updates: dict[str, int] | None = None,
+) -> Engine:
+    """The engine of a stage: experts on their ranks, the stage's frozen parameters, groups and rates.
+
+    config: that of the stage (`RunConfig.at`). updates: how often parameters were updated before it (`Carried`).
+    """
     spread = config.engine.expert_parallel
     if spread > 1:
         from megakd.models.expert_parallel import join_groups, spread_experts
 
         spread_experts(objective.student, spread, join_groups(spread))
-    optimizer = build_optimizer(objective, stage.lr_multipliers, config.optim, stage.lr or config.optim.lr)
+    optimizer = build_optimizer(objective, stage.lr_multipliers, config.optim, updates)
     if not objective.student.get_input_embeddings().weight.requires_grad:
         # ZeRO-3's backward needs an input that requires gradients when all that comes first is frozen
         objective.student.enable_input_require_grads()

@@ -6,12 +6,32 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from megakd.engine.optim import canonical_names
+
 
 class StepReport(NamedTuple):
     """Named loss sums over the tokens of all ranks (`total` among them), and the gradient norm before clipping."""
 
     sums: dict[str, float]
     grad_norm: float
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, beside the master itself (`fp32`)
+
+
+class Carried(NamedTuple):
+    """What crosses a stage border: how often each parameter was updated; fp32 masters and Adam's moments, whole.
+
+    updates, by canonical name, is the same on all ranks. tensors {name in the objective: {fp32, exp_avg, exp_avg_sq}},
+    on the CPU, are divided among them.
+    """
+
+    updates: dict[str, int]
+    tensors: dict[str, dict[str, Tensor]]
+
+    def count(self, name: str, parameter: nn.Parameter) -> int:
+        """Updates of the parameter of that name, 0 for one that was not trained."""
+        return self.updates.get(canonical_names(name, parameter)[0], 0)
 
 
 class Engine(Protocol):
@@ -38,6 +58,17 @@ class Engine(Protocol):
 
     def load(self, folder: Path) -> None:
         """Go on from a `save`: bit by bit on the ranks that saved; on others where `elastic` says that it can."""
+        ...
+
+    def hand_over(self) -> Carried:
+        """Masters and Adam's moments of everything that this stage trains."""
+        ...
+
+    def take_over(self, carried: Carried) -> None:
+        """Begin with what another stage's engine handed over, where this stage trains it too.
+
+        The optimizer's groups must not mix parameters that were updated different numbers of times (`build_optimizer`).
+        """
         ...
 
     def close(self) -> None:

@@ -3,15 +3,18 @@
 checkpoints/<stage>/step-000500/   progress.json   where the run stands
                                    weights/        a Hugging Face folder, for evaluate, export and the next stage
                                    state/          the engine's own, for exact resume
+                                   carried.json    what its stage took over: {parameter: updates before the stage}
+                                   checksums/      a file of each rank that saved: {path: [bytes, crc32]}
 """
 
 import os
 import re
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from megakd.dist import World, barrier
+from megakd.dist import World, barrier, sum_over_ranks
 from megakd.engine.base import Engine
 from megakd.errors import UserError
 from megakd.files import read_json, remove, sync, write_json
@@ -43,9 +46,20 @@ class Saved(NamedTuple):
     def weights(self) -> Path:
         return self.folder / "weights"
 
+    @property
+    def updates(self) -> dict[str, int]:
+        """How often each parameter had been updated when the stage began; the optimizer's groups follow from it."""
+        path = self.folder / "carried.json"
+        return read_json(path) if path.exists() else {}
+
 
 def save_checkpoint(
-    folder: Path, engine: Engine, progress: Progress, world: World, describe: Callable[[Path], None], ranks: int
+    folder: Path,
+    engine: Engine,
+    progress: Progress,
+    world: World,
+    describe: Callable[[Path], None],
+    updates: dict[str, int],
 ) -> None:
     """Publish a checkpoint of all ranks at `folder`: readers see nothing until it is whole.
 
@@ -65,15 +79,67 @@ def save_checkpoint(
     else:
         for _ in weights:  # gathering is collective
             pass
+    if world.first:
+        write_json(temporary / "carried.json", updates)
+        write_json(temporary / "progress.json", {**progress._asdict(), "ranks": world.size})
+    barrier()
+    names = sorted(str(path.relative_to(temporary)) for path in temporary.rglob("*") if path.is_file())
+    barrier()  # all have looked before one writes
+    sums = {name: checksum(temporary / name) for name in names[world.rank :: world.size]}
+    write_json(temporary / "checksums" / f"{world.rank:05d}.json", sums)
     barrier()
     if world.first:
-        write_json(temporary / "progress.json", {**progress._asdict(), "ranks": ranks})
         for path in [*temporary.rglob("*"), temporary]:
             sync(path)
         remove(folder)
         os.replace(temporary, folder)
         sync(folder.parent)
     barrier()
+
+
+def checksum(path: Path) -> list[int]:
+    """[bytes, crc32] of a file."""
+    size = crc = 0
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            size, crc = size + len(block), zlib.crc32(block, crc)
+    return [size, crc]
+
+
+def last_sound(checkpoints: Path, world: World) -> tuple[Saved | None, list[str]]:
+    """The newest checkpoint whose every byte is as it was written, and what is wrong with newer ones.
+
+    All ranks read a share each. Damaged ones are put aside as step-N.damaged, out of the sight of every verb.
+    """
+    reasons = []
+    for saved in reversed(published(checkpoints)):
+        found = list(_damage(saved.folder, world))
+        bad = sum_over_ranks([float(len(found))], world.device)[0]
+        if not bad:
+            return saved, reasons
+        reasons += found
+        barrier()  # all have read
+        if world.first:
+            aside = saved.folder.with_name(saved.folder.name + ".damaged")
+            remove(aside)
+            os.replace(saved.folder, aside)
+        barrier()
+    return None, reasons
+
+
+def _damage(folder: Path, world: World) -> Iterator[str]:
+    """What is wrong with this rank's share of the files; nothing where a checkpoint lists no checksums."""
+    known: dict[str, list[int]] = {}
+    for path in sorted((folder / "checksums").glob("*.json")):
+        try:
+            known |= read_json(path)
+        except UserError as error:
+            yield str(error)
+    for name in sorted(known)[world.rank :: world.size]:
+        if not (folder / name).exists():
+            yield f"{folder / name} is missing"
+        elif checksum(folder / name) != known[name]:
+            yield f"{folder / name} is not what was written (it was {known[name][0]:,} bytes)"
 
 
 def published(checkpoints: Path) -> list[Saved]:

@@ -19,7 +19,8 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from torch import Tensor, nn
 
 from megakd.dist import World, barrier, sum_over_ranks
-from megakd.engine.base import StepReport, saved_buffers
+from megakd.engine.base import Carried, StepReport, saved_buffers
+from megakd.engine.border import hand_over, set_update_counts, take_over, update_counts
 from megakd.engine.checkpoint import LAYOUT, elastic
 from megakd.engine.optim import set_learning_rate
 from megakd.errors import UserError
@@ -84,7 +85,7 @@ class DeepSpeedEngine:
         self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
         if self.world.first:
             packs = {name: packed.shapes for name, packed in self._packed()}
-            write_json(folder / LAYOUT, {**self.layout, "packs": packs})
+            write_json(folder / LAYOUT, {**self.layout, "packs": packs, "updates": update_counts(self.engine)})
         barrier()
 
     def load(self, folder: Path) -> None:
@@ -103,10 +104,17 @@ class DeepSpeedEngine:
         self._keep_frozen(folder / UNIVERSAL / "zero")
         barrier()
         self._load_universal(folder)
+        set_update_counts(self.engine, saved.get("updates", {}))
         barrier()
         if self.world.first:
             remove(folder / UNIVERSAL)  # it took as much room as the state; the next checkpoint is of this layout
             (folder / "latest_universal").unlink(missing_ok=True)
+
+    def hand_over(self) -> Carried:
+        return hand_over(self.engine, self.world)
+
+    def take_over(self, carried: Carried) -> None:
+        take_over(self.engine, carried, self.world)
 
     def close(self) -> None:
         self.engine.destroy()
@@ -220,7 +228,8 @@ class DeepSpeedEngine:
         # DeepSpeed gives all groups the rates and decay of the saved first one
         for group, settings in zip(groups, kept, strict=True):
             group.update(settings)
-        # and, under ZeRO-3, all of them one tensor that counts steps: each would count for all
+        # and, under ZeRO-3, all of them one tensor that counts steps, by which each would count for all, or the count
+        # of the first group (`set_update_counts`)
         for state in self.optimizer.state.values():
             if isinstance(state.get("step"), Tensor):
                 state["step"] = state["step"].clone()

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megakd.engine.base import StepReport, saved_buffers
-from megakd.engine.optim import set_learning_rate
+from megakd.engine.base import MOMENTS, Carried, StepReport, saved_buffers
+from megakd.engine.optim import canonical_name, set_learning_rate
 
 
 class LocalEngine:
@@ -51,6 +51,24 @@ class LocalEngine:
         state = torch.load(folder / "local.pt", map_location="cpu", weights_only=True)
         self.objective.load_state_dict(state["objective"])
         self.optimizer.load_state_dict(state["optimizer"])
+
+    def hand_over(self) -> Carried:
+        updates, tensors = {}, {}
+        for name, parameter in self.objective.named_parameters():
+            if state := self.optimizer.state.get(parameter):
+                updates[canonical_name(name)] = int(state["step"])
+                whole = {"fp32": parameter.detach(), **{moment: state[moment] for moment in MOMENTS}}
+                tensors[name] = {what: tensor.cpu() for what, tensor in whole.items()}
+        return Carried(updates, tensors)
+
+    def take_over(self, carried: Carried) -> None:
+        for name, parameter in self.objective.named_parameters():
+            count = carried.count(name, parameter)
+            if parameter.requires_grad and count:
+                tensors = carried.tensors[name]
+                parameter.data.copy_(tensors["fp32"])
+                moments = {moment: tensors[moment].to(parameter.device) for moment in MOMENTS}
+                self.optimizer.state[parameter] = {"step": torch.tensor(float(count)), **moments}
 
     def close(self) -> None:
         self.trained = []

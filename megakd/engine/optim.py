@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -83,14 +84,18 @@ def _check_alike(tensor: str, parts: list[Assignment], rules: tuple[LrRule, ...]
             )
 
 
-def build_optimizer(module: nn.Module, rules: tuple[LrRule, ...], optim: OptimConfig, lr: float) -> torch.optim.AdamW:
-    """AdamW with a group for each (multiplier, decay); parameters with multiplier 0 stop requiring gradients.
+def build_optimizer(
+    module: nn.Module, rules: tuple[LrRule, ...], optim: OptimConfig, updates: Mapping[str, int] | None = None
+) -> torch.optim.AdamW:
+    """AdamW with a group for each (multiplier, decay, updates); parameters with multiplier 0 need no gradients.
 
     Weight decay never touches norms and biases (parameters of one dimension). UserError when nothing is left to train.
+    updates: how often a parameter, by canonical name, was updated before (`Carried`): ZeRO keeps one count a group.
     Spread experts get groups of their own, marked as DeepSpeed wants them; with multiplier 0 they stay as they are by
     a rate of 0 (`packed.frozen`), for DeepSpeed can neither group nor save experts that require no gradient.
     """
-    groups: dict[tuple[float, float, str | None], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float, str | None, int], list[nn.Parameter]] = {}
+    counts = {id(p): (updates or {}).get(canonical_names(name, p)[0], 0) for name, p in module.named_parameters()}
     assignments = {id(assigned.parameter): assigned for assigned in assign_rules(module, rules)}
     for assigned in assignments.values():
         packed = getattr(assigned.parameter, "packed", None)
@@ -101,16 +106,17 @@ def build_optimizer(module: nn.Module, rules: tuple[LrRule, ...], optim: OptimCo
             # ZeRO-3 leaves an empty tensor behind and keeps the shape in ds_shape
             shape = getattr(assigned.parameter, "ds_shape", assigned.parameter.shape)
             decay = optim.weight_decay if len(shape) > 1 and assigned.multiplier > 0 else 0.0
-            key = assigned.multiplier, decay, packed.group if packed is not None else None
+            group = packed.group if packed is not None else None
+            key = assigned.multiplier, decay, group, counts[id(assigned.parameter)]
             groups.setdefault(key, []).append(assigned.parameter)
-    if all(multiplier == 0 for multiplier, _, _ in groups):
+    if all(multiplier == 0 for multiplier, *_ in groups):
         raise UserError("lr_multipliers: every parameter is frozen; a stage must train something")
     settings = [
-        {"params": parameters, "lr": lr * multiplier, "base_lr": lr * multiplier, "weight_decay": decay}
+        {"params": parameters, "lr": optim.lr * multiplier, "base_lr": optim.lr * multiplier, "weight_decay": decay}
         | ({} if group is None else {"moe": True, "name": group})
-        for (multiplier, decay, group), parameters in groups.items()
+        for (multiplier, decay, group, _), parameters in groups.items()
     ]
-    return torch.optim.AdamW(settings, lr=lr, betas=optim.betas, eps=optim.eps)
+    return torch.optim.AdamW(settings, lr=optim.lr, betas=optim.betas, eps=optim.eps)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:

@@ -18,6 +18,7 @@ from megakd.engine.checkpoint import (
     Saved,
     check_ranks,
     check_shards,
+    last_sound,
     published,
     remove_unpublished,
     rotate,
@@ -37,7 +38,7 @@ WORLD = World(0, 1, torch.device("cpu"))
 def engine(prepared, dataset) -> LocalEngine:
     run = Run.open(prepared)
     objective = build_objective(run.config, run.student_folder, dataset)
-    return LocalEngine(objective, build_optimizer(objective, (), OptimConfig(), 1e-3), 1.0, "float32", WORLD.device)
+    return LocalEngine(objective, build_optimizer(objective, (), OptimConfig(lr=1e-3)), 1.0, "float32", WORLD.device)
 
 
 def step(engine: LocalEngine, dataset: ShardSet) -> Any:
@@ -55,7 +56,8 @@ def save(prepared, engine, tmp_path):
         raise RuntimeError("killed here")
 
     def run(path: str, progress: Progress, fails: bool = False, ranks: int = 1) -> Path:
-        save_checkpoint(tmp_path / path, engine, progress, WORLD, fail if fails else describe, ranks)
+        world = World(0, ranks, WORLD.device)
+        save_checkpoint(tmp_path / path, engine, progress, world, fail if fails else describe, {})
         return tmp_path / path
 
     return run
@@ -74,7 +76,8 @@ def test_a_checkpoint_is_found_whole(save, engine, dataset, tmp_path):
     progress = Progress(1, 4, 12, 345, 6789)
     folder = save("all/step-000012", progress)
     assert published(tmp_path) == [Saved(folder, progress)]
-    assert sorted(p.name for p in folder.iterdir()) == ["progress.json", "state", "weights"]
+    names = ["carried.json", "checksums", "progress.json", "state", "weights"]
+    assert sorted(p.name for p in folder.iterdir()) == names
     assert [p.name for p in folder.parent.iterdir()] == ["step-000012"]  # nothing temporary is left
     loaded = dict(AutoModelForCausalLM.from_pretrained(published(tmp_path)[0].weights).named_parameters())
     mine = {name.removeprefix("student."): tensor for name, tensor in engine.weights()}
@@ -191,7 +194,7 @@ def test_weights_hold_the_buffers_of_a_state_dict():
     """Groups of a basis, a router's correction bias: without them the checkpoint cannot be loaded."""
     module = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2))
     module[1].register_buffer("passing", torch.zeros(2), persistent=False)
-    engine = LocalEngine(module, build_optimizer(module, (), OptimConfig(), 1e-3), 1.0, "float32", WORLD.device)
+    engine = LocalEngine(module, build_optimizer(module, (), OptimConfig(lr=1e-3)), 1.0, "float32", WORLD.device)
     assert dict(engine.weights()).keys() == module.state_dict().keys()
 
 
@@ -216,3 +219,25 @@ def test_a_checkpoint_that_does_not_say_its_shards_goes_on(tmp_path):
     saved = published(tmp_path)[0]
     assert saved.progress == Progress(0, 2, 2, 32, 900)
     check_shards(saved, "4567", tmp_path)
+
+
+def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_used(save, tmp_path):
+    first = save("all/step-000001", Progress(0, 1, 1))
+    for number, (name, change) in enumerate(
+        [
+            ("weights/model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-1])),
+            ("state/local.pt", lambda path: path.write_bytes(path.read_bytes()[:-9] + b"123456789")),
+            ("carried.json", lambda path: path.unlink()),
+            ("checksums/00000.json", lambda path: path.write_text("{")),
+        ]
+    ):
+        second = save("all/step-000002", Progress(0, 2, 2))
+        change(second / name)
+        saved, reasons = last_sound(tmp_path, WORLD)
+        assert saved is not None and saved.folder == first
+        assert len(reasons) == 1 and str(second / name) in reasons[0], number
+        assert not second.exists() and second.with_name("step-000002.damaged").exists()
+        assert [s.folder for s in published(tmp_path)] == [first]
+    second = save("all/step-000002", Progress(0, 2, 2))
+    assert last_sound(tmp_path, WORLD)[0] == Saved(second, Progress(0, 2, 2))
+    assert last_sound(tmp_path / "empty", WORLD) == (None, [])

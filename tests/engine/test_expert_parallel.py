@@ -253,12 +253,12 @@ def rank(plan: Path) -> None:
             {
                 "model": {"dtype": job["dtype"]},
                 "engine": {"deepspeed": {"zero_optimization": {"stage": job["zero"], "reduce_bucket_size": 10000}}},
-                "optim": {"clip_norm": 0.5, "micro_batch": 1},
+                "optim": {"lr": RATE, "clip_norm": 0.5, "micro_batch": 1},
             },
             "test",
         )
         # as the loop does it: the experts are spread before rules are matched
-        optimizer = build_optimizer(objective, tuple(LrRule(**rule) for rule in job["rules"]), config.optim, RATE)
+        optimizer = build_optimizer(objective, tuple(LrRule(**rule) for rule in job["rules"]), config.optim)
         settings = deepspeed_config(config, world.size, WINDOWS)
         engine = DeepSpeedEngine(objective, optimizer, settings, world, job["spread"])
         mine = seen[job["name"]] = {}

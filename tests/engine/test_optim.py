@@ -68,8 +68,8 @@ def test_first_match_wins_and_no_match_is_one(pairs):
 @pytest.mark.parametrize("pairs", PAIRS)
 def test_groups_hold_rates_decay_and_every_trained_parameter_once(pairs):
     module = Objective()
-    optim = OptimConfig(weight_decay=0.3, betas=(0.8, 0.99), eps=1e-6)
-    optimizer = build_optimizer(module, rules(*pairs), optim, lr=0.02)
+    optim = OptimConfig(lr=0.02, weight_decay=0.3, betas=(0.8, 0.99), eps=1e-6)
+    optimizer = build_optimizer(module, rules(*pairs), optim)
     placed = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     assert len(placed) == sum(len(group["params"]) for group in optimizer.param_groups)
     for name, parameter in module.named_parameters():
@@ -87,11 +87,11 @@ def test_groups_hold_rates_decay_and_every_trained_parameter_once(pairs):
 
 def test_a_later_stage_trains_again_what_an_earlier_one_froze():
     module = Objective()
-    build_optimizer(module, rules(("experts", 1.0), (".*", 0.0)), OptimConfig(), 1e-3)
+    build_optimizer(module, rules(("experts", 1.0), (".*", 0.0)), OptimConfig(lr=1e-3))
     assert {name for name, p in module.named_parameters() if p.requires_grad} == {
         f"student.layers.{i}.experts" for i in range(2)
     }
-    build_optimizer(module, (), OptimConfig(), 1e-3)
+    build_optimizer(module, (), OptimConfig(lr=1e-3))
     assert all(p.requires_grad for p in module.parameters())
 
 
@@ -99,7 +99,7 @@ def test_partitioned_parameters_keep_their_decay():
     """ZeRO-3 leaves an empty tensor of one dimension; the shape it had counts."""
     module = nn.ParameterDict({name: nn.Parameter(torch.zeros(0)) for name in ("matrix", "norm")})
     module["matrix"].ds_shape, module["norm"].ds_shape = torch.Size((4, 4)), torch.Size((4,))
-    optimizer = build_optimizer(module, (), OptimConfig(weight_decay=0.3), 1e-3)
+    optimizer = build_optimizer(module, (), OptimConfig(lr=1e-3, weight_decay=0.3))
     decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert decays == {id(module["matrix"]): 0.3, id(module["norm"]): 0.0}
 
@@ -131,7 +131,7 @@ def test_a_bad_pattern_is_refused(pattern):
 
 def test_freezing_everything_is_refused():
     with pytest.raises(UserError, match="frozen"):
-        build_optimizer(Objective(), rules((".*", 0.0)), OptimConfig(), 1e-3)
+        build_optimizer(Objective(), rules((".*", 0.0)), OptimConfig(lr=1e-3))
 
 
 @pytest.mark.parametrize("name", ["module.student.model.x", "student.model.x", "module.model.x", "model.x"])
@@ -147,7 +147,7 @@ def test_rules_see_canonical_names():
 
 
 def test_the_schedule_multiplies_each_groups_own_rate():
-    optimizer = build_optimizer(Objective(), rules(("embed", 0.5)), OptimConfig(), lr=0.02)
+    optimizer = build_optimizer(Objective(), rules(("embed", 0.5)), OptimConfig(lr=0.02))
     for factor in (0.25, 1.0, 0.0, 0.5):  # of the base rate each time, not of the last one
         set_learning_rate(optimizer, factor)
         assert sorted({group["lr"] for group in optimizer.param_groups}) == pytest.approx(

@@ -165,7 +165,7 @@ def test_rules_that_split_a_packed_tensor_are_refused(patterns):
     assign_rules(whole, rules)
     spread_experts(spread, 2, 0)
     with pytest.raises(UserError) as error:
-        build_optimizer(spread, rules, OptimConfig(), 1e-3)
+        build_optimizer(spread, rules, OptimConfig(lr=1e-3))
     message = str(error.value)
     assert "\n" not in message and "layers.0.mlp.experts.experts.w1" in message
     assert "layers.0.mlp.experts.input_wrapper_gate_left" in message and repr(patterns[0][0]) in message
@@ -176,7 +176,7 @@ def test_rules_that_keep_packed_tensors_whole_are_taken():
     rules = (LrRule(pattern="wrapper_gate", lr_multiplier=0.0), LrRule(pattern="wrapper", lr_multiplier=0.5))
     spread = student()
     spread_experts(spread, 2, 0)
-    groups = build_optimizer(spread, rules, OptimConfig(weight_decay=0.1), 1e-3).param_groups
+    groups = build_optimizer(spread, rules, OptimConfig(lr=1e-3, weight_decay=0.1)).param_groups
     found = {(g["lr"], g["weight_decay"], g.get("moe", False), g.get("name")): len(g["params"]) for g in groups}
     assert found == {
         (0.0, 0.0, True, "ep_size_2"): 1,  # frozen by its rate: DeepSpeed saves no experts that need no gradient
@@ -192,4 +192,4 @@ def test_experts_frozen_by_their_rate_do_not_count_as_trained():
     spread = student()
     spread_experts(spread, 2, 0)
     with pytest.raises(UserError, match="every parameter is frozen"):
-        build_optimizer(spread, (LrRule(pattern=".*", lr_multiplier=0.0),), OptimConfig(), 1e-3)
+        build_optimizer(spread, (LrRule(pattern=".*", lr_multiplier=0.0),), OptimConfig(lr=1e-3))
