@@ -1,6 +1,8 @@
 # The only two commands a newcomer needs: make demo, make test. Both make .venv and install what they need.
 PYTHON ?= python3
 BIN := .venv/bin
+# a file's tests stay in one process, for they share what is slow to make
+PYTEST := pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test check clean
 
@@ -8,13 +10,13 @@ demo: .venv/installed
 	$(BIN)/megakd demo
 
 test: .venv/installed
-	$(BIN)/pytest
+	$(BIN)/$(PYTEST)
 
 check: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
-	$(BIN)/pytest
+	$(BIN)/$(PYTEST)
 
 .venv/installed: requirements.txt requirements-dev.txt pyproject.toml
 	$(PYTHON) -m venv .venv

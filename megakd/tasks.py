@@ -39,7 +39,11 @@ def run_tasks(title: str, tasks: Sequence[Task], finished: Path, locks: Path) ->
     finished: the output of the task that needs all others; from then on their outputs, and `locks`, may be gone.
     A task that raises ends this process; another that waits for it will try it, and fail the same way.
     """
-    locks.mkdir(parents=True, exist_ok=True)
+    try:
+        locks.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, FileNotFoundError):  # whoever finished removed it at this moment
+        if not finished.exists():
+            raise
     counted = {task.output for task in tasks if task.done}
     progress = Progress(title, len(tasks), "tasks", done=len(counted))
     own, said = 0, time.monotonic()

@@ -32,6 +32,15 @@ SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4, 
 VOCABULARY = 400
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes long first: with `-n 2` no process is left with a long test at the end."""
+    marks = ("demo", "ranks")
+    order = {item.path: len(marks) for item in items}
+    for item in items:
+        order[item.path] = min(order[item.path], *(marks.index(m.name) for m in item.iter_markers() if m.name in marks), 9)
+    items.sort(key=lambda item: order[item.path])
+
+
 @pytest.fixture(scope="session")
 def documents() -> list[str]:
     """Some 60 documents of real English."""

@@ -17,6 +17,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
+@pytest.mark.demo
 def test_readme_walkthrough_runs_line_by_line(tmp_path, monkeypatch, recipe):
     """Every line of the `bash run` blocks, in order; the recipe's sizes are overridden by those of a test."""
     value = json.loads(recipe.read_text())
