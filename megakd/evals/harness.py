@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from megakd.config import EvalConfig
 from megakd.errors import UserError
@@ -63,13 +62,13 @@ def metric_value(tasks: dict[str, dict[str, Any]], name: str) -> tuple[float | N
     return value, found.get("higher_is_better", {}).get(metric.partition(",")[0], True)
 
 
-def flat(tasks: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """TASK/METRIC and TASK/METRIC_FILTER of every number but the standard errors, the names that curves have."""
+def flat(tasks: dict[str, dict[str, Any]], kind: str = "") -> dict[str, float]:
+    """TASK/METRIC or TASK/METRIC_FILTER, the names that curves have: the values, or with "_stderr" their errors."""
     return {
-        f"{task}/{key.removesuffix(',none').replace(',', '_')}": value
+        f"{task}/{key.replace('_stderr,', ',').removesuffix(',none').replace(',', '_')}": value
         for task, metrics in tasks.items()
         for key, value in metrics.items()
-        if "," in key and "_stderr," not in key and value is not None
+        if "," in key and ("_stderr," in key) == bool(kind) and value is not None
     }
 
 
@@ -146,6 +145,8 @@ def _set_few_shot(task: Any, few_shot: int | None) -> None:
 
 def _seed(tasks: Iterable[Any]) -> None:
     """Start every random choice anew, so that a task gives the same prompts each time."""
+    import torch
+
     random.seed(SEEDS[0])
     np.random.seed(SEEDS[1])
     torch.manual_seed(SEEDS[1])

@@ -13,6 +13,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+from megakd.evals.harness import flat
+
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1b1f24; }
 h1 { font-size: 1.6rem; }
@@ -41,7 +43,7 @@ def render_report(
     curves = {name: rows for name, rows in (("this run", evals), *([baseline] if baseline else [])) if rows}
     parts = [f"<h1>MegaKD run: {html.escape(config['name'])}</h1>"]
     parts += ["<h2>Held-out quality</h2>", _quality(curves), '<div class="grid">', *_evaluation_plots(curves), "</div>"]
-    parts += ["<h2>Training</h2>"]
+    parts += [_tasks(curves), "<h2>Training</h2>"]
     if metrics:
         names = [
             ("loss", "loss"),
@@ -82,7 +84,7 @@ def _quality(curves: dict[str, list[dict[str, Any]]]) -> str:
     headers = ["model", "tokens", "perplexity", "bits/byte", "KL", "top-1", "top-k", "parameters", "MB", "tokens/s"]
     rows = []
     for name, evals in curves.items():
-        for row in evals:
+        for row in sorted(evals, key=lambda row: row["step"]):
             label = row["model"] if name == "this run" else f"{name}: {row['model']}"
             numbers = [
                 f"{row['tokens']:,}",
@@ -100,21 +102,67 @@ def _quality(curves: dict[str, list[dict[str, Any]]]) -> str:
     return _table(headers, rows)
 
 
+def _tasks(curves: dict[str, list[dict[str, Any]]]) -> str:
+    """lm-eval's numbers of every model that has some, with the standard errors that lm-eval gives."""
+    found = {
+        row["model"] if name == "this run" else f"{name}: {row['model']}": row["tasks"]
+        for name, evals in curves.items()
+        for row in evals
+        if row.get("tasks")
+    }
+    names = list(dict.fromkeys(name for tasks in found.values() for name in flat(tasks)))
+    if not names:
+        return ""
+    rows = []
+    for model, tasks in found.items():
+        values, errors = flat(tasks), flat(tasks, "_stderr")
+        cells = [
+            f"{values[n]:.4g}" + (f" ± {errors[n]:.2g}" if n in errors else "") if n in values else "" for n in names
+        ]
+        rows.append([model, *cells])
+    return f'<h2>Tasks</h2><p class="note">As lm-eval measures them.</p>{_table(["model", *names], rows)}'
+
+
 def _evaluation_plots(curves: dict[str, list[dict[str, Any]]]) -> list[str]:
-    def draw(axes: Axes, key: str) -> None:
+    """Measures of the hold-out, and a plot a task: against steps, or tokens where runs stand side by side."""
+    x, label = ("step", "step") if len(curves) == 1 else ("tokens", "tokens trained on")
+
+    def draw(axes: Axes, lines: dict[str, Callable[[dict[str, Any]], float | None]], reference: str | None) -> None:
         for name, evals in curves.items():
-            trained = [row for row in evals if row["model"] != "teacher"]
-            axes.plot(
-                [row["tokens"] for row in trained], [row[key] for row in trained], marker="o", markersize=3, label=name
-            )
+            # the last line of each model; several processes may have written them in any order
+            trained = {row["model"]: row for row in evals if row["model"] != "teacher"}.values()
+            for title, value in lines.items():
+                points = sorted((row[x], y) for row in trained if (y := value(row)) is not None)
+                text = name if len(lines) == 1 else f"{name}: {title}" if len(curves) > 1 else title
+                if points:
+                    axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=text)
         teacher = next((row for rows in curves.values() for row in rows if row["model"] == "teacher"), None)
-        if teacher and key == "perplexity":
-            axes.axhline(teacher[key], linestyle="--", color="gray", label="teacher")
+        if teacher and reference:
+            axes.axhline(teacher[reference], linestyle="--", color="gray", label="teacher")
 
     if not any(row["tokens"] for rows in curves.values() for row in rows):
         return []
     titles = {"perplexity": "held-out perplexity", "kl": "held-out KL(teacher || student)", "top1": "top-1 agreement"}
-    return [plot(title, lambda axes, key=key: draw(axes, key), "tokens trained on") for key, title in titles.items()]
+    plots = [
+        plot(
+            title,
+            lambda axes, key=key: draw(
+                axes, {key: lambda row: row[key]}, "perplexity" if key == "perplexity" else None
+            ),
+            label,
+        )
+        for key, title in titles.items()
+    ]
+    measured = [flat(row.get("tasks", {})) for rows in curves.values() for row in rows if row["model"] != "teacher"]
+    names = list(dict.fromkeys(name for numbers in measured for name in numbers))
+    for task in dict.fromkeys(name.partition("/")[0] for name in names):
+        lines = {
+            name.partition("/")[2]: lambda row, name=name: flat(row.get("tasks", {})).get(name)
+            for name in names
+            if name.partition("/")[0] == task
+        }
+        plots.append(plot(task, lambda axes, lines=lines: draw(axes, lines, None), label))
+    return plots
 
 
 def _training_plot(metrics: list[dict[str, Any]], key: str, title: str) -> str:

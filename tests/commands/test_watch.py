@@ -6,7 +6,9 @@ import multiprocessing
 import os
 import shutil
 import signal
+import stat
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -29,7 +31,7 @@ from megakd.evals.measure import Meter
 from megakd.log import wandb_id
 from megakd.run import Run
 from megakd.tasks import claimed
-from tests.conftest import command, kill_when
+from tests.conftest import ROOT, command, kill_when
 from tests.evals.test_harness import write_tasks
 
 NAMES = ["experts/step-000003", "experts/step-000004", "all/step-000007", "all/step-000010"]
@@ -387,6 +389,26 @@ def test_the_best_is_kept_by_the_measure_that_was_asked_for(run, tmp_path, capfd
     run_verb(["evaluate", str(run), "--model", "best", "--tasks", "tiny_choice"])
     assert lines(run)[-1]["model"] == NAMES[1] and lines(run)[-1]["tasks"].keys() == {"tiny_choice"}
     assert "tiny_choice/acc" in capfd.readouterr().out
+
+
+def test_the_job_is_requeued_before_its_time_limit(run, tmp_path):
+    """The job script's own lines, with `srun` standing for its one task and `scontrol` writing down what it is asked."""
+    (tmp_path / "srun").write_text('#!/bin/sh\nshift\nexec "$@"\n')
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" > {tmp_path / "asked"}\n')
+    for tool in ("srun", "scontrol"):
+        (tmp_path / tool).chmod(stat.S_IRWXU)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable}
+    script = ["bash", str(ROOT / "launch" / "watch.sbatch"), str(run), "--follow", "eval.poll_seconds=0.1"]
+    job = subprocess.Popen(
+        script, env={**environment, "SLURM_JOB_ID": "7"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    deadline = time.monotonic() + 120
+    while len(lines(run)) < 4 and job.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    job.send_signal(signal.SIGUSR1)
+    output = job.communicate(timeout=60)[0]
+    assert job.returncode == 85 and "stopped by a signal" in output, output
+    assert (tmp_path / "asked").read_text() == "requeue 7\n"
 
 
 def test_unreadable_best_ends_no_training(run, capfd):

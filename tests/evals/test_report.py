@@ -122,7 +122,7 @@ def test_every_metric_is_drawn_with_every_stage():
     for title in TRAINING:
         assert {"experts", "all", title, "step"} <= drawn(images[title])
     for title in EVALUATION:
-        assert {"this run", title, "tokens trained on"} <= drawn(images[title])
+        assert {"this run", title, "step"} <= drawn(images[title])
     assert "teacher" in drawn(images["held-out perplexity"])
     assert {"gate", "up", "down", "layer"} <= drawn(images[list(images)[-1]])
 
@@ -191,8 +191,32 @@ def test_a_baseline_is_drawn_and_listed_beside(own):
     for title in EVALUATION:
         texts = drawn(parsed.images[title])
         assert "old run" in texts and ("this run" in texts) == bool(own)
+        assert ("tokens trained on" if own else "step") in texts  # steps of two runs do not compare
     names = [row[0] for row in parsed.rows[1:]]
     assert names == [*(row["model"] for row in own), "old run: student-0", "old run: x"]
+
+
+def with_tasks(row: dict[str, Any], value: float) -> dict[str, Any]:
+    tasks = {
+        "piqa": {"acc,none": value, "acc_stderr,none": 0.02, "acc_norm,none": value / 2, "samples": 60},
+        "lambada": {"perplexity,none": 10 * value, "perplexity_stderr,none": None, "higher_is_better": {}},
+    }
+    return {**row, "tasks": tasks}
+
+
+@pytest.mark.parametrize("baseline", [None, ("old run", [with_tasks(EVALS[2], 0.6)])])
+def test_tasks_have_a_table_and_a_plot_each(baseline):
+    """Lines out of order, as several watches write them; a model without tasks has no row."""
+    evals = [with_tasks(evaluation("all/step-000009", 900, 20.0), 0.75), EVALS[0], with_tasks(EVALS[2], 0.5)]
+    parsed = Page(render_report(config(), [], evals, None, baseline))
+    assert {"piqa", "lambada"} <= set(parsed.images)
+    expected = {"acc", "acc_norm"} if baseline is None else {"this run: acc", "old run: acc", "this run: acc_norm"}
+    assert expected <= drawn(parsed.images["piqa"])
+    assert ("step" if baseline is None else "tokens trained on") in drawn(parsed.images["piqa"])
+    start = parsed.rows.index(["model", "piqa/acc", "piqa/acc_norm", "lambada/perplexity"])
+    assert parsed.rows[start + 1] == ["all/step-000009", "0.75 ± 0.02", "0.375", "7.5"]
+    assert parsed.rows[start + 2] == ["all/step-000006", "0.5 ± 0.02", "0.25", "5"]
+    assert len(parsed.rows) == start + (3 if baseline is None else 4)
 
 
 def test_a_baseline_without_evaluations_adds_nothing():
