@@ -1,17 +1,24 @@
-"""Cross entropy and the KL divergence to stored teacher targets.
+"""Cross entropy and the divergence to stored teacher targets, from logits that exist: plain autograd.
+
+Evaluation measures with it, and it is the reference of losses/fused.py, which training uses.
 
 N tokens, V real vocabulary, K entries of the head, D distinct draws. Everything is computed in float32 (float64 stays
 float64); sums, not means: who calls divides once by the tokens of all ranks.
 """
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from megakd.data.records import TeacherTargets
+from megakd.losses.divergence import Divergence, divergence_terms
 
 Tail = Literal["ghost", "truncated", "sampled", "hybrid"]
+KL = Divergence()
+# A tail is stored as a byte: mass below (0.5 / 255)^2 = 4e-6 reads as none, and KL(Q || P) would be infinite.
+TAIL_FLOOR = 1e-6
 
 
 class Stored(NamedTuple):
@@ -28,7 +35,8 @@ class Stored(NamedTuple):
 class DistillTerms(NamedTuple):
     """Sums over counted tokens: total is what is differentiated; ce, kl (at T, without T^2) and kl_t1 are detached.
 
-    kl_t1 is None where the data cannot tell it: draws at another temperature than 1 and no head.
+    kl is the divergence that trains; kl_t1 is always KL(teacher || student), None where the data cannot tell it: draws
+    at another temperature than 1 and no head.
     """
 
     total: Tensor
@@ -45,6 +53,7 @@ def distill_loss(
     alpha: float,
     temperature: float,
     tail: Tail,
+    divergence: Divergence = KL,
 ) -> DistillTerms:
     """sum over tokens of (1 - alpha) * CE + alpha * T^2 * KL_T(teacher || student) (Hinton et al. 2015, section 2).
 
@@ -53,10 +62,10 @@ def distill_loss(
     """
     logits_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
     ce = torch.nn.functional.cross_entropy(logits_NV, labels_N, reduction="sum")
-    kl = kl_to_targets(logits_NV, targets, stored, temperature, tail).sum()
-    if temperature == 1.0 and tail != "truncated":
+    kl = kl_to_targets(logits_NV, targets, stored, temperature, tail, divergence).sum()
+    if is_kl_t1(temperature, tail, divergence):
         kl_t1: Tensor | None = kl.detach()
-    elif stored.head and 1.0 in stored.temperatures:
+    elif knows_kl_t1(stored, temperature, tail, divergence):
         with torch.no_grad():
             kl_t1 = kl_to_targets(logits_NV, targets, stored, 1.0, "ghost").sum()
     else:
@@ -65,12 +74,29 @@ def distill_loss(
     return DistillTerms(total, ce.detach(), kl.detach(), kl_t1)
 
 
-def kl_to_targets(logits_NV: Tensor, targets: TeacherTargets, stored: Stored, temperature: float, tail: Tail) -> Tensor:
-    """KL(teacher || student) at temperature T per token in the form that `tail` names, [N]."""
+def is_kl_t1(temperature: float, tail: Tail, divergence: Divergence) -> bool:
+    """Whether what trains is itself the KL at T = 1, as well as the data can tell it."""
+    return temperature == 1.0 and tail != "truncated" and divergence.kind == "kl"
+
+
+def knows_kl_t1(stored: Stored, temperature: float, tail: Tail, divergence: Divergence) -> bool:
+    """Whether the KL at T = 1 can be told: it is what trains, or there is a head with a tail for T = 1."""
+    return is_kl_t1(temperature, tail, divergence) or (stored.head and 1.0 in stored.temperatures)
+
+
+def kl_to_targets(
+    logits_NV: Tensor,
+    targets: TeacherTargets,
+    stored: Stored,
+    temperature: float,
+    tail: Tail,
+    divergence: Divergence = KL,
+) -> Tensor:
+    """KL(teacher || student) at temperature T per token in the form that `tail` names, or another divergence, [N]."""
     if tail in ("ghost", "truncated"):
         column = stored.column(temperature) if tail == "ghost" else 0
         log_tail_N = targets.log_tails[:, column] if tail == "ghost" else torch.zeros_like(logits_NV[:, 0])
-        return topk_kl(logits_NV, targets.ids, targets.logprobs, log_tail_N, temperature, tail)
+        return topk_kl(logits_NV, targets.ids, targets.logprobs, log_tail_N, temperature, tail, divergence)
     ids, weights = targets.draw_ids, targets.draw_shares
     if tail == "hybrid":
         head_NK, tail_N = head_and_tail(targets.logprobs, targets.log_tails[:, stored.column(temperature)], temperature)
@@ -80,7 +106,13 @@ def kl_to_targets(logits_NV: Tensor, targets: TeacherTargets, stored: Stored, te
 
 
 def topk_kl(
-    logits_NV: Tensor, ids_NK: Tensor, logprobs_NK: Tensor, log_tail_N: Tensor, temperature: float, tail: Tail
+    logits_NV: Tensor,
+    ids_NK: Tensor,
+    logprobs_NK: Tensor,
+    log_tail_N: Tensor,
+    temperature: float,
+    tail: Tail,
+    divergence: Divergence = KL,
 ) -> Tensor:
     """KL(teacher || student) at temperature T per token, from the head's K entries, [N]; never negative.
 
@@ -94,23 +126,27 @@ def topk_kl(
     ids_NK = ids_NK.long()
     scaled_NV = logits_NV / temperature
     kept_NK = logprobs_NK > -torch.inf
-    scaled_NK = scaled_NV.gather(-1, ids_NK)
-    log_p_NK = logprobs_NK.to(scaled_NV.dtype) / temperature
+    log_p_NB = teacher_buckets(logprobs_NK.to(scaled_NV.dtype), log_tail_N, temperature, tail, divergence)
+    log_rest_N1 = scaled_NV.scatter(-1, ids_NK, -torch.inf).logsumexp(-1, keepdim=True)
+    scaled_NB = torch.cat([scaled_NV.gather(-1, ids_NK), log_rest_N1], -1)
+    # a bucket that the student does not have either (a repeated id, the tail where K = V) gets no gradient
+    exists_NB = torch.cat([kept_NK, log_rest_N1 > -torch.inf], -1)
+    # the normaliser from its parts: one pass over the vocabulary, not two
+    log_z_N1 = scaled_NB.masked_fill(~exists_NB, -torch.inf).logsumexp(-1, keepdim=True)
+    log_q_NB = (scaled_NB - log_z_N1).masked_fill(~exists_NB, -torch.inf)
+    return divergence_terms(divergence, log_p_NB, log_q_NB).sum(-1)
+
+
+def teacher_buckets(
+    logprobs_NK: Tensor, log_tail_N: Tensor, temperature: float, tail: Tail, divergence: Divergence
+) -> Tensor:
+    """log P of the K entries at temperature T and of one bucket for all others, [N, K + 1]; truncated: -inf there."""
+    head_NK, tail_N1 = logprobs_NK / temperature, log_tail_N[:, None].to(logprobs_NK.dtype)
     if tail == "truncated":
-        log_p_NK = log_p_NK.log_softmax(-1)
-        log_q_NK = scaled_NK - scaled_NV.logsumexp(-1, keepdim=True)
-        return torch.where(kept_NK, log_p_NK.exp() * (log_p_NK - log_q_NK), 0.0).sum(-1)
-    log_tail_N = log_tail_N.to(scaled_NV.dtype)
-    total_N = torch.logaddexp(log_p_NK.logsumexp(-1), log_tail_N)
-    log_p_NK, log_tail_N = log_p_NK - total_N[:, None], log_tail_N - total_N
-    log_rest_N = scaled_NV.scatter(-1, ids_NK, -torch.inf).logsumexp(-1)
-    # the normaliser from its two parts: one pass over the vocabulary, not two
-    log_z_N = torch.logaddexp(scaled_NK.masked_fill(~kept_NK, -torch.inf).logsumexp(-1), log_rest_N)
-    log_q_NK, log_q_tail_N = scaled_NK - log_z_N[:, None], log_rest_N - log_z_N
-    tail_N = log_tail_N.exp()
-    # where the teacher has no tail (K = V) the bucket adds 0, whatever the student's -inf
-    bucket_N = torch.where(tail_N > 0, tail_N * (log_tail_N - log_q_tail_N), 0.0)
-    return torch.where(kept_NK, log_p_NK.exp() * (log_p_NK - log_q_NK), 0.0).sum(-1) + bucket_N
+        tail_N1 = torch.full_like(tail_N1, -torch.inf)
+    elif divergence.kind == "reverse_kl":
+        tail_N1 = torch.maximum(tail_N1, head_NK.logsumexp(-1, keepdim=True) + math.log(TAIL_FLOOR))
+    return torch.cat([head_NK, tail_N1], -1).log_softmax(-1)
 
 
 def sampled_kl(logits_NV: Tensor, ids_ND: Tensor, weights_ND: Tensor, entropy_N: Tensor, temperature: float) -> Tensor:

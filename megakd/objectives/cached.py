@@ -2,19 +2,24 @@
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from megakd.config import ObjectiveConfig
 from megakd.data.records import IGNORED, Batch, TeacherTargets
 from megakd.errors import UserError
-from megakd.losses.distill import Stored, distill_loss
+from megakd.losses.distill import Stored
+from megakd.losses.divergence import Divergence
+from megakd.losses.fused import FusedHead, SparseTeacher
 from megakd.objectives.base import LossReport
 
 
 class CachedDistillation(nn.Module):
     """forward(batch) = sums of (1 - alpha) CE + alpha T^2 KL over the labelled positions of a batch.
 
-    The loss sits inside forward because ZeRO-3 gathers a module's weights only while it runs.
+    The loss sits inside forward because ZeRO-3 gathers a module's weights only while it runs; the student's decoder
+    runs alone, and its head inside the loss (`FusedHead`), so that logits are never stored.
     facts: those of the targets' manifest; a loss that they do not support is refused, saying what to capture instead.
     Both distributions are cut to the real entries of the vocabulary, without the padding of the embedding.
     """
@@ -24,27 +29,80 @@ class CachedDistillation(nn.Module):
         self.student = student
         self.config = config
         self.stored = stored_in(facts)
-        self.vocab_size: int = facts["vocab_size"]
         check_support(config, self.stored)
+        self.head = fused_head(student, facts["vocab_size"])  # after the student, whose name its weight keeps
+        self.at(0.0)
+
+    def at(self, share: float) -> None:
+        """Set alpha and the temperature for this share of the stage, 0 to 1; till then they are those of its start."""
+        self.alpha, self.temperature = (
+            value[0] + share * (value[1] - value[0]) if isinstance(value, tuple) else value
+            for value in (self.config.alpha, self.config.temperature)
+        )
 
     def forward(self, batch: Batch) -> LossReport:
-        logits = self.student(batch.tokens, position_ids=batch.position_ids, use_cache=False).logits[
-            ..., : self.vocab_size
-        ]
         if batch.targets is None:
             raise UserError("the samples carry no teacher targets; run: megakd generate-logits RUN")
+        decoder = self.student.get_decoder()
+        hidden = decoder(batch.tokens, position_ids=batch.position_ids, use_cache=False).last_hidden_state
         counted = batch.labels != IGNORED
-        if not counted.any():
-            zero = logits.sum() * 0.0  # a live graph, so that every rank takes part in the backward
-            names = ("ce", "kl", "kl_t1") if knows_kl_t1(self.config, self.stored) else ("ce", "kl")
-            return LossReport(zero, {name: zero.detach() for name in names})
         targets = TeacherTargets(*(field[counted] for field in batch.targets))
         config = self.config
-        terms = distill_loss(
-            logits[counted], batch.labels[counted], targets, self.stored, config.alpha, config.temperature, config.tail
-        )
+        teacher = SparseTeacher(targets, self.stored, config.tail)
+        divergence = Divergence(config.divergence, config.mix)
+        # a batch without labels passes through too: 0 with a live graph, so that every rank takes part in the backward
+        terms = self.head(hidden[counted], batch.labels[counted], teacher, self.alpha, self.temperature, divergence)
         named = {"ce": terms.ce, "kl": terms.kl, "kl_t1": terms.kl_t1}
+        if self.stored.head:
+            named["stored_mass"] = targets.logprobs.double().exp().sum()
         return LossReport(terms.total, {name: value for name, value in named.items() if value is not None})
+
+
+def fused_head(student: Any, vocab_size: int) -> FusedHead:
+    """The head of a student with its family's scale or cap of the logits; UserError when they are made otherwise."""
+    config, embeddings = student.config, student.get_output_embeddings()
+    scale = getattr(config, "logit_scale", None) or 1.0
+    scale /= getattr(config, "logits_scaling", None) or 1.0
+    head = FusedHead(embeddings.weight, vocab_size, scale, getattr(config, "final_logit_softcapping", None))
+    refused = UserError(
+        f"{config.model_type}: logits are not the output embeddings times the decoder's last hidden state; this family "
+        "cannot be distilled yet"
+    )
+    if getattr(embeddings, "bias", None) is not None or student.get_decoder() is not _decoder(student):
+        raise refused
+    if embeddings.weight.device.type != "meta" and not _same_logits(student, head):
+        raise refused
+    return head
+
+
+def _decoder(student: Any) -> Any:
+    return getattr(student, student.base_model_prefix)
+
+
+@torch.no_grad()
+def _same_logits(student: Any, head: FusedHead) -> bool:
+    """Whether the student makes of random hidden states the logits that `head` does; its decoder is not run."""
+    weight, decoder = head.weight, _decoder(student)
+    generator = torch.Generator(weight.device).manual_seed(0)
+    hidden = torch.randn(1, 2, weight.shape[1], generator=generator, dtype=weight.dtype, device=weight.device)
+    tokens = torch.zeros(1, 2, dtype=torch.int64, device=weight.device)
+    setattr(student, student.base_model_prefix, _Answer(hidden))
+    try:
+        theirs = student(tokens, use_cache=False).logits[..., : head.vocab_size].float()
+    finally:
+        setattr(student, student.base_model_prefix, decoder)
+    return torch.allclose(theirs, head.logits(hidden).float(), atol=1e-2 * float(theirs.abs().max()), rtol=0)
+
+
+class _Answer(nn.Module):
+    """A decoder that always says the same."""
+
+    def __init__(self, hidden: Tensor):
+        super().__init__()
+        self.hidden = hidden
+
+    def forward(self, *args: Any, **kwargs: Any) -> MoeModelOutputWithPast:
+        return MoeModelOutputWithPast(last_hidden_state=self.hidden)  # type: ignore[arg-type]
 
 
 def stored_in(facts: dict[str, Any]) -> Stored:
@@ -53,19 +111,22 @@ def stored_in(facts: dict[str, Any]) -> Stored:
     return Stored(facts["top_k"] > 0, tails, facts["draw_temperature"] if facts["draws"] else None)
 
 
-def knows_kl_t1(config: ObjectiveConfig, stored: Stored) -> bool:
-    """Whether `distill_loss` can tell the KL at T = 1."""
-    return (config.temperature == 1.0 and config.tail != "truncated") or (stored.head and 1.0 in stored.temperatures)
-
-
 def check_support(config: ObjectiveConfig, stored: Stored) -> None:
     """UserError when the targets do not hold what the loss needs."""
-    tail, temperature = config.tail, config.temperature
+    tail = config.tail
+    ramp = isinstance(config.temperature, tuple) and config.temperature[0] != config.temperature[1]
+    temperature = config.temperature[0] if isinstance(config.temperature, tuple) else config.temperature
     if tail in ("ghost", "truncated", "hybrid") and not stored.head:
         raise UserError(
             f"objective.tail: {tail} needs the teacher's most probable tokens, these logits hold draws alone; set "
             "objective.tail=sampled, or capture with logits.profile=topk or hybrid in a new run"
         )
+    if ramp and tail != "truncated":
+        raise UserError(
+            f"objective.temperature: a ramp passes through temperatures that {tail} has no targets for; give one "
+            "temperature (other stages may have another), or set objective.tail=truncated"
+        )
+    _check_divergence(config)
     if tail in ("ghost", "hybrid") and temperature not in stored.temperatures:
         known = ", ".join(f"{t:g}" for t in stored.temperatures)
         raise UserError(
@@ -89,3 +150,17 @@ def check_support(config: ObjectiveConfig, stored: Stored) -> None:
                 "objective.tail: these draws are from what is outside the head; set objective.tail=hybrid, or capture "
                 "with logits.profile=sampled in a new run"
             )
+
+
+def _check_divergence(config: ObjectiveConfig) -> None:
+    """UserError when the divergence is infinite, or no sum over what is stored."""
+    if config.divergence != "kl" and config.tail in ("sampled", "hybrid"):
+        raise UserError(
+            f"objective.divergence: {config.divergence} cannot be estimated from draws, kl alone can; set "
+            "objective.divergence=kl, or objective.tail=ghost over logits with a head"
+        )
+    if config.divergence == "reverse_kl" and config.tail == "truncated":
+        raise UserError(
+            "objective.divergence: reverse_kl is infinite where the teacher is cut to 0; set objective.tail=ghost, or "
+            "objective.divergence=jsd or skew_kl"
+        )

@@ -1,18 +1,24 @@
 import copy
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from megakd.config import LogitsConfig, ObjectiveConfig
 from megakd.data.batches import collate
 from megakd.data.records import IGNORED, Batch, TeacherTargets
 from megakd.data.shards import ShardSet
 from megakd.errors import UserError
-from megakd.losses.distill import Stored
+from megakd.losses.distill import Stored, distill_loss, kl_to_targets
+from megakd.losses.divergence import Divergence
 from megakd.models.hub import load_model
+from megakd.models.shared_core import Form
+from megakd.models.student import STUDENTS, student_config
 from megakd.models.teacher import targets_from_logits
 from megakd.objectives.cached import CachedDistillation, stored_in
 
@@ -100,7 +106,7 @@ def reference(
 
     with torch.no_grad():
         logits = student(batch.tokens, position_ids=batch.position_ids, use_cache=False).logits
-    sums = {"ce": 0.0, "kl": 0.0, "kl_t1": 0.0}
+    sums = {"ce": 0.0, "kl": 0.0, "kl_t1": 0.0} | ({} if tail == "sampled" else {"stored_mass": 0.0})
     for row, position in (batch.labels != IGNORED).nonzero().tolist():
         mine, theirs = logits[row, position], teacher_logits[row, position]
         ids, logprobs, _, draw_ids, shares, *_ = (field[row, position].tolist() for field in batch.targets)
@@ -108,6 +114,8 @@ def reference(
         draws = {i: share for i, share in zip(draw_ids, shares, strict=True) if share}
         sums["ce"] -= torch.log_softmax(mine, 0)[batch.labels[row, position]].item()
         sums["kl"] += kl(theirs, mine, ids, draws, temperature, tail)
+        if "stored_mass" in sums:
+            sums["stored_mass"] += sum(torch.softmax(theirs, 0)[ids].tolist())
         # the loss itself where it is at 1 and whole, else with a bucket, which needs a head
         sums["kl_t1"] += kl(theirs, mine, ids, draws, 1.0, "ghost" if ids and temperature != 1 else tail)
         if tail == "truncated" and temperature == 1:
@@ -163,7 +171,7 @@ def test_positions_without_a_label_contribute_nothing(student, batch, teacher_lo
     before, after = gradients(module, batch), gradients(module, spoiled)
     assert all(torch.equal(before[name], after[name]) for name in before)
     seen: list[Tensor] = []
-    handle = student.lm_head.register_forward_hook(lambda *args: seen.append(args[2]) or args[2].retain_grad())
+    handle = student.model.norm.register_forward_hook(lambda *args: seen.append(args[2]) or args[2].retain_grad())
     module(batch).total.backward()
     handle.remove()
     touched = seen[0].grad.abs().amax(-1) > 0
@@ -212,7 +220,7 @@ def test_kl_at_one_is_absent_only_where_it_cannot_be_known(
 ):
     module = objective(student, temperature=temperature, tail=tail, profile=profile)
     whole = exact(batch, teacher_logits, profile if profile != "topk" else "ghost", temperature=2.0)
-    names = ["ce", "kl", "kl_t1"] if known else ["ce", "kl"]
+    names = ["ce", "kl", *(["kl_t1"] if known else []), *(["stored_mass"] if profile != "sampled" else [])]
     assert list(module(whole).terms) == names
 
 
@@ -324,3 +332,137 @@ def test_samples_without_targets_are_refused(student, batch):
 def test_terms_are_detached_and_total_is_not(student, batch):
     report = objective(student)(batch)
     assert report.total.requires_grad and not any(term.requires_grad for term in report.terms.values())
+
+
+TINY: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": None,
+}
+
+
+def shared_core_student(family: str) -> Any:
+    """A random student of a shared-core family, as its own model says it."""
+    forms = {p: Form("wrappers", 2, 2) for p in ("gate", "up", "down")}
+    return STUDENTS[family](student_config(tiny_config(family), {1: forms}))
+
+
+def tiny_config(family: str) -> Any:
+    experts = {"num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2}
+    more = {"moe_intermediate_size": 24, "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1}
+    more |= {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    if family == "deepseek_v3":
+        more["num_key_value_heads"] = 4
+    return AutoConfig.for_model(family, **{**TINY, **experts, **more})
+
+
+def dense_student(family: str, **settings: Any) -> Any:
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**TINY, **settings}))
+
+
+FAMILIES: dict[str, Callable[[], Any]] = {name: partial(shared_core_student, name) for name in STUDENTS}
+FAMILIES |= {
+    "llama": partial(dense_student, "llama"),
+    "llama, tied": partial(dense_student, "llama", tie_word_embeddings=True),
+    "qwen3": partial(dense_student, "qwen3"),
+    "gemma2": partial(dense_student, "gemma2", final_logit_softcapping=2.0, query_pre_attn_scalar=8),
+    "cohere": partial(dense_student, "cohere", logit_scale=0.25),
+    "granite": partial(dense_student, "granite", logits_scaling=3.0),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_is_the_loss_of_the_students_own_logits(family, batch, teacher_logits):
+    """Decoder, head, scale and cap of every family: value and gradients of its whole forward and the dense loss."""
+    torch.manual_seed(0)
+    student = FAMILIES[family]().eval()
+    for parameter in student.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    whole = exact(batch, teacher_logits)
+    found = gradients(objective(student), whole)
+    counted = batch.labels != IGNORED
+    logits = student(batch.tokens, position_ids=batch.position_ids, use_cache=False).logits[counted]
+    targets = TeacherTargets(*(field[counted] for field in whole.targets))
+    terms = distill_loss(logits, batch.labels[counted], targets, stored_in(facts()), 0.7, 2.0, "ghost")
+    assert objective(student)(whole).total.item() == pytest.approx(terms.total.item(), rel=1e-5)
+    student.zero_grad()
+    terms.total.backward()
+    for name, parameter in student.named_parameters():
+        mine, theirs = found[f"student.{name}"], parameter.grad
+        assert (mine - theirs).norm() <= 1e-4 * theirs.norm() + 1e-4, name
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "llama, tied"])
+def test_names_and_state_are_those_of_the_student(family):
+    student = FAMILIES[family]()
+    module = objective(student)
+    assert [name for name, _ in module.named_parameters()] == [f"student.{n}" for n, _ in student.named_parameters()]
+    assert module.state_dict().keys() == {f"student.{name}" for name in student.state_dict()}
+    assert module.head.weight is student.get_output_embeddings().weight
+    module.load_state_dict(module.state_dict())
+
+
+@pytest.mark.parametrize("family, settings", [("hyperclovax", {"logits_scaling": 3.0}), ("phi", {})])
+def test_a_student_whose_logits_are_made_otherwise_is_refused(family, settings):
+    """One multiplies where others divide, one has a bias."""
+    student = dense_student(family, **settings)
+    decoder = student.get_decoder()
+    with pytest.raises(UserError, match=f"{family}: logits are not the output embeddings times"):
+        objective(student)
+    assert student.get_decoder() is decoder
+
+
+def test_alpha_and_temperature_may_run_over_the_stage(student, batch, teacher_logits):
+    whole = exact(batch, teacher_logits, "truncated")
+    config = ObjectiveConfig(alpha=(0.9, 0.1), temperature=(4.0, 1.0), tail="truncated")
+    module = CachedDistillation(student, config, facts())
+    for share, alpha, temperature in ((None, 0.9, 4.0), (0.0, 0.9, 4.0), (0.25, 0.7, 3.25), (1.0, 0.1, 1.0)):
+        if share is not None:
+            module.at(share)
+        assert values(module(whole)) == pytest.approx(
+            reference(student, teacher_logits, whole, alpha, temperature, "truncated"), rel=1e-9
+        )
+    assert module.at(0.0) is None and module.alpha == 0.9
+    constant = ObjectiveConfig(alpha=(0.2, 0.4), temperature=(2.0, 2.0))
+    assert CachedDistillation(student, constant, facts()).temperature == 2.0
+
+
+@pytest.mark.parametrize("divergence, mix", [("reverse_kl", 0.5), ("jsd", 0.1), ("skew_kl", 0.1), ("tvd", 0.5)])
+def test_other_divergences(student, batch, teacher_logits, divergence, mix):
+    whole = exact(batch, teacher_logits)
+    config = ObjectiveConfig(alpha=1.0, divergence=divergence, mix=mix)
+    report = CachedDistillation(student, config, facts())(whole)
+    expected = CachedDistillation(student, ObjectiveConfig(alpha=1.0), facts())(whole)
+    counted = batch.labels != IGNORED
+    with torch.no_grad():
+        logits = student(batch.tokens, position_ids=batch.position_ids, use_cache=False).logits[counted]
+    targets = TeacherTargets(*(field[counted] for field in whole.targets))
+    kl = kl_to_targets(logits, targets, stored_in(facts()), 2.0, "ghost", Divergence(divergence, mix)).sum().item()
+    assert report.terms["kl"].item() == pytest.approx(kl, rel=1e-9) != expected.terms["kl"].item()
+    assert report.total.item() == pytest.approx(4 * kl, rel=1e-9)
+    assert report.terms["kl_t1"].item() == pytest.approx(expected.terms["kl_t1"].item(), rel=1e-12)
+
+
+DRAWS_ALONE = "objective.divergence: {} cannot be estimated from draws, kl alone can; set objective.divergence=kl"
+REFUSED_FORMS: list[tuple[str, dict[str, Any], str]] = [
+    *(("sampled", {"tail": "sampled", "divergence": d}, DRAWS_ALONE.format(d)) for d in ("jsd", "tvd")),
+    ("hybrid", {"tail": "hybrid", "divergence": "reverse_kl"}, DRAWS_ALONE.format("reverse_kl")),
+    ("topk", {"tail": "truncated", "divergence": "reverse_kl"}, "objective.divergence: reverse_kl is infinite where"),
+    *(
+        (profile, {"tail": tail, "temperature": (2.0, 1.0)}, f"objective.temperature: a ramp passes .* that {tail} has")
+        for profile, tail in (("topk", "ghost"), ("hybrid", "hybrid"), ("sampled", "sampled"))
+    ),
+]
+
+
+@pytest.mark.parametrize("profile, form, message", REFUSED_FORMS)
+def test_divergences_and_ramps_that_the_targets_do_not_support_are_refused(student, profile, form, message):
+    with pytest.raises(UserError, match=message) as caught:
+        CachedDistillation(student, ObjectiveConfig(**form), facts(profile))
+    assert "\n" not in str(caught.value) and "objective.tail=" in str(caught.value)
