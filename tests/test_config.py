@@ -153,6 +153,11 @@ def test_unknown_key_in_an_override_names_the_nearest(tmp_path):
         "objective.alpha=2",
         "objective.alpha=-0.1",
         "objective.temperature=0",
+        "objective.alpha=[0.5]",
+        "objective.alpha=[0.5, 2]",
+        "objective.temperature=[2, 0]",
+        "objective.temperature=[2, \"1\"]",
+        "objective.divergence=hellinger",
         "objective.kind=magic",
         "data.sequence_length=70000",
         "data.holdout_fraction=0",
@@ -292,7 +297,7 @@ def test_live_fields_are_these():
 
 def test_fingerprint_changes_with_every_frozen_field_and_with_no_live_one():
     tries = [True, False, 3, 7, 0.25, "truncated", "linear", "local", "online", "float32", [0.5, 0.75], ["basis"]]
-    tries += ["sampled", "zero3", "skip", "free", "adam", "off", "auto"]
+    tries += ["sampled", "zero3", "skip", "free", "adam", "off", "auto", "tvd"]
     tries += [[{"name": "b", "tokens": 3}], {"a": {"b": 1}}]
     only_one_value = {"objective.kind"}
     configs = [RunConfig(), parse({"compress": {"budget": 0.3}}, "")]  # some fields need another one
