@@ -25,6 +25,7 @@ from megakd.evals.follow import Follower
 from megakd.evals.measure import Meter, check_best
 from megakd.files import read_json
 from megakd.log import clock, say
+from megakd.preflight import open_dataset
 from megakd.run import Run
 
 STOPPED = 85  # exit code: stopped by a signal, what is finished is kept; schedulers requeue on it
@@ -79,13 +80,15 @@ def watch(run: Run, follower: Follower, once: bool = False, follow: bool = False
     if file.exists():
         best = read_json(file)
         say(f"watch: the best by {best['metric']} is {best['model']}, {best['value']:.4g}: {file}")
+    if run.config.log.wandb == "online":  # two processes that send to one run at once lose lines (log_evaluation)
+        say(f"watch: to send the curves to W&B, when training has ended: cd {run.folder} && wandb sync")
 
 
 def progress(run: Run, follower: Follower, seconds: float) -> str:
     """`watch  3/12 checkpoints  25%  1 waits  ETA 6:09`; seconds: what one takes; the ETA is without training's own."""
     done, waiting = len(follower.lines().keys() | follower.settled()), len(follower.pending())
-    every, stages = run.config.checkpoint.every_steps, run.config.stages
-    total = max(sum(-(-run.config.steps_of(stage) // every) for stage in stages), done + waiting)
+    every = run.config.checkpoint.every_steps
+    total = max(sum(-(-steps // every) for steps in stage_steps(run)), done + waiting)
     left = clock(seconds * (total - done))
     return f"watch  {done}/{total} checkpoints  {done / total:4.0%}  {waiting} waiting  ETA {left}"
 
@@ -93,8 +96,15 @@ def progress(run: Run, follower: Follower, seconds: float) -> str:
 def ended(run: Run, follower: Follower) -> bool:
     """Whether the last checkpoint of the last stage is settled, and every one that is there."""
     settled = follower.lines().keys() | follower.settled()
-    steps = sum(run.config.steps_of(stage) for stage in run.config.stages)
-    return f"{run.config.stages[-1].name}/step-{steps:06d}" in settled and follower.published().keys() <= settled
+    last = f"{run.config.stages[-1].name}/step-{sum(stage_steps(run)):06d}"
+    return last in settled and follower.published().keys() <= settled
+
+
+def stage_steps(run: Run) -> list[int]:
+    """How many steps each stage takes; passes over the training samples count those that the capture lists."""
+    stages = run.config.stages
+    windows = len(open_dataset(run)) if any(stage.epochs is not None for stage in stages) else None
+    return [run.config.steps_of(stage, windows) for stage in stages]
 
 
 @contextmanager

@@ -95,6 +95,8 @@ class Meter:
             model = load_model(subject.folder, getattr(torch, self.config.model.dtype))
         except UserError as error:
             raise Unusable(str(error)) from error
+        except MemoryError:  # not the model's fault
+            raise
         except Exception as error:  # what is wrong inside a config or a file of weights has no kind of its own
             raise Unusable(f"{subject.folder}: cannot be loaded: {type(error).__name__}: {error}") from error
         return model.eval().to(self.device)

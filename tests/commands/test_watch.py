@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -23,12 +24,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import megakd.evals.follow
 from megakd.cli import run_verb
 from megakd.commands.train import _identity
+from megakd.commands.watch import stage_steps
 from megakd.engine.checkpoint import best_weights, published, rotate
 from megakd.errors import UserError
 from megakd.evals.follow import Follower, hold
 from megakd.evals.harness import Harness
 from megakd.evals.measure import Meter
 from megakd.log import wandb_id
+from megakd.preflight import open_dataset
 from megakd.run import Run
 from megakd.tasks import claimed
 from tests.conftest import ROOT, command, kill_when
@@ -144,6 +147,14 @@ def test_it_ends_with_the_training_and_evaluate_finds_nothing_to_do(run, capfd):
     run_verb(["evaluate", str(run)])  # the same numbers another way
     for name, line in quality.items():
         assert {**lines_of(run)[name], "tokens_per_second": 0} == {**line, "tokens_per_second": 0}
+
+
+def test_the_end_of_a_training_by_epochs_is_known(prepared, run):
+    """Steps then depend on how many samples there are, at 16 windows a step."""
+    opened = Run.create(prepared, ["stages.1.tokens=null", "stages.1.epochs=1.5"], run.parent / "epochs")
+    windows = len(open_dataset(opened))
+    assert stage_steps(opened) == [4, math.ceil(1.5 * windows / 16)]
+    assert stage_steps(Run.open(run)) == [4, 6]
 
 
 def test_once_ends_though_the_training_has_not(run):
@@ -392,7 +403,7 @@ def test_the_best_is_kept_by_the_measure_that_was_asked_for(run, tmp_path, capfd
 
 
 def test_the_job_is_requeued_before_its_time_limit(run, tmp_path):
-    """The job script's own lines, with `srun` standing for its one task and `scontrol` writing down what it is asked."""
+    """The job script itself, with `srun` standing for its one task and `scontrol` writing down what it is asked."""
     (tmp_path / "srun").write_text('#!/bin/sh\nshift\nexec "$@"\n')
     (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" > {tmp_path / "asked"}\n')
     for tool in ("srun", "scontrol"):
