@@ -19,9 +19,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from megakd.engine.checkpoint import best_file
+from megakd.engine.checkpoint import best_file, checksum
+from megakd.errors import UserError
 from megakd.evals.measure import Meter, Unusable, checkpoint_subject, measure_of, numbers, rank
-from megakd.files import append_json, digest, locked, read_json_lines, remove, sha256, write_json
+from megakd.files import append_json, digest, locked, read_json, read_json_lines, remove, sha256, write_json
 from megakd.log import clock, log_evaluation, say
 from megakd.models.hub import weights_fingerprint
 from megakd.run import Run
@@ -109,11 +110,11 @@ class Follower:
         return bool(known) and self._content(name, checkpoint) in known
 
     def _content(self, name: str, checkpoint: Path) -> str:
-        """A hash of a checkpoint's weights (`weights_fingerprint`), the small files beside them, and its progress."""
+        """A hash of a checkpoint's weights (`weights_fingerprint`) and of the small files in it."""
         with suppress(OSError):  # gone meanwhile
             key = (name, checkpoint.stat().st_mtime_ns)
             if key not in self.fingerprints:
-                files = [*(checkpoint / "weights").glob("*"), checkpoint / "progress.json"]
+                files = [*checkpoint.glob("weights/*"), *checkpoint.glob("checksums/*"), checkpoint / "progress.json"]
                 small = {p.name: sha256(p) for p in sorted(files) if p.suffix != ".safetensors"}
                 self.fingerprints[key] = digest([weights_fingerprint(checkpoint / "weights"), small])
             return self.fingerprints[key]
@@ -140,6 +141,7 @@ class Follower:
         """The line, written; None for a bad checkpoint, which is recorded in history.jsonl."""
         start = time.perf_counter()
         try:
+            check_weights(held / "checkpoint")
             row = self.meter.row(checkpoint_subject(self.run, held / "checkpoint", name), held)
         except Unusable as error:
             reason = str(error).replace(f"{held / 'checkpoint'}", str(self.run.path("checkpoints", name)))
@@ -187,7 +189,7 @@ class Follower:
 
 
 def hold(checkpoint: Path, target: Path) -> bool:
-    """Link the weights and progress.json of a published checkpoint at `target`, which appears whole.
+    """Link the weights, their checksums and progress.json of a published checkpoint at `target`, which appears whole.
 
     Copies where there can be no hard links. False when rotation took the checkpoint meanwhile.
     """
@@ -195,7 +197,8 @@ def hold(checkpoint: Path, target: Path) -> bool:
     remove(temporary)
     try:
         before = checkpoint.stat()
-        for path in [*(checkpoint / "weights").rglob("*"), checkpoint / "progress.json"]:
+        inside = [path for part in ("weights", "checksums") for path in (checkpoint / part).rglob("*")]
+        for path in [*inside, checkpoint / "progress.json"]:
             if not path.is_dir():
                 place = temporary / path.relative_to(checkpoint)
                 place.parent.mkdir(parents=True, exist_ok=True)
@@ -217,6 +220,19 @@ def _link(source: Path, target: Path) -> None:
         if error.errno not in NO_LINK:
             raise
         shutil.copyfile(source, target)
+
+
+def check_weights(checkpoint: Path) -> None:
+    """Unusable when weights are not what training wrote, as far as it left checksums."""
+    try:
+        known = {
+            name: value for file in (checkpoint / "checksums").glob("*.json") for name, value in read_json(file).items()
+        }
+        for name in sorted(name for name in known if name.startswith("weights/")):
+            if checksum(checkpoint / name) != known[name]:
+                raise Unusable(f"{checkpoint / name}: not what was written (it was {known[name][0]:,} bytes)")
+    except (UserError, OSError, AttributeError) as error:
+        raise Unusable(str(error)) from error
 
 
 def _let_go(folder: Path) -> None:

@@ -43,8 +43,8 @@ def checkpoint_subject(run: Run, folder: Path, name: str | None = None) -> Subje
     """
     file = folder / "progress.json"
     try:
-        fields = {"shards": "", **read_json(file)}
-        progress = Progress(**{field: fields[field] for field in Progress._fields})
+        fields = read_json(file)
+        progress = Progress(**{name: fields[name] for name in ("stage", "stage_step", "step", "samples", "tokens")})
         stage = run.config.stages[progress.stage].name
     except (UserError, TypeError, KeyError, IndexError) as error:
         raise Unusable(f"{file}: does not say where training stood: {error}") from error

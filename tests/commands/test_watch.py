@@ -264,6 +264,8 @@ def test_what_another_process_is_at_is_left_to_it(run, capfd):
 def spoil(checkpoint: Path, how: str) -> None:
     """New files in the old ones' places, as a training would have written them."""
     weights = checkpoint / "weights" / "model.safetensors"
+    if how in ("nan", "config"):
+        shutil.rmtree(checkpoint / "checksums")  # which would tell
     if how == "nan":
         tensors = load_file(weights)
         tensors["model.norm.weight"].fill_(torch.nan)
@@ -273,6 +275,14 @@ def spoil(checkpoint: Path, how: str) -> None:
         content = weights.read_bytes()
         weights.unlink()
         weights.write_bytes(content[: len(content) // 2])
+    elif how == "one bit":
+        content = bytearray(weights.read_bytes())
+        content[-5] ^= 1
+        weights.unlink()
+        weights.write_bytes(content)
+    elif how == "nothing listed":
+        (checkpoint / "checksums" / "00000.json").unlink()
+        (checkpoint / "checksums" / "00000.json").write_text("{")
     elif how == "config":
         (checkpoint / "weights" / "config.json").write_text('{"model_type": "qwen3_moe_shared_core", "layers": 3')
     elif how == "progress":
@@ -281,7 +291,7 @@ def spoil(checkpoint: Path, how: str) -> None:
         shutil.rmtree(checkpoint / "weights")
 
 
-@pytest.mark.parametrize("how", ["nan", "cut", "config", "progress", "nothing"])
+@pytest.mark.parametrize("how", ["nan", "cut", "one bit", "nothing listed", "config", "progress", "nothing"])
 def test_a_bad_checkpoint_is_named_and_left_out(how, run, capfd, trained):
     name = NAMES[1]
     spoil(run / "checkpoints" / name, how)
@@ -329,7 +339,7 @@ def test_rotation_may_take_a_checkpoint_while_it_is_measured(run, monkeypatch):
     assert set(found) <= {NAMES[-1], best(run)["model"]}
 
 
-@pytest.mark.parametrize("after", range(1, 8))
+@pytest.mark.parametrize("after", range(1, 10))
 def test_a_checkpoint_that_vanishes_while_it_is_linked(after, run, monkeypatch, tmp_path):
     """Rotated after so many links: nothing is held, no half of it stays."""
     checkpoint, links, original = run / "checkpoints" / NAMES[0], [], os.link
