@@ -114,9 +114,10 @@ def log_evaluation(folder: Path, config: RunConfig, step: int, numbers: dict[str
 
     Each call leaves files of its own, whole, so a kill loses nothing and processes do not meet.
     TensorBoard follows a folder's newest file alone (`DirectoryWatcher`): another one beside training's would end its
-    curves, so these are a folder below. W&B loses lines where two processes send to a run, for each counts lines by
-    itself; its shared mode ignores steps. So this is recorded offline under the run's id, with a step of its own, and
-    `wandb sync` appends it when training has ended.
+    curves, so these are a folder below. Of two processes that send to one W&B run each counts lines from its own start:
+    the server keeps the last of a number; in its shared mode it ignores steps. So this is recorded offline under the
+    run's id, with a step of its own, for `wandb sync` to append when training has ended; in a folder of its own, for
+    sync sends what is in one by age, and a training that was resumed later would have its steps counted on from here.
     """
     if config.log.tensorboard:
         from torch.utils.tensorboard.writer import SummaryWriter
@@ -126,7 +127,9 @@ def log_evaluation(folder: Path, config: RunConfig, step: int, numbers: dict[str
                 board.add_scalar(f"eval/{name}", value, step)
     if config.log.wandb != "disabled":
         frozen = config.model_dump(mode="json")
-        run = _open_wandb(folder, config.log.wandb_project, config.name, wandb_id(config), frozen, "offline")
+        place = folder / "watch"
+        place.mkdir(exist_ok=True)
+        run = _open_wandb(place, config.log.wandb_project, config.name, wandb_id(config), frozen, "offline")
         run.define_metric("eval/step", hidden=True)
         run.define_metric("eval/*", step_metric="eval/step")
         run.log({"eval/step": step, **{f"eval/{name}": value for name, value in numbers.items()}})

@@ -81,7 +81,7 @@ def watch(run: Run, follower: Follower, once: bool = False, follow: bool = False
         best = read_json(file)
         say(f"watch: the best by {best['metric']} is {best['model']}, {best['value']:.4g}: {file}")
     if run.config.log.wandb == "online":  # two processes that send to one run at once lose lines (log_evaluation)
-        say(f"watch: to send the curves to W&B, when training has ended: cd {run.folder} && wandb sync")
+        say(f"watch: to send the curves to W&B, when training has ended: cd {run.path('watch')} && wandb sync")
 
 
 def progress(run: Run, follower: Follower, seconds: float) -> str:

@@ -453,7 +453,7 @@ def test_curves_stand_at_their_steps_under_the_runs_own_id(run, capfd):
         events = board.Scalars(f"eval/{key}")
         assert [event.step for event in events] == [3, 4, 7, 10]
         assert [event.value for event in events] == pytest.approx([line[key] for line in lines(run)], rel=1e-6)
-    files = [p for p in run.glob("wandb/offline-run-*/*.wandb") if p.name == f"run-{wandb_id(opened.config)}.wandb"]
+    files = [p for p in run.glob("watch/wandb/offline-run-*/*.wandb") if p.name == f"run-{wandb_id(opened.config)}.wandb"]
     assert len(files) == 4
     deadline = time.monotonic() + 20
     expected = {str(line["kl"]).encode() for line in lines(run)}
