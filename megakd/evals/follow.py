@@ -44,6 +44,7 @@ class Follower:
         self.locks = self.folder / "locks"
         self.locks.mkdir(parents=True, exist_ok=True)
         self.fingerprints: dict[tuple[str, int], str] = {}
+        self.said = False
 
     def scan(self) -> None:
         """Hold every published checkpoint that has no line yet; quick, so that rotation does not come first.
@@ -64,9 +65,14 @@ class Follower:
             lines = self.lines()
             for name, path in published.items():
                 held = self.held(name) / "checkpoint"
-                if name not in lines and not held.exists() and not self.is_bad(name, path):
+                if name in lines or held.exists():
+                    continue
+                # asked again: what was let go since has its line, or its record, since before
+                if name not in self.lines() and not self.is_bad(name, path):
                     held.parent.mkdir(parents=True, exist_ok=True)
-                    hold(path, held)
+                    if not hold(path, held):
+                        with suppress(OSError):
+                            held.parent.rmdir()
             if self.watching:
                 self._name_lost(recorded - published.keys() - self.pending().keys())
 
@@ -163,11 +169,15 @@ class Follower:
         with locked(self.locks / "best.lock"):
             lines, published = self.lines(), self.published()
             ranks = {model: key for model, row in lines.items() if (key := rank(row, metric)) is not None}
+            if lines and not ranks and not self.said:
+                self.said = True
+                say(f"watch: eval.best: no line has {metric}, so no checkpoint is kept from rotation")
             for model in sorted(ranks, key=lambda model: (ranks[model], _step(model))):
                 target = kept / model
                 target.parent.mkdir(parents=True, exist_ok=True)
-                if not target.exists() and model == name:
-                    os.rename(self.held(model) / "checkpoint", target)
+                held = self.held(model) / "checkpoint"
+                if model == name and held.exists() and not target.exists():
+                    os.rename(held, target)
                 if target.exists() or (model in published and hold(published[model], target)):
                     break
             else:

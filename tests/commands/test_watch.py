@@ -399,6 +399,9 @@ def test_the_best_is_kept_by_the_measure_that_was_asked_for(run, tmp_path, capfd
     for measure, expected in (("top1", NAMES[0]), ("tiny_last/perplexity", NAMES[1])):
         watch(run, f"eval.best={measure}")
         assert best(run)["model"] == expected and [p.name for p in run.glob("watch/best/*/*")] == [expected[-11:]]
+    watch(run, "eval.best=tiny_last/perplexity,other")
+    assert "no line has tiny_last/perplexity,other" in capfd.readouterr().err
+    watch(run, "eval.best=tiny_last/perplexity")
     rotate(checkpoints, 1, set())
     assert {f"{saved.folder.parent.name}/{saved.folder.name}" for saved in published(checkpoints)} == {
         NAMES[1],
@@ -453,7 +456,9 @@ def test_curves_stand_at_their_steps_under_the_runs_own_id(run, capfd):
         events = board.Scalars(f"eval/{key}")
         assert [event.step for event in events] == [3, 4, 7, 10]
         assert [event.value for event in events] == pytest.approx([line[key] for line in lines(run)], rel=1e-6)
-    files = [p for p in run.glob("watch/wandb/offline-run-*/*.wandb") if p.name == f"run-{wandb_id(opened.config)}.wandb"]
+    files = [
+        p for p in run.glob("watch/wandb/offline-run-*/*.wandb") if p.name == f"run-{wandb_id(opened.config)}.wandb"
+    ]
     assert len(files) == 4
     deadline = time.monotonic() + 20
     expected = {str(line["kl"]).encode() for line in lines(run)}
