@@ -42,7 +42,7 @@ class ModelConfig(Section):
     teacher: str = "demo"
     revision: str | None = None
     student: str | None = None
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
 
 
 class CompressConfig(Section):
@@ -259,11 +259,27 @@ class StageConfig(Section):
         return self
 
 
+class GuardConfig(Section):
+    """What happens to a step whose loss or gradient is not finite, or whose loss jumps.
+
+    nonfinite: stop ends the run, weights as they were; skip leaves out the update and goes on with the next data.
+    spike: leave out updates whose loss a token is more than so many times the median of the last `window` steps.
+    rollback: after so many updates left out in a row weights and moments go back to the stage's last checkpoint, while
+    step, schedule and data go on; 0 never does. float16's loss scaler leaves out updates of its own.
+    """
+
+    nonfinite: Literal["stop", "skip"] = live("stop")
+    spike: float | None = live(None, gt=1)
+    window: int = live(64, ge=8)
+    rollback: int = live(0, ge=0)
+
+
 class EngineConfig(Section):
     """local: one process. deepspeed: `config` names a file of ds_configs/ or a path, copied into `deepspeed`.
 
     expert_parallel: how many neighbouring ranks share the experts, each keeping its part of them (deepspeed alone);
     tokens travel to their experts. 1: every rank keeps or partitions all of them. May change with `ranks`.
+    activation_checkpointing: forget what layers computed, and compute it again in the backward pass.
     """
 
     kind: Literal["local", "deepspeed"] = "deepspeed"
@@ -271,6 +287,7 @@ class EngineConfig(Section):
     deepspeed: dict[str, Any] | None = None
     ranks: int = live(1, ge=1)
     expert_parallel: int = live(1, ge=1)
+    activation_checkpointing: bool = live(False)
 
 
 class CheckpointConfig(Section):
@@ -319,6 +336,7 @@ class RunConfig(Section):
     optim: OptimConfig = OptimConfig()
     stages: tuple[StageConfig, ...] = Field((StageConfig(name="all", tokens=int(1e9)),), min_length=1)
     engine: EngineConfig = EngineConfig()
+    guard: GuardConfig = GuardConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()

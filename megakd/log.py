@@ -1,11 +1,14 @@
 """What a person watches: a progress line with ETA, and metrics to metrics.jsonl, TensorBoard and W&B."""
 
 import json
+import math
 import os
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from megakd.config import LogConfig, RunConfig
@@ -82,8 +85,10 @@ class MetricLog:
             self.wandb = _open_wandb(folder, config.wandb_project, name, run_id, frozen, config.wandb)
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
-        append_json(self.file, {"step": step, **metrics})
-        numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float)}
+        # JSON has no NaN: what is not finite is written as null, and on no curve
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+        append_json(self.file, {"step": step, **finite})
+        numbers = {k: v for k, v in finite.items() if isinstance(v, int | float)}
         if self.board is not None:
             for key, value in numbers.items():
                 self.board.add_scalar(f"train/{key}", value, step)
@@ -168,10 +173,13 @@ class StageWatch:
         lr: float,
         norm: float,
         damaged: int = 0,
+        left_out: int = 0,
+        norms: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
         """Log a step of `tokens` counted tokens; stage_step, step: done in the stage, in all; seen: tokens in all.
 
         damaged: samples that the step left out; logged is their number since this process began the stage.
+        left_out: updates that were not made so far. norms: more of them, by their names in the log.
         """
         now = time.perf_counter()
         seconds = now - self.asked
@@ -181,11 +189,11 @@ class StageWatch:
         means = {"loss" if name == "total" else name: value / max(tokens, 1) for name, value in sums.items()}
         speed, wait, memory = tokens / seconds, self.waited / seconds, peak_memory_gb()
         self.damaged += damaged
-        left_out = {"damaged_samples": self.damaged} if self.damaged else {}
+        counts = {"damaged_samples": self.damaged, "left_out_updates": left_out}
+        counts = {name: count for name, count in counts.items() if count}
         timing = {"tokens_per_second": speed, "data_wait_share": wait, "memory_gb": memory}
-        self.log.write(
-            step, {"stage": self.stage, "tokens": seen, **means, "lr": lr, "grad_norm": norm, **left_out, **timing}
-        )
+        numbers = {**means, "lr": lr, "grad_norm": norm, **norms, **counts, **timing}
+        self.log.write(step, {"stage": self.stage, "tokens": seen, **numbers})
         if stage_step % self.every_steps == 0 or stage_step == self.steps:
             left = (now - self.start) / (stage_step - self.first_step) * (self.steps - stage_step)
             parts = [

@@ -21,6 +21,11 @@ LIVE = {
     "optim.micro_batch",
     "engine.ranks",
     "engine.expert_parallel",
+    "engine.activation_checkpointing",
+    "guard.nonfinite",
+    "guard.spike",
+    "guard.window",
+    "guard.rollback",
     "checkpoint.every_steps",
     "checkpoint.keep",
     "eval.batch_size",
@@ -281,7 +286,7 @@ def test_deepspeed_copy_is_kept_until_another_file_is_named(tmp_path):
 
 def test_unknown_deepspeed_file_lists_the_known_ones(tmp_path):
     message = error_of(tmp_path, {}, "engine.config=zero9")
-    assert "engine.config: 'zero9'" in message and "zero0, zero2, zero3" in message
+    assert "engine.config: 'zero9'" in message and "zero0, zero2, zero3, zero3_offload" in message
 
 
 @pytest.mark.parametrize("content", ["[1, 2]", "{"])
@@ -297,7 +302,7 @@ def test_live_fields_are_these():
 
 def test_fingerprint_changes_with_every_frozen_field_and_with_no_live_one():
     tries = [True, False, 3, 7, 0.25, "truncated", "linear", "local", "online", "float32", [0.5, 0.75], ["basis"]]
-    tries += ["sampled", "zero3", "skip", "free", "adam", "off", "auto", "tvd"]
+    tries += [16, "sampled", "zero3", "skip", "free", "adam", "off", "auto", "tvd"]
     tries += [[{"name": "b", "tokens": 3}], {"a": {"b": 1}}]
     only_one_value = {"objective.kind"}
     configs = [RunConfig(), parse({"compress": {"budget": 0.3}}, "")]  # some fields need another one

@@ -10,6 +10,7 @@ examples:
 """
 
 import argparse
+import math
 import os
 import signal
 import subprocess
@@ -41,7 +42,9 @@ from megakd.engine.checkpoint import (
     save_checkpoint,
 )
 from megakd.engine.ds_json import deepspeed_config
+from megakd.engine.guard import GRADIENT, Health, after_step, wrong_with
 from megakd.engine.optim import build_optimizer, schedule
+from megakd.errors import UserError
 from megakd.files import locked, shipped
 from megakd.log import MetricLog, StageWatch, say
 from megakd.models.hub import copy_side_files, load_config, load_model, write_config
@@ -150,8 +153,17 @@ def train_stage(
             factor = schedule(config.optim, progress.stage_step, steps)
             tokens, damaged = count_damage(run, step, world)
             batches = (to_device(batch, world.device) for batch in step.micro_batches)
+            show = (progress.stage_step + 1) % config.log.every_steps == 0
             # nothing to learn from: momentum and weight decay alone must not move the weights either
-            report = engine.step(batches, tokens, factor) if tokens else StepReport({}, 0.0)
+            report = StepReport({}, 0.0)
+            if tokens:
+                health = progress.health
+
+                def accept(sums: dict[str, float], tokens: int = tokens, health: Health = health) -> bool:
+                    return not wrong_with(sums["total"] / tokens, health, config.guard)
+
+                report = engine.step(batches, tokens, factor, accept, show)
+                progress = progress._replace(health=judge(run, progress, report, tokens, world))
             progress = Progress(
                 stage=index,
                 stage_step=progress.stage_step + 1,
@@ -159,11 +171,22 @@ def train_stage(
                 samples=progress.samples + config.windows_per_step,
                 tokens=progress.tokens + tokens,
                 shards=shards,
+                health=progress.health,
             )
-            lr = config.optim.lr * factor
             watch.step_done(
-                progress.stage_step, progress.step, progress.tokens, tokens, report.sums, lr, report.grad_norm, damaged
+                progress.stage_step,
+                progress.step,
+                progress.tokens,
+                tokens,
+                report.sums,
+                config.optim.lr * factor,
+                report.grad_norm,
+                damaged,
+                progress.health.left_out,
+                report.norms,
             )
+            if config.guard.rollback and progress.health.in_a_row >= config.guard.rollback:
+                progress = roll_back(run, engine, progress, saved, world)
             if progress.stage_step == steps or progress.stage_step % config.checkpoint.every_steps == 0:
                 saved = save(run, stage, engine, progress, world, updates)
                 watch.resume_clock()
@@ -184,6 +207,35 @@ def end_of_stage(run: Run, saved: Saved, dataset: ShardSet, world: World) -> Car
     carried = engine.hand_over()
     engine.close()
     return carried
+
+
+def judge(run: Run, progress: Progress, report: StepReport, tokens: int, world: World) -> Health:
+    """The run's health after a step; UserError where the run should stop at what went wrong with it."""
+    guard, loss = run.config.guard, report.sums["total"] / tokens
+    if report.left_out:
+        why = wrong_with(loss, progress.health, guard) or report.left_out
+        step = progress.step + 1
+        if world.first:
+            say(f"train: step {step} makes no update: {why}")
+            run.record("left out", step=step, reason=why)
+        if guard.nonfinite == "stop" and (report.left_out == GRADIENT or not math.isfinite(loss)):
+            raise UserError(
+                f"{run.folder}: step {step}: {why}; the weights are as they were, the last checkpoint stands. Lower "
+                "optim.lr in a new run, or go on without such steps: guard.nonfinite=skip"
+            )
+    return after_step(progress.health, loss, report.left_out, guard)
+
+
+def roll_back(run: Run, engine: Engine, progress: Progress, saved: Saved | None, world: World) -> Progress:
+    """Back to the weights and moments of the stage's last checkpoint; step, schedule and data go on."""
+    back = saved if saved and saved.progress.stage == progress.stage else None
+    if back:
+        engine.load(back.folder / "state")
+    if world.first:
+        where = f"back to the weights of {back.folder}" if back else "no checkpoint of this stage to go back to"
+        say(f"train: {progress.health.in_a_row} updates left out in a row: {where}")
+        run.record("rollback", step=progress.step, to=str(back.folder.relative_to(run.folder)) if back else None)
+    return progress._replace(health=progress.health._replace(in_a_row=0))
 
 
 def in_step(data: Iterator[Step | None], world: World, stop: StopSignals) -> Iterator[Step]:
@@ -276,7 +328,7 @@ def name_damage(run: Run, reasons: list[str]) -> None:
 def build_objective(config: RunConfig, folder: Path, dataset: ShardSet) -> CachedDistillation:
     """The student of `folder` inside the run's objective."""
     # without DeepSpeed's fp32 masters the weights themselves stay float32, and the forward runs under autocast
-    dtype = torch.bfloat16 if config.model.dtype == "bfloat16" and config.engine.kind == "deepspeed" else torch.float32
+    dtype = getattr(torch, config.model.dtype) if config.engine.kind == "deepspeed" else torch.float32
     return CachedDistillation(load_model(folder, dtype), config.objective, dataset.facts)
 
 
@@ -296,7 +348,11 @@ def build_engine(
         from megakd.models.expert_parallel import join_groups, spread_experts
 
         spread_experts(objective.student, spread, join_groups(spread))
-    optimizer = build_optimizer(objective, stage.lr_multipliers, config.optim, updates)
+    zero = (config.engine.deepspeed or {}).get("zero_optimization", {}) if config.engine.kind == "deepspeed" else {}
+    offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+    optimizer = build_optimizer(objective, stage.lr_multipliers, config.optim, updates, fused=offloaded)
+    if config.engine.activation_checkpointing:
+        objective.student.gradient_checkpointing_enable({"use_reentrant": False})
     if not objective.student.get_input_embeddings().weight.requires_grad:
         # ZeRO-3's backward needs an input that requires gradients when all that comes first is frozen
         objective.student.enable_input_require_grads()

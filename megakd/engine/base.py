@@ -1,7 +1,8 @@
 """Engine: how one optimizer step is executed, on one device or under DeepSpeed; knows nothing of distillation."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
@@ -10,10 +11,23 @@ from megakd.engine.optim import canonical_names
 
 
 class StepReport(NamedTuple):
-    """Named loss sums over the tokens of all ranks (`total` among them), and the gradient norm before clipping."""
+    """Named loss sums over the tokens of all ranks (`total` among them), and the gradient norm before clipping.
+
+    left_out: why the update was not made (guard.py), or "". norms: of gradient and update, by optimizer group, where
+    they were asked for.
+    """
 
     sums: dict[str, float]
     grad_norm: float
+    left_out: str = ""
+    norms: Mapping[str, float] = MappingProxyType({})
+
+
+Accept = Callable[[dict[str, float]], bool]  # whether to make an update, from the loss sums of its step
+
+
+def always(sums: dict[str, float]) -> bool:
+    return True
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, beside the master itself (`fp32`)
@@ -29,7 +43,7 @@ class Carried(NamedTuple):
     updates: dict[str, int]
     tensors: dict[str, dict[str, Tensor]]
 
-    def count(self, name: str, parameter: nn.Parameter) -> int:
+    def updates_of(self, name: str, parameter: nn.Parameter) -> int:
         """Updates of the parameter of that name, 0 for one that was not trained."""
         return self.updates.get(canonical_names(name, parameter)[0], 0)
 
@@ -37,8 +51,13 @@ class Carried(NamedTuple):
 class Engine(Protocol):
     """What the training loop needs. Every method is called by all ranks together."""
 
-    def step(self, micro_batches: Iterable[Any], tokens: int, factor: float) -> StepReport:
+    def step(
+        self, micro_batches: Iterable[Any], tokens: int, factor: float, accept: Accept = always, norms: bool = False
+    ) -> StepReport:
         """One optimizer step on this rank's micro-batches.
+
+        accept: an update that it refuses, or whose gradient is not finite, is left out.
+        norms: also measure the norms of gradient and update of each group.
 
         tokens: counted tokens of the step over all ranks and micro-batches: losses are sums, divided by it once.
         factor: multiplies every group's learning rate (the schedule).

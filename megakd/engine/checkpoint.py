@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from megakd.dist import World, barrier, sum_over_ranks
 from megakd.engine.base import Engine
+from megakd.engine.guard import Health
 from megakd.errors import UserError
 from megakd.files import read_json, remove, sync, write_json
 from megakd.log import say
@@ -28,6 +29,7 @@ class Progress(NamedTuple):
     """Where training stands: `step` of all stages, `stage_step` of stage `stage`, samples and counted tokens taken.
 
     shards: which shards `samples` counts over (`shards_digest`); empty in checkpoints that do not say.
+    health: which losses are usual, and how many updates were left out.
     """
 
     stage: int = 0
@@ -36,6 +38,7 @@ class Progress(NamedTuple):
     samples: int = 0
     tokens: int = 0
     shards: str = ""
+    health: Health = Health()
 
 
 class Saved(NamedTuple):
@@ -148,11 +151,13 @@ def published(checkpoints: Path) -> list[Saved]:
     for path in checkpoints.glob("*/step-*"):
         if re.fullmatch(r"step-\d+", path.name) and (path / "progress.json").exists():
             try:
-                fields = {"shards": "", **read_json(path / "progress.json")}
+                fields = {"shards": "", "health": Health(), **read_json(path / "progress.json")}
             except UserError:
                 if (path / "progress.json").exists():
                     raise
                 continue  # rotation took it meanwhile
+            recent, *counts = fields["health"]
+            fields["health"] = Health(tuple(recent), *counts)
             found.append(Saved(path, Progress(**{name: fields[name] for name in Progress._fields})))
     return sorted(found, key=lambda saved: saved.progress)
 

@@ -4,11 +4,13 @@ A state is loaded bit by bit by the layout of ranks that saved it; for another l
 universal checkpoint, which holds every parameter whole, under the names of that layout.
 """
 
+import math
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,11 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from torch import Tensor, nn
 
 from megakd.dist import World, barrier, sum_over_ranks
-from megakd.engine.base import Carried, StepReport, saved_buffers
-from megakd.engine.border import hand_over, set_update_counts, take_over, update_counts
+from megakd.engine.base import Accept, Carried, StepReport, always, saved_buffers
+from megakd.engine.border import hand_over, local_gradient, masters, set_update_counts, take_over, update_counts
 from megakd.engine.checkpoint import LAYOUT, elastic
+from megakd.engine.guard import GRADIENT, REJECTED, SCALE
+from megakd.engine.norms import grad_squares, named, update_squares
 from megakd.engine.optim import set_learning_rate
 from megakd.errors import UserError
 from megakd.files import read_json, remove, write_json
@@ -42,6 +46,7 @@ class DeepSpeedEngine:
         expert_parallel: int = 1,
     ):
         self.world = world
+        self.labels = {id(p): group["label"] for group in optimizer.param_groups for p in group["params"]}
         self.engine: Any
         self.engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=config)
         self.optimizer = optimizer
@@ -50,24 +55,38 @@ class DeepSpeedEngine:
             "expert_parallel": expert_parallel,
             "zero": config["zero_optimization"]["stage"],
         }
-        if expert_parallel > 1 and self.layout["zero"] == 0:
+        if self.layout["zero"] == 0:
             self.engine.clip_fp32_gradients = self._clip
 
-    def step(self, micro_batches: Iterable[Any], tokens: int, factor: float) -> StepReport:
+    def step(
+        self, micro_batches: Iterable[Any], tokens: int, factor: float, accept: Accept = always, norms: bool = False
+    ) -> StepReport:
         self.engine.train()
         set_learning_rate(self.optimizer, factor)
         sums: dict[str, float] = {}
+        squares: dict[str, float] = {}
+        left_out = ""
         for batch in micro_batches:
             report = self.engine(batch)
             # DeepSpeed averages gradients over ranks; we want the sum over all tokens divided once. Experts are kept
             # by fewer ranks, and DeepSpeed divides their sums by all ranks too
             self.engine.backward(report.total * (self.world.size / tokens), scale_wrt_gas=False)
-            self.engine.step()  # counts micro-batches, updates weights at the last one
             for name, value in {"total": report.total, **report.terms}.items():
                 sums[name] = sums.get(name, 0.0) + value.item()
-        grad_norm = self.engine.get_global_grad_norm() or 0.0
-        reduced = sum_over_ranks(list(sums.values()), self.world.device)
-        return StepReport(dict(zip(sums, reduced, strict=True)), float(grad_norm))
+            if self.engine.is_gradient_accumulation_boundary():
+                sums = dict(zip(sums, sum_over_ranks(list(sums.values()), self.world.device), strict=True))
+                squares = self._grad_squares() if norms else {}
+                left_out = "" if accept(sums) else REJECTED
+            with leaving_out(self.engine) if left_out else nullcontext():
+                self.engine.step()  # counts micro-batches, updates weights at the last one
+        grad_norm = float(self.engine.get_global_grad_norm() or 0.0)
+        if not left_out and (not math.isfinite(grad_norm) or not self.engine.was_step_applied()):
+            left_out = SCALE if self.engine.fp16_enabled() else GRADIENT
+        if norms and not left_out:
+            groups = {group["label"]: group for group in self.optimizer.param_groups}
+            members = ((groups[self.labels[id(parts[0])]], master) for master, parts in masters(self.engine))
+            squares |= self._over_ranks(named("update_norm", update_squares(self.optimizer, members)))
+        return StepReport(sums, grad_norm, left_out, {name: value**0.5 for name, value in squares.items()})
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.engine.module.named_parameters():
@@ -119,8 +138,23 @@ class DeepSpeedEngine:
     def close(self) -> None:
         self.engine.destroy()
 
+    def _grad_squares(self) -> dict[str, float]:
+        scale = getattr(self.engine.optimizer, "loss_scale", 1.0)
+        trained = ((self.labels[id(p)], p) for p in self.engine.module.parameters() if id(p) in self.labels)
+        found = grad_squares((label, local_gradient(p)) for label, p in trained)
+        return self._over_ranks(named("grad_norm", {label: value / scale**2 for label, value in found.items()}))
+
+    def _over_ranks(self, squares: dict[str, float]) -> dict[str, float]:
+        """Sums over ranks that keep parts; without ZeRO each keeps all (spread experts apart: those are its own)."""
+        if self.layout["zero"] == 0:
+            return squares
+        return dict(zip(squares, sum_over_ranks(list(squares.values()), self.world.device), strict=True))
+
     def _clip(self) -> None:
-        """Clip by the norm of all gradients; DeepSpeed's own averages the norms of ranks that keep other experts."""
+        """Clip by the norm of all gradients; DeepSpeed's own averages the norms of ranks that keep other experts.
+
+        Gradients that are not finite become none: the optimizer has nothing to do, and the norm says it.
+        """
         squares = {True: 0.0, False: 0.0}
         gradients = [(p, p.grad) for p in self.engine.module.parameters() if p.grad is not None]
         for parameter, gradient in gradients:
@@ -129,8 +163,11 @@ class DeepSpeedEngine:
         spread = sum_over_ranks([squares[True]], self.world.device)[0] / copies
         norm = (squares[False] + spread) ** 0.5
         self.engine._global_grad_norm = norm
-        for _, gradient in gradients:
-            gradient.mul_(min(1.0, self.engine.gradient_clipping() / (norm + 1e-6)))
+        for parameter, gradient in gradients:
+            if math.isfinite(norm):
+                gradient.mul_(min(1.0, self.engine.gradient_clipping() / (norm + 1e-6)))
+            else:
+                parameter.grad = None
 
     def _packed(self) -> Iterator[tuple[str, Any]]:
         for name, parameter in self.engine.module.named_parameters():
@@ -237,3 +274,32 @@ class DeepSpeedEngine:
 
 def describe(layout: dict[str, Any]) -> str:
     return f"{layout['ranks']} ranks with expert_parallel {layout['expert_parallel']}"
+
+
+@contextmanager
+def leaving_out(engine: Any) -> Iterator[None]:
+    """Meanwhile the engine drops its gradients as after an overflow, and makes no update."""
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+
+    def overflow(*_: Any, **__: Any) -> bool:
+        optimizer.overflow = True
+        return True
+
+    def nothing(*_: Any, **__: Any) -> None: ...
+
+    if stage == 3:
+        changes = {"_overflow_check_and_loss_scale_update": overflow, "_update_scale": nothing}
+    elif stage > 0:
+        changes = {"check_grad_overflow": True, "check_overflow": overflow, "_update_scale": nothing}
+    elif hasattr(optimizer, "overflow_checker"):  # 16 bits without ZeRO
+        optimizer, changes = optimizer.overflow_checker, {"check": lambda *_, **__: True}
+    else:
+        changes = {"step": nothing}
+    before = {name: vars(optimizer)[name] for name in changes if name in vars(optimizer)}
+    vars(optimizer).update(changes)
+    try:
+        yield
+    finally:
+        for name in changes:
+            del vars(optimizer)[name]
+        vars(optimizer).update(before)

@@ -42,10 +42,12 @@ def deepspeed_config(config: RunConfig, ranks: int, windows: int) -> dict[str, A
     return {
         "steps_per_print": 10**9,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs where the masters are, and compiles nothing
         **user,
         "zero_optimization": zero,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": windows // (ranks * micro),
         "gradient_clipping": config.optim.clip_norm,
         "bf16": {"enabled": config.model.dtype == "bfloat16"},
+        "fp16": {"enabled": config.model.dtype == "float16"},
     }

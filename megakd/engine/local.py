@@ -1,5 +1,6 @@
 """One process, one device: the plain form of a step, and the reference for every other engine."""
 
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -7,12 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megakd.engine.base import MOMENTS, Carried, StepReport, saved_buffers
+from megakd.engine.base import MOMENTS, Accept, Carried, StepReport, always, saved_buffers
+from megakd.engine.guard import GRADIENT, REJECTED, SCALE
+from megakd.engine.norms import grad_squares, named, update_squares
 from megakd.engine.optim import canonical_name, set_learning_rate
 
 
 class LocalEngine:
-    """float32 weights; with `bfloat16` the forward runs under autocast, so the weights are their own masters."""
+    """float32 weights; in 16 bits the forward runs under autocast, so the weights are their own masters.
+
+    float16 has a loss scaler, which leaves out updates whose gradient overflows and halves its scale.
+    """
 
     def __init__(
         self, objective: nn.Module, optimizer: torch.optim.Optimizer, clip_norm: float, dtype: str, device: torch.device
@@ -20,23 +26,42 @@ class LocalEngine:
         self.objective = objective.to(device)
         self.optimizer = optimizer
         self.clip_norm = clip_norm
-        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+        half = torch.float16 if dtype == "float16" else torch.bfloat16
+        self.autocast = torch.autocast(device.type, half, enabled=dtype != "float32")
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
         self.trained = [p for group in optimizer.param_groups for p in group["params"]]
 
-    def step(self, micro_batches: Iterable[Any], tokens: int, factor: float) -> StepReport:
+    def step(
+        self, micro_batches: Iterable[Any], tokens: int, factor: float, accept: Accept = always, norms: bool = False
+    ) -> StepReport:
         self.objective.train()
         sums: dict[str, float] = {}
         for batch in micro_batches:
             with self.autocast:
                 report = self.objective(batch)
-            (report.total / tokens).backward()
+            self.scaler.scale(report.total / tokens).backward()
             for name, value in {"total": report.total, **report.terms}.items():
                 sums[name] = sums.get(name, 0.0) + value.item()
+        self.scaler.unscale_(self.optimizer)
+        squares: dict[str, float] = {}
+        if norms:
+            labelled = ((group["label"], p.grad) for group in self.optimizer.param_groups for p in group["params"])
+            squares = named("grad_norm", grad_squares(labelled))
         grad_norm = nn.utils.clip_grad_norm_(self.trained, self.clip_norm).item()
         set_learning_rate(self.optimizer, factor)
-        self.optimizer.step()
+        left_out = ""
+        if not accept(sums):
+            left_out = REJECTED
+        elif not math.isfinite(grad_norm):
+            left_out = SCALE if self.scaler.is_enabled() else GRADIENT
+        else:
+            self.optimizer.step()
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return StepReport(sums, grad_norm)
+        if norms and not left_out:
+            members = ((group, p) for group in self.optimizer.param_groups for p in group["params"])
+            squares |= named("update_norm", update_squares(self.optimizer, members))
+        return StepReport(sums, grad_norm, left_out, {name: value**0.5 for name, value in squares.items()})
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         yield from ((name, p.detach()) for name, p in self.objective.named_parameters())
@@ -45,12 +70,14 @@ class LocalEngine:
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True)
         state = {"objective": self.objective.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state["scaler"] = self.scaler.state_dict()
         torch.save(state, folder / "local.pt")
 
     def load(self, folder: Path) -> None:
         state = torch.load(folder / "local.pt", map_location="cpu", weights_only=True)
         self.objective.load_state_dict(state["objective"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state.get("scaler", {}))
 
     def hand_over(self) -> Carried:
         updates, tensors = {}, {}
@@ -63,7 +90,7 @@ class LocalEngine:
 
     def take_over(self, carried: Carried) -> None:
         for name, parameter in self.objective.named_parameters():
-            count = carried.count(name, parameter)
+            count = carried.updates_of(name, parameter)
             if parameter.requires_grad and count:
                 tensors = carried.tensors[name]
                 parameter.data.copy_(tensors["fp32"])

@@ -85,12 +85,17 @@ def _check_alike(tensor: str, parts: list[Assignment], rules: tuple[LrRule, ...]
 
 
 def build_optimizer(
-    module: nn.Module, rules: tuple[LrRule, ...], optim: OptimConfig, updates: Mapping[str, int] | None = None
+    module: nn.Module,
+    rules: tuple[LrRule, ...],
+    optim: OptimConfig,
+    updates: Mapping[str, int] | None = None,
+    fused: bool = False,
 ) -> torch.optim.AdamW:
     """AdamW with a group for each (multiplier, decay, updates); parameters with multiplier 0 need no gradients.
 
     Weight decay never touches norms and biases (parameters of one dimension). UserError when nothing is left to train.
     updates: how often a parameter, by canonical name, was updated before (`Carried`): ZeRO keeps one count a group.
+    fused: update in one pass over memory, for states that lie on the CPU.
     Spread experts get groups of their own, marked as DeepSpeed wants them; with multiplier 0 they stay as they are by
     a rate of 0 (`packed.frozen`), for DeepSpeed can neither group nor save experts that require no gradient.
     """
@@ -113,10 +118,11 @@ def build_optimizer(
         raise UserError("lr_multipliers: every parameter is frozen; a stage must train something")
     settings = [
         {"params": parameters, "lr": optim.lr * multiplier, "base_lr": optim.lr * multiplier, "weight_decay": decay}
+        | {"label": f"x{multiplier:g}" + ("" if decay or not optim.weight_decay else "-no-decay")}
         | ({} if group is None else {"moe": True, "name": group})
         for (multiplier, decay, group, _), parameters in groups.items()
     ]
-    return torch.optim.AdamW(settings, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+    return torch.optim.AdamW(settings, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=fused or None)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:

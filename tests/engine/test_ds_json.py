@@ -64,11 +64,11 @@ def test_accumulation_makes_the_batch(ranks, windows, micro, expected):
     assert made["train_micro_batch_size_per_gpu"] * made["gradient_accumulation_steps"] * ranks == windows
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16"])
 def test_precision_is_the_models(dtype):
     made = deepspeed_config(parse({"model": {"dtype": dtype}, "engine": {"deepspeed": {}}}, "test"), 1, 8)
     assert made["bf16"] == {"enabled": dtype == "bfloat16"}
-    assert "fp16" not in made
+    assert made["fp16"] == {"enabled": dtype == "float16"}
 
 
 def test_clipping_is_the_runs():

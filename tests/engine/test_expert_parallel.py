@@ -124,7 +124,19 @@ def seen(folder: Path, jobs: Any) -> dict[str, Any]:
 
     def border(name: str, zero: int, spread: int, dtype: str = "float32") -> Any:
         cross = ["adam", f"{name}.before"], ["border", f"{name}.w"], ["adam", f"{name}.after"]
-        return jobs(name, zero, spread, short, *cross, ["train", 4, 8], rules=EXPERTS_ALONE, dtype=dtype)
+        refused = ["adam", f"{name}.kept"], ["reject", 9], ["adam", f"{name}.still"], ["train", 9, 11]
+        return jobs(
+            name,
+            zero,
+            spread,
+            short,
+            *cross,
+            ["train", 4, 8],
+            ["measure", 8],
+            *refused,
+            rules=EXPERTS_ALONE,
+            dtype=dtype,
+        )
 
     short = ["train", 0, 4]
     two = [
@@ -258,6 +270,25 @@ def test_moments_cross_a_stage_border(seen, folder, name):
 
 
 @pytest.mark.ranks
+@pytest.mark.parametrize("name", [*BORDERS, "border bfloat16 zero0", "border bfloat16 zero3"])
+def test_a_refused_update_changes_nothing_under_any_layout(seen, folder, name):
+    """Not even the count of updates; and the steps after it are those of one rank, as the border's test compares."""
+    assert seen[name]["left_out"] == "rejected" and len(losses(seen, name)) == 4 + 4 + 2
+    kept, still = (torch.load(folder / f"{name}.{at}", weights_only=True) for at in ("kept", "still"))
+    assert kept.pop("steps") == still.pop("steps") and kept.keys() == still.keys()
+    assert all(torch.equal(still[key], tensor) for key, tensor in kept.items())
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("name", [*BORDERS[1:], "border bfloat16 zero3"])
+def test_norms_of_groups_are_those_of_one_rank(seen, name):
+    found, expected = seen[name]["norms"], seen["border"]["norms"]
+    assert found.keys() == expected.keys() and {key.split("/")[0] for key in found} == {"grad_norm", "update_norm"}
+    assert len(expected) == 6 and all(value > 0 for value in expected.values())
+    assert found == pytest.approx(expected, rel=0.1 if "bfloat16" in name else 1e-3)
+
+
+@pytest.mark.ranks
 def test_bfloat16_trains_close_to_experts_that_are_not_spread(seen):
     assert losses(seen, "bfloat16 spread2") == pytest.approx(losses(seen, "bfloat16 spread1"), rel=0.01)
     assert losses(seen, "bfloat16 spread2") == pytest.approx(losses(seen, "one rank")[:4], rel=0.03)
@@ -305,6 +336,11 @@ def rank(plan: Path) -> None:
         for verb, *words in job["do"]:
             if verb == "train":
                 mine.setdefault("steps", []).extend(train(engine, step, world) for step in range(*words))
+            elif verb == "measure":
+                mine["norms"] = dict(step_on(engine, words[0], world, norms=True).norms)
+            elif verb == "reject":
+                report = step_on(engine, words[0], world, accept=lambda sums: sums["total"] < 0)
+                mine["left_out"] = report.left_out
             elif verb == "save":
                 engine.save(Path(words[0]))
             elif verb == "load":
@@ -333,13 +369,18 @@ def rank(plan: Path) -> None:
     close_world()
 
 
-def train(engine: Any, step: int, world: World) -> list[float]:
-    """One step on this rank's share of the windows: loss a token, gradient norm; router outputs and auxiliary loss."""
+def step_on(engine: Any, step: int, world: World, **wishes: Any) -> Any:
+    """A step on this rank's share of the windows."""
     generator = torch.Generator().manual_seed(step)
     windows = torch.randint(VOCABULARY, (WINDOWS, LENGTH), generator=generator).cumsum(1) % 11
-    tokens = WINDOWS * (LENGTH - 1)
-    report = engine.step(windows.chunk(world.size)[world.rank].split(1), tokens, 1.0)
-    return [report.sums["total"] / tokens, report.grad_norm, report.sums["routers"] / WINDOWS, report.sums["aux"]]
+    return engine.step(windows.chunk(world.size)[world.rank].split(1), WINDOWS * (LENGTH - 1), 1.0, **wishes)
+
+
+def train(engine: Any, step: int, world: World) -> list[float]:
+    """One step: loss a token, gradient norm; router outputs and auxiliary loss."""
+    report = step_on(engine, step, world)
+    loss = report.sums["total"] / (WINDOWS * (LENGTH - 1))
+    return [loss, report.grad_norm, report.sums["routers"] / WINDOWS, report.sums["aux"]]
 
 
 def adam(engine: Any, world: World) -> Iterator[tuple[str, Any]]:

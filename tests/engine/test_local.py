@@ -6,11 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megakd.commands.train import build_objective
+from megakd.commands.train import build_engine, build_objective
 from megakd.config import LrRule, OptimConfig
 from megakd.data.batches import collate
 from megakd.data.records import IGNORED, Batch
 from megakd.data.shards import ShardSet
+from megakd.dist import World
+from megakd.engine.base import MOMENTS
+from megakd.engine.guard import GRADIENT, REJECTED, SCALE
 from megakd.engine.local import LocalEngine
 from megakd.engine.optim import build_optimizer
 from megakd.objectives.cached import CachedDistillation
@@ -29,9 +32,14 @@ def make(prepared, dataset):
     """make(rules, optim, dtype): a new engine over the run's student."""
     run = Run.open(prepared)
 
-    def engine(rules: tuple[LrRule, ...] = (), optim: OptimConfig = OPTIM, dtype: str = "float32") -> LocalEngine:
+    def engine(
+        rules: tuple[LrRule, ...] = (),
+        optim: OptimConfig = OPTIM,
+        dtype: str = "float32",
+        updates: dict[str, int] | None = None,
+    ) -> LocalEngine:
         objective = build_objective(run.config, run.student_folder, dataset)
-        return LocalEngine(objective, build_optimizer(objective, rules, optim), optim.clip_norm, dtype, CPU)
+        return LocalEngine(objective, build_optimizer(objective, rules, optim, updates), optim.clip_norm, dtype, CPU)
 
     return engine
 
@@ -189,3 +197,124 @@ def test_bfloat16_keeps_float32_weights(make, dataset):
     assert found.sums["ce"] != expected.sums["ce"]  # it did run in another precision
     assert found.sums == pytest.approx(expected.sums, rel=2e-2)
     assert {tensor.dtype for _, tensor in engine.weights()} == {torch.float32}
+
+
+def test_float16_scales_its_loss_and_leaves_out_what_overflows(make, dataset, tmp_path: Path):
+    """The scale begins at 65,536: while it is too large updates are left out and it is halved; a resume keeps it."""
+    engine, exact = make(dtype="float16"), make()
+    engine.scaler._init_scale = 2.0**40  # type: ignore[attr-defined]
+    start, reports = weights(engine), []
+    while not reports or reports[-1].left_out:
+        batches = windows(dataset, range(8), 8)
+        reports.append(engine.step(batches, labels(batches), 1.0))
+        if reports[-1].left_out:
+            assert reports[-1].left_out == SCALE
+            assert all(torch.equal(tensor, start[name]) for name, tensor in engine.weights())
+    assert 1 < len(reports) < 40 and engine.scaler.get_scale() == 2.0 ** (41 - len(reports))
+    expected = run_steps(exact, dataset, range(1))[0]
+    assert reports[-1].sums == pytest.approx(expected.sums, rel=5e-3)
+    assert reports[-1].grad_norm == pytest.approx(expected.grad_norm, rel=5e-2)
+    engine.save(tmp_path / "state")
+    resumed = make(dtype="float16")
+    resumed.load(tmp_path / "state")
+    assert run_steps(resumed, dataset, range(1, 3)) == run_steps(engine, dataset, range(1, 3))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_refused_update_changes_nothing(make, dataset, dtype):
+    """Weights, moments and counts stay; the next step is the one that would have come first."""
+    engine, other = make(RULES, dtype=dtype), make(RULES, dtype=dtype)
+    run_steps(engine, dataset, range(2)), run_steps(other, dataset, range(2))
+    batches = windows(dataset, range(8), 4)
+    seen: list[float] = []
+    before = weights(engine)
+    report = engine.step(batches, labels(batches), 1.0, lambda sums: bool(seen.append(sums["total"])))
+    assert report.left_out == REJECTED and seen == [report.sums["total"]]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in engine.weights())
+    assert run_steps(engine, dataset, range(2, 4)) == run_steps(other, dataset, range(2, 4))
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(make, dataset):
+    engine = make()
+    before, weight = weights(engine), engine.objective.student.model.norm.weight
+    hook = weight.register_hook(lambda gradient: gradient * torch.nan)
+    assert run_steps(engine, dataset, range(1))[0].left_out == GRADIENT
+    assert all(torch.equal(tensor, before[name]) for name, tensor in engine.weights())
+    hook.remove()
+    assert run_steps(engine, dataset, range(1)) == run_steps(make(), dataset, range(1))
+
+
+def test_norms_are_those_of_gradients_and_of_how_far_weights_moved(make, dataset):
+    optim = OPTIM.model_copy(update={"clip_norm": 1e3})
+    engine = make(RULES, optim)
+    run_steps(engine, dataset, range(2))
+    before = weights(engine)
+    labels_of = {id(p): group["label"] for group in engine.optimizer.param_groups for p in group["params"]}
+    gradients: dict[str, float] = {}
+
+    def keep(label: str, gradient: Tensor) -> None:
+        gradients[label] = gradients.get(label, 0.0) + gradient.double().square().sum().item()
+
+    for p in engine.trained:
+        p.register_post_accumulate_grad_hook(lambda p: keep(labels_of[id(p)], p.grad))
+    batches = windows(dataset, range(8), 8)
+    report = engine.step(batches, labels(batches), 0.7, norms=True)
+    moved: dict[str, float] = {}
+    for name, p in engine.objective.named_parameters():
+        if p.requires_grad:
+            square = (p.double() - before[name].double()).square().sum().item()
+            moved[labels_of[id(p)]] = moved.get(labels_of[id(p)], 0.0) + square
+    expected = {f"grad_norm/{label}": value**0.5 for label, value in gradients.items()}
+    expected |= {f"update_norm/{label}": value**0.5 for label, value in moved.items()}
+    assert report.norms == pytest.approx(expected, rel=1e-3) and len(expected) == 2 * len(moved) > 4
+    assert report.grad_norm == pytest.approx(math.sqrt(sum(gradients.values())), rel=1e-5)
+
+
+def test_moments_cross_a_stage_border(make, dataset):
+    """What goes on training goes on as if there were no border; what begins starts at its first update."""
+    experts = (LrRule(pattern="wrapper|shared_core", lr_multiplier=1.0), LrRule(pattern=".*", lr_multiplier=0.0))
+    first, start = make(experts), weights(make(experts))
+    run_steps(first, dataset, range(3))
+    carried = first.hand_over()
+    names = {name for name, p in first.objective.named_parameters() if p.requires_grad}
+    assert carried.tensors.keys() == names and set(carried.updates.values()) == {3}
+    second = make((), updates=carried.updates)
+    second.objective.load_state_dict(first.objective.state_dict())
+    second.take_over(carried)
+    for name, p in second.objective.named_parameters():
+        state = second.optimizer.state.get(p)
+        if name in names:
+            assert all(
+                torch.equal(state[m], first.optimizer.state[q][m])
+                for m in MOMENTS
+                for q in [dict(first.objective.named_parameters())[name]]
+            )
+        else:
+            assert not state and torch.equal(p, start[name])  # it was frozen
+    run_steps(second, dataset, range(3, 5))
+    steps = {float(second.optimizer.state[p]["step"]) for p in second.trained}
+    assert steps == {2.0, 5.0}
+    # a border at which nothing changes is none
+    straight, before = make(experts), make(experts)
+    expected = run_steps(straight, dataset, range(4))[2:]
+    run_steps(before, dataset, range(2))
+    after = make(experts, updates=before.hand_over().updates)
+    after.objective.load_state_dict(before.objective.state_dict())
+    after.take_over(before.hand_over())
+    assert run_steps(after, dataset, range(2, 4)) == expected
+
+
+def test_activation_checkpointing_computes_the_same(prepared, dataset):
+    run = Run.open(prepared)
+    reports = []
+    for checkpointing in (False, True):
+        engine_config = run.config.engine.model_copy(update={"activation_checkpointing": checkpointing})
+        config = run.config.model_copy(update={"engine": engine_config})
+        world = World(0, 1, CPU)
+        objective = build_objective(config, run.student_folder, dataset)
+        engine: Any = build_engine(config, objective, config.stages[1], world)
+        assert engine.objective.student.is_gradient_checkpointing == checkpointing
+        reports.append(run_steps(engine, dataset, range(2)))
+    for plain, again in zip(*reports, strict=True):
+        assert again.sums == pytest.approx(plain.sums, rel=1e-6)
+        assert again.grad_norm == pytest.approx(plain.grad_norm, rel=1e-5)

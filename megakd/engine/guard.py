@@ -1,0 +1,37 @@
+"""Steps that go wrong: which updates are left out, and when training goes back to its last checkpoint."""
+
+import math
+import statistics
+from typing import NamedTuple
+
+from megakd.config import GuardConfig
+
+REJECTED, GRADIENT, SCALE = "rejected", "its gradient is not finite", "its gradient left float16's range"
+FEWEST = 8  # losses before one of them can be called a spike
+
+
+class Health(NamedTuple):
+    """recent: losses a token of the last steps that counted; left_out: updates in all, in_a_row: since the last one."""
+
+    recent: tuple[float, ...] = ()
+    left_out: int = 0
+    in_a_row: int = 0
+
+
+def wrong_with(loss: float, health: Health, config: GuardConfig) -> str:
+    """Why the update of a step with this loss a token should be left out; "" when it should not."""
+    if not math.isfinite(loss):
+        return f"its loss is {loss}"
+    if config.spike is not None and len(health.recent) >= FEWEST:
+        usual = statistics.median(health.recent)
+        if loss > config.spike * usual:
+            return f"its loss is {loss:.4f}, over {config.spike:g} times the usual {usual:.4f}"
+    return ""
+
+
+def after_step(health: Health, loss: float, left_out: str, config: GuardConfig) -> Health:
+    """The health once a step is done; left_out: why its update was not made, or ""."""
+    if left_out:
+        return health._replace(left_out=health.left_out + 1, in_a_row=health.in_a_row + 1)
+    recent = (*health.recent, loss)[-config.window :] if config.spike is not None else ()
+    return Health(recent, health.left_out, 0)
