@@ -32,8 +32,10 @@ class Harness:
         self.tasks: dict[str, Any] = {}
         with _only_errors(), _no_bars():
             manager = _manager(names, config.task_folder)
+            if config.task_folder:
+                _locate(manager, config.task_folder)
             for name in names:
-                self.tasks[name] = _open(manager, name, config.task_folder)
+                self.tasks[name] = _open(manager, name)
         for name in names:
             for task in self.tasks[name]["tasks"].values():
                 _set_few_shot(task, config.few_shot)
@@ -103,35 +105,40 @@ def _manager(names: Sequence[str], folder: str | None) -> Any:
     return manager
 
 
-def _open(manager: Any, name: str, folder: str | None) -> Any:
+def _open(manager: Any, name: str) -> Any:
     """A task, group or tag with its data sets loaded."""
     try:
-        return manager.load([_located(manager, name, folder)])
+        return manager.load([name])
     except Exception as error:  # data sets, their loaders, templates and code of tasks fail each in their own way
         reason = next(iter(str(error).strip().splitlines()), "")
         raise UserError(f"eval.tasks: {name} cannot be opened: {type(error).__name__}: {reason}") from error
 
 
-def _located(manager: Any, name: str, folder: str | None) -> Any:
-    """A task of `folder` with its data files named from its YAML file on, wherever this process runs; else the name."""
+def _locate(manager: Any, folder: str) -> None:
+    """Name data files of tasks in `folder` from their YAML files on, wherever this process runs.
+
+    lm-eval would look from the working directory on, and a folder of tasks could not be moved.
+    """
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    file = manager.task_index[name].yaml_path
-    if folder is None or file is None or not Path(file).resolve().is_relative_to(Path(folder).resolve()):
-        return name
-    task = load_yaml(file)
-    files = (task.get("dataset_kwargs") or {}).get("data_files")
-    if files is None or "task" not in task:
-        return name
+    for entry in manager.task_index.values():
+        file: Any = entry.yaml_path
+        if file is None or not Path(file).resolve().is_relative_to(Path(folder).resolve()):
+            continue
+        if ((entry.cfg or {}).get("dataset_kwargs") or {}).get("data_files"):
+            with contextlib.suppress(Exception):  # opening it, if it is asked for, says what is wrong
+                task = load_yaml(file)
+                files = _below(Path(file).parent.resolve(), task["dataset_kwargs"]["data_files"])
+                entry.cfg = {**task, "dataset_kwargs": {**task["dataset_kwargs"], "data_files": files}}
+                entry.yaml_path = None  # else lm-eval reads it again
 
-    def place(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: place(inner) for key, inner in value.items()}
-        if isinstance(value, list):
-            return [place(inner) for inner in value]
-        return value if "://" in value else str(Path(file).parent.resolve() / value)
 
-    return {**task, "dataset_kwargs": {**task["dataset_kwargs"], "data_files": place(files)}}
+def _below(folder: Path, files: Any) -> Any:
+    if isinstance(files, dict):
+        return {key: _below(folder, value) for key, value in files.items()}
+    if isinstance(files, list):
+        return [_below(folder, value) for value in files]
+    return files if "://" in files else str(folder / files)
 
 
 def _set_few_shot(task: Any, few_shot: int | None) -> None:

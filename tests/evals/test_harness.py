@@ -168,6 +168,25 @@ def test_limit_and_few_shot_do_what_they_say(folder, student):
     assert prompts[0] == prompts[1] and all(p.count("\n\n") == 2 for p in prompts[0])
 
 
+def test_groups_and_tags_are_their_tasks(folder, student, monkeypatch, tmp_path):
+    """A group's own number is lm-eval's mean over its tasks; data files are found from each YAML file on."""
+    monkeypatch.chdir(tmp_path)
+    for value in TASKS[:2]:
+        (folder / f"{value['task']}.yaml").write_text(yaml.safe_dump({**value, "tag": "tiny_tag"}))
+    metrics = [{"metric": "acc", "weight_by_size": False}]
+    group = {"group": "tiny_group", "task": ["tiny_choice", "tiny_last"], "aggregate_metric_list": metrics}
+    (folder / "group.yaml").write_text(yaml.safe_dump(group))
+    harness = Harness(["tiny_group", "tiny_tag"], EvalConfig(task_folder=str(folder)))
+    grouped, tagged = (harness.measure(name, *student, title=name) for name in harness.tasks)
+    assert grouped.keys() == {"tiny_group", "tiny_choice", "tiny_last"} and tagged.keys() == {
+        "tiny_choice",
+        "tiny_last",
+    }
+    accuracies = [grouped[name]["acc,none"] for name in ("tiny_choice", "tiny_last")]
+    assert metric_value(grouped, "tiny_group/acc") == (sum(accuracies) / 2, True)
+    assert {name: grouped[name] for name in tagged} == tagged
+
+
 def test_progress_goes_to_stderr_and_no_bar_with_it(folder, student, capfd):
     harness = Harness(["tiny_choice", "tiny_rolling"], EvalConfig(task_folder=str(folder)))
     for name in harness.tasks:
