@@ -3,6 +3,7 @@
   store    the teacher-target store against HDF5 + gzip, tar of npy, parquet: bytes, fidelity, speed on one core
   fit      the solvers of megakd compress: ALS against Adam, forms at equal numbers stored, a sweep at real size
   experts  a layer of shared-core experts against the naive form and the dense experts, Qwen3-30B-A3B's sizes, one core
+  loss     the loss behind the student's head against three matrix products, dense forms, TRL and Liger; V 151,936
 
 Prints a table; --json writes rows {"bench", "case", "metric", "value", "unit"}; --quick takes less than a minute.
 
@@ -12,6 +13,7 @@ examples:
   python tools/real_models.py smollm2 smollm2 && python tools/bench.py store --real smollm2
   python tools/bench.py experts --json experts.json
   python tools/bench.py experts --device cuda
+  OMP_NUM_THREADS=1 python tools/bench.py loss
 """
 
 import argparse
@@ -22,10 +24,12 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # speeds are those of one core
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which counts bytes, says each start and stop
 
 import torch
 from bench_experts import bench_experts
 from bench_fit import bench_fit
+from bench_loss import bench_loss
 from bench_rows import show
 from bench_store import bench_store
 
@@ -34,23 +38,24 @@ from megakd.errors import UserError
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bench", choices=["store", "experts", "fit"])
+    parser.add_argument("bench", choices=["store", "experts", "fit", "loss"])
     parser.add_argument("--quick", action="store_true", help="less of everything: within a minute on 2 cores")
     parser.add_argument(
         "--real", type=Path, metavar="FOLDER", help="store: a model folder of tools/real_models.py smollm2"
     )
-    parser.add_argument("--device", default="cpu", help="experts: cuda measures bfloat16 on a GPU (default: cpu)")
+    parser.add_argument("--device", default="cpu", help="experts, loss: cuda measures bfloat16 on a GPU (default: cpu)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
     args = parser.parse_args()
     try:
         if args.real and args.bench != "store":
             raise UserError("--real is for store: the other benchmarks need no model")
-        if args.device != "cpu" and args.bench != "experts":
-            raise UserError("--device is for experts: the other benchmarks run on the CPU")
+        if args.device != "cpu" and args.bench not in ("experts", "loss"):
+            raise UserError("--device is for experts and loss: the other benchmarks run on the CPU")
         if args.device != "cpu" and not torch.cuda.is_available():
             raise UserError(f"--device {args.device}: torch sees no GPU here")
         benches = {"store": lambda quick: bench_store(quick, args.real), "fit": bench_fit}
         benches["experts"] = lambda quick: bench_experts(quick, args.device)
+        benches["loss"] = lambda quick: bench_loss(quick, args.device)
         rows = benches[args.bench](args.quick)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")

@@ -7,6 +7,7 @@ product more.
 
 import importlib
 import math
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -47,12 +48,12 @@ def bench_loss(quick: bool, device: str = "cpu") -> list[Row]:
         sizes, tokens, rounds = [256, 1024, 4096], 4 * tokens, 4 * rounds
     rows = []
     for size in sizes:
-        case = make_case(tokens, size, device, torch.bfloat16 if gpu else torch.float32)
-        rows += measure(f"D {size}", case, methods(case), rounds, gpu)
+        case = make_case(tokens, size, device, torch.bfloat16 if gpu else torch.float32, VOCABULARY)
+        rows += measure(f"D {size}", case, rounds, gpu)
     return rows
 
 
-def make_case(tokens: int, size: int, device: str, dtype: torch.dtype, vocabulary: int = VOCABULARY) -> Case:
+def make_case(tokens: int, size: int, device: str, dtype: torch.dtype, vocabulary: int) -> Case:
     """A student whose logits have a standard deviation of 2, and targets that keep 0.9 of the mass at T = 1."""
     generator = torch.Generator().manual_seed(0)
     hidden, teacher = (torch.randn(tokens, size, generator=generator).to(device, dtype) for _ in range(2))
@@ -70,18 +71,18 @@ def make_case(tokens: int, size: int, device: str, dtype: torch.dtype, vocabular
     return Case(hidden.requires_grad_(), nn.Parameter(weight), labels, targets, teacher, other)
 
 
-def methods(case: Case) -> dict[str, Callable[[], None]]:
+def methods(case: Case, more: dict[str, Callable[[], Tensor]]) -> dict[str, Callable[[], None]]:
     """Name → forward and backward; gradients are made anew each time, as a training step does."""
-    head = FusedHead(case.weight_VD, len(case.weight_VD))
+    head, other = (FusedHead(case.weight_VD, len(case.weight_VD)) for _ in range(2))
     stored, online = SparseTeacher(case.targets, STORED, "ghost"), teacher_in_chunks(case)
     dense: dict[str, Callable[[], Tensor]] = {
         "megakd, fused": lambda: head(case.hidden_ND, case.labels_N, stored, ALPHA, TEMPERATURE).total,
         "megakd, dense": lambda: dense_loss(case),
         "densify + kl_div": lambda: densified_loss(case),
         "megakd, fused, teacher of hidden states": lambda: (
-            head(case.hidden_ND, case.labels_N, online, ALPHA, TEMPERATURE).total
+            other(case.hidden_ND, case.labels_N, online, ALPHA, TEMPERATURE).total
         ),
-        **others(case),
+        **more,
     }
     return {"floor": floor(case)} | {name: stepping(case, loss) for name, loss in dense.items()}
 
@@ -142,6 +143,7 @@ def teacher_in_chunks(case: Case) -> DenseTeacher:
 def others(case: Case) -> dict[str, Callable[[], Tensor]]:
     """The losses of public stacks that are installed; what is not is said aloud."""
     found: dict[str, Callable[[], Tensor]] = {}
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     try:
         trl: Any = importlib.import_module("trl.experimental.gkd.gkd_trainer")
 
@@ -166,7 +168,9 @@ def others(case: Case) -> dict[str, Callable[[], Tensor]]:
     return found
 
 
-def measure(name: str, case: Case, forms: dict[str, Callable[[], None]], rounds: int, gpu: bool) -> list[Row]:
+def measure(name: str, case: Case, rounds: int, gpu: bool) -> list[Row]:
+    more = others(case)
+    forms = methods(case, more)
     taken: dict[str, list[float]] = {form: [] for form in forms}
     for turn in range(1 + rounds):
         for form, step in forms.items():
@@ -175,7 +179,8 @@ def measure(name: str, case: Case, forms: dict[str, Callable[[], None]], rounds:
                 taken[form].append(seconds)
     gradients = (case.hidden_ND.numel() + case.weight_VD.numel()) * case.weight_VD.element_size()
     rows = []
-    for form, step in forms.items():
+    forms.clear()  # with all that they keep
+    for form, step in methods(case, more).items():
         case.hidden_ND.grad = case.weight_VD.grad = None
         peak = peak_bytes(step, gpu)
         ratio = float(np.median(np.array(taken[form]) / np.array(taken["floor"])))

@@ -1,0 +1,172 @@
+"""The head inside the loss under ZeRO-3 on one and two real ranks: tied or not, frozen or not, as on the local engine.
+
+Started as a script this file is one rank: it runs every case in turn, and writes what it saw as JSON.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import Qwen3MoeForCausalLM
+
+from megakd.config import LrRule, ObjectiveConfig, parse
+from megakd.data.records import IGNORED, Batch, TeacherTargets
+from megakd.dist import close_world, free_port, join_world
+from megakd.engine.ds_json import deepspeed_config
+from megakd.engine.local import LocalEngine
+from megakd.engine.optim import build_optimizer
+from megakd.models.teacher import targets_from_logits
+from megakd.models.tiny import tiny_moe_config
+from megakd.objectives.cached import CachedDistillation
+from tests.conftest import ROOT, SMALL
+
+VOCABULARY, PADDED, WINDOWS, LENGTH, STEPS = 97, 104, 2, 16, 3
+FACTS = {"vocab_size": VOCABULARY, "top_k": 8, "draws": 0, "draw_temperature": None, "temperatures": [1.0, 2.0]}
+FACTS |= {"tails": True}
+HEAD, BODY = {"pattern": "lm_head|embed", "lr_multiplier": 0.0}, {"pattern": "layers|norm", "lr_multiplier": 0.0}
+ALPHAS = (0.9, 0.3)
+SMALL_BUCKETS = {"stage3_param_persistence_threshold": 0, "reduce_bucket_size": 10000}
+
+
+def case(name: str, tied: bool = False, rules: tuple[dict[str, Any], ...] = (), dtype: str = "float32") -> Any:
+    return {"name": name, "tied": tied, "rules": list(rules), "dtype": dtype}
+
+
+CASES = [
+    case("untied"),
+    case("tied", tied=True),
+    case("head frozen", rules=(HEAD,)),
+    case("tied head frozen", tied=True, rules=(HEAD,)),
+    case("head alone", rules=({**HEAD, "pattern": "lm_head", "lr_multiplier": 1.0}, {**BODY, "pattern": ""})),
+    case("tied alone", tied=True, rules=(BODY,)),
+    case("bfloat16", dtype="bfloat16"),
+]
+
+
+def objective_of(case: dict[str, Any]) -> CachedDistillation:
+    torch.manual_seed(0)
+    student = Qwen3MoeForCausalLM(
+        tiny_moe_config(PADDED, **SMALL | {"num_hidden_layers": 1}, tie_word_embeddings=case["tied"])
+    )
+    for parameter in student.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.15)
+    config = ObjectiveConfig(alpha=ALPHAS, temperature=2.0)
+    return CachedDistillation(student.to(getattr(torch, case["dtype"])), config, FACTS)
+
+
+def batches(step: int) -> list[Batch]:
+    """Windows of one step, one of them without a label."""
+    generator = torch.Generator().manual_seed(step)
+    found = []
+    for window in range(WINDOWS):
+        tokens = torch.randint(VOCABULARY, (1, LENGTH + 1), generator=generator).cumsum(1) % VOCABULARY
+        labels = tokens[:, 1:].clone()
+        labels[:, :3] = IGNORED
+        if (step, window) == (1, 1):
+            labels[:] = IGNORED
+        logits = 2 * torch.randn(LENGTH, VOCABULARY, generator=generator)
+        config = parse({"logits": {"top_k": 8}}, "test").logits
+        flat = targets_from_logits(logits, labels[0], config, torch.zeros(LENGTH))
+        targets = TeacherTargets(*(field[None] for field in flat))
+        found.append(Batch(tokens[:, :-1], labels, torch.arange(LENGTH)[None], targets))
+    return found
+
+
+def run(case: dict[str, Any], rank: int, ranks: int, zero: bool, folder: Path) -> list[dict[str, float]]:
+    """Losses a step; the first rank writes the weights of the end."""
+    objective = objective_of(case)
+    rules = tuple(LrRule(**rule) for rule in case["rules"])
+    config = parse(
+        {
+            "model": {"dtype": case["dtype"]},
+            "engine": {"deepspeed": {"zero_optimization": {"stage": 3, **SMALL_BUCKETS}}},
+            "optim": {"micro_batch": 1, "clip_norm": 1.0, "lr": 3e-3},
+        },
+        "test",
+    )
+    optimizer = build_optimizer(objective, rules, config.optim)
+    if not objective.student.get_input_embeddings().weight.requires_grad:
+        objective.student.enable_input_require_grads()
+    engine: Any = LocalEngine(objective, optimizer, 1.0, case["dtype"], torch.device("cpu"))
+    if zero:
+        from megakd.engine.deepspeed import DeepSpeedEngine
+
+        settings = deepspeed_config(config, ranks, WINDOWS)
+        engine = DeepSpeedEngine(objective, optimizer, settings, join_world())
+    seen = []
+    for step in range(STEPS):
+        objective.at(step / (STEPS - 1))
+        windows = batches(step)
+        tokens = sum(int((batch.labels != IGNORED).sum()) for batch in windows)
+        report = engine.step(windows[rank::ranks], tokens, 1.0)
+        seen.append({name: value / tokens for name, value in report.sums.items()} | {"norm": report.grad_norm})
+    weights = {name: tensor.clone().contiguous() for name, tensor in engine.weights()}
+    if rank == 0:
+        save_file(weights, folder / f"{case['name']}.safetensors")
+    engine.close()
+    return seen
+
+
+def launch(ranks: int, folder: Path) -> dict[str, Any]:
+    """Every case on real ranks, started once by DeepSpeed's launcher."""
+    folder.mkdir()
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", ranks, "--master_addr", "127.0.0.1"]
+    command += ["--master_port", free_port(), "--no_local_rank", __file__, folder]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+    environment["PYTHONWARNINGS"] = "ignore::FutureWarning:torch.distributed.c10d_logger"
+    done = subprocess.run([str(w) for w in command], capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((folder / "seen.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("fused")
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def on_ranks(request: pytest.FixtureRequest, folder: Path) -> tuple[Path, dict[str, Any]]:
+    return folder / str(request.param), launch(request.param, folder / str(request.param))
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("name", [case["name"] for case in CASES])
+def test_zero3_is_the_local_engine(on_ranks, folder, name):
+    """Losses, norms, every weight and its name; a batch without labels among them, and alpha that changes."""
+    place, seen = on_ranks
+    (chosen,) = (case for case in CASES if case["name"] == name)
+    if chosen["dtype"] == "bfloat16":  # the local engine keeps float32 weights: another rounding
+        expected = run({**chosen, "dtype": "float32"}, 0, 1, False, folder)
+        for mine, theirs in zip(seen[name], expected, strict=True):
+            assert mine["total"] == pytest.approx(theirs["total"], rel=0.03)
+        return
+    expected = run(chosen, 0, 1, False, folder)
+    for mine, theirs in zip(seen[name], expected, strict=True):
+        assert mine == pytest.approx(theirs, rel=2e-5)
+    assert expected[-1]["ce"] != expected[0]["ce"]
+    mine, theirs = (load_file(each / f"{name}.safetensors") for each in (place, folder))
+    assert mine.keys() == theirs.keys()
+    start = dict(objective_of(chosen).named_parameters())
+    for key, tensor in theirs.items():
+        assert torch.allclose(mine[key], tensor, atol=1e-4, rtol=0), key
+        frozen = any(r["lr_multiplier"] == 0 and r["pattern"] in key for r in chosen["rules"] if r["pattern"] == "")
+        assert not frozen or "lm_head" in key or torch.equal(tensor, start[key]), key
+    assert ("student.lm_head.weight" in theirs) != chosen["tied"]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    world = join_world()
+    place = Path(sys.argv[1])
+    seen = {case["name"]: run(case, world.rank, world.size, True, place) for case in CASES}
+    if world.first:
+        (place / "seen.json").write_text(json.dumps(seen))
+    close_world()
