@@ -21,7 +21,7 @@ ORDER: tuple[set[str], ...] = (
     {"evals", "preflight"},
     {"commands"},
     {"cli"},
-    {"__main__"},
+    {"__main__", "hf_trainer", "api"},
 )
 # A verb that runs other verbs is the one exception.
 ALLOWED = {("megakd.commands.demo", "megakd.cli")}

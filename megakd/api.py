@@ -1,0 +1,46 @@
+"""A run from Python in two calls: set it up, and run the verbs that are missing."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from megakd.cli import run_verb
+from megakd.engine.checkpoint import published
+from megakd.errors import UserError
+from megakd.run import Run
+
+RECIPE = "qwen3-30b-a3b-r64"  # its stages and rates; teacher, student and data are always given
+
+
+def setup_distillation_pipeline(
+    teacher: str | Path,
+    student_or_rank: str | Path | int,
+    data: str | Path,
+    folder: str | Path,
+    *overrides: str,
+    recipe: str | Path = RECIPE,
+) -> Run:
+    """A new run in `folder`: what `megakd new` makes of a recipe; nothing is computed yet.
+
+    teacher: a folder or hub id. student_or_rank: a model too, or the rank that `compress` makes one of.
+    data: what `data.source` may be. overrides: "section.key=value", after those.
+    """
+    given = [f"model.teacher={teacher}", f"data.source={data}", "data.subset=null"]
+    if isinstance(student_or_rank, int):
+        given.append(f"compress.rank={student_or_rank}")
+    else:  # the recipe's stages are about what `compress` makes
+        given += [f"model.student={student_or_rank}", 'stages=[{"name": "all", "epochs": 1}]']
+    return Run.create(recipe, [*given, *overrides], folder)
+
+
+def run_distillation_training(run: Run | str | Path) -> Path:
+    """Run what the run still lacks, verb by verb: each leaves out what is finished. The folder of the final weights."""
+    run = run if isinstance(run, Run) else Run.open(run)
+    verbs = ["tokenize", *([] if run.config.model.student else ["compress"]), "generate-logits"]
+    for verb in verbs:
+        run_verb([verb, str(run.folder)])
+    # in a process of its own: it may start a launcher, and joins the ranks
+    code = subprocess.call([sys.executable, "-m", "megakd", "train", str(run.folder)])
+    if code:
+        raise UserError(f"{run.folder}: training ended with exit code {code}; call this again to go on")
+    return published(run.path("checkpoints"))[-1].weights
