@@ -37,7 +37,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     marks = ("demo", "ranks")
     order = {item.path: len(marks) for item in items}
     for item in items:
-        order[item.path] = min(order[item.path], *(marks.index(m.name) for m in item.iter_markers() if m.name in marks), 9)
+        order[item.path] = min(
+            order[item.path], *(marks.index(m.name) for m in item.iter_markers() if m.name in marks), 9
+        )
     items.sort(key=lambda item: order[item.path])
 
 
@@ -118,7 +120,10 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, teacher: Path, documents: l
                 "name": "all",
                 "tokens": 3072,
                 "lr": 5e-4,
-                "lr_multipliers": [{"pattern": "embed_tokens", "lr_multiplier": 0.1}],
+                "lr_multipliers": [
+                    {"pattern": "embed_tokens|lm_head", "lr_multiplier": 0.1},
+                    {"pattern": "norm", "lr_multiplier": 0.5},
+                ],
             },
         ],
         "engine": {"kind": "local"},

@@ -17,16 +17,36 @@ def steps_logged(run: Run) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
+def is_there(run: Run, moment: str, steps: int) -> bool:
+    """Whether a run has come to a moment: `steps` logged, a checkpoint half written, or between the two stages."""
+    if moment == "saving":
+        return any(run.path("checkpoints").glob("*/step-*.tmp"))
+    if moment == "border":
+        return run.path("checkpoints", "experts", "step-000004").exists()
+    return steps_logged(run) >= steps
+
+
 @pytest.mark.ranks
-@pytest.mark.parametrize("engine", [["engine.kind=local"], ["engine.kind=deepspeed", "engine.ranks=2"]])
-def test_killed_training_goes_on_as_if_nothing_had_happened(sibling, engine):
-    undisturbed, killed = sibling(*engine), sibling(*engine)
+@pytest.mark.parametrize(
+    "engine, kills",
+    [(["engine.kind=local"], 10), (["engine.kind=deepspeed", "engine.ranks=2"], 2)],
+    ids=["local", "zero3"],
+)
+def test_killed_training_goes_on_as_if_nothing_had_happened(sibling, engine, kills):
+    """Killed -9 while it trains, saves, and crosses from one stage to the next."""
+    settings = [*engine, "checkpoint.every_steps=1"]
+    undisturbed, killed = sibling(*settings), sibling(*settings)
     megakd("train", undisturbed.folder)
     expected = metrics(undisturbed.folder)
-    for after in sorted(random.sample(range(1, 9), 2)):
-        kill_when(["train", killed.folder], lambda after=after: steps_logged(killed) >= after)
+    moments = random.choices(["training", "saving"], k=kills)
+    for number, moment in enumerate(moments):
+        done = steps_logged(killed)
+        if number >= kills // 3 and done < 4 and "border" not in moments:
+            moments[number] = moment = "border"
+        steps = done + random.randint(1, 2)
+        kill_when(["train", killed.folder], lambda m=moment, n=steps: is_there(killed, m, n))
     megakd("train", killed.folder)
-    assert metrics(killed.folder) == expected
+    assert metrics(killed.folder) == expected, moments
     if "engine.kind=local" in engine:
         weights = "checkpoints/all/step-000010/weights/model.safetensors"
         assert killed.path(weights).read_bytes() == undisturbed.path(weights).read_bytes()

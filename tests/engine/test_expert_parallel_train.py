@@ -47,6 +47,15 @@ def test_a_run_moves_between_layouts_of_ranks(sibling):
     assert first.keys() == second.keys() == load_file(run.student_folder / WEIGHTS).keys()
     assert all((tensor - second[name]).abs().max() < 1e-3 for name, tensor in first.items())
 
+    shutil.rmtree(done)  # and back: from what one rank went on from, on two that share the experts again
+    megakd("train", run.folder, "checkpoint.every_steps=1", "engine.ranks=1", "engine.expert_parallel=1")
+    for path in run.path("checkpoints", "all").glob("step-*"):
+        if path.name > "step-000008":
+            shutil.rmtree(path)
+    run_ranks(2, run.folder, "engine.ranks=2", "engine.expert_parallel=2")
+    for mine, theirs in zip(curve(metrics(run.folder)), expected, strict=True):
+        assert mine == pytest.approx(theirs, abs=TOLERANCE)
+
 
 @pytest.mark.parametrize(
     "changes, message",
