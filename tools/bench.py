@@ -4,6 +4,7 @@
   fit      the solvers of megakd compress: ALS against Adam, forms at equal numbers stored, a sweep at real size
   experts  a layer of shared-core experts against the naive form and the dense experts, Qwen3-30B-A3B's sizes, one core
   loss     the loss behind the student's head against three matrix products, dense forms, TRL and Liger; V 151,936
+  step     an optimizer step against cross entropy alone, what a run waits for data, DeepSpeed on one rank and on two
 
 Prints a table; --json writes rows {"bench", "case", "metric", "value", "unit"}; --quick takes less than a minute.
 
@@ -14,6 +15,7 @@ examples:
   python tools/bench.py experts --json experts.json
   python tools/bench.py experts --device cuda
   OMP_NUM_THREADS=1 python tools/bench.py loss
+  OMP_NUM_THREADS=1 python tools/bench.py step
 """
 
 import argparse
@@ -31,6 +33,7 @@ from bench_experts import bench_experts
 from bench_fit import bench_fit
 from bench_loss import bench_loss
 from bench_rows import show
+from bench_step import bench_step
 from bench_store import bench_store
 
 from megakd.errors import UserError
@@ -38,24 +41,27 @@ from megakd.errors import UserError
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bench", choices=["store", "experts", "fit", "loss"])
+    parser.add_argument("bench", choices=["store", "experts", "fit", "loss", "step"])
     parser.add_argument("--quick", action="store_true", help="less of everything: within a minute on 2 cores")
     parser.add_argument(
         "--real", type=Path, metavar="FOLDER", help="store: a model folder of tools/real_models.py smollm2"
     )
-    parser.add_argument("--device", default="cpu", help="experts, loss: cuda measures bfloat16 on a GPU (default: cpu)")
+    parser.add_argument(
+        "--device", default="cpu", help="experts, loss, step: cuda measures bfloat16 on a GPU (default: cpu)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
     args = parser.parse_args()
     try:
         if args.real and args.bench != "store":
             raise UserError("--real is for store: the other benchmarks need no model")
-        if args.device != "cpu" and args.bench not in ("experts", "loss"):
-            raise UserError("--device is for experts and loss: the other benchmarks run on the CPU")
+        if args.device != "cpu" and args.bench not in ("experts", "loss", "step"):
+            raise UserError("--device is for experts, loss and step: the other benchmarks run on the CPU")
         if args.device != "cpu" and not torch.cuda.is_available():
             raise UserError(f"--device {args.device}: torch sees no GPU here")
         benches = {"store": lambda quick: bench_store(quick, args.real), "fit": bench_fit}
         benches["experts"] = lambda quick: bench_experts(quick, args.device)
         benches["loss"] = lambda quick: bench_loss(quick, args.device)
+        benches["step"] = lambda quick: bench_step(quick, args.device)
         rows = benches[args.bench](args.quick)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
