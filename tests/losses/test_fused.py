@@ -98,6 +98,23 @@ def test_it_is_the_dense_form(tail, alpha, temperature, padding, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("rows", [1, 4, 100])
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0, 0.5])
+@pytest.mark.parametrize("tail", TAILS)
+def test_the_rows_of_a_block_are_of_no_account(monkeypatch, tail, temperature, rows, dtype):
+    """Single rows are finished one by one where what trains allows it."""
+    if tail in ("ghost", "hybrid") and temperature not in TEMPERATURES:
+        return
+    labels, targets, stored = stored_targets(tail, temperature)
+    hidden, weight = inputs(dtype)
+    monkeypatch.setitem(fused.BLOCK_BYTES, "cpu", rows * dtype.itemsize * VOCABULARY)
+    dense = dense_run(labels, targets, stored, 0.3, temperature, tail)
+    expected = differentiated(dense, hidden.double(), weight.double())
+    found = differentiated(fused_run(labels, SparseTeacher(targets, stored, tail), 0.3, temperature), hidden, weight)
+    same(found, expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("divergence, tail", ON_DATA)
 def test_every_divergence_is_that_of_the_dense_form(divergence, tail, dtype):
     labels, targets, stored = stored_targets(tail, 2.0)
