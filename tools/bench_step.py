@@ -55,9 +55,9 @@ class Case(NamedTuple):
     micro_batch: int
 
 
-def _large(size: int, windows: int) -> Case:
+def _large(size: int, length: int = 256, windows: int = 2) -> Case:
     """A vocabulary as Qwen's before a small body: the loss is most of the step."""
-    return Case({"vocab_size": 151_936, "hidden_size": size}, 16, 256, windows, 1)
+    return Case({"vocab_size": 151_936, "hidden_size": size}, 16, length, windows, 1)
 
 
 BILLION = {
@@ -68,9 +68,9 @@ BILLION = {
 CASES = {
     "demo": Case({}, 16, 256, 16, 8),
     "demo, quick": Case({}, 16, 256, 4, 4),
-    "V 151,936, D 256, quick": _large(256, 1),
-    "V 151,936, D 256": _large(256, 2),
-    "V 151,936, D 512": _large(512, 2),
+    "V 151,936, D 256, quick": _large(256, 128, 1),
+    "V 151,936, D 256": _large(256),
+    "V 151,936, D 512": _large(512),
     "1.1 B": Case(BILLION, 64, 2048, 8, 2),
 }
 
@@ -79,7 +79,7 @@ def bench_step(quick: bool, device: str = "cpu") -> list[Row]:
     """Medians of ratios over rounds in which the forms take turns; then a run's loop; then one and two ranks."""
     gpu = device != "cpu"
     names = [name for name in CASES if name.endswith("quick") == quick and (name == "1.1 B") == gpu]
-    rounds, steps, turns = (3, 3, 1) if quick else (7, 12, 3)
+    rounds, steps, turns = (3, 3, 1) if quick else (7, 8, 3)
     if gpu:
         names, rounds, steps = ["1.1 B"], 4 * rounds, 4 * steps
     rows = []
@@ -166,8 +166,8 @@ def wait(name: str, folder: Path, steps: int, device: str) -> list[Row]:
 
 
 def run(config: RunConfig, dataset: ShardSet, engine: Engine, world: World, steps: int) -> dict[str, float]:
-    """Tokens, seconds and seconds without data of `steps` steps; one before them is a warm-up."""
-    tokens, waited, seconds = 0, 0.0, 0.0
+    """Tokens of `steps` steps, their seconds, those without data, and those of the CPU; one before is a warm-up."""
+    tokens, waited, seconds, worked = 0, 0.0, 0.0, 0.0
     with closing(prefetch(stage_data(config, dataset, Progress(), 1 + steps, world))) as data:
         asked = time.perf_counter()
         for number, step in enumerate(found for found in data if found is not None):
@@ -176,10 +176,12 @@ def run(config: RunConfig, dataset: ShardSet, engine: Engine, world: World, step
             if world.device.type != "cpu":
                 torch.cuda.synchronize()
             done = time.perf_counter()
-            if number:
+            if not number:
+                worked = time.process_time()
+            else:
                 tokens, waited, seconds = tokens + step.tokens, waited + ready - asked, seconds + done - asked
             asked = done
-    return {"tokens": tokens, "waited": waited, "seconds": seconds}
+    return {"tokens": tokens, "waited": waited, "seconds": seconds, "cpu_seconds": time.process_time() - worked}
 
 
 def on_device(step: Step, device: torch.device) -> Iterator[Batch]:
@@ -187,22 +189,31 @@ def on_device(step: Step, device: torch.device) -> Iterator[Batch]:
 
 
 def scale(name: str, folder: Path, steps: int, turns: int, gpu: bool) -> list[Row]:
-    """DeepSpeed's ZeRO-2 on one rank and on more, the same batch of all ranks; they take turns."""
+    """DeepSpeed's ZeRO-2 on one rank and on more, the same batch of all ranks; they take turns.
+
+    cpu_efficiency: by the CPU's time, which other work on the machine does not change, and waiting for each other
+    neither: what two ranks do twice, and what they send.
+    """
     most = torch.cuda.device_count() if gpu else 2
-    rates: dict[int, list[float]] = {1: [], most: []}
+    found: dict[int, list[dict[str, float]]] = {1: [], most: []}
     for _ in range(turns):
-        for ranks, found in rates.items():
-            found.append(launch(name, folder, steps, ranks))
+        for ranks, each in found.items():
+            each.append(launch(name, folder, steps, ranks))
+    rates = {ranks: np.array([one["tokens"] / one["seconds"] for one in each]) for ranks, each in found.items()}
+    work = {ranks: np.array([one["cpu_seconds"] / one["tokens"] for one in each]) for ranks, each in found.items()}
     rows = [
-        Row("step", f"{name}, zero2, ranks: {ranks}", "tokens_per_second", float(np.median(found)), "tokens/s")
-        for ranks, found in rates.items()
+        Row("step", f"{name}, zero2, ranks: {ranks}", "tokens_per_second", float(np.median(rate)), "tokens/s")
+        for ranks, rate in rates.items()
     ]
-    ratio = float(np.median(np.array(rates[most]) / np.array(rates[1]) / most))
-    return [*rows, Row("step", f"{name}, zero2, ranks: {most}", "efficiency", ratio, "of linear")]
+    where = f"{name}, zero2, ranks: {most}"
+    rows.append(Row("step", where, "efficiency", float(np.median(rates[most] / rates[1])) / most, "of linear"))
+    if not gpu:
+        rows.append(Row("step", where, "cpu_efficiency", float(np.median(work[1] / work[most])), "of linear"))
+    return rows
 
 
-def launch(name: str, folder: Path, steps: int, ranks: int) -> float:
-    """Tokens a second of so many processes of this file."""
+def launch(name: str, folder: Path, steps: int, ranks: int) -> dict[str, float]:
+    """What so many processes of this file found in `run`: the mean of their seconds, the sum of those of the CPU."""
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     done = subprocess.run(
         [*words, __file__, name, str(folder), str(steps)],
@@ -213,8 +224,7 @@ def launch(name: str, folder: Path, steps: int, ranks: int) -> float:
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
         raise UserError(f"{ranks} ranks ended with exit code {done.returncode}: {(done.stderr or done.stdout)[-2000:]}")
-    found = json.loads(lines[-1])
-    return found["tokens"] / found["seconds"]
+    return json.loads(lines[-1])
 
 
 def main_of_rank(name: str, folder: str, steps: str) -> None:
@@ -231,9 +241,9 @@ def main_of_rank(name: str, folder: str, steps: str) -> None:
     settings = deepspeed_config(config, world.size, config.windows_per_step)
     engine = DeepSpeedEngine(objective, build_optimizer(objective, (), config.optim), settings, world)
     found = run(config, dataset, engine, world, int(steps))
-    slowest = sum_over_ranks([found["seconds"]], world.device)[0] / world.size
+    seconds, worked = sum_over_ranks([found["seconds"], found["cpu_seconds"]], world.device)
     if world.first:
-        print(json.dumps({**found, "seconds": slowest}))
+        print(json.dumps({**found, "seconds": seconds / world.size, "cpu_seconds": worked}))
     dataset.close()
     close_world()
 

@@ -64,7 +64,11 @@ def test_rows(case, monkeypatch):
         ("a, transformers", "milliseconds"): 2000,
         ("a, transformers", "kd_over_ce"): 1,
     }
-    monkeypatch.setattr(bench, "launch", lambda name, folder, steps, ranks: {1: 100.0, 2: 160.0}[ranks])
+    found = {
+        1: {"tokens": 100, "seconds": 1.0, "cpu_seconds": 0.9},
+        2: {"tokens": 160, "seconds": 1.0, "cpu_seconds": 1.6},
+    }
+    monkeypatch.setattr(bench, "launch", lambda name, folder, steps, ranks: found[ranks])
     rows = bench.bench_step(quick=True)
     values = {(row.case, row.metric): row.value for row in rows}
     for form in ("transformers", "alpha = 0"):
@@ -72,13 +76,15 @@ def test_rows(case, monkeypatch):
     assert 0 <= values["demo, quick, a run", "data_wait_share"] < 1
     assert values["demo, quick, a run", "tokens_per_second"] > 0
     assert values["demo, quick, zero2, ranks: 2", "efficiency"] == pytest.approx(0.8)
+    assert values["demo, quick, zero2, ranks: 2", "cpu_efficiency"] == pytest.approx(0.9)
     assert "demo, quick, KD" in show(rows)
 
 
 @pytest.mark.ranks
 def test_ranks_of_the_benchmark_train(tmp_path):
     bench.write_shards(tmp_path, bench.CASES["demo, quick"], steps=1)
-    assert bench.launch("demo, quick", tmp_path, 1, 2) > 0
+    found = bench.launch("demo, quick", tmp_path, 1, 2)
+    assert found["tokens"] == 4 * 256 and found["seconds"] > 0 and found["cpu_seconds"] > 0
 
 
 def test_ranks_that_fail_are_said(tmp_path, monkeypatch):
