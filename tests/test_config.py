@@ -161,7 +161,7 @@ def test_unknown_key_in_an_override_names_the_nearest(tmp_path):
         "objective.alpha=[0.5]",
         "objective.alpha=[0.5, 2]",
         "objective.temperature=[2, 0]",
-        "objective.temperature=[2, \"1\"]",
+        'objective.temperature=[2, "1"]',
         "objective.divergence=hellinger",
         "objective.kind=magic",
         "data.sequence_length=70000",

@@ -51,7 +51,8 @@ from megakd.models.hub import (
     write_config,
     write_weights,
 )
-from megakd.models.planner import Candidate, allocate, measure, reach
+from megakd.models.planner import allocate
+from megakd.models.predict import Candidate, measure, reach
 from megakd.models.shared_core import (
     PROJECTIONS,
     DenseExperts,

@@ -10,7 +10,7 @@ from typing import Any
 from megakd.config import CompressConfig
 from megakd.log import short, table
 from megakd.models.hub import empty_model, load_config, resolve
-from megakd.models.planner import dense_flops, form_flops
+from megakd.models.predict import dense_flops, form_flops
 from megakd.models.shared_core import PROJECTIONS, Form, stored_parameters
 from megakd.models.spec import spec_for
 from megakd.run import Run

@@ -18,7 +18,7 @@ from megakd.files import publishing, write_json
 from megakd.log import Progress, table
 from megakd.models.align import likeness
 from megakd.models.hub import Checkpoint, load_config
-from megakd.models.planner import Candidate, measure, spread
+from megakd.models.predict import Candidate, measure, spread
 from megakd.models.shared_core import PROJECTIONS, SHAPES
 from megakd.models.spec import MoESpec, spec_for
 

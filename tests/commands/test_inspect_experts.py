@@ -24,7 +24,7 @@ from megakd.errors import UserError
 from megakd.evals.expert_report import measure_projection, norms_and_cosines, singular_values
 from megakd.files import read_json, write_json
 from megakd.models.hub import INDEX, WEIGHTS, Checkpoint, write_config, write_weights
-from megakd.models.planner import measure
+from megakd.models.predict import measure
 from megakd.models.shared_core import PROJECTIONS, SHAPES
 from megakd.models.spec import SPECS
 from megakd.models.tiny import tiny_moe_config

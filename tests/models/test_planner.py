@@ -10,10 +10,10 @@ from megakd.errors import UserError
 from megakd.models.fit import Settings, fit_projection
 from megakd.models.hub import Checkpoint, load_config, resolve
 from megakd.models.lanes import lanes_over
-from megakd.models.planner import (
+from megakd.models.planner import allocate
+from megakd.models.predict import (
     Candidate,
     _fit_points,
-    allocate,
     basis_curves,
     candidates,
     dense_flops,
