@@ -139,7 +139,8 @@ class _Job(NamedTuple):
 def _compute_dtype(weight: Tensor) -> torch.dtype:
     """Of the matrix products: autocast's where it is on, else the weight's."""
     device = weight.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    cast = torch.is_autocast_enabled(device) and weight.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if cast else weight.dtype
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -260,9 +261,10 @@ class _Chunk:
                 if job.cap is not None:
                     x.tanh_().mul_(job.cap)
 
-    def _blocks(self, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """Views of x_cV and others that lie beside it, some rows at a time."""
-        return zip(*(each.split(self.rows) for each in (self.x_cV, *others)), strict=True)
+    def _blocks(self, *others: Tensor, share: int = 1) -> Iterator[tuple[Tensor, ...]]:
+        """Views of x_cV and others that lie beside it, some rows at a time; share: so many times fewer."""
+        rows = max(self.rows // share, 1)
+        return zip(*(each.split(rows) for each in (self.x_cV, *others)), strict=True)
 
     def sparse(self, chunk: slice) -> Tensor:
         """Sums [ce, kl, kl_t1] over the chunk, of stored targets."""
@@ -407,7 +409,8 @@ class _Chunk:
         logits_cV = teacher.logits[chunk] if isinstance(teacher.logits, Tensor) else teacher.logits(chunk)
         by_divergence, by_ce = job.slopes
         sums = torch.zeros(3, dtype=torch.float64, device=self.x_cV.device)
-        for x, raw, logits, labels_b1 in self._blocks(self.raw_cV, logits_cV, job.labels_N[chunk, None]):
+        # a quarter, for it takes a dozen temporary tensors of a block
+        for x, raw, logits, labels_b1 in self._blocks(self.raw_cV, logits_cV, job.labels_N[chunk, None], share=4):
             p = logits[:, : job.vocab_size].to(x.dtype)
             log_p, log_q = (p / job.temperature).log_softmax(-1), (x * (job.flat / job.temperature)).log_softmax(-1)
             log_q1 = (x * job.flat).log_softmax(-1)
