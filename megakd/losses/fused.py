@@ -50,7 +50,10 @@ class SparseTeacher(NamedTuple):
 
 
 class DenseTeacher(NamedTuple):
-    """A teacher that is there: logits [N, >= V], or what gives those of a slice of the tokens. Right at any T."""
+    """A teacher that is there: logits [N, >= V], or what gives those of a slice of the tokens. Right at any T.
+
+    What gives them is called without gradients and without autocast.
+    """
 
     logits: Tensor | Callable[[slice], Tensor]
 
@@ -180,7 +183,11 @@ def _work_dtype(job: _Job) -> torch.dtype:
 def _run(
     hidden_ND: Tensor, weight_VD: Tensor, job: _Job, for_hidden: bool, for_weight: bool
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """Sums [ce, kl, kl_t1] in float64, and the gradients of the total by hidden_ND and weight_VD."""
+    """Sums [ce, kl, kl_t1] in float64, and the gradients of the total by hidden_ND and weight_VD.
+
+    Held at once: the gradients, one [c, V] in float32, and where products are of 16 bits one of those; with a soft cap
+    two in float32. Autocast adds the head in its dtype.
+    """
     tokens = len(hidden_ND)
     device, work = hidden_ND.device, _work_dtype(job)
     rounded = job.compute != work  # matrix products in 16 bits
@@ -227,7 +234,7 @@ def _buffer(job: _Job, name: str, dtype: torch.dtype, rows: int, device: torch.d
     if made is None or made.dtype != dtype or made.device != device or len(made) < rows:
         job.buffers_made.pop(name, None)
         made = torch.empty(rows, job.vocab_size, dtype=dtype, device=device)
-        if device.type == "cpu":
+        if device.type == "cpu" and not made.is_inference():  # which could not be written to in training
             job.buffers_made[name] = made
     return made[:rows]
 

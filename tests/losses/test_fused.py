@@ -387,6 +387,10 @@ def test_calls_do_not_disturb_each_other():
     for again in (lambda: head(hidden, labels, teacher, 0.5, 2.0), lambda: head(hidden[:3], labels[:3], few, 0.5, 1.0)):
         again().total.backward()
     assert torch.allclose(found, head.weight.grad, atol=1e-4)
+    with torch.inference_mode():
+        few_rows = FusedHead(head.weight, VOCABULARY)
+        few_rows(hidden, labels, teacher, 0.5, 2.0)
+    few_rows(hidden, labels, teacher, 0.5, 2.0).total.backward()
     head.double()
     assert head(hidden.double(), labels, teacher, 0.5, 2.0).total.dtype == torch.float64
 
