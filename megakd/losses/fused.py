@@ -360,7 +360,7 @@ class _Chunk:
         """
         job, power, scratch = self.job, self.job.power, self.scratch[0]
         least = torch.finfo(self.x_cV.dtype).min
-        blank = x_cK.new_zeros(len(x_cK))
+        blank, number = x_cK.new_zeros(len(x_cK)), self.x_cV.new_zeros(())
         of_stored = _Student(x_cK, blank, blank, blank, job.flat, power).stored
         numbers = [each.tolist() for each in (*of_stored, slopes.rest_c, slopes.total_c)]
         found: list[tuple[float, float, float]] = []
@@ -383,7 +383,7 @@ class _Chunk:
                 x.mul_(by_flat)
             else:
                 base = x if power == 2 else _power(x, power - 1, scratch)
-                x.mul_(torch.add(x.new_tensor(by_flat), base, alpha=by_sharp, out=scratch))
+                x.mul_(torch.add(number.fill_(by_flat), base, alpha=by_sharp, out=scratch))
             found.append((top, flat, sharp))
         return _Student(x_cK, *x_cK.new_tensor(found).unbind(1), job.flat, power)
 
