@@ -167,6 +167,9 @@ class DistillationTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         if self.is_fsdp_enabled or getattr(self.accelerator, "parallelism_config", None) is not None:
             raise UserError("DistillationTrainer: FSDP and parallelism_config are not supported; use DeepSpeed's ZeRO")
+        deepspeed: Any = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        if deepspeed is not None and "optimizer" in deepspeed.hf_ds_config.config:
+            raise UserError("deepspeed: the optimizer of its file would leave out lr_multipliers; delete that section")
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer that `args.optim` names over the groups of `build_optimizer`."""
@@ -331,6 +334,8 @@ def _checked(make: Callable[[], Any], prefix: str) -> Any:
 
 def _check_arguments(args: DistillationTrainingArguments) -> None:
     """UserError for settings of Trainer that would change the loss, or have no effect."""
+    if not isinstance(args, DistillationTrainingArguments):
+        raise UserError(f"args: DistillationTrainingArguments, not {type(args).__name__}")
     if args.n_gpu > 1:
         raise UserError(
             f"DistillationTrainer: one process for {args.n_gpu} GPUs; start one for each: torchrun, accelerate launch"
@@ -339,9 +344,6 @@ def _check_arguments(args: DistillationTrainingArguments) -> None:
         raise UserError("average_tokens_across_devices=False: the loss is a mean over all ranks' labels; leave it out")
     if args.label_smoothing_factor:
         raise UserError("label_smoothing_factor: the loss knows no label smoothing; leave it out")
-    plugin: Any = getattr(args, "hf_deepspeed_config", None)
-    if plugin is not None and "optimizer" in plugin.config:
-        raise UserError("deepspeed: the optimizer of its file would leave out lr_multipliers; delete that section")
 
 
 def _opened(data: Any) -> Any:
