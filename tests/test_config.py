@@ -336,3 +336,47 @@ def test_models_refuse_assignment():
         with pytest.raises(ValidationError, match="frozen"):
             setattr(section, name, 1)
     assert config == RunConfig()
+
+
+STAGES = [
+    {"name": "a", "tokens": 1000},
+    {"name": "b", "steps": 7, "lr": 0.25, "objective": {"alpha": [0.9, 0.5]}},
+    {"name": "c", "epochs": 1.5, "optim": {"batch_tokens": 64, "schedule": "linear"}, "config": "zero2"},
+]
+SMALL_DATA = {"sequence_length": 16, "tokens": 1600}
+
+
+def test_a_stage_lays_its_own_settings_over_the_runs(tmp_path):
+    config = load_recipe(write(tmp_path, {"stages": STAGES, "data": SMALL_DATA, "optim": {"batch_tokens": 32}}))
+    a, b, c = (config.at(stage) for stage in config.stages)
+    assert a.optim == config.optim and a.objective == config.objective and a.engine == config.engine
+    assert b.optim == config.optim.model_copy(update={"lr": 0.25}) and b.objective.alpha == (0.9, 0.5)
+    assert b.objective.temperature == config.objective.temperature
+    assert (c.optim.batch_tokens, c.optim.schedule, c.optim.lr) == (64, "linear", config.optim.lr)
+    assert c.engine.deepspeed == json.loads(shipped("ds_configs", "zero2.json").read_text()) != a.engine.deepspeed
+    assert (a.windows_per_step, c.windows_per_step) == (2, 4)
+    # 1000 tokens of 32; 7; one and a half times 100 windows, or 57, of 4 each
+    assert [config.steps_of(stage) for stage in config.stages] == [32, 7, 38]
+    assert [config.steps_of(stage, 57) for stage in config.stages] == [32, 7, 22]
+    again = load_recipe(write(tmp_path, config.model_dump(mode="json")))
+    assert again == config and again.fingerprint() == config.fingerprint()
+
+
+@pytest.mark.parametrize(
+    "stage, words",
+    [
+        ({"steps": 3, "tokens": 5}, "give one of tokens, steps and epochs, not tokens and steps"),
+        (
+            {"steps": 3, "objective": {"alhpa": 0.5}},
+            "stages.0.objective.alhpa: extra inputs are not permitted; did you mean 'alpha'",
+        ),
+        ({"steps": 3, "objective": {"alpha": 3}}, "stages.0.objective.alpha"),
+        ({"steps": 3, "optim": {"micro_batch": 2}}, "stages.0.optim.micro_batch is one for all stages"),
+        ({"steps": 3, "lr": 1e-3, "optim": {"lr": 1e-3}}, "lr is there twice"),
+        ({"steps": 3, "config": "zero9"}, "stages.0.config: 'zero9' is neither a file nor one of"),
+        ({"epochs": 0}, "stages.0.epochs"),
+    ],
+)
+def test_wrong_stages_are_named(tmp_path, stage, words):
+    message = error_of(tmp_path, {"stages": [{"name": "a", **stage}]})
+    assert words.lower() in message.lower(), message

@@ -5,6 +5,7 @@ import math
 import shutil
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -293,3 +294,20 @@ def test_every_kind_of_target_trains(sibling: Make, profile, temperature, tail, 
     assert found["teacher"]["kl"] < 0.02 * found["student-0"]["kl"]
     megakd("report", run.folder)
     assert "held-out" in run.path("report.html").read_text().lower()
+
+
+def test_a_stage_trains_with_its_own_loss_batch_and_length(sibling: Make):
+    """An epoch is as many windows as the training shards hold; alpha moves from its first to its last step."""
+    loss = "stages.1.objective=" + json.dumps({"alpha": [1.0, 0.0], "temperature": 1.0})
+    run = sibling("stages.1.tokens=null", "stages.1.epochs=0.5", 'stages.1.optim={"batch_tokens": 256}', loss)
+    windows = len(ShardSet(run.path("data", "logits", "train")))
+    megakd("train", run.folder)
+    rows = metrics(run.folder)
+    steps = -(-windows // 2 // 8)
+    assert len(rows) == 4 + steps and steps > 5
+    labels = [row["tokens"] - before["tokens"] for before, row in pairwise(rows)]
+    assert all(label > 400 for label in labels[:3]) and all(label <= 256 for label in labels[3:])
+    for number, row in enumerate(rows[4:]):
+        alpha = 1 - number / (steps - 1)
+        assert row["loss"] == pytest.approx((1 - alpha) * row["ce"] + alpha * row["kl"], rel=1e-5)
+    assert rows[3]["loss"] == pytest.approx(0.3 * rows[3]["ce"] + 0.7 * 4 * rows[3]["kl"], rel=1e-5)

@@ -43,6 +43,15 @@ def test_local_accumulation_gives_the_same_curve(local_curve, sibling):
 
 
 @pytest.mark.ranks
+def test_a_stage_may_have_its_own_deepspeed_file(local_curve, sibling):
+    """Masters and moments move from ZeRO-2's flat groups to ZeRO-3's pieces."""
+    run = sibling("engine.kind=deepspeed", "engine.config=zero2", "stages.1.config=zero3")
+    megakd("train", run.folder)
+    for mine, expected in zip(curve(metrics(run.folder)), local_curve, strict=True):
+        assert mine == pytest.approx(expected, abs=TOLERANCE)
+
+
+@pytest.mark.ranks
 @pytest.mark.parametrize("engine", [["local"], ["deepspeed", "zero0"], ["deepspeed", "zero2"], ["deepspeed", "zero3"]])
 def test_bfloat16_trains_close_to_float32(local_curve, prepared, sibling, engine):
     kind, *config = engine
