@@ -175,7 +175,10 @@ class DistillationTrainer(Trainer):
         """The optimizer that `args.optim` names over the groups of `build_optimizer`."""
         if self.optimizer is None:
             args = self.args
-            optim = OptimConfig(lr=args.learning_rate, weight_decay=args.weight_decay)
+            optim = _checked(
+                lambda: OptimConfig(lr=args.learning_rate, weight_decay=args.weight_decay),
+                "learning_rate, weight_decay: ",
+            )
             answering: Any = self.model
             groups = build_optimizer(answering.objective, args.lr_rules(), optim).param_groups
             kept = [{key: group[key] for key in ("params", "lr", "weight_decay")} for group in groups]

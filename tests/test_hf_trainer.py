@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, HfArgumentParser
+from transformers import AutoModelForCausalLM, HfArgumentParser, TrainingArguments
 
 from megakd import api
 from megakd.config import LrRule, OptimConfig
@@ -254,6 +254,10 @@ def test_data_that_does_not_fit_is_refused(make, prepared, documents, tmp_path):
     with pytest.raises(UserError, match="the student knows 300"):
         student.resize_token_embeddings(300)
         DistillationTrainer(student, args, data / "logits" / "train")
+    with pytest.raises(UserError, match="args: DistillationTrainingArguments, not TrainingArguments"):
+        DistillationTrainer(student, TrainingArguments("x", use_cpu=True), data / "logits" / "train")
+    with pytest.raises(UserError, match=r"learning_rate, weight_decay: lr: Input should be greater than 0, got 0\.0"):
+        make(learning_rate=0.0).train()
     with pytest.raises(UserError, match="every parameter is frozen"):
         make(lr_multipliers=[{"pattern": "", "lr_multiplier": 0.0}]).train()
 
