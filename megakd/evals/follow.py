@@ -22,7 +22,17 @@ from typing import Any
 from megakd.engine.checkpoint import best_file, checksum
 from megakd.errors import UserError
 from megakd.evals.measure import Meter, Unusable, checkpoint_subject, measure_of, numbers, rank
-from megakd.files import append_json, digest, locked, read_json, read_json_lines, remove, sha256, write_json
+from megakd.files import (
+    append_json,
+    digest,
+    locked,
+    read_json,
+    read_json_lines,
+    remove,
+    remove_stale,
+    sha256,
+    write_json,
+)
 from megakd.log import clock, log_evaluation, say
 from megakd.models.hub import weights_fingerprint
 from megakd.run import Run
@@ -166,6 +176,7 @@ class Follower:
         for rotation may have been faster.
         """
         metric, kept = self.run.config.eval.best, self.folder / "best"
+        remove_stale(self.run.path("checkpoints"))
         with locked(self.locks / "best.lock"):
             lines, published = self.lines(), self.published()
             ranks = {model: key for model, row in lines.items() if (key := rank(row, metric)) is not None}

@@ -5,6 +5,7 @@ import json
 import math
 import multiprocessing
 import os
+import random
 import shutil
 import signal
 import stat
@@ -71,7 +72,7 @@ def names(run: Path) -> list[str]:
 
 def held(run: Path) -> list[Path]:
     """What is left of the work: nothing, once it is done."""
-    return [*run.glob("watch/held/*/*"), *run.glob("watch/best/*/*.*"), *run.rglob("*.tmp*")]
+    return [*run.glob("watch/held/*/*"), *run.glob("watch/best/*/*.*"), *run.glob("checkpoints/*/*.tmp*")]
 
 
 def best(run: Path) -> dict[str, Any]:
@@ -84,32 +85,33 @@ def with_tasks(folder: Path, *tasks: str) -> list[str]:
 
 @pytest.mark.ranks
 def test_one_line_a_checkpoint_whatever_is_killed(prepared, tmp_path):
-    """Two deepspeed ranks train and keep one checkpoint; watches are killed and started, at the end two at once.
+    """Two deepspeed ranks train and keep one checkpoint, two watches are killed somewhere, a third one ends the work.
 
-    The test itself goes on scanning, as a further watch would: between two kills rotation takes checkpoints.
+    The test itself goes on scanning, as a further watch would: between two watches rotation takes checkpoints.
     """
     folder = tmp_path / "run"
     live = ["checkpoint.every_steps=1", "checkpoint.keep=1", "eval.poll_seconds=0.02", "log.tensorboard=true"]
-    tasks = with_tasks(tmp_path / "tasks", "tiny_choice", "tiny_last")
-    run_verb(["new", str(folder), "--from", str(prepared), "engine.kind=deepspeed", "engine.ranks=2", *live, *tasks])
+    run_verb(["new", str(folder), "--from", str(prepared), "engine.kind=deepspeed", "engine.ranks=2", *live])
     training = subprocess.Popen(command("train", folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     done = threading.Event()
 
     def scan() -> None:
         run = Run.open(folder)
-        follower = Follower(run, Meter(run, []), watching=False)
-        while not done.wait(0.005):
+        follower = Follower(run, Meter(run), watching=False)
+        while not done.wait(0.02):
             follower.scan()
+
+    def after(count: int) -> bool:
+        """So many lines are there, and a moment of the next evaluation has passed."""
+        return len(lines(folder)) >= count and (time.sleep(random.random() * 0.2) or True)
 
     scanner = threading.Thread(target=scan)
     scanner.start()
     try:
         for count in (2, 5):
-            assert kill_when(["watch", folder], lambda count=count: len(lines(folder)) >= count)
+            assert kill_when(["watch", folder], lambda count=count: after(count))
         assert training.wait(300) == 0
-        other = subprocess.Popen(command("watch", folder), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         watch(folder)
-        assert other.wait(120) == 0, other.communicate()[1]
     finally:
         done.set()
         scanner.join()
@@ -117,16 +119,14 @@ def test_one_line_a_checkpoint_whatever_is_killed(prepared, tmp_path):
     expected = [event["folder"].removeprefix("checkpoints/") for event in run.events("checkpoint")]
     assert len(expected) == 10 and sorted(names(folder)) == sorted(expected)
     assert not run.events("evaluation_lost") and not held(folder)
-    for line in lines(folder):
-        assert line["tasks"].keys() == {"tiny_choice", "tiny_last"} and line["step"] == int(line["model"][-6:])
+    assert all(line["step"] == int(line["model"][-6:]) for line in lines(folder))
     first = min(lines(folder), key=lambda line: line["kl"])
     assert best(folder)["model"] == first["model"] and best_weights(folder / "checkpoints").is_dir()
     board = EventAccumulator(str(folder / "tensorboard" / "eval"))
     board.Reload()
-    for name in ("kl", "perplexity", "tiny_choice/acc", "tiny_last/perplexity"):
-        points = {event.step: event.value for event in board.Scalars(f"eval/{name}")}
-        assert sorted(points) == list(range(1, 11)), name
-    assert points[10] == pytest.approx(lines_of(folder)["all/step-000010"]["tasks"]["tiny_last"]["perplexity,none"])
+    for name in ("kl", "perplexity"):
+        points = {event.step: event.value for event in board.Scalars(f"eval/{name}")}  # the same twice after a kill
+        assert points == pytest.approx({line["step"]: line[name] for line in lines(folder)}, rel=1e-6)
 
 
 def lines_of(run: Path) -> dict[str, dict[str, Any]]:
