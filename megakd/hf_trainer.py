@@ -152,6 +152,10 @@ class DistillationTrainer(Trainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
     ):
         _check_arguments(args)
+        if optimizers[0] is not None and args.lr_multipliers:
+            raise UserError(
+                "optimizers: an optimizer that is there already leaves out lr_multipliers; give one of both"
+            )
         train_dataset, eval_dataset = _opened(train_dataset), _opened(eval_dataset)
         _check_data(student, train_dataset, eval_dataset, processing_class)
         with _whole(student.get_output_embeddings().weight):

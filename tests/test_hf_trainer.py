@@ -254,6 +254,9 @@ def test_data_that_does_not_fit_is_refused(make, prepared, documents, tmp_path):
     with pytest.raises(UserError, match="the student knows 300"):
         student.resize_token_embeddings(300)
         DistillationTrainer(student, args, data / "logits" / "train")
+    with pytest.raises(UserError, match="optimizers: an optimizer that is there already leaves out lr_multipliers"):
+        ready = torch.optim.SGD(student.parameters())
+        DistillationTrainer(student, args, data / "logits" / "train", optimizers=(ready, None))
     with pytest.raises(UserError, match="args: DistillationTrainingArguments, not TrainingArguments"):
         DistillationTrainer(student, TrainingArguments("x", use_cpu=True), data / "logits" / "train")
     with pytest.raises(UserError, match=r"learning_rate, weight_decay: lr: Input should be greater than 0, got 0\.0"):
