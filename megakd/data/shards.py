@@ -325,9 +325,9 @@ class _Descriptor:
     def __init__(self, file: Path | int):
         self.number = os.dup(file) if isinstance(file, int) else os.open(file, os.O_RDONLY)
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # at the interpreter's end `os` may be gone
         if hasattr(self, "number"):
-            os.close(self.number)
+            close(self.number)
 
 
 def _read(file: _Descriptor, size: int, offset: int, place: str) -> bytes:

@@ -65,7 +65,8 @@ class SharedCoreModel:
 
 def share_core(block: Any, forms: Mapping[str, Form], exempt: tuple[int, ...], activation: str) -> None:
     """Replace a family block's experts by shared-core ones, in place."""
-    experts, hidden, expert_hidden = block.experts.down_proj.shape
+    stock = block.experts.down_proj
+    experts, hidden, expert_hidden = getattr(stock, "ds_shape", stock.shape)  # ZeRO-3 has cut it already
     act_fn = ACT2FN[activation].forward
     shapes = {p: core_shape(form, p, hidden, expert_hidden) for p, form in forms.items()}
     core = nn.ModuleDict({f"{p}_proj": nn.Linear(d_in, d_out, bias=False) for p, (d_out, d_in) in shapes.items()})
