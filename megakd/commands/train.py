@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -46,7 +46,7 @@ from megakd.engine.guard import GRADIENT, Health, after_step, wrong_with
 from megakd.engine.optim import build_optimizer, schedule
 from megakd.errors import UserError
 from megakd.files import locked, shipped
-from megakd.log import MetricLog, StageWatch, say
+from megakd.log import MetricLog, StageWatch, say, wandb_id
 from megakd.models.hub import copy_side_files, load_config, load_model, write_config
 from megakd.objectives.cached import CachedDistillation
 from megakd.preflight import check, check_world, was_launched
@@ -95,7 +95,8 @@ def train(run: Run, dataset: ShardSet, world: World, stop: StopSignals) -> bool:
         run.record("train", ranks=world.size, step=progress.step, resumed=str(saved.folder) if saved else None)
         if saved:
             say(f"train: going on from {saved.folder}")
-        log = MetricLog(run.folder, run.config.log, run.config.name, *_identity(run), progress.step)
+        frozen = run.config.model_dump(mode="json")
+        log = MetricLog(run.folder, run.config.log, run.config.name, wandb_id(run.config), frozen, progress.step)
     carried = None
     try:
         for index, stage in enumerate(run.config.stages):
@@ -389,8 +390,3 @@ def launch(run: Run) -> int:
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, pass_on)
     return process.wait()
-
-
-def _identity(run: Run) -> tuple[str, dict[str, Any]]:
-    """An id for W&B that a resumed run shares, and the frozen configuration."""
-    return f"{run.config.name}-{run.config.fingerprint()[:8]}", run.config.model_dump(mode="json")
