@@ -1,11 +1,13 @@
 """What tests share: a teacher that is made in a second, runs over it, and processes started as a user would."""
 
+import io
 import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3MoeForCausalLM
 from megakd.cli import run_verb
 from megakd.data.documents import python_documents
 from megakd.data.shards import ShardSet
+from megakd.errors import UserError
 from megakd.models.tiny import tiny_moe_config, train_tokenizer
 from megakd.run import Run
 
@@ -176,6 +179,19 @@ def megakd(*argv: object, code: int = 0, env: dict[str, str] | None = None) -> s
         f"megakd {' '.join(map(str, argv))}: exit {done.returncode}, expected {code}\n{output}"
     )
     return output
+
+
+def in_process(*argv: object, code: int = 0) -> str:
+    """The same in this process, which has loaded the libraries; not for DeepSpeed, which wants one of its own."""
+    output, found = io.StringIO(), 0
+    with redirect_stdout(output), redirect_stderr(output):
+        try:
+            run_verb([str(each) for each in argv])
+        except UserError as error:
+            output.write(f"megakd: {error}\n")
+            found = 2
+    assert found == code, f"megakd {' '.join(map(str, argv))}: {found}, expected {code}\n{output.getvalue()}"
+    return output.getvalue()
 
 
 def command(*argv: object) -> list[str]:

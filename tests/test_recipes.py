@@ -55,9 +55,13 @@ def test_rules_of_recipes_match_real_parameters(recipe: Path):
         assert {a.rule for a in assign_rules(model, stage.lr_multipliers)} >= set(range(len(stage.lr_multipliers)))
 
 
+# zero2 and zero3 are held against the local engine on two ranks by tests/engine/test_equivalence.py
+OTHERS = [path for path in DS_CONFIGS if path.stem not in ("zero2", "zero3")]
+
+
 @pytest.mark.ranks
-@pytest.mark.parametrize("ds_config", DS_CONFIGS, ids=lambda p: p.stem)
-def test_every_deepspeed_file_trains_on_two_ranks(ds_config: Path, sibling):
+@pytest.mark.parametrize("ds_config", OTHERS, ids=lambda p: p.stem)
+def test_every_other_deepspeed_file_trains_on_two_ranks(ds_config: Path, sibling):
     run = sibling("engine.kind=deepspeed", f"engine.config={ds_config.stem}", "engine.ranks=2", "stages.1.tokens=512")
     run_ranks(2, run.folder)
     rows = metrics(run.folder)

@@ -38,6 +38,8 @@ CHUNK_BYTES = {"cpu": 1 << 27, "cuda": 1 << 28}
 # Rows go through all element-wise work together while they are in the cache: of one core (L2, 2 MB), of a GPU.
 BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 25}
 SAFE = 60.0  # e^60 times any vocabulary fits float32
+MOST_RATIO = 1e6  # of two factors of a row, the larger one over that which is taken out of both
+LEAST_LEFT = 1e-30  # what a row may be divided by without leaving float32
 SLICE = 8192  # rows of the head's gradient that are summed up at once where products are rounded to 16 bits
 
 
@@ -218,8 +220,10 @@ def _run(
         if hidden_grad is not None:
             torch.mm(raw, real_VD, out=hidden_grad[chunk])
             if not rounded:
-                hidden_grad[chunk] *= factor
+                hidden_grad[chunk] *= factor if part.left_c1 is None else factor * part.left_c1
         if weight_grad is not None:
+            if part.left_c1 is not None:
+                hidden_cD *= part.left_c1
             _add_product(weight_grad[: job.vocab_size], raw.T, hidden_cD, new=chunk.start == 0)
     return sums, [hidden_grad, weight_grad]
 
@@ -255,6 +259,7 @@ class _Chunk:
 
     raw_cV: products of the head as they came, and in the end their gradient. x_cV: logits / flat in between, the same
     tensor where nothing has to happen to raw_cV. factor: what raw_cV still has to be multiplied by.
+    left_c1: what rows of the gradient still have to be multiplied by, left to the other side of the products, or None.
     """
 
     def __init__(self, raw_cV: Tensor, x_cV: Tensor, factor: float, job: _Job, differentiate: bool):
@@ -262,6 +267,7 @@ class _Chunk:
         self.rows = max(_budget(BLOCK_BYTES, raw_cV.device) // (x_cV.element_size() * raw_cV.shape[1]), 1)
         self.scratch = torch.empty_like(x_cV[: self.rows])
         self.in_place = x_cV.data_ptr() == raw_cV.data_ptr()
+        self.left_c1: Tensor | None = None
         if not self.in_place:
             for x, raw in self._blocks(raw_cV):
                 self._scaled(raw, x)
@@ -310,7 +316,8 @@ class _Chunk:
         if self.differentiate:
             if at_once is None:
                 self._differentiate(student, slopes)
-            self.x_cV.scatter_add_(1, places, self._own(student, slopes))
+            own = self._own(student, slopes)
+            self.x_cV.scatter_add_(1, places, own if self.left_c1 is None else own / self.left_c1)
             if not self.in_place:
                 for x, raw in self._blocks(self.raw_cV):
                     self._to_raw(x, raw)
@@ -363,7 +370,7 @@ class _Chunk:
         blank, number = x_cK.new_zeros(len(x_cK)), self.x_cV.new_zeros(())
         of_stored = _Student(x_cK, blank, blank, blank, job.flat, power).stored
         numbers = [each.tolist() for each in (*of_stored, slopes.rest_c, slopes.total_c)]
-        found: list[tuple[float, float, float]] = []
+        found: list[tuple[float, float, float, float]] = []
         for x, ids, stored_flat, stored_sharp, rest, total in zip(
             self.x_cV.unbind(), ids_cK.unbind(), *numbers, strict=True
         ):
@@ -379,13 +386,23 @@ class _Chunk:
                 at_sharp = sharp, 1 / (sharp + _exp(stored_sharp - power * top))
             at_t, at_1 = (at_flat, at_sharp) if job.temperature > 1 else (at_sharp, at_flat)
             by_flat, by_sharp = _factors(job, max(at_t[0], 1.0), at_t[1], at_1[1], rest, total)
+            left = 1.0
             if power == 1:
-                x.mul_(by_flat)
+                left = by_flat
+            elif power == 2 and abs(by_sharp) < MOST_RATIO * abs(by_flat):
+                # a x + b x^2 = a (x + b/a x^2) in one pass, a by the products' other side
+                left = by_flat
+                x.addcmul_(x, x, value=by_sharp / by_flat)
             else:
                 base = x if power == 2 else _power(x, power - 1, scratch)
                 x.mul_(torch.add(number.fill_(by_flat), base, alpha=by_sharp, out=scratch))
-            found.append((top, flat, sharp))
-        return _Student(x_cK, *x_cK.new_tensor(found).unbind(1), job.flat, power)
+            if not abs(left) > LEAST_LEFT:
+                x.mul_(left)
+                left = 1.0
+            found.append((top, flat, sharp, left))
+        *sums, left_c = x_cK.new_tensor(found).unbind(1)
+        self.left_c1 = left_c[:, None].to(self.x_cV.dtype)
+        return _Student(x_cK, *sums, job.flat, power)
 
     def _differentiate(self, student: "_Student", slopes: "_Slopes") -> None:
         """Turn exp(x) into the gradient of the total by x, but for the `_own` entries."""

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from megakd.files import read_json, read_json_lines
 from megakd.models.hub import CODE, load_model
-from tests.conftest import megakd
+from tests.conftest import in_process
 
 STOCK = """
 import sys, torch
@@ -28,14 +28,14 @@ assert not any(name.startswith("megakd") for name in sys.modules)
 @pytest.fixture(scope="module")
 def trained(prepared, tmp_path_factory):
     run = tmp_path_factory.mktemp("export") / "run"
-    megakd("new", run, "--from", prepared)
-    megakd("train", run)
+    in_process("new", run, "--from", prepared)
+    in_process("train", run)
     return run
 
 
 def test_dense_export_is_the_student_in_plain_transformers(trained, tmp_path):
     """In a process that never imports megakd, to 1e-4 relative in float32."""
-    megakd("export", trained, "--dense")
+    in_process("export", trained, "--dense")
     ids = torch.randint(400, (3, 29), generator=torch.Generator().manual_seed(0))
     torch.save(ids, tmp_path / "ids.pt")
     paths = [trained / "export-dense", tmp_path / "ids.pt", tmp_path / "out.pt"]
@@ -50,7 +50,7 @@ def test_dense_export_is_the_student_in_plain_transformers(trained, tmp_path):
 
 
 def test_compact_export_is_the_last_checkpoint(trained):
-    megakd("export", trained)
+    in_process("export", trained)
     exported = AutoModelForCausalLM.from_pretrained(trained / "export")
     last = load_model(trained / "checkpoints" / "all" / "step-000010" / "weights", torch.float32)
     assert type(exported).__name__ == "SharedCoreQwen3MoeForCausalLM"
@@ -60,10 +60,10 @@ def test_compact_export_is_the_last_checkpoint(trained):
 
 def test_exports_carry_a_model_card_and_the_code(trained, tmp_path):
     """What evaluate measured of this checkpoint and no other; a dense export has neither code nor our architecture."""
-    megakd("evaluate", trained, "--model", "last")
+    in_process("evaluate", trained, "--model", "last")
     (row,) = read_json_lines(trained / "evals.jsonl")
     for dense, name in (([], "compact"), (["--dense"], "dense")):
-        megakd("export", trained, *dense, "--out", tmp_path / name)
+        in_process("export", trained, *dense, "--out", tmp_path / name)
         text = (tmp_path / name / "README.md").read_text()
         assert ModelCard(text).data.to_dict()["library_name"] == "transformers"
         assert f"# {read_json(trained / 'config.json')['name']}\n" in text
@@ -72,13 +72,13 @@ def test_exports_carry_a_model_card_and_the_code(trained, tmp_path):
         assert {path.name for path in (tmp_path / name).glob("*.py")} == (set() if dense else set(CODE))
         assert str(trained.parent) not in text
     step = trained / "checkpoints" / "experts" / "step-000003"
-    megakd("export", trained, "--checkpoint", step, "--out", tmp_path / "early")
+    in_process("export", trained, "--checkpoint", step, "--out", tmp_path / "early")
     assert "was not evaluated" in (tmp_path / "early" / "README.md").read_text()
 
 
 def test_earlier_checkpoint_can_be_named(trained, tmp_path):
     checkpoint = trained / "checkpoints" / "experts" / "step-000003"
-    megakd("export", trained, "--checkpoint", checkpoint, "--out", tmp_path / "early")
+    in_process("export", trained, "--checkpoint", checkpoint, "--out", tmp_path / "early")
     early = load_model(tmp_path / "early", torch.float32)
     start = load_model(trained / "student-0", torch.float32)
     frozen = early.model.embed_tokens.weight  # the first stage trains experts alone
@@ -89,5 +89,5 @@ def test_earlier_checkpoint_can_be_named(trained, tmp_path):
 
 def test_stock_student_is_not_expanded(trained, teacher):
     run = trained.parent / "stock"
-    megakd("new", run, "--from", trained, f"model.student={teacher}")
-    assert "is stock already" in megakd("export", run, "--dense", code=2)
+    in_process("new", run, "--from", trained, f"model.student={teacher}")
+    assert "is stock already" in in_process("export", run, "--dense", code=2)

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from megakd.data.shards import ShardSet
-from tests.conftest import megakd
+from tests.conftest import in_process
 
 
 @pytest.fixture(scope="module")
 def trained(prepared, tmp_path_factory):
     run = tmp_path_factory.mktemp("verbs") / "run"
-    megakd("new", run, "--from", prepared, "log.tensorboard=true", "checkpoint.keep=2")
-    megakd("train", run)
+    in_process("new", run, "--from", prepared, "log.tensorboard=true", "checkpoint.keep=2")
+    in_process("train", run)
     return run
 
 
@@ -62,20 +62,20 @@ def test_stored_targets_are_the_teachers(prepared, teacher):
 
 
 def test_evaluate_measures_once_and_knows_the_teacher(trained):
-    first = megakd("evaluate", trained)
+    first = in_process("evaluate", trained)
     rows = {r["model"]: r for r in map(json.loads, (trained / "evals.jsonl").read_text().splitlines())}
     assert list(rows) == ["teacher", "student-0", "all/step-000007", "all/step-000010"]  # rotation kept two
     assert rows["teacher"]["kl"] < 1e-4 and rows["teacher"]["top1"] > 0.999
     assert rows["all/step-000010"]["kl"] < rows["student-0"]["kl"]
     assert rows["all/step-000010"]["step"] == 10 and "teacher" in first
-    megakd("evaluate", trained)
+    in_process("evaluate", trained)
     assert len((trained / "evals.jsonl").read_text().splitlines()) == 4
-    assert "teacher" in megakd("evaluate", trained, "--model", "teacher")
+    assert "teacher" in in_process("evaluate", trained, "--model", "teacher")
 
 
 def test_report_has_all_parts(trained):
-    megakd("evaluate", trained)
-    megakd("report", trained)
+    in_process("evaluate", trained)
+    in_process("report", trained)
     page = (trained / "report.html").read_text()
     assert page.count("data:image/svg+xml;base64,") >= 9
     for text in ("held-out", "experts", "sequence_length", "Compression", "all/step-000010"):
@@ -83,12 +83,12 @@ def test_report_has_all_parts(trained):
 
 
 def test_inspect_shows_rules_shards_and_checkpoints(trained):
-    run = megakd("inspect", trained)
+    run = in_process("inspect", trained)
     assert "shared_core|wrapper" in run and "stage all" in run and "embed_tokens" in run
-    shards = megakd("inspect", trained / "data" / "logits" / "train", "--verify")
+    shards = in_process("inspect", trained / "data" / "logits" / "train", "--verify")
     assert "the teacher says" in shards and "verified" in shards
-    assert "stage_step" in megakd("inspect", trained / "checkpoints" / "all" / "step-000010")
-    assert "qwen3_moe_shared_core" in megakd("inspect", trained / "student-0")
+    assert "stage_step" in in_process("inspect", trained / "checkpoints" / "all" / "step-000010")
+    assert "qwen3_moe_shared_core" in in_process("inspect", trained / "student-0")
 
 
 def test_plan_counts_what_compress_makes(trained):
@@ -100,7 +100,7 @@ def test_plan_counts_what_compress_makes(trained):
 
     student = sum(t.numel() for t in load_file(trained / "student-0" / "model.safetensors").values())
     assert short(student) in dict(sizes(Run.open(trained)))["student"]
-    assert "steps of" in megakd("plan", trained)
+    assert "steps of" in in_process("plan", trained)
 
 
 def test_plan_knows_qwen3_30b_a3b():
