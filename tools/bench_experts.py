@@ -55,7 +55,7 @@ class Naive(nn.Module):
         def gate_or_up(projection: str, expert: int, x: Tensor) -> Tensor:
             (q, v), (u, s) = pair("input", projection, expert), pair("output", projection, expert)
             y = x @ core[projection].T
-            return y + (y @ s) @ u.T + (x @ v) @ q.T
+            return y + (y @ s) @ u + (x @ v) @ q
 
         for expert in range(EXPERTS):
             token, place = torch.where(expert_NA == expert)
@@ -63,7 +63,7 @@ class Naive(nn.Module):
                 x = x_ND[token]
                 h = nn.functional.silu(gate_or_up("gate", expert, x)) * gate_or_up("up", expert, x)
                 (u, v), (u_out, p) = pair("input", "down", expert), pair("output", "down", expert)
-                y = (h + (h @ v) @ u.T) @ core["down"].T + (h @ p) @ u_out.T
+                y = (h + (h @ v) @ u) @ core["down"].T + (h @ p) @ u_out
                 out_ND = out_ND.index_add(0, token, y * weight_NA[token, place, None])
         return out_ND
 

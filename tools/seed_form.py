@@ -122,7 +122,9 @@ def unfused(stored: dict[str, Tensor], projection: str, expert: int) -> dict[str
 
     def factor(wrapper: str, side: str, rows: int) -> Tensor:
         found = stored.get(f"experts.{wrapper}_wrapper_{projection}_{side}")
-        return core.new_zeros(rows, 0) if found is None else found[expert].double()
+        if found is None:
+            return core.new_zeros(rows, 0)
+        return (found[expert].T if side == "left" else found[expert]).double()
 
     if projection == "down":  # W^T = L C^T + Q V^T with L = I + V U^T, Q = P, V = U'
         core, left, right, q, v = core.T, "right", "left", "right", "left"
@@ -197,7 +199,7 @@ def fused_tensors(
                 form = form._replace(shape="additive")
             forms[layer][projection] = form
             for factor, tensor in fused(core.double(), projection, wrappers).items():
-                if tensor.shape[2] > 0:
+                if tensor.numel() > 0:
                     yield f"{block}experts.{factor}", tensor.to(dtype)
 
 
@@ -233,7 +235,7 @@ def without_padding(wrappers: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def fused(core: Tensor, projection: str, wrappers: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The student's factors by name, [E, d, R]: one wrapper as it is, the other multiplied with core and the first."""
+    """The student's factors by name, as they are stored: one wrapper as it is, the other times core and the first."""
     u_out, s_out, u_in, s_in = (wrappers[f"{side}_wrapper.{letter}"] for side in SIDES for letter in "uv")
     if projection == "down":
         # P = (C (I + U_in S_in^T))^T S_out = (I + S_in U_in^T) C^T S_out
@@ -242,11 +244,11 @@ def fused(core: Tensor, projection: str, wrappers: dict[str, Tensor]) -> dict[st
     else:
         q = core @ u_in
         pairs = {"input": (q + u_out @ (s_out.mT @ q), s_in), "output": (u_out, s_out)}
-    return {
-        f"{wrapper}_wrapper_{projection}_{side}": tensor
-        for wrapper, pair in pairs.items()
-        for side, tensor in zip(("left", "right"), pair, strict=True)
-    }
+    found = {}
+    for wrapper, (left, right) in pairs.items():
+        found[f"{wrapper}_wrapper_{projection}_left"] = left.mT.contiguous()
+        found[f"{wrapper}_wrapper_{projection}_right"] = right
+    return found
 
 
 if __name__ == "__main__":

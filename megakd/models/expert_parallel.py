@@ -93,7 +93,7 @@ class Packed:
         return [f"{experts}.{factor}" for factor in self.shapes]
 
     def split(self, packed: Tensor) -> list[Tensor]:
-        """The factors [E, rows, R] in a packed tensor [E, n, 1], as views."""
+        """The factors [E, ., .] in a packed tensor [E, n, 1], as views."""
         sizes = [rows * rank for rows, rank in self.shapes.values()]
         parts = packed.squeeze(2).split(sizes, dim=1)
         return [part.unflatten(1, shape) for part, shape in zip(parts, self.shapes.values(), strict=True)]

@@ -196,18 +196,19 @@ def _wrapper_tensors(factors: Wrappers, projection: str) -> dict[str, Tensor]:
     tensors = {f"shared_core.{projection}_proj.weight": core.contiguous()}
     for name, pair in zip(names, (near, far), strict=True):
         if pair[0].shape[2] > 0:
-            for side, factor in zip(("left", "right"), pair, strict=True):
-                tensors[f"experts.{name}_wrapper_{projection}_{side}"] = factor.contiguous()
+            left, right = pair
+            tensors[f"experts.{name}_wrapper_{projection}_left"] = left.mT.contiguous()
+            tensors[f"experts.{name}_wrapper_{projection}_right"] = right.contiguous()
     return tensors
 
 
 def _basis_tensors(factors: Basis, projection: str, form: Form) -> dict[str, Tensor]:
     stacked = factors.z.flatten(0, 1)
-    name = "input_wrapper_down_right" if projection == "down" else f"output_wrapper_{projection}_left"
-    tensors = {
-        f"shared_core.{projection}_proj.weight": (stacked.T if projection == "down" else stacked).contiguous(),
-        f"experts.{name}": factors.a.contiguous(),
-    }
+    if projection == "down":
+        core, name, own = stacked.T, "input_wrapper_down_right", factors.a
+    else:
+        core, name, own = stacked, f"output_wrapper_{projection}_left", factors.a.mT
+    tensors = {f"shared_core.{projection}_proj.weight": core.contiguous(), f"experts.{name}": own.contiguous()}
     if form.groups > 1:
         tensors[f"experts.basis_group_{projection}"] = factors.group
     return tensors

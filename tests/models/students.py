@@ -116,7 +116,7 @@ def factors(weights: Tensor, projection: str, form: Form) -> dict[str, Tensor]:
     for name, tensor in found.items():
         wrapper, _, side = name.partition("_")
         place = f"experts.{wrapper}_wrapper_{projection}_{side}" if side else f"experts.basis_group_{projection}"
-        named[place] = tensor
+        named[place] = tensor.mT if side == "left" else tensor
     return {n: t.float().contiguous() if t.is_floating_point() else t for n, t in named.items()}
 
 

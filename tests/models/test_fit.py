@@ -158,7 +158,7 @@ def test_factors_are_balanced():
     tensors, _ = fitted(randn(4, 9, 14) + randn(9, 14, seed=1), "gate", 3, 5)
     for wrapper in ("input", "output"):
         left, right = (tensors[f"experts.{wrapper}_wrapper_gate_{side}"] for side in ("left", "right"))
-        assert torch.allclose(left.norm(dim=1), right.norm(dim=1), rtol=1e-4)
+        assert torch.allclose(left.norm(dim=2), right.norm(dim=1), rtol=1e-4)
 
 
 def test_balance_keeps_products_and_equalises_column_norms():

@@ -95,13 +95,13 @@ def reference_weight(block: Block, projection: str, expert: int) -> Tensor:
         return getattr(block.experts, f"{wrapper}_wrapper_{projection}_{side}")[expert]
 
     def product(wrapper: str, rank: int) -> Tensor | float:
-        return factor(wrapper, "left") @ factor(wrapper, "right").T if rank else 0.0
+        return factor(wrapper, "left").T @ factor(wrapper, "right").T if rank else 0.0
 
     if form.shape == "basis":
         group = int(getattr(block.experts, f"basis_group_{projection}")[expert]) if form.groups > 1 else 0
         if projection == "down":
             return core.chunk(form.groups, dim=1)[group] @ factor("input", "right").T
-        return factor("output", "left") @ core.chunk(form.groups, dim=0)[group]
+        return factor("output", "left").T @ core.chunk(form.groups, dim=0)[group]
     inner, outer = product("input", form.input_rank), product("output", form.output_rank)
     return core @ (eye + inner) + outer if projection == "down" else (eye + outer) @ core + inner
 
@@ -340,7 +340,7 @@ def test_parameters_have_the_names_that_rules_are_written_for():
         # each wrapper's product has the shape of what it is added to: the matrix, or a square on the core's short side
         inner, outer = ((rows, columns), (f, f)) if projection != "down" else ((f, f), (rows, columns))
         for wrapper, rank, (left, right) in (("input", 1, inner), ("output", 3, outer)):
-            expected[f"experts.{wrapper}_wrapper_{projection}_left"] = (EXPERTS, left, rank)
+            expected[f"experts.{wrapper}_wrapper_{projection}_left"] = (EXPERTS, rank, left)
             expected[f"experts.{wrapper}_wrapper_{projection}_right"] = (EXPERTS, right, rank)
     assert named == expected
 

@@ -181,8 +181,9 @@ def test_a_fresh_student_starts_as_its_core(teacher):
     fresh = SharedCoreQwen3MoeForCausalLM(student_config(AutoConfig.from_pretrained(teacher), {0: RANK_3, 1: RANK_3}))
     for name, parameter in fresh.named_parameters():
         if "_wrapper_" in name:
-            assert parameter.shape[-1] == 3
-            spread = 0.0 if name.endswith("_left") else parameter.shape[1] ** -0.5
+            left = name.endswith("_left")
+            assert parameter.shape[1 if left else 2] == 3
+            spread = 0.0 if left else parameter.shape[1] ** -0.5
             assert parameter.std().item() == pytest.approx(spread, rel=0.3), name
     fresh(torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8]]), labels=torch.tensor([[2, 3, 4, 5, 6, 7, 8, 9]])).loss.backward()
     for name, parameter in fresh.named_parameters():

@@ -25,7 +25,7 @@ def whole(shared, projection, expert):
     """An expert's matrix multiplied out."""
     factors = {name: factor[expert] for name, factor in shared.wrappers.named_parameters()}
     inner, outer = (
-        factors[f"{wrapper}_wrapper_{projection}_left"] @ factors[f"{wrapper}_wrapper_{projection}_right"].T
+        factors[f"{wrapper}_wrapper_{projection}_left"].T @ factors[f"{wrapper}_wrapper_{projection}_right"].T
         for wrapper in ("input", "output")
     )
     core = shared.core[f"{projection}_proj"].weight
