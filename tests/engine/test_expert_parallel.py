@@ -138,6 +138,11 @@ def seen(folder: Path, jobs: Any) -> dict[str, Any]:
             dtype=dtype,
         )
 
+    def back(name: str, zero: int, spread: int, dtype: str) -> Any:
+        saved = short, ["save", name], ["adam", f"{name}.saved"], ["train", 4, 7]
+        again = ["load", name], ["adam", f"{name}.again"], ["train", 4, 7]
+        return jobs(name, zero, spread, *saved, *again, dtype=dtype)
+
     short = ["train", 0, 4]
     two = [
         *(whole(f"zero{z} spread{s}", z, s) for z, s in ((2, 1), (2, 2), (3, 1), (3, 2))),
@@ -155,6 +160,7 @@ def seen(folder: Path, jobs: Any) -> dict[str, Any]:
         *(border(f"border zero{z} spread{s}", z, s) for z, s in ((0, 1), (2, 1), (2, 2), (3, 1), (3, 2))),
         border("border bfloat16 zero0", 0, 1, dtype="bfloat16"),
         border("border bfloat16 zero3", 3, 2, dtype="bfloat16"),
+        *(back(name, zero, spread, name.split()[1]) for name, zero, spread in BACK),
     ]
     found = launch(2, folder / "two.json", two)
     one = [
@@ -246,6 +252,21 @@ def test_spread_experts_are_frozen_by_a_rate_of_zero(seen, folder):
 @pytest.mark.ranks
 def test_experts_alone_train(seen):
     assert losses(seen, "alone spread2") == pytest.approx(losses(seen, "alone"), abs=1e-5)
+
+
+BACK = [(f"back float32 zero{z} spread{s}", z, s) for z, s in ((0, 1), (2, 1), (2, 2), (3, 1), (3, 2))]
+BACK += [(f"back bfloat16 zero{z} spread{s}", z, s) for z, s in ((0, 1), (3, 2))]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("name", [name for name, _, _ in BACK])
+def test_a_rollback_takes_the_same_engine_back(seen, folder, name):
+    """What was saved is loaded into the engine that went on: masters, moments and the steps after it, bit by bit."""
+    saved, again = (torch.load(folder / f"{name}.{at}", weights_only=True) for at in ("saved", "again"))
+    assert saved.pop("steps") == again.pop("steps") and saved.keys() == again.keys()
+    assert all(torch.equal(again[key], tensor) for key, tensor in saved.items())
+    steps = seen[name]["steps"]
+    assert steps[4:7] == steps[7:10] and losses(seen, name)[6] < losses(seen, name)[0]
 
 
 BORDERS = ["border", *(f"border zero{z} spread{s}" for z, s in ((0, 1), (2, 1), (2, 2), (3, 1), (3, 2)))]
