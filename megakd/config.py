@@ -188,12 +188,14 @@ Temperature = Annotated[float | tuple[float, float], _ramp(gt=0), _AS_IT_IS]
 class ObjectiveConfig(Section):
     """(1 - alpha) * CE + alpha * T^2 * KL; tail: what stands for the tokens that are not in the stored head.
 
+    kind: cached learns from stored targets; sar from the teacher itself, whose routers learn too (section `sar`).
+
     ghost: one more bucket. truncated: nothing. sampled, hybrid: the stored draws, from everything or from the rest.
     alpha, temperature: a number, or [start, end]: linear over each stage. divergence: instead of the KL; mix: the
     teacher's share of the mixture in jsd and skew_kl.
     """
 
-    kind: Literal["cached"] = "cached"
+    kind: Literal["cached", "sar"] = "cached"
     alpha: Share = 0.5
     temperature: Temperature = 2.0
     tail: Literal["ghost", "truncated", "sampled", "hybrid"] = "ghost"
@@ -205,6 +207,27 @@ class ObjectiveConfig(Section):
         if self.divergence in ("jsd", "skew_kl") and not 0 < self.mix < 1:
             raise ValueError(f"{self.divergence} mixes teacher and student: mix is between 0 and 1, like 0.1")
         return self
+
+
+class SarConfig(Section):
+    """The teacher's side of objective.kind=sar: which experts a token takes while distilling, and what holds routers.
+
+    routing: trained takes as many experts as the teacher was trained with, all takes all; top_m goes from initial_top_k
+    to final_top_k in equal steps over each stage (at most all experts).
+    anchor, entropy, balance: weights a token of |W - W0|^2 / |W0|^2, of the routers' lack of entropy (1 - H / log E)
+    and of the load balance (1 where experts are used alike).
+    router_patterns: regular expressions for the names of routers that are not found by role and shape.
+    drift_steps: every how many steps the teacher as it was is asked too, for the log; 0 never.
+    """
+
+    routing: Literal["trained", "all", "top_m"] = "trained"
+    initial_top_k: int = Field(1, ge=1)
+    final_top_k: int = Field(4, ge=1)
+    anchor: float = Field(0.1, ge=0)
+    entropy: float = Field(0.0, ge=0)
+    balance: float = Field(0.0, ge=0)
+    router_patterns: tuple[str, ...] = ()
+    drift_steps: int = live(10, ge=0)
 
 
 class OptimConfig(Section):
@@ -333,6 +356,7 @@ class RunConfig(Section):
     logits: LogitsConfig = LogitsConfig()
     stream: StreamConfig = StreamConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
+    sar: SarConfig = SarConfig()
     optim: OptimConfig = OptimConfig()
     stages: tuple[StageConfig, ...] = Field((StageConfig(name="all", tokens=int(1e9)),), min_length=1)
     engine: EngineConfig = EngineConfig()

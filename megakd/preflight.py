@@ -15,8 +15,8 @@ from megakd.engine.ds_json import deepspeed_config
 from megakd.engine.optim import assign_rules
 from megakd.errors import UserError
 from megakd.files import read_json
-from megakd.models.hub import empty_model
-from megakd.objectives.cached import CachedDistillation
+from megakd.models.hub import empty_model, resolve
+from megakd.objectives.build import build
 from megakd.run import Run
 
 
@@ -27,7 +27,9 @@ def check(run: Run) -> ShardSet:
         raise UserError(f"{student}: no student here; run: megakd compress {run.folder}")
     dataset = open_dataset(run)
     _check_data(run, dataset)
-    skeleton = empty_model(student)
+    skeleton, teacher = empty_model(student), None
+    if config.objective.kind != "cached":
+        teacher = empty_model(resolve(config.model.teacher, config.model.revision))
     if config.engine.expert_parallel > 1 and config.engine.kind == "deepspeed":
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # DeepSpeed asks for it
         from megakd.models.expert_parallel import spread_experts
@@ -35,8 +37,7 @@ def check(run: Run) -> ShardSet:
         spread_experts(skeleton, config.engine.expert_parallel, 0)  # so that rules meet the tensors they will train
     for stage in config.stages:
         try:
-            CachedDistillation(skeleton, config.at(stage).objective, dataset.facts)
-            assign_rules(skeleton, stage.lr_multipliers)
+            assign_rules(build(config.at(stage), skeleton, teacher, dataset.facts), stage.lr_multipliers)
             if config.engine.kind == "deepspeed":
                 deepspeed_config(config.at(stage), 1, 1)
         except UserError as error:
@@ -63,27 +64,29 @@ def open_dataset(run: Run) -> ShardSet:
     if scratch and not scratch.is_dir():
         raise UserError(f"stream.scratch: {scratch} is no folder")
     tolerant = stream.on_damage == "skip"
-    return ShardSet(run.path("data", "logits", "train"), stream.follow, tolerant, scratch, 2 * stream.lanes)
+    kind = "logits" if run.config.objective.kind == "cached" else "tokens"
+    return ShardSet(run.path("data", kind, "train"), stream.follow, tolerant, scratch, 2 * stream.lanes)
 
 
 def _check_data(run: Run, dataset: ShardSet) -> None:
     """The logits come from the student's teacher, with the student's tokenizer, in windows of the run's length."""
     config, student, facts = run.config, run.student_folder, dataset.facts
-    made_by, tokens = facts["teacher"], facts["tokens"]
-    teacher = {"id": config.model.teacher, "revision": config.model.revision, "weights": made_by["weights"]}
-    if (student / "compress.json").exists():
-        teacher = read_json(student / "compress.json")["teacher"]
-    if made_by != teacher:
-        raise UserError(
-            f"{dataset.folder}: logits made by {made_by['id']} (weights {made_by['weights']}), but the student comes "
-            f"from {teacher['id']} (weights {teacher['weights']}); run: megakd generate-logits RUN in a new run"
-        )
+    if config.objective.kind == "cached":
+        _check_teacher(run, dataset)
+    tokens = facts["tokens"] if config.objective.kind == "cached" else facts
     mine, theirs = tokenizer_facts(load_tokenizer(student)), tokens["tokenizer"]
     if mine != theirs:
         raise UserError(
             f"{dataset.folder}: made with a tokenizer of {theirs['vocab_size']} entries ({theirs['hash']}), "
             f"but {student} has one of {mine['vocab_size']} ({mine['hash']})"
         )
+    if config.objective.kind != "cached":
+        folder = resolve(config.model.teacher, config.model.revision, weights=False)
+        if (made := tokenizer_facts(load_tokenizer(folder))) != mine:
+            raise UserError(
+                f"{folder}: its tokenizer ({made['vocab_size']} entries, {made['hash']}) is not that of {student} "
+                f"({mine['vocab_size']}, {mine['hash']}); objective.kind={config.objective.kind} needs one tokenizer"
+            )
     length = config.data.sequence_length
     if tokens["sequence_length"] != length:
         raise UserError(
@@ -92,6 +95,18 @@ def _check_data(run: Run, dataset: ShardSet) -> None:
     for stage in config.stages:
         if (batch := config.at(stage).optim.batch_tokens) % length:
             raise UserError(f"optim.batch_tokens: {batch} is no multiple of data.sequence_length {length}")
+
+
+def _check_teacher(run: Run, dataset: ShardSet) -> None:
+    config, student, made_by = run.config, run.student_folder, dataset.facts["teacher"]
+    teacher = {"id": config.model.teacher, "revision": config.model.revision, "weights": made_by["weights"]}
+    if (student / "compress.json").exists():
+        teacher = read_json(student / "compress.json")["teacher"]
+    if made_by != teacher:
+        raise UserError(
+            f"{dataset.folder}: logits made by {made_by['id']} (weights {made_by['weights']}), but the student comes "
+            f"from {teacher['id']} (weights {teacher['weights']}); run: megakd generate-logits RUN in a new run"
+        )
 
 
 def check_world(config: RunConfig, world: World) -> None:

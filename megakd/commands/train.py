@@ -47,11 +47,13 @@ from megakd.engine.optim import build_optimizer, schedule
 from megakd.errors import UserError
 from megakd.files import locked, shipped
 from megakd.log import MetricLog, StageWatch, say, wandb_id
-from megakd.models.hub import copy_side_files, load_config, load_model, write_config
-from megakd.objectives.cached import CachedDistillation
+from megakd.models.hub import copy_side_files, load_config, load_model, resolve, write_config
+from megakd.objectives.base import Objective
+from megakd.objectives.build import build
 from megakd.preflight import check, check_world, was_launched
 from megakd.run import Run
 
+CPU = torch.device("cpu")
 STOPPED = 85  # exit code: stopped by a signal, checkpoint saved; schedulers requeue on it
 
 
@@ -131,7 +133,8 @@ def train_stage(
     progress = saved.progress if saved else Progress()
     if saved and progress.stage < index and carried is None:
         carried = end_of_stage(run, saved, dataset, world)
-    objective = build_objective(config, saved.weights if saved else run.student_folder, dataset)
+    objective = build_objective(config, saved.weights if saved else run.student_folder, dataset, world.device)
+    objective.restore(saved.beside if saved else {})
     updates = carried.updates if carried else {}
     if saved and progress.stage == index:
         check_ranks(saved, world.size)
@@ -150,7 +153,7 @@ def train_stage(
         for step in in_step(data, world, stop):
             watch.data_ready()
             seed_step(config.seed, progress.step, world.rank)
-            objective.at(progress.stage_step / max(steps - 1, 1))
+            objective.at(progress.stage_step / max(steps - 1, 1), progress.step)
             factor = schedule(config.optim, progress.stage_step, steps)
             tokens, damaged = count_damage(run, step, world)
             batches = (to_device(batch, world.device) for batch in step.micro_batches)
@@ -202,7 +205,9 @@ def end_of_stage(run: Run, saved: Saved, dataset: ShardSet, world: World) -> Car
     """What a stage that ended in another process hands over, from its last checkpoint."""
     stage = run.config.stages[saved.progress.stage]
     config = run.config.at(stage)
-    engine = build_engine(config, build_objective(config, saved.weights, dataset), stage, world, saved.updates)
+    objective = build_objective(config, saved.weights, dataset, world.device)
+    objective.restore(saved.beside)
+    engine = build_engine(config, objective, stage, world, saved.updates)
     check_ranks(saved, world.size)
     engine.load(saved.folder / "state")
     carried = engine.hand_over()
@@ -326,16 +331,23 @@ def name_damage(run: Run, reasons: list[str]) -> None:
             run.record("damaged", sample=reason)
 
 
-def build_objective(config: RunConfig, folder: Path, dataset: ShardSet) -> CachedDistillation:
-    """The student of `folder` inside the run's objective."""
+def build_objective(config: RunConfig, folder: Path, dataset: ShardSet, device: torch.device = CPU) -> Objective:
+    """The student of `folder` inside the run's objective; a teacher that is asked while training lies on the device."""
+    half = getattr(torch, config.model.dtype)
     # without DeepSpeed's fp32 masters the weights themselves stay float32, and the forward runs under autocast
-    dtype = getattr(torch, config.model.dtype) if config.engine.kind == "deepspeed" else torch.float32
-    return CachedDistillation(load_model(folder, dtype), config.objective, dataset.facts)
+    dtype = half if config.engine.kind == "deepspeed" else torch.float32
+    student, teacher = load_model(folder, dtype), None
+    if config.objective.kind != "cached":
+        teacher = load_model(resolve(config.model.teacher, config.model.revision), half).to(device)
+    objective = build(config, student, teacher, dataset.facts)
+    for module in [m for name, m in objective.named_children() if name != "student"]:
+        module.to(dtype)
+    return objective
 
 
 def build_engine(
     config: RunConfig,
-    objective: CachedDistillation,
+    objective: Objective,
     stage: StageConfig,
     world: World,
     updates: dict[str, int] | None = None,

@@ -2,6 +2,7 @@
 
 checkpoints/<stage>/step-000500/   progress.json   where the run stands
                                    weights/        a Hugging Face folder, for evaluate, export and the next stage
+                                   beside.safetensors  what else the objective trains, like a teacher's routers
                                    state/          the engine's own, for exact resume
                                    carried.json    what its stage took over: {parameter: updates before the stage}
                                    checksums/      a file of each rank that saved: {path: [bytes, crc32]}
@@ -14,6 +15,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
 from megakd.dist import World, barrier, sum_over_ranks
 from megakd.engine.base import Engine
 from megakd.engine.guard import Health
@@ -22,6 +26,7 @@ from megakd.files import read_json, remove, sync, write_json
 from megakd.log import say
 from megakd.models.hub import write_weights
 
+BESIDE = "beside.safetensors"
 LAYOUT = "layout.json"  # of the ranks that saved, in a state that DeepSpeed wrote
 
 
@@ -50,6 +55,12 @@ class Saved(NamedTuple):
         return self.folder / "weights"
 
     @property
+    def beside(self) -> dict[str, Tensor]:
+        """What the objective trains besides the student, by its name there."""
+        path = self.folder / BESIDE
+        return load_file(path) if path.exists() else {}
+
+    @property
     def updates(self) -> dict[str, int]:
         """How often each parameter had been updated when the stage began; the optimizer's groups follow from it."""
         path = self.folder / "carried.json"
@@ -75,12 +86,22 @@ def save_checkpoint(
         temporary.mkdir(parents=True)
     barrier()
     engine.save(temporary / "state")
-    weights = ((name.removeprefix("student."), tensor) for name, tensor in engine.weights())
+    beside: dict[str, Tensor] = {}
+
+    def weights() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in engine.weights():
+            if name.startswith("student."):
+                yield name.removeprefix("student."), tensor
+            else:
+                beside[name] = tensor.detach().cpu().contiguous()
+
     if world.first:
-        write_weights(temporary / "weights", weights)
+        write_weights(temporary / "weights", weights())
         describe(temporary / "weights")
+        if beside:
+            save_file(beside, temporary / BESIDE)
     else:
-        for _ in weights:  # gathering is collective
+        for _ in weights():  # gathering is collective
             pass
     if world.first:
         write_json(temporary / "carried.json", updates)

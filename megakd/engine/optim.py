@@ -93,7 +93,8 @@ def build_optimizer(
 ) -> torch.optim.AdamW:
     """AdamW with a group for each (multiplier, decay, updates); parameters with multiplier 0 need no gradients.
 
-    Weight decay never touches norms and biases (parameters of one dimension). UserError when nothing is left to train.
+    Weight decay never touches norms and biases (parameters of one dimension), nor what an objective marks `no_decay`.
+    UserError when nothing is left to train.
     updates: how often a parameter, by canonical name, was updated before (`Carried`): ZeRO keeps one count a group.
     fused: update in one pass over memory, for states that lie on the CPU.
     Spread experts get groups of their own, marked as DeepSpeed wants them; with multiplier 0 they stay as they are by
@@ -110,7 +111,8 @@ def build_optimizer(
         if assigned.parameter.requires_grad:
             # ZeRO-3 leaves an empty tensor behind and keeps the shape in ds_shape
             shape = getattr(assigned.parameter, "ds_shape", assigned.parameter.shape)
-            decay = optim.weight_decay if len(shape) > 1 and assigned.multiplier > 0 else 0.0
+            decays = len(shape) > 1 and assigned.multiplier > 0 and not getattr(assigned.parameter, "no_decay", False)
+            decay = optim.weight_decay if decays else 0.0
             group = packed.group if packed is not None else None
             key = assigned.multiplier, decay, group, counts[id(assigned.parameter)]
             groups.setdefault(key, []).append(assigned.parameter)

@@ -1,8 +1,12 @@
-"""What an objective returns: the one thing engines and the loop know about training."""
+"""What an objective is and returns: the one thing engines and the loop know about training."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from megakd.config import ObjectiveConfig
 
 
 class LossReport(NamedTuple):
@@ -13,3 +17,29 @@ class LossReport(NamedTuple):
 
     total: Tensor
     terms: dict[str, Tensor]
+
+
+class Objective(nn.Module):
+    """forward(Batch) -> LossReport. `student` and whatever else it registers is trained, by the stage's rules.
+
+    alpha, temperature: what is in force, by `at`.
+    """
+
+    def __init__(self, student: Any, config: ObjectiveConfig):
+        super().__init__()
+        self.student = student
+        self.config = config
+
+    @torch.no_grad()
+    def restore(self, beside: Mapping[str, Tensor]) -> None:
+        """Set what is trained besides the student, by name."""
+        parameters = dict(self.named_parameters())
+        for name, tensor in beside.items():
+            parameters[name].copy_(tensor)
+
+    def at(self, share: float, step: int = 0) -> None:
+        """Set alpha and the temperature for this share of the stage, 0 to 1; step: those done in all. Once a step."""
+        self.alpha, self.temperature = (
+            value[0] + share * (value[1] - value[0]) if isinstance(value, tuple) else value
+            for value in (self.config.alpha, self.config.temperature)
+        )

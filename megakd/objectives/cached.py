@@ -12,10 +12,10 @@ from megakd.errors import UserError
 from megakd.losses.distill import Stored
 from megakd.losses.divergence import Divergence
 from megakd.losses.fused import FusedHead, SparseTeacher
-from megakd.objectives.base import LossReport
+from megakd.objectives.base import LossReport, Objective
 
 
-class CachedDistillation(nn.Module):
+class CachedDistillation(Objective):
     """forward(batch) = sums of (1 - alpha) CE + alpha T^2 KL over the labelled positions of a batch.
 
     The loss sits inside forward because ZeRO-3 gathers a module's weights only while it runs; the student's decoder
@@ -25,20 +25,11 @@ class CachedDistillation(nn.Module):
     """
 
     def __init__(self, student: Any, config: ObjectiveConfig, facts: dict[str, Any]):
-        super().__init__()
-        self.student = student
-        self.config = config
+        super().__init__(student, config)
         self.stored = stored_in(facts)
         check_support(config, self.stored)
         self.head = fused_head(student, facts["vocab_size"])  # after the student, whose name its weight keeps
         self.at(0.0)
-
-    def at(self, share: float) -> None:
-        """Set alpha and the temperature for this share of the stage, 0 to 1; till then they are those of its start."""
-        self.alpha, self.temperature = (
-            value[0] + share * (value[1] - value[0]) if isinstance(value, tuple) else value
-            for value in (self.config.alpha, self.config.temperature)
-        )
 
     def forward(self, batch: Batch) -> LossReport:
         if batch.targets is None:

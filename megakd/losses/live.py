@@ -1,0 +1,79 @@
+"""Cross entropy and KL to a teacher that is there and learns too: gradients reach both, and logits are never all kept.
+
+N tokens, V real vocabulary, D hidden of the student, G of the teacher. Float32 after the heads (float64 stays float64);
+sums, not means: who calls divides once by the tokens of all ranks.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from megakd.losses.hidden import wide
+
+CHUNK_BYTES = 2**27  # of float32 logits of one model; a backward pass needs about six of them
+
+
+class LiveTerms(NamedTuple):
+    """Sums over tokens: total is what is differentiated; the others are detached.
+
+    kl: KL(teacher || student) at T, without T^2, weighted; kl_t1: at T = 1, unweighted; teacher_ce: the teacher's own cross entropy.
+    """
+
+    total: Tensor
+    ce: Tensor
+    kl: Tensor
+    kl_t1: Tensor
+    teacher_ce: Tensor
+
+
+def live_loss(
+    student: Callable[[Tensor], Tensor],
+    teacher: Callable[[Tensor], Tensor],
+    student_ND: Tensor,
+    teacher_NG: Tensor,
+    labels_N: Tensor,
+    alpha: float,
+    temperature: float,
+    vocab_size: int,
+    weights_N: Tensor | None = None,
+) -> LiveTerms:
+    """sum over tokens of (1 - alpha) CE + alpha T^2 KL_T(teacher || student), from last hidden states.
+
+    student, teacher: hidden states [n, D] or [n, G] to logits [n, >= V]. labels_N: real token ids.
+    KL = sum of p (log p - log q) with p the teacher's: its entropy is a part of what is differentiated, for a teacher
+    that learns it is not constant (a soft cross entropy would teach the router to be certain).
+    weights_N: how much each token's KL counts, a constant; 1 each where it is None.
+    Chunk by chunk, each computed again in the backward pass.
+    """
+    weights_N = torch.ones_like(labels_N, dtype=torch.float32) if weights_N is None else weights_N
+
+    def chunk(s_ND: Tensor, t_NG: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
+        s_NV, t_NV = (wide(logits[:, :vocab_size]) for logits in (student(s_ND), teacher(t_NG)))
+        ce = functional.cross_entropy(s_NV, labels, reduction="sum")
+        kl = (weights * kl_rows(t_NV / temperature, s_NV / temperature)).sum()
+        with torch.no_grad():
+            kl_t1 = kl_rows(t_NV, s_NV).sum()
+            teacher_ce = functional.cross_entropy(t_NV, labels, reduction="sum")
+        return ce, kl, kl_t1, teacher_ce
+
+    rows = max(CHUNK_BYTES // (4 * vocab_size), 1)
+    # no tokens: one chunk of none, 0 with a live graph
+    starts = range(0, len(labels_N), rows) if len(labels_N) else (0,)
+    parts = []
+    for start in starts:
+        here = slice(start, start + rows)
+        inputs = student_ND[here], teacher_NG[here], labels_N[here], weights_N[here]
+        parts.append(checkpoint(chunk, *inputs, use_reentrant=False) if torch.is_grad_enabled() else chunk(*inputs))
+    ce, kl, kl_t1, teacher_ce = (torch.stack(part).sum() for part in zip(*parts, strict=True))
+    total = (1 - alpha) * ce + alpha * temperature**2 * kl
+    return LiveTerms(total, ce.detach(), kl.detach(), kl_t1, teacher_ce)
+
+
+def kl_rows(teacher_NV: Tensor, student_NV: Tensor) -> Tensor:
+    """KL(softmax(teacher) || softmax(student)) of each row, [N]; gradients to both."""
+    log_p, log_q = teacher_NV.log_softmax(-1), student_NV.log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)

@@ -1,0 +1,166 @@
+"""Routers of a Hugging Face MoE: found by role and shape, given another number of experts a token, listened to.
+
+A router is a module with a matrix [E, D] beside the E experts of its block. Names say nothing: `gate` is a router in
+most families and `gate_proj` a projection in all. transformers' routers give (logits [N, E], weights [N, k], experts
+[N, k]) and keep k in `top_k`; where a plain Linear gives the logits, the block around it keeps k.
+"""
+
+import copy
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from megakd.errors import UserError
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj", "gate_up_proj")
+
+
+class Router(NamedTuple):
+    """name: of the module in the model. block: the module that calls it, by `child`.
+
+    experts: to choose from. active: experts a token, as trained. holder: whose `top_k` says how many a token takes.
+    """
+
+    name: str
+    module: Any
+    block: nn.Module
+    child: str
+    holder: Any
+    experts: int
+    active: int
+
+    def take(self, active: int) -> None:
+        """Let a token take so many experts from now on."""
+        self.holder.top_k = active
+
+
+class Choice(NamedTuple):
+    """What a router made of N tokens: logits [N, E] before softmax or sigmoid, experts [N, k]."""
+
+    logits: Tensor
+    experts: Tensor
+
+
+def find_routers(model: nn.Module, place: str, patterns: Sequence[str] = ()) -> list[Router]:
+    """All routers of a model in the order of its modules; UserError naming `place` when there is none.
+
+    patterns: regular expressions that find the names of routers where role and shape do not; then nothing else counts.
+    """
+    modules = dict(model.named_modules())
+    found = []
+    for name, module in modules.items():
+        parent, _, child = name.rpartition(".")
+        block = modules.get(parent)
+        weight = getattr(module, "weight", None)
+        if block is None or not isinstance(weight, Tensor) or weight.ndim != 2:
+            continue
+        if patterns:
+            if not any(re.search(pattern, name) for pattern in patterns):
+                continue
+            if child in PROJECTIONS:
+                raise UserError(f"sar.router_patterns: {name} of {place} is a projection of an expert, no router")
+            experts = weight.shape[0]
+        else:
+            experts = _experts_beside(block)
+            if child in PROJECTIONS or isinstance(module, nn.Embedding) or not experts or weight.shape[0] != experts:
+                continue
+        found.append(_router(name, module, block, child, experts, place))
+    if not found:
+        names = ", ".join(repr(p) for p in patterns)
+        raise UserError(
+            f"sar.router_patterns: {names} find no matrix in {place}"
+            if patterns
+            else f"{place}: no module with a matrix [experts, hidden] beside the experts of its block; a model without "
+            "experts has no router to train, and odd names are found by sar.router_patterns"
+        )
+    return found
+
+
+def _experts_beside(block: nn.Module) -> int:
+    """How many experts a block has as a child: a list of alike modules, or a module of stacked matrices. 0: none."""
+    for child in block.children():
+        if isinstance(child, nn.ModuleList) and len({type(each) for each in child}) == 1 and len(child) > 1:
+            return len(child)
+        stacked = [p for p in child.parameters(recurse=False) if p.ndim == 3]
+        if stacked and len({p.shape[0] for p in stacked}) == 1:
+            return stacked[0].shape[0]
+    return 0
+
+
+def _router(name: str, module: Any, block: Any, child: str, experts: int, place: str) -> Router:
+    for holder in (module, block):
+        active = getattr(holder, "top_k", None)
+        if isinstance(active, int):
+            return Router(name, module, block, child, holder, experts, active)
+    raise UserError(f"{place}: neither {name} nor the module around it says in top_k how many experts a token takes")
+
+
+def describe(routers: Sequence[Router]) -> str:
+    """One line: how many, which, and what they choose from."""
+    sizes = sorted({(r.active, r.experts) for r in routers})
+    chosen = ", ".join(f"{active} of {experts} experts" for active, experts in sizes)
+    return f"{len(routers)} routers, {chosen}: {routers[0].name}" + (f" … {routers[-1].name}" if routers[1:] else "")
+
+
+@contextmanager
+def choices(routers: Sequence[Router]) -> Iterator[list[Choice]]:
+    """What every router chooses during one forward pass, in the order of the calls, with gradients."""
+    heard: list[Choice] = []
+
+    def listen(module: Any, inputs: Any, output: Any, router: Router) -> None:
+        if isinstance(output, tuple):
+            heard.append(Choice(output[0], output[-1]))
+        else:
+            logits = output.flatten(0, -2)
+            heard.append(Choice(logits, logits.topk(router.holder.top_k).indices))
+
+    hooks = [
+        router.module.register_forward_hook(lambda m, i, o, router=router: listen(m, i, o, router))
+        for router in routers
+    ]
+    try:
+        yield heard
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def copies(routers: Sequence[Router]) -> list[nn.Module]:
+    """Frozen copies of the routers as they are."""
+    return [copy.deepcopy(router.module).requires_grad_(False) for router in routers]
+
+
+@contextmanager
+def in_place_of(routers: Sequence[Router], others: Sequence[nn.Module]) -> Iterator[None]:
+    """The model with other routers, each with as many experts a token as it was trained with."""
+    now = [router.holder.top_k for router in routers]
+    try:
+        for router, other in zip(routers, others, strict=True):
+            router.take(router.active)
+            setattr(router.block, router.child, other)
+        yield
+    finally:
+        for router, active in zip(routers, now, strict=True):
+            setattr(router.block, router.child, router.module)
+            router.take(active)
+
+
+def learns_nothing(router: Router) -> bool:
+    """Whether the block's output depends on the router's weights by nothing but which experts it chooses.
+
+    So it is with one expert a token and normalised weights: every weight is x / x = 1, its gradient 0.
+    """
+    weight = router.module.weight.detach().clone().requires_grad_()
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(1, 8, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
+    with torch.enable_grad():
+        out: Any = functional_call(router.block, {f"{router.child}.weight": weight}, (tokens,))
+        out = out[0] if isinstance(out, tuple) else out
+        squares = out.float().square().sum()
+        (gradient,) = torch.autograd.grad(squares, weight, allow_unused=True)
+    return gradient is None or float(gradient.abs().max()) <= 1e-6 * float(squares.detach())

@@ -1,0 +1,18 @@
+"""From a run's configuration to its objective."""
+
+from typing import Any
+
+from megakd.config import RunConfig
+from megakd.objectives.base import Objective
+from megakd.objectives.cached import CachedDistillation
+from megakd.objectives.sar import SarDistillation
+
+
+def build(config: RunConfig, student: Any, teacher: Any, facts: dict[str, Any]) -> Objective:
+    """The objective of a stage (`RunConfig.at`) around models that are there, or empty ones on the meta device.
+
+    teacher: None where targets are stored. facts: those of the data's manifest.
+    """
+    if config.objective.kind == "cached":
+        return CachedDistillation(student, config.objective, facts)
+    return SarDistillation(student, teacher, config.objective, config.sar, facts["tokenizer"]["vocab_size"])

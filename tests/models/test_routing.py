@@ -1,0 +1,128 @@
+import pytest
+import torch
+from torch import nn
+
+from megakd.errors import UserError
+from megakd.models.routing import choices, copies, describe, find_routers, in_place_of, learns_nothing
+from tests.models.students import EXPERTS, FAMILIES, HIDDEN, make_model
+
+TOKENS = torch.randint(1, 61, (2, 9), generator=torch.Generator().manual_seed(1))
+NORMALISED = ("qwen3_moe", "mixtral", "deepseek_v3")  # with the tests' configurations
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request):
+    return make_model(request.param)
+
+
+class Block(nn.Module):
+    """A block as models that come with code of their own have it: a plain Linear chooses, the block knows how many."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.top_k, self.name = 2, name
+        setattr(self, name, nn.Linear(HIDDEN, EXPERTS, bias=False))
+        self.experts = nn.ModuleList(nn.Linear(HIDDEN, HIDDEN) for _ in range(EXPERTS))
+        self.gate_proj = nn.Linear(HIDDEN, EXPERTS)  # of the router's own shape
+
+    def forward(self, x):
+        weights, chosen = getattr(self, self.name)(x).softmax(-1).topk(self.top_k)
+        outs = torch.stack([expert(x) for expert in self.experts], -2)
+        return (outs.gather(-2, chosen[..., None].expand(*chosen.shape, HIDDEN)) * weights[..., None]).sum(-2)
+
+
+class Odd(nn.Module):
+    def __init__(self, name: str = "wg"):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(61, HIDDEN)
+        self.layers = nn.ModuleList(Block(name) for _ in range(2))
+
+    def forward(self, tokens):
+        x = self.embed_tokens(tokens)
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+def test_every_family_has_one_router_a_layer_of_experts(model):
+    found = find_routers(model, "teacher")
+    blocks = [name.removesuffix(".experts") for name, _ in model.named_modules() if name.endswith(".mlp.experts")]
+    assert [router.name for router in found] == [f"{block}.gate" for block in blocks] and len(found) == 2
+    for router in found:
+        assert router.module.weight.shape == (router.experts, HIDDEN) and router.experts == EXPERTS
+        assert router.active == 2 and getattr(router.block, router.child) is router.module
+    assert describe(found) == f"2 routers, 2 of 4 experts: {blocks[0]}.gate … {blocks[1]}.gate"
+
+
+@pytest.mark.parametrize("name", ["wg", "gate", "router"])
+def test_plain_linears_are_found_by_role_and_shape(name):
+    found = find_routers(Odd(name), "teacher")
+    assert [router.name for router in found] == [f"layers.{i}.{name}" for i in range(2)]
+
+
+def test_a_router_must_say_how_many_it_chooses():
+    model = Odd()
+    del model.layers[0].top_k
+    with pytest.raises(UserError, match=r"teacher: neither layers.0.wg nor the module around it says in top_k"):
+        find_routers(model, "teacher")
+
+
+def test_patterns_find_odd_ones_and_never_projections():
+    model = Odd()
+    assert [r.name for r in find_routers(model, "teacher", [r"0\.wg$"])] == ["layers.0.wg"]
+    with pytest.raises(UserError, match=r"layers.0.gate_proj of teacher is a projection"):
+        find_routers(model, "teacher", ["gate"])
+    with pytest.raises(UserError, match=r"'nothing' find no matrix in teacher"):
+        find_routers(model, "teacher", ["nothing"])
+    with pytest.raises(UserError, match=r"small: no module with a matrix \[experts, hidden\]"):
+        find_routers(nn.Sequential(nn.Linear(4, 4), nn.ModuleList([nn.Linear(4, 4)] * 3)), "small")
+
+
+def test_another_number_of_experts_is_taken(model):
+    found = find_routers(model, "teacher")
+    for active in (1, 3, EXPERTS):
+        for router in found:
+            router.take(active)
+        with torch.no_grad(), choices(found) as heard:
+            model(TOKENS)
+        assert [choice.experts.shape for choice in heard] == [(TOKENS.numel(), active)] * 2
+        assert [choice.logits.shape for choice in heard] == [(TOKENS.numel(), EXPERTS)] * 2
+    with torch.no_grad():
+        model(TOKENS)
+    assert len(heard) == 2  # nothing listens any more
+
+
+def test_choices_of_plain_linears():
+    model = Odd()
+    found = find_routers(model, "teacher")
+    with choices(found) as heard:
+        model(TOKENS)
+    assert heard[0].logits.requires_grad and torch.equal(heard[0].experts, heard[0].logits.topk(2).indices)
+
+
+def test_the_model_as_it_was_can_be_asked_again(model):
+    with torch.no_grad():
+        before = model(TOKENS).logits
+        found = find_routers(model, "teacher")
+        kept = copies(found)
+        for router in found:
+            router.module.weight.normal_()
+            router.take(1)
+        changed = model(TOKENS).logits
+        with in_place_of(found, kept):
+            assert torch.equal(model(TOKENS).logits, before)
+        assert torch.equal(model(TOKENS).logits, changed) and not torch.equal(changed, before)
+    assert [router.holder.top_k for router in found] == [1, 1]
+
+
+def test_one_expert_with_normalised_weights_teaches_a_router_nothing(model):
+    family = model.config.model_type
+    for router in find_routers(model, "teacher"):
+        assert not learns_nothing(router)
+        router.take(1)
+        assert learns_nothing(router) == (family in NORMALISED), family
+        assert router.module.weight.grad is None
+
+
+def test_learns_nothing_agrees_with_a_plain_block():
+    assert not any(learns_nothing(router) for router in find_routers(Odd(), "teacher"))

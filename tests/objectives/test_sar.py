@@ -1,0 +1,205 @@
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+from transformers import Qwen3MoeForCausalLM
+
+from megakd.config import ObjectiveConfig, SarConfig
+from megakd.data.batches import collate
+from megakd.data.records import IGNORED, Batch
+from megakd.errors import UserError
+from megakd.models.hub import load_model
+from megakd.models.tiny import tiny_moe_config
+from megakd.objectives.sar import SarDistillation
+from tests.conftest import SMALL, VOCABULARY
+from tests.objectives.sar import dense_student
+
+LENGTH = 37  # longer than the windows, so that every row ends in padding
+
+
+@pytest.fixture(scope="module")
+def batch(dataset) -> Batch:
+    packed = [i for i in range(len(dataset)) if len(dataset[i].starts) > 1]
+    return collate([dataset[i] for i in (packed[0], 1, packed[1])], LENGTH)._replace(targets=None)
+
+
+@pytest.fixture
+def made(teacher):
+    """made(objective fields, sar fields): the objective over the tests' teacher, in float32."""
+
+    def make(config: dict[str, Any] | None = None, teach: Any = None, **sar: Any) -> SarDistillation:
+        fields = ObjectiveConfig(kind="sar", **{"alpha": 0.7, "temperature": 2.0, **(config or {})})
+        model = load_model(teacher, torch.float32) if teach is None else teach
+        return SarDistillation(dense_student(), model, fields, SarConfig(**{"anchor": 0.0, **sar}), VOCABULARY)
+
+    return make
+
+
+def logits(model: Any, batch: Batch) -> Any:
+    out = model(batch.tokens, position_ids=batch.position_ids, use_cache=False).logits
+    return out[batch.labels != IGNORED][:, :VOCABULARY].double()
+
+
+def reference(objective: SarDistillation, batch: Batch) -> Any:
+    """The formula on whole logits."""
+    student, teacher = logits(objective.student, batch), logits(objective.held[0], batch)
+    labels = batch.labels[batch.labels != IGNORED]
+    ce = functional.cross_entropy(student, labels, reduction="sum")
+    p, q = (each.div(2.0).log_softmax(-1) for each in (teacher, student))
+    return 0.3 * ce + 0.7 * 4 * (p.exp() * (p - q)).sum()
+
+
+def gradients(total: Any, objective: SarDistillation) -> dict[str, Any]:
+    named = dict(objective.named_parameters())
+    return dict(zip(named, torch.autograd.grad(total, list(named.values())), strict=True))
+
+
+def test_loss_and_gradients_are_those_of_the_formula(made, batch):
+    objective = made()
+    report = objective(batch)
+    expected = reference(objective, batch)
+    assert report.total.item() == pytest.approx(expected.item(), rel=1e-6)
+    found, wanted = gradients(report.total, objective), gradients(expected, objective)
+    routers = [name for name in found if name.startswith("routers.")]
+    assert routers == [f"routers.model:layers:{i}:mlp:gate.weight" for i in range(2)]
+    for name, gradient in found.items():
+        assert gradient.any(), name
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=2e-5 * wanted[name].abs().max().item())
+
+
+def test_nothing_of_the_teacher_but_its_routers_is_trained(made, batch):
+    objective = made(anchor=0.5, entropy=0.1, balance=0.1)
+    report = objective(batch)
+    report.total.backward()
+    teacher = objective.held[0]
+    trained = {name for name, p in teacher.named_parameters() if p.grad is not None or p.requires_grad}
+    assert trained == {f"model.layers.{i}.mlp.gate.weight" for i in range(2)}
+    assert not any(name.startswith("held") for name in objective.state_dict())
+
+
+def test_nothing_before_the_first_router_is_kept_for_backward(made, batch):
+    """The teacher's embedding and its first attention record no graph."""
+    objective, seen = made(drift_steps=0), {}
+    layers = objective.held[0].model.layers
+    layers[0].self_attn.register_forward_hook(lambda m, i, out: seen.update(first=out[0].requires_grad))
+    layers[1].self_attn.register_forward_hook(lambda m, i, out: seen.update(second=out[0].requires_grad))
+    objective(batch)
+    assert seen == {"first": False, "second": True}
+
+
+def test_terms_of_the_routers(made, batch):
+    """Their sums over counted positions, and their weights in the total."""
+    plain, weighted = made(), made(anchor=0.5, entropy=0.25, balance=0.125)
+    with torch.no_grad():
+        for objective in (plain, weighted):
+            for module in objective.routers.values():
+                module.weight.mul_(1.5)
+    base, report = plain(batch), weighted(batch)
+    counted = (batch.labels != IGNORED).sum().item()
+    anchor, certainty, balance = (
+        report.terms[f"router_{n}"].item() / counted for n in ("anchor", "certainty", "balance")
+    )
+    assert anchor == pytest.approx(0.25, rel=1e-5)  # |0.5 W0|^2 / |W0|^2
+    assert 0 < certainty < 1 < balance < 4
+    extra = counted * (0.5 * anchor + 0.25 * certainty + 0.125 * balance)
+    assert report.total.item() == pytest.approx(base.total.item() + extra, rel=1e-6)
+
+
+def test_alarms_compare_with_the_teacher_as_it_was(made, batch):
+    objective = made(drift_steps=3)
+    terms = objective(batch).terms
+    assert terms["teacher_drift"] == pytest.approx(0.0, abs=1e-3) and terms["kl_frozen"] == pytest.approx(
+        terms["kl_t1"].item(), rel=1e-5
+    )
+    expected = functional.cross_entropy(
+        logits(objective.held[0], batch), batch.labels[batch.labels != IGNORED], reduction="sum"
+    )
+    assert terms["teacher_ce"].item() == pytest.approx(expected.item(), rel=1e-6)
+    with torch.no_grad():
+        for module in objective.routers.values():
+            module.weight.neg_()
+    objective.at(0.0, 1)
+    assert "kl_frozen" not in objective(batch).terms
+    objective.at(0.0, 3)
+    moved = objective(batch).terms
+    assert moved["kl_frozen"].item() == pytest.approx(terms["kl_frozen"].item(), rel=1e-5)
+    assert moved["teacher_drift"] > 1 and moved["kl_t1"] != terms["kl_t1"]
+    assert made(drift_steps=0)(batch).terms.keys() == moved.keys() - {"kl_frozen", "teacher_drift"}
+
+
+def test_padding_has_no_say(made, batch):
+    objective = made(anchor=0.5, entropy=0.1, balance=0.1)
+    last = (batch.labels != IGNORED).int().cumsum(1).argmax(1)
+    padded = torch.arange(LENGTH) > last[:, None] + 1
+    assert padded.any()
+    changed = batch._replace(tokens=torch.where(padded, 7, batch.tokens))
+    assert not torch.equal(changed.tokens, batch.tokens)
+    one, other = objective(batch), objective(changed)
+    assert one.total.item() == pytest.approx(other.total.item(), rel=1e-6)
+    for name in one.terms:
+        assert one.terms[name].item() == pytest.approx(other.terms[name].item(), rel=1e-5, abs=1e-5), name
+
+
+def test_windows_count_the_same_alone_and_together(made, batch):
+    objective = made(anchor=0.5, entropy=0.1, balance=0.1)
+    whole = objective(batch)
+    parts = [objective(Batch(*(field[i : i + 1] for field in batch[:3]))) for i in range(3)]
+    assert sum(part.total.item() for part in parts) == pytest.approx(whole.total.item(), rel=1e-6)
+    for name, value in whole.terms.items():
+        assert sum(part.terms[name].item() for part in parts) == pytest.approx(value.item(), rel=1e-5, abs=1e-4), name
+
+
+def test_a_batch_without_labels_is_zero_with_a_live_graph(made, batch):
+    objective = made(anchor=0.5, entropy=0.1, balance=0.1)
+    report = objective(batch._replace(labels=torch.full_like(batch.labels, IGNORED)))
+    assert report.total.item() == 0
+    assert all(not gradient.any() for gradient in gradients(report.total, objective).values())
+
+
+@pytest.mark.parametrize(
+    "routing, counts",
+    [
+        ({"routing": "trained"}, [2, 2, 2]),
+        ({"routing": "all"}, [4, 4, 4]),
+        ({"routing": "top_m", "initial_top_k": 2, "final_top_k": 4}, [2, 3, 4]),
+        ({"routing": "top_m", "initial_top_k": 4, "final_top_k": 2}, [4, 3, 2]),
+        ({"routing": "top_m", "initial_top_k": 2, "final_top_k": 9}, [2, 4, 4]),
+    ],
+)
+def test_experts_a_token_follow_the_rule(made, routing, counts):
+    objective, found = made(**routing), []
+    for share in (0.0, 0.5, 1.0):
+        objective.at(share)
+        found.append({router.holder.top_k for router in objective.found})
+    assert found == [{count} for count in counts]
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+def test_one_normalised_expert_is_refused_with_the_reason(made, normalised):
+    torch.manual_seed(0)
+    single = Qwen3MoeForCausalLM(tiny_moe_config(VOCABULARY, **{**SMALL, "norm_topk_prob": normalised}))
+    single.config.num_experts_per_tok = 1
+    for layer in single.model.layers:
+        layer.mlp.gate.top_k = 1
+        torch.nn.init.normal_(layer.mlp.gate.weight)
+    if not normalised:
+        assert made(teach=single).routers
+        return
+    with pytest.raises(UserError, match=r"sar.routing: trained gives model.layers.0.mlp.gate one expert .* x / x = 1"):
+        made(teach=copy.deepcopy(single))
+    assert made(teach=single, routing="all").routers
+
+
+def test_routers_without_a_gradient_end_the_run_after_a_step(made, batch):
+    objective = made({"alpha": 0.0})
+    objective.at(0.0, 0)
+    objective(batch).total.backward()
+    with pytest.raises(UserError, match=r"the routers got no gradient in the first step"):
+        objective.at(0.1, 1)
+    fine = made()
+    fine.at(0.0, 0)
+    fine(batch).total.backward()
+    fine.at(0.1, 1)
+    assert not fine.hooks

@@ -1,0 +1,103 @@
+"""SAR-KD as a run: trained, killed, resumed, on one process and on two ranks."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megakd.models.hub import load_model
+from megakd.run import Run
+from tests.conftest import in_process, kill_when, megakd, metrics
+from tests.objectives.sar import sar_recipe
+from tests.test_resume import steps_logged
+
+GATES = [f"model.layers.{i}.mlp.gate.weight" for i in range(2)]
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory, recipe, tokenizer) -> Path:
+    """A run with tokens: SAR-KD needs nothing else."""
+    folder = tmp_path_factory.mktemp("sar")
+    in_process("new", folder / "run", "--from", sar_recipe(recipe, folder, tokenizer))
+    in_process("tokenize", folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture
+def again(begun, tmp_path) -> Callable[..., Run]:
+    count = iter(range(100))
+    return lambda *overrides: Run.create(begun, overrides, tmp_path / f"run-{next(count)}")
+
+
+@pytest.fixture(scope="module")
+def trained(begun, tmp_path_factory) -> Run:
+    run = Run.create(begun, [], tmp_path_factory.mktemp("trained") / "run")
+    in_process("train", run.folder)
+    return run
+
+
+def beside(run: Run, checkpoint: str) -> dict[str, torch.Tensor]:
+    return load_file(run.path("checkpoints", checkpoint, "beside.safetensors"))
+
+
+def test_student_and_routers_are_trained_and_nothing_else(trained, teacher):
+    rows = metrics(trained.folder)
+    assert len(rows) == 7 and rows[-1]["loss"] < rows[0]["loss"]
+    assert {"ce", "kl", "kl_t1", "teacher_ce", "router_anchor", "router_certainty", "router_balance"} <= rows[0].keys()
+    assert [("kl_frozen" in row) for row in rows] == [True, False, True, False, True, False, True]
+    assert rows[0]["teacher_drift"] == pytest.approx(0, abs=1e-6) and rows[-1]["teacher_drift"] > 0
+    assert rows[0]["router_anchor"] == 0 < rows[-1]["router_anchor"]
+    before = load_model(teacher, torch.float32).state_dict()
+    found = beside(trained, "second/step-000007")
+    assert sorted(found) == [f"routers.model:layers:{i}:mlp:gate.weight" for i in range(2)]
+    for gate, tensor in zip(GATES, found.values(), strict=True):
+        assert not torch.equal(tensor, before[gate]) and torch.allclose(tensor, before[gate], atol=0.05)
+    folder = trained.path("checkpoints/second/step-000007/weights")
+    assert load_model(folder, torch.float32).config.model_type == "llama"
+
+
+@pytest.mark.ranks
+def test_killed_it_goes_on_as_if_nothing_had_happened(trained, again):
+    """Bit by bit: student, routers and every metric; also from the border of the stages."""
+    killed = again("checkpoint.every_steps=1")
+    whole = again("checkpoint.every_steps=1")
+    in_process("train", whole.folder)
+    for steps in (1, 3, 5):
+        kill_when(["train", killed.folder], lambda n=steps: steps_logged(killed) >= n)
+    in_process("train", killed.folder)
+    assert metrics(killed.folder) == metrics(whole.folder) == metrics(trained.folder)
+    last = "second/step-000007"
+    assert all(torch.equal(tensor, beside(whole, last)[name]) for name, tensor in beside(killed, last).items())
+    weights = f"checkpoints/{last}/weights/model.safetensors"
+    assert killed.path(weights).read_bytes() == whole.path(weights).read_bytes()
+
+
+def test_a_border_is_crossed_in_another_process_alike(trained, again):
+    cut = again("checkpoint.every_steps=3")
+    in_process("train", cut.folder)
+    for path in cut.path("checkpoints/second").iterdir():
+        path.rename(path.with_name(path.name + ".away"))
+    in_process("train", cut.folder)
+    assert metrics(cut.folder) == metrics(trained.folder)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("zero, ranks, micro", [("zero2", 2, 4), ("zero3", 2, 2), ("zero2", 1, 8)])
+def test_ranks_give_the_local_curve(trained, again, zero, ranks, micro):
+    run = again("engine.kind=deepspeed", f"engine.config={zero}", f"engine.ranks={ranks}", f"optim.micro_batch={micro}")
+    megakd("train", run.folder)
+    found, expected = metrics(run.folder), metrics(trained.folder)
+    assert len(found) == len(expected)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.keys() == theirs.keys()
+        numbers = {name: value for name, value in theirs.items() if isinstance(value, float)}
+        assert {name: mine[name] for name in numbers} == pytest.approx(numbers, rel=2e-4, abs=2e-5)
+
+
+def test_what_does_not_fit_is_refused_in_one_line(again):
+    dense = again(f"model.teacher={again().config.model.student}")
+    in_process("tokenize", dense.folder)
+    assert "no module with a matrix [experts, hidden]" in in_process("train", dense.folder, code=2)
+    assert "'odd' find no matrix" in in_process("train", again('sar.router_patterns=["odd"]').folder, code=2)
