@@ -216,6 +216,8 @@ class SarConfig(Section):
     to final_top_k in equal steps over each stage (at most all experts).
     anchor, entropy, balance: weights a token of |W - W0|^2 / |W0|^2, of the routers' lack of entropy (1 - H / log E)
     and of the load balance (1 where experts are used alike).
+    likelihood, features: of a teacher with another tokenizer, in the place of the KL: weights of how likely spans of
+    text are that both tokenizers end alike, and of the last hidden states of these spans behind a projection.
     router_patterns: regular expressions for the names of routers that are not found by role and shape.
     drift_steps: every how many steps the teacher as it was is asked too, for the log; 0 never.
     """
@@ -226,6 +228,8 @@ class SarConfig(Section):
     anchor: float = Field(0.1, ge=0)
     entropy: float = Field(0.0, ge=0)
     balance: float = Field(0.0, ge=0)
+    likelihood: float = Field(1.0, ge=0)
+    features: float = Field(1.0, ge=0)
     router_patterns: tuple[str, ...] = ()
     drift_steps: int = live(10, ge=0)
 

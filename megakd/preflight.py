@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,6 +31,7 @@ def check(run: Run) -> ShardSet:
     skeleton, teacher = empty_model(student), None
     if config.objective.kind != "cached":
         teacher = empty_model(resolve(config.model.teacher, config.model.revision))
+    _, other = tokenizers(config, dataset.facts)
     if config.engine.expert_parallel > 1 and config.engine.kind == "deepspeed":
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # DeepSpeed asks for it
         from megakd.models.expert_parallel import spread_experts
@@ -37,7 +39,8 @@ def check(run: Run) -> ShardSet:
         spread_experts(skeleton, config.engine.expert_parallel, 0)  # so that rules meet the tensors they will train
     for stage in config.stages:
         try:
-            assign_rules(build(config.at(stage), skeleton, teacher, dataset.facts), stage.lr_multipliers)
+            size = None if other is None else len(other)
+            assign_rules(build(config.at(stage), skeleton, teacher, dataset.facts, size), stage.lr_multipliers)
             if config.engine.kind == "deepspeed":
                 deepspeed_config(config.at(stage), 1, 1)
         except UserError as error:
@@ -80,13 +83,6 @@ def _check_data(run: Run, dataset: ShardSet) -> None:
             f"{dataset.folder}: made with a tokenizer of {theirs['vocab_size']} entries ({theirs['hash']}), "
             f"but {student} has one of {mine['vocab_size']} ({mine['hash']})"
         )
-    if config.objective.kind != "cached":
-        folder = resolve(config.model.teacher, config.model.revision, weights=False)
-        if (made := tokenizer_facts(load_tokenizer(folder))) != mine:
-            raise UserError(
-                f"{folder}: its tokenizer ({made['vocab_size']} entries, {made['hash']}) is not that of {student} "
-                f"({mine['vocab_size']}, {mine['hash']}); objective.kind={config.objective.kind} needs one tokenizer"
-            )
     length = config.data.sequence_length
     if tokens["sequence_length"] != length:
         raise UserError(
@@ -95,6 +91,27 @@ def _check_data(run: Run, dataset: ShardSet) -> None:
     for stage in config.stages:
         if (batch := config.at(stage).optim.batch_tokens) % length:
             raise UserError(f"optim.batch_tokens: {batch} is no multiple of data.sequence_length {length}")
+
+
+def tokenizers(config: RunConfig, facts: dict[str, Any]) -> tuple[Any, Any]:
+    """Student's and teacher's, where the teacher is asked while training and has another one; else (None, None)."""
+    if config.objective.kind == "cached":
+        return None, None
+    folder = resolve(config.model.teacher, config.model.revision, weights=False)
+    theirs = load_tokenizer(folder)
+    if tokenizer_facts(theirs) == facts["tokenizer"]:
+        return None, None
+    assert config.model.student is not None  # one that compress made has the teacher's
+    mine = load_tokenizer(Path(config.model.student))
+    for place, tokenizer in ((folder, theirs), (config.model.student, mine)):
+        if not getattr(tokenizer, "is_fast", False):
+            raise UserError(f"{place}: a slow tokenizer; to align two of them both must give character offsets")
+    if not config.sar.likelihood and not config.sar.features:
+        raise UserError(
+            f"{folder}: its tokenizer is not the student's, so there is no KL, and sar.likelihood and sar.features are "
+            "0: nothing is left to learn from the teacher"
+        )
+    return mine, theirs
 
 
 def _check_teacher(run: Run, dataset: ShardSet) -> None:

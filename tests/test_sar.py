@@ -1,5 +1,6 @@
 """SAR-KD as a run: trained, killed, resumed, on one process and on two ranks."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,8 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from megakd.models.hub import load_model
+from megakd.models.tiny import train_tokenizer
 from megakd.run import Run
-from tests.conftest import in_process, kill_when, megakd, metrics
+from tests.conftest import VOCABULARY, in_process, kill_when, make_teacher, megakd, metrics
 from tests.objectives.sar import sar_recipe
 from tests.test_resume import steps_logged
 
@@ -101,3 +103,47 @@ def test_what_does_not_fit_is_refused_in_one_line(again):
     in_process("tokenize", dense.folder)
     assert "no module with a matrix [experts, hidden]" in in_process("train", dense.folder, code=2)
     assert "'odd' find no matrix" in in_process("train", again('sar.router_patterns=["odd"]').folder, code=2)
+
+
+@pytest.fixture(scope="module")
+def across(tmp_path_factory, recipe, documents, tokenizer) -> Path:
+    """A run whose teacher cuts text in another way than its student."""
+    folder = tmp_path_factory.mktemp("across")
+    other = train_tokenizer([text.upper() + text for text in documents[:20]], VOCABULARY)
+    make_teacher(folder / "teacher", other, documents, seed=3, steps=100)
+    value = json.loads(sar_recipe(recipe, folder, tokenizer).read_text())
+    value["model"]["teacher"] = str(folder / "teacher")
+    (folder / "across.json").write_text(json.dumps(value))
+    in_process("new", folder / "run", "--from", folder / "across.json")
+    in_process("tokenize", folder / "run")
+    in_process("train", folder / "run")
+    return folder / "run"
+
+
+def test_a_teacher_with_another_tokenizer_teaches_over_spans(across):
+    rows = metrics(across)
+    assert len(rows) == 7 and rows[-1]["loss"] < rows[0]["loss"]
+    assert {"ce", "span_kl", "features", "teacher_ce", "teacher_drift"} <= rows[0].keys() and "kl" not in rows[0]
+    assert rows[-1]["span_kl"] < rows[0]["span_kl"] and rows[-1]["features"] < rows[0]["features"]
+    assert rows[0]["router_anchor"] == 0 < rows[-1]["router_anchor"]
+    names = load_file(across / "checkpoints/second/step-000007/beside.safetensors")
+    assert sorted(names)[0] == "projector.weight" and len(names) == 3
+
+
+@pytest.mark.ranks
+def test_across_tokenizers_it_resumes_and_ranks_give_the_local_curve(across, tmp_path):
+    whole = Run.create(across, ["checkpoint.every_steps=2"], tmp_path / "killed")
+    kill_when(["train", whole.folder], lambda: steps_logged(whole) >= 4)
+    in_process("train", whole.folder)
+    assert metrics(whole.folder) == metrics(across)
+    run = Run.create(across, ["engine.kind=deepspeed", "engine.config=zero2", "engine.ranks=2"], tmp_path / "ranks")
+    megakd("train", run.folder)
+    for mine, theirs in zip(metrics(run.folder), metrics(across), strict=True):
+        assert mine.keys() == theirs.keys()
+        numbers = {name: value for name, value in theirs.items() if isinstance(value, float)}
+        assert {name: mine[name] for name in numbers} == pytest.approx(numbers, rel=2e-4, abs=2e-5)
+
+
+def test_slow_tokenizers_and_nothing_to_learn_are_refused(across, tmp_path):
+    run = Run.create(across, ["sar.likelihood=0", "sar.features=0"], tmp_path / "run")
+    assert "nothing is left to learn from the teacher" in in_process("train", run.folder, code=2)

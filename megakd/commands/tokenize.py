@@ -55,7 +55,11 @@ class State:
 
 
 def main(run: Run, args: argparse.Namespace) -> None:
-    folder = resolve(run.config.model.teacher, run.config.model.revision, weights=False)
+    model = run.config.model
+    if run.config.objective.kind != "cached" and model.student:  # the teacher reads the same text in its own way
+        folder = Path(model.student)
+    else:
+        folder = resolve(model.teacher, model.revision, weights=False)
     tokenizer = load_tokenizer(folder)
     for part, budget in (("holdout", run.config.data.holdout_tokens), ("train", run.config.data.tokens)):
         _tokenize_part(run, part, budget, tokenizer, folder)

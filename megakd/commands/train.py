@@ -26,8 +26,9 @@ import psutil
 import torch
 
 from megakd.config import RunConfig, StageConfig
+from megakd.data.align import pair
 from megakd.data.batches import Reader, collate, prefetch, to_device
-from megakd.data.records import Batch
+from megakd.data.records import IGNORED, Batch, Sample
 from megakd.data.shards import ShardSet
 from megakd.data.stream import Stream, shards_digest, share
 from megakd.dist import StopSignals, World, close_world, join_world, read_world, seed_step, sum_over_ranks
@@ -50,7 +51,7 @@ from megakd.log import MetricLog, StageWatch, say, wandb_id
 from megakd.models.hub import copy_side_files, load_config, load_model, resolve, write_config
 from megakd.objectives.base import Objective
 from megakd.objectives.build import build
-from megakd.preflight import check, check_world, was_launched
+from megakd.preflight import check, check_world, tokenizers, was_launched
 from megakd.run import Run
 
 CPU = torch.device("cpu")
@@ -60,6 +61,7 @@ STOPPED = 85  # exit code: stopped by a signal, checkpoint saved; schedulers req
 class Step(NamedTuple):
     """What one optimizer step needs: this rank's micro-batches, and the counted tokens of all ranks.
 
+    own: this rank's counted tokens alone, where nobody knows those of the others (None: `tokens` is right).
     damaged: for each sample of this rank that was left out, what is wrong; lost: their tokens, still in `tokens`.
     """
 
@@ -67,6 +69,7 @@ class Step(NamedTuple):
     tokens: int
     damaged: list[str]
     lost: int
+    own: int | None = None
 
 
 def main(run: Run, args: argparse.Namespace) -> None:
@@ -287,16 +290,25 @@ def stage_data(
     reader = Reader(dataset, config.stream.workers, config.stream.on_damage == "skip")
     length = config.data.sequence_length
     windows = config.windows_per_step
+    student, teacher = tokenizers(config, dataset.facts)
+
+    def batch_of(samples: list[Sample]) -> Batch:
+        if teacher is None:
+            return collate(samples, length)
+        paired = pair(samples, student, teacher, length, length + length // 4)
+        return Batch(*paired.student[:3], paired=paired)
+
     try:
         for step in range(steps - progress.stage_step):
             indices = stream.take(progress.samples + step * windows, windows)
             yield from wait_for(dataset, indices, world)
             micro = share(indices, world.rank, world.size, config.optim.micro_batch)
             tokens = sum(dataset.entry(i).labels for i in indices)
-            batches = [collate(reader.read(part), length) for part in micro]
+            batches = [batch_of(reader.read(part)) for part in micro]
             bad = [i for part in micro for i in part if i in reader.damaged]
             lost = sum(dataset.entry(i).labels for i in bad)
-            yield Step(batches, tokens, [reader.damaged[i] for i in bad], lost)
+            own = None if teacher is None else sum(int((batch.labels != IGNORED).sum()) for batch in batches)
+            yield Step(batches, tokens, [reader.damaged[i] for i in bad], lost, own)
     finally:
         reader.close()
 
@@ -315,11 +327,12 @@ def wait_for(dataset: ShardSet, indices: list[int], world: World) -> Iterator[No
 
 def count_damage(run: Run, step: Step, world: World) -> tuple[int, int]:
     """The tokens that a step really counts, over all ranks, and how many samples it left out."""
-    if run.config.stream.on_damage == "raise":
+    if run.config.stream.on_damage == "raise" and step.own is None:
         return step.tokens, 0
     name_damage(run, step.damaged)
-    lost, damaged = sum_over_ranks([float(step.lost), float(len(step.damaged))], world.device)
-    return step.tokens - int(lost), int(damaged)
+    own = step.own or 0
+    lost, damaged, counted = sum_over_ranks([step.lost, len(step.damaged), own], world.device)
+    return int(counted) if step.own is not None else step.tokens - int(lost), int(damaged)
 
 
 def name_damage(run: Run, reasons: list[str]) -> None:
@@ -339,7 +352,8 @@ def build_objective(config: RunConfig, folder: Path, dataset: ShardSet, device: 
     student, teacher = load_model(folder, dtype), None
     if config.objective.kind != "cached":
         teacher = load_model(resolve(config.model.teacher, config.model.revision), half).to(device)
-    objective = build(config, student, teacher, dataset.facts)
+    other = None if config.objective.kind == "cached" else tokenizers(config, dataset.facts)[1]
+    objective = build(config, student, teacher, dataset.facts, None if other is None else len(other))
     for module in [m for name, m in objective.named_children() if name != "student"]:
         module.to(dtype)
     return objective

@@ -5,7 +5,7 @@ from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import Queue
 from threading import Event, Thread
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -128,5 +128,10 @@ def prefetch(items: Iterable[Item], depth: int = 2) -> Generator[Item, None, Non
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch with every tensor on `device`."""
-    targets = batch.targets and TeacherTargets(*(t.to(device, non_blocking=True) for t in batch.targets))
-    return Batch(*(t.to(device, non_blocking=True) for t in batch[:3]), targets=targets)
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return type(value)(*map(moved, value))
+        return value if value is None else value.to(device, non_blocking=True)
+
+    return moved(batch)

@@ -46,14 +46,39 @@ class Sample(NamedTuple):
     targets: TeacherTargets | None = None
 
 
+class Side(NamedTuple):
+    """One model's view of a batch, shifted once like a Batch; all [B, L] int64.
+
+    tokens, labels, position_ids: as in Batch; padding is a document without labels
+    spans:       the span that tokens[b, t] belongs to, counted from 0 in its row; -1 in padding
+    label_spans: the span of the label at t, token t+1; -1 where the label is IGNORED or its span cannot be scored
+    """
+
+    tokens: "torch.Tensor"
+    labels: "torch.Tensor"
+    position_ids: "torch.Tensor"
+    spans: "torch.Tensor"
+    label_spans: "torch.Tensor"
+
+
+class Paired(NamedTuple):
+    """Both sides of a batch; their spans have the same numbers. span_count: [B] int64, spans in each row."""
+
+    student: Side
+    teacher: Side
+    span_count: "torch.Tensor"
+
+
 class Batch(NamedTuple):
     """Samples side by side, shifted once: labels[b, t] is the token after tokens[b, t], or IGNORED. All [B, T].
 
     position_ids restart at every document: with no attention mask, transformers turns them into
     block-diagonal causal attention (see tests/data/test_batches.py).
+    paired: the same text for a teacher with another tokenizer; its student side is this batch.
     """
 
     tokens: "torch.Tensor"
     labels: "torch.Tensor"
     position_ids: "torch.Tensor"
     targets: TeacherTargets | None = None
+    paired: Paired | None = None

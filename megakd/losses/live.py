@@ -5,7 +5,7 @@ sums, not means: who calls divides once by the tokens of all ranks.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ CHUNK_BYTES = 2**27  # of float32 logits of one model; a backward pass needs abo
 class LiveTerms(NamedTuple):
     """Sums over tokens: total is what is differentiated; the others are detached.
 
-    kl: KL(teacher || student) at T, without T^2, weighted; kl_t1: at T = 1, unweighted; teacher_ce: the teacher's own cross entropy.
+    kl: KL(teacher || student) at T, without T^2, weighted; kl_t1: at T = 1, unweighted; teacher_ce: the teacher's own
+    cross entropy.
     """
 
     total: Tensor
@@ -60,17 +61,29 @@ def live_loss(
             teacher_ce = functional.cross_entropy(t_NV, labels, reduction="sum")
         return ce, kl, kl_t1, teacher_ce
 
-    rows = max(CHUNK_BYTES // (4 * vocab_size), 1)
-    # no tokens: one chunk of none, 0 with a live graph
-    starts = range(0, len(labels_N), rows) if len(labels_N) else (0,)
-    parts = []
-    for start in starts:
-        here = slice(start, start + rows)
-        inputs = student_ND[here], teacher_NG[here], labels_N[here], weights_N[here]
-        parts.append(checkpoint(chunk, *inputs, use_reentrant=False) if torch.is_grad_enabled() else chunk(*inputs))
+    parts = _chunked(chunk, vocab_size, student_ND, teacher_NG, labels_N, weights_N)
     ce, kl, kl_t1, teacher_ce = (torch.stack(part).sum() for part in zip(*parts, strict=True))
     total = (1 - alpha) * ce + alpha * temperature**2 * kl
     return LiveTerms(total, ce.detach(), kl.detach(), kl_t1, teacher_ce)
+
+
+def label_logprobs(logits: Callable[[Tensor], Tensor], hidden_ND: Tensor, labels_N: Tensor, vocab_size: int) -> Tensor:
+    """log p of each label, [N], from last hidden states; chunk by chunk, computed again in the backward pass."""
+
+    def chunk(hidden: Tensor, labels: Tensor) -> Tensor:
+        return -functional.cross_entropy(wide(logits(hidden)[:, :vocab_size]), labels, reduction="none")
+
+    return torch.cat(_chunked(chunk, vocab_size, hidden_ND, labels_N))
+
+
+def _chunked(function: Callable[..., Any], vocab_size: int, *tensors: Tensor) -> list[Any]:
+    """function of the tensors' rows, so many at once that a model's logits of them fit CHUNK_BYTES."""
+    rows = max(CHUNK_BYTES // (4 * vocab_size), 1)
+    # no tokens: one chunk of none, 0 with a live graph
+    parts = zip(*(tensor.split(rows) if len(tensor) else (tensor,) for tensor in tensors), strict=True)
+    if not torch.is_grad_enabled():
+        return [function(*part) for part in parts]
+    return [checkpoint(function, *part, use_reentrant=False) for part in parts]
 
 
 def kl_rows(teacher_NV: Tensor, student_NV: Tensor) -> Tensor:

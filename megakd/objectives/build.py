@@ -8,11 +8,15 @@ from megakd.objectives.cached import CachedDistillation
 from megakd.objectives.sar import SarDistillation
 
 
-def build(config: RunConfig, student: Any, teacher: Any, facts: dict[str, Any]) -> Objective:
+def build(
+    config: RunConfig, student: Any, teacher: Any, facts: dict[str, Any], teacher_vocab_size: int | None = None
+) -> Objective:
     """The objective of a stage (`RunConfig.at`) around models that are there, or empty ones on the meta device.
 
-    teacher: None where targets are stored. facts: those of the data's manifest.
+    teacher: None where targets are stored. facts: those of the data's manifest. teacher_vocab_size: of a teacher with
+    another tokenizer than the student's, which is the data's.
     """
     if config.objective.kind == "cached":
         return CachedDistillation(student, config.objective, facts)
-    return SarDistillation(student, teacher, config.objective, config.sar, facts["tokenizer"]["vocab_size"])
+    size = facts["tokenizer"]["vocab_size"]
+    return SarDistillation(student, teacher, config.objective, config.sar, size, teacher_vocab_size)

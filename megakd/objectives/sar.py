@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from megakd.config import ObjectiveConfig, SarConfig
-from megakd.data.records import IGNORED, Batch
+from megakd.data.records import IGNORED, Batch, Paired, Side
 from megakd.errors import UserError
 from megakd.losses.fused import FusedHead
-from megakd.losses.live import kl_rows, live_loss
+from megakd.losses.live import kl_rows, label_logprobs, live_loss
 from megakd.losses.router import anchor, load_balance, routing_entropy
+from megakd.losses.spans import span_feature_loss, span_likelihood_loss, span_logprobs, span_means
 from megakd.models.routing import Choice, Router, choices, copies, find_routers, in_place_of, learns_nothing
 from megakd.objectives.base import LossReport, Objective
 from megakd.objectives.cached import fused_head
@@ -29,23 +30,36 @@ class SarDistillation(Objective):
 
     student and routers are trained, and are all that engines see; the teacher around the routers is held, frozen.
     The teacher's part before its first router keeps nothing for the backward pass, for nothing there needs gradients.
+
+    teacher_vocab_size: of a teacher with another tokenizer, whose batches are `Paired`. Then KL is a sum over spans:
+    likelihood * T * span_likelihood_loss + features * span_feature_loss (losses/spans.py).
     """
 
-    def __init__(self, student: Any, teacher: Any, config: ObjectiveConfig, sar: SarConfig, vocab_size: int):
+    def __init__(
+        self,
+        student: Any,
+        teacher: Any,
+        config: ObjectiveConfig,
+        sar: SarConfig,
+        vocab_size: int,
+        teacher_vocab_size: int | None = None,
+    ):
         super().__init__(student, config)
-        self.sar, self.vocab_size = sar, vocab_size
+        self.sar, self.vocab_size, self.teacher_vocab_size = sar, vocab_size, teacher_vocab_size
         self.head = LiveHead(fused_head(student, vocab_size))
         teacher.requires_grad_(False).eval()
         self.found = find_routers(teacher, teacher.name_or_path or teacher.config.model_type, sar.router_patterns)
         check_schedule(self.found, sar)
         # in tuples: held, but no children, so that engines, optimizers and checkpoints see the routers alone
-        self.held = (teacher, fused_head(teacher, vocab_size))
+        self.held = (teacher, fused_head(teacher, teacher_vocab_size or vocab_size))
         self.initial = tuple(copies(self.found))
         # a module's name has no dots
         self.routers = nn.ModuleDict({router.name.replace(".", SEPARATOR): router.module for router in self.found})
         for parameter in self.routers.parameters():
             parameter.requires_grad_()
             parameter.no_decay = True  # type: ignore[attr-defined]  # the anchor holds them, not 0
+        if teacher_vocab_size is not None and sar.features:
+            self.projector = projection(student.config.hidden_size, teacher.config.hidden_size)
         self.largest: float | None = None  # of the routers' gradients, in the first step
         self.hooks = [parameter.register_hook(self._note) for parameter in self.routers.parameters()]
         self.at(0.0)
@@ -61,45 +75,60 @@ class SarDistillation(Objective):
 
     def forward(self, batch: Batch) -> LossReport:
         teacher, _ = self.held
-        counted = batch.labels != IGNORED
-        hidden = self._hidden(self.student, batch)[counted]
+        theirs = batch if batch.paired is None else batch.paired.teacher  # what the teacher reads
+        counted, counted_there = batch.labels != IGNORED, theirs.labels != IGNORED
+        hidden = last_hidden(self.student, batch)
         with choices(self.found) as chosen:
-            taught = self._hidden(teacher, batch)[counted]
-        terms = self.head(hidden, taught, batch.labels[counted], self)
-        named = {"ce": terms.ce, "kl": terms.kl, "kl_t1": terms.kl_t1, "teacher_ce": terms.teacher_ce}
-        total = terms.total
-        for name, weight, value in self._router_terms(chosen, counted):
+            taught = last_hidden(teacher, theirs)
+        if batch.paired is None:
+            terms = self.head(self, hidden[counted], taught[counted], batch.labels[counted])
+            named = {"ce": terms.ce, "kl": terms.kl, "kl_t1": terms.kl_t1, "teacher_ce": terms.teacher_ce}
+            total = terms.total
+        else:
+            total, named = self.head(self, hidden, taught, batch.labels, batch.paired)
+        for name, weight, value in self._router_terms(chosen, counted_there, counted.sum(1)):
             total = total + weight * value
             named[name] = value.detach()
         if self.sar.drift_steps and self.step % self.sar.drift_steps == 0:
-            named |= self._drift(batch, counted, hidden.detach(), taught.detach())
+            alike = hidden[counted].detach() if batch.paired is None else None
+            named |= self._drift(theirs, counted_there, alike, taught[counted_there].detach(), counted.sum(1))
         return LossReport(total, named)
 
-    def _hidden(self, model: Any, batch: Batch) -> Tensor:
-        return model.get_decoder()(batch.tokens, position_ids=batch.position_ids, use_cache=False).last_hidden_state
+    def _router_terms(self, chosen: list[Choice], counted: Tensor, tokens_B: Tensor) -> list[tuple[str, float, Tensor]]:
+        """(name, weight, sum over the student's counted tokens) of what holds the routers.
 
-    def _router_terms(self, chosen: list[Choice], counted: Tensor) -> list[tuple[str, float, Tensor]]:
-        """(name, weight, sum over counted positions) of what holds the routers."""
-        tokens_B = counted.sum(1)
+        counted: positions of the teacher; a window's mean over them counts for each of the student's tokens in it.
+        """
         shape = counted.shape
-        entropy = torch.stack([routing_entropy(c.logits)[counted.flatten()].sum() for c in chosen]).mean()
+        share = per_token(counted, tokens_B)
+        certainty = torch.stack([((1 - routing_entropy(c.logits).view(shape)) * share).sum() for c in chosen]).mean()
         windows = [load_balance(c.logits.view(*shape, -1), c.experts.view(*shape, -1), counted) for c in chosen]
         balance = (torch.stack(windows).mean(0) * tokens_B).sum()
         weights: list[Any] = [module.weight for module in self.routers.values()]
         moved = anchor(weights, [module.weight.to(weights[0].device) for module in self.initial])  # type: ignore
         return [
             ("router_anchor", self.sar.anchor, moved * tokens_B.sum()),
-            ("router_certainty", self.sar.entropy, tokens_B.sum() - entropy),
+            ("router_certainty", self.sar.entropy, certainty),
             ("router_balance", self.sar.balance, balance),
         ]
 
     @torch.no_grad()
-    def _drift(self, batch: Batch, counted: Tensor, hidden: Tensor, taught: Tensor) -> dict[str, Tensor]:
-        """Sums of KL from the teacher as it was to the student, and to the teacher as it is, at T = 1."""
+    def _drift(
+        self, theirs: Batch | Side, counted: Tensor, hidden_ND: Tensor | None, taught_NG: Tensor, tokens_B: Tensor
+    ) -> dict[str, Tensor]:
+        """KL(teacher as it was || student) and KL(teacher as it was || teacher as it is) at T = 1.
+
+        A window's mean counts for each of the student's tokens in it (tokens_B). hidden_ND: None for a student with
+        another tokenizer, which no KL compares with.
+        """
         teacher, head = self.held
         with in_place_of(self.found, self.initial):
-            before = self._hidden(teacher, batch)[counted]
-        return self.head.drift(before, hidden, taught, head)
+            before_NG = last_hidden(teacher, theirs)[counted]
+        share_N = per_token(counted, tokens_B)[counted]
+        named = {"teacher_drift": kl_sum(head, before_NG, head, taught_NG, share_N)}
+        if hidden_ND is not None:
+            named["kl_frozen"] = kl_sum(head, before_NG, self.head.head, hidden_ND, share_N)
+        return named
 
     def _note(self, gradient: Tensor) -> None:
         self.largest = max(self.largest or 0.0, float(gradient.detach().abs().max()))
@@ -123,23 +152,72 @@ class LiveHead(nn.Module):
         super().__init__()
         self.head = head
 
-    def forward(self, hidden_ND: Tensor, taught_NG: Tensor, labels_N: Tensor, sar: SarDistillation) -> Any:
-        _, teacher_head = sar.held
-        return live_loss(
-            self.head.logits, teacher_head.logits, hidden_ND, taught_NG, labels_N, sar.alpha, sar.temperature,
-            sar.vocab_size,
-        )  # fmt: skip
+    def forward(self, sar: SarDistillation, hidden: Tensor, taught: Tensor, labels: Tensor, paired: Any = None) -> Any:
+        """`live_loss` of counted rows; with `paired` (total, named sums) of whole windows, over spans."""
+        if paired is None:
+            teacher = sar.held[1].logits
+            return live_loss(
+                self.head.logits, teacher, hidden, taught, labels, sar.alpha, sar.temperature, sar.vocab_size
+            )
+        return self._over_spans(sar, hidden, taught, labels, paired)
 
-    def drift(self, before_NG: Tensor, hidden_ND: Tensor, taught_NG: Tensor, teacher: FusedHead) -> dict[str, Tensor]:
-        """Sums of KL(teacher as it was || student) and of KL(teacher as it was || teacher as it is), at T = 1."""
-        frozen, moved = [], []
-        for before, hidden, taught in zip(
-            before_NG.split(ROWS), hidden_ND.split(ROWS), taught_NG.split(ROWS), strict=True
-        ):
-            was = teacher.logits(before).float()
-            frozen.append(kl_rows(was, self.head.logits(hidden).float()).sum())
-            moved.append(kl_rows(was, teacher.logits(taught).float()).sum())
-        return {"kl_frozen": torch.stack(frozen).sum(), "teacher_drift": torch.stack(moved).sum()}
+    def _over_spans(
+        self, sar: SarDistillation, hidden_BTD: Tensor, taught_BUG: Tensor, labels_BT: Tensor, paired: Paired
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        count = int(paired.span_count.max())
+        heads = (self.head, sar.held[1])
+        own, theirs = (
+            _scattered(head, hidden, side.labels)
+            for head, hidden, side in zip(heads, (hidden_BTD, taught_BUG), paired[:2], strict=True)
+        )
+        ce = -own.sum()
+        (student_BS, sizes_BS), (teacher_BS, _) = (
+            span_logprobs(logprobs, side.label_spans, count)
+            for logprobs, side in zip((own, theirs), paired[:2], strict=True)
+        )
+        likelihood = span_likelihood_loss(student_BS, teacher_BS, sizes_BS > 0, sar.temperature)
+        divergence = sar.sar.likelihood * sar.temperature * likelihood
+        share_BU = per_token(paired.teacher.labels != IGNORED, (labels_BT != IGNORED).sum(1))
+        named = {"ce": ce, "span_kl": likelihood, "teacher_ce": -(theirs * share_BU).sum()}
+        if sar.sar.features:
+            student_BSD, sizes_BS = span_means(hidden_BTD, paired.student.spans, count)
+            teacher_BSG, there_BS = span_means(taught_BUG, paired.teacher.spans, count)
+            features = span_feature_loss(sar.projector(student_BSD), teacher_BSG, (sizes_BS > 0) & (there_BS > 0))
+            divergence = divergence + sar.sar.features * features
+            named["features"] = features
+        total = (1 - sar.alpha) * ce + sar.alpha * divergence
+        return total, {name: value.detach() for name, value in named.items()}
+
+
+def last_hidden(model: Any, batch: Batch | Side) -> Tensor:
+    return model.get_decoder()(batch.tokens, position_ids=batch.position_ids, use_cache=False).last_hidden_state
+
+
+def projection(student: int, teacher: int) -> nn.Linear:
+    """The student's hidden states in the teacher's width; the same on every rank."""
+    linear = nn.Linear(student, teacher, bias=False)
+    if linear.weight.device.type != "meta":
+        nn.init.normal_(linear.weight, std=student**-0.5, generator=torch.Generator().manual_seed(0))
+    return linear
+
+
+def per_token(counted_BU: Tensor, tokens_B: Tensor) -> Tensor:
+    """Weights [B, U] with which a sum over a window's counted positions is their mean times its tokens."""
+    return counted_BU * (tokens_B / counted_BU.sum(1).clamp(min=1))[:, None]
+
+
+def kl_sum(head: FusedHead, states_NG: Tensor, other: FusedHead, others_ND: Tensor, weights_N: Tensor) -> Tensor:
+    """Weighted sum over rows of KL(head of states || other of others), a few rows at a time."""
+    parts = zip(states_NG.split(ROWS), others_ND.split(ROWS), weights_N.split(ROWS), strict=True)
+    sums = [(w * kl_rows(head.logits(p).float(), other.logits(q).float())).sum() for p, q, w in parts]
+    return torch.stack(sums).sum() if sums else weights_N.sum()
+
+
+def _scattered(head: FusedHead, hidden_BTD: Tensor, labels_BT: Tensor) -> Tensor:
+    """log p of each label, [B, T], 0 where there is none."""
+    counted = labels_BT != IGNORED
+    found_N = label_logprobs(head.logits, hidden_BTD[counted], labels_BT[counted], head.vocab_size)
+    return found_N.new_zeros(labels_BT.shape).masked_scatter(counted, found_N)
 
 
 def active_at(router: Router, sar: SarConfig, share: float) -> int:

@@ -1,0 +1,300 @@
+"""Windows of one tokenizer → the same text in two tokenizers, aligned at characters where both end a token.
+
+A boundary is a character position where a token ends on both sides, a span what lies between two neighbouring ones.
+Both tokenizers encode the text that the student's decodes to, as plain text: the name of a special token in it is text.
+"""
+
+import copy
+from collections.abc import Sequence
+from itertools import chain, pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+
+from megakd.data.records import IGNORED, Paired, Sample, Side
+from megakd.errors import UserError
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
+    from transformers import PreTrainedTokenizerBase
+
+BEYOND = np.int64(2**62)  # a position behind every text
+UNREADABLE = "\ufffd"  # what part of a character decodes to
+OUTSIDE = "\0\0"  # two characters behind each text: the end token's, and one that no token covers
+SPACES = np.array([chr(code).isspace() for code in range(0x3002)])  # Unicode has none beyond
+
+
+def pair(
+    samples: Sequence[Sample],
+    student: "PreTrainedTokenizerBase",
+    teacher: "PreTrainedTokenizerBase",
+    student_length: int,
+    teacher_length: int,
+) -> Paired:
+    """Both models' views of windows of the student's tokens, row by row the same text; [B, student_length] and so on.
+
+    Each document of a window, decoded, is encoded by both. One that ended with the student's end token ends with each
+    side's own, and these two are a span. A row has at most length + 1 tokens on either side, the last only as a label
+    (as in `collate`); where a side has more, both end at the last shared boundary that fits. A span is scored
+    (label_spans) when every token of it is predicted: not when it holds the first token of a document on either side.
+
+    Boundaries are compared modulo whitespace: in a run of it, those at the same character or else, where a side drops
+    or places it otherwise, the first of each. Text that a side has no tokens for at all is left out of both.
+    UserError for a tokenizer without offsets (a slow one) or without an end token.
+    """
+    sides = _reader(student), _reader(teacher)
+    texts, ended_P, rows_P = _texts(samples, sides[0])
+    encodings = [side.backend.encode_batch(texts, add_special_tokens=False) for side in sides]
+    known = [all(len(e) for e in both) for both in zip(*encodings, strict=True)]
+    layout = _Layout.of([text if keep else "" for text, keep in zip(texts, known, strict=True)], ended_P)
+    views = [_view(found, layout, side.end) for found, side in zip(encodings, sides, strict=True)]
+    ends_K = _match(_ends(views[0], layout), _ends(views[1], layout))  # token indices on each side
+    cuts = [_Cut.of(view, ends, rows_P, len(samples)) for view, ends in zip(views, ends_K, strict=True)]
+
+    fits_K = (cuts[0].sizes_K <= student_length + 1) & (cuts[1].sizes_K <= teacher_length + 1)
+    span_rows_K = cuts[0].rows_N[ends_K[0]]
+    count_B = np.bincount(span_rows_K[fits_K], minlength=len(samples))
+    first_span_B = np.searchsorted(span_rows_K, np.arange(len(samples)))
+    unscored_K = np.zeros(len(fits_K), bool)
+    for view, cut in zip(views, cuts, strict=True):
+        unscored_K[cut.spans_N[view.firsts_N]] = True
+    student_side, teacher_side = (
+        _side(view, cut, count_B, first_span_B, unscored_K, length)
+        for view, cut, length in zip(views, cuts, (student_length, teacher_length), strict=True)
+    )
+    return Paired(student_side, teacher_side, torch.from_numpy(count_B))
+
+
+class _Reader(NamedTuple):
+    """A tokenizer's Rust part, reading special tokens as text; its end token; the bytes of its byte tokens by id."""
+
+    backend: Any
+    end: int
+    bytes: dict[int, int]
+
+
+_made: "WeakKeyDictionary[PreTrainedTokenizerBase, _Reader]" = WeakKeyDictionary()
+
+
+def _reader(tokenizer: "PreTrainedTokenizerBase") -> _Reader:
+    """Made once for a tokenizer: a copy, for the settings would change what its owner gets, in other threads too."""
+    if tokenizer in _made:
+        return _made[tokenizer]
+    name = f"{tokenizer.name_or_path or 'tokenizer'} ({type(tokenizer).__name__})"
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(f"{name}: gives no character offsets; two tokenizers are aligned only when both are fast ones")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{name}: the tokenizer has no end-of-sequence token, which documents end with")
+    backend: Any = copy.deepcopy(tokenizer.backend_tokenizer)  # type: ignore[attr-defined]
+    backend.post_processor = None  # that of many trims spaces off the offsets
+    backend.encode_special_tokens = True
+    backend.no_truncation()
+    backend.no_padding()
+    ids = {backend.token_to_id(f"<0x{byte:02X}>"): byte for byte in range(256)}
+    ids.pop(None, None)
+    _made[tokenizer] = _Reader(backend, int(tokenizer.eos_token_id), ids)  # type: ignore[arg-type]
+    return _made[tokenizer]
+
+
+def _texts(samples: Sequence[Sample], reader: _Reader) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """The text of every document in every sample, whether it ended, and its row.
+
+    Part of a character, where a window cuts one, is taken off.
+    """
+    documents, opens, ended, rows = [], [], [], []
+    for row, sample in enumerate(samples):
+        tokens = sample.tokens.tolist()
+        for start, stop in pairwise([*sample.starts.tolist(), len(tokens)]):
+            ids = tokens[start:stop]
+            opens.append(start == 0)
+            ended.append(ids[-1:] == [reader.end])
+            rows.append(row)
+            ids = ids[:-1] if ended[-1] else _without_cut_end(ids, reader.bytes)
+            documents.append(_without_cut_start(ids, reader.bytes) if opens[-1] else ids)
+    texts = reader.backend.decode_batch(documents, skip_special_tokens=False)
+    for i, text in enumerate(texts):
+        text = text.lstrip(UNREADABLE) if opens[i] else text
+        texts[i] = text if ended[i] else text.rstrip(UNREADABLE)
+    return texts, np.array(ended, bool), np.array(rows, np.int64)
+
+
+# Byte tokens are cut by hand: next to an incomplete character, tokenizers' decoder makes the whole run unreadable.
+def _without_cut_start(ids: list[int], bytes_of: dict[int, int]) -> list[int]:
+    """Without byte tokens that go on with a character, at most 3."""
+    count = 0
+    while count < min(3, len(ids)) and 0x80 <= bytes_of.get(ids[count], 0) < 0xC0:
+        count += 1
+    return ids[count:]
+
+
+def _without_cut_end(ids: list[int], bytes_of: dict[int, int]) -> list[int]:
+    """Without byte tokens that begin a character and do not finish it, at most 3."""
+    for count, token in enumerate(ids[: -min(4, len(ids) + 1) : -1], 1):
+        byte = bytes_of.get(token, 0)
+        if byte >= 0xC0:
+            return ids[:-count] if count < 2 + (byte >= 0xE0) + (byte >= 0xF0) else ids
+        if byte < 0x80:
+            break
+    return ids
+
+
+class _Layout(NamedTuple):
+    """P texts one behind the other, each with OUTSIDE behind it: C characters.
+
+    begins_P, lengths_P, ended_P: where a text begins, its characters, whether it has an end token
+    solid_C:     how many of the first 0..C characters are no whitespace [C + 1]
+    solid_end_C: end of the last such one among them, 0 if there is none [C + 1]
+    """
+
+    begins_P: np.ndarray
+    lengths_P: np.ndarray
+    ended_P: np.ndarray
+    solid_C: np.ndarray
+    solid_end_C: np.ndarray
+
+    @classmethod
+    def of(cls, texts: list[str], ended_P: np.ndarray) -> "_Layout":
+        lengths_P = np.array([len(text) for text in texts], np.int64)
+        strides_P = lengths_P + len(OUTSIDE)
+        whole = "".join(chain.from_iterable((text, OUTSIDE) for text in texts))
+        codes_C = np.frombuffer(whole.encode("utf-32-le"), np.uint32)
+        solid = ~SPACES[np.minimum(codes_C, len(SPACES) - 1)]
+        positions = np.where(solid, np.arange(1, len(solid) + 1), 0)
+        return cls(
+            np.cumsum(strides_P) - strides_P,
+            lengths_P,
+            ended_P,
+            np.concatenate([[0], np.cumsum(solid)]),
+            np.concatenate([[0], np.maximum.accumulate(positions)]),
+        )
+
+
+class _View(NamedTuple):
+    """All N tokens of one side in order: ids, characters of the layout they cover, their text, firsts of a text."""
+
+    ids_N: np.ndarray
+    starts_N: np.ndarray
+    stops_N: np.ndarray
+    pieces_N: np.ndarray
+    firsts_N: np.ndarray
+
+
+def _view(encodings: "list[Encoding]", layout: _Layout, end: int) -> _View:
+    ids: list[int] = []
+    offsets: list[tuple[int, int]] = []
+    counts_P = np.zeros(len(encodings), np.int64)
+    for i, (encoding, length, ended) in enumerate(
+        zip(encodings, layout.lengths_P.tolist(), layout.ended_P.tolist(), strict=True)
+    ):
+        before = len(ids)
+        if length:
+            ids += encoding.ids
+            offsets += encoding.offsets
+        if ended:
+            ids.append(end)
+            offsets.append((length, length + 1))
+        counts_P[i] = len(ids) - before
+    pieces_N = np.repeat(np.arange(len(encodings)), counts_P)
+    bounds_N2 = np.fromiter(chain.from_iterable(offsets), np.int64, 2 * len(ids)).reshape(-1, 2)
+    bounds_N2 += layout.begins_P[pieces_N, None]
+    firsts_N = np.diff(pieces_N, prepend=-1) != 0
+    return _View(np.array(ids, np.int64), bounds_N2[:, 0], bounds_N2[:, 1], pieces_N, firsts_N)
+
+
+class _Ends(NamedTuple):
+    """Tokens of one side at which a span may end: their indices, where they end, solid characters before there; [E]."""
+
+    indices: np.ndarray
+    at: np.ndarray
+    solid: np.ndarray
+
+
+def _ends(view: _View, layout: _Layout) -> _Ends:
+    """The tokens that complete all characters begun.
+
+    Several tokens may share a character, or have none. A character between two tokens that neither covers, such as an
+    accent that normalisation took, belongs to the first. The last token of a text ends where the text does.
+    """
+    if not len(view.ids_N):
+        return _Ends(*np.zeros((3, 0), np.int64))
+    text_ends_N = (layout.begins_P + layout.lengths_P)[view.pieces_N]
+    is_end_N = view.stops_N > text_ends_N  # end tokens
+    limits_N = text_ends_N + is_end_N
+    has_text_N = view.stops_N > view.starts_N
+    stops_N = np.maximum.accumulate(np.where(has_text_N, view.stops_N, layout.begins_P[view.pieces_N]))
+    last_N = np.append((np.diff(view.pieces_N) != 0) | is_end_N[1:], True)
+    stops_N[last_N] = limits_N[last_N]
+    starts_N = np.where(has_text_N, view.starts_N, BEYOND)
+    next_starts_N = np.append(np.minimum.accumulate(starts_N[:0:-1])[::-1], BEYOND)
+    next_starts_N = np.minimum(next_starts_N, limits_N)
+    at_N = np.maximum(stops_N, layout.solid_end_C[next_starts_N])
+    is_boundary_N = (next_starts_N >= stops_N) & (at_N > layout.begins_P[view.pieces_N])
+    indices = np.flatnonzero(is_boundary_N)
+    indices = indices[np.diff(at_N[indices], append=-1) != 0]  # a token without characters goes with the one before
+    return _Ends(indices, at_N[indices], layout.solid_C[at_N[indices]])
+
+
+def _match(student: _Ends, teacher: _Ends) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the tokens that end the K spans, on each side [K].
+
+    Ends with as many solid characters before them differ in whitespace alone. Among these, all at the same character
+    are shared; without any, the first of each side are.
+    """
+    _, same_s, same_t = np.intersect1d(student.at, teacher.at, assume_unique=True, return_indices=True)
+    counts_s, firsts_s = np.unique(student.solid, return_index=True)
+    counts_t, firsts_t = np.unique(teacher.solid, return_index=True)
+    counts, near_s, near_t = np.intersect1d(counts_s, counts_t, assume_unique=True, return_indices=True)
+    alone = ~np.isin(counts, student.solid[same_s])
+    ends_s = np.sort(np.concatenate([same_s, firsts_s[near_s[alone]]]))
+    ends_t = np.sort(np.concatenate([same_t, firsts_t[near_t[alone]]]))
+    return student.indices[ends_s], teacher.indices[ends_t]
+
+
+class _Cut(NamedTuple):
+    """Where spans and rows are on one side.
+
+    sizes_K: tokens of its row up to the end of each span
+    spans_N, rows_N, columns_N: each token's span (in the whole batch), row, and index in the row
+    """
+
+    sizes_K: np.ndarray
+    spans_N: np.ndarray
+    rows_N: np.ndarray
+    columns_N: np.ndarray
+
+    @classmethod
+    def of(cls, view: _View, ends_K: np.ndarray, rows_P: np.ndarray, batch_size: int) -> "_Cut":
+        index_N = np.arange(len(view.ids_N))
+        rows_N = rows_P[view.pieces_N]
+        columns_N = index_N - np.searchsorted(rows_N, np.arange(batch_size))[rows_N]
+        return cls(columns_N[ends_K] + 1, np.searchsorted(ends_K, index_N), rows_N, columns_N)
+
+
+def _side(
+    view: _View, cut: _Cut, count_B: np.ndarray, first_span_B: np.ndarray, unscored_K: np.ndarray, length: int
+) -> Side:
+    """The first count_B spans of every row as padded tensors."""
+    shape = (len(count_B), length)
+    tokens, spans = np.zeros(shape, np.int64), np.full(shape, -1, np.int64)
+    labels, label_spans = np.full(shape, IGNORED, np.int64), np.full(shape, -1, np.int64)
+    restarts = np.zeros(shape, np.int64)
+
+    size_B = np.zeros(len(count_B), np.int64)
+    size_B[count_B > 0] = cut.sizes_K[(first_span_B + count_B - 1)[count_B > 0]]
+    spans_N = cut.spans_N - first_span_B[cut.rows_N]
+
+    read = np.flatnonzero(cut.columns_N < size_B[cut.rows_N] - 1)  # the last is only a label
+    row, column = cut.rows_N[read], cut.columns_N[read]
+    tokens[row, column], spans[row, column] = view.ids_N[read], spans_N[read]
+    restarts[row, column] = np.where(view.firsts_N[read], column, 0)
+    padded = np.flatnonzero(size_B <= length)
+    restarts[padded, np.maximum(size_B[padded] - 1, 0)] = np.maximum(size_B[padded] - 1, 0)
+
+    said = np.flatnonzero((cut.columns_N < size_B[cut.rows_N]) & ~view.firsts_N)
+    row, column = cut.rows_N[said], cut.columns_N[said] - 1
+    labels[row, column] = view.ids_N[said]
+    label_spans[row, column] = np.where(unscored_K[cut.spans_N[said]], -1, spans_N[said])
+    position_ids = np.arange(length) - np.maximum.accumulate(restarts, axis=1)
+    return Side(*(torch.from_numpy(array) for array in (tokens, labels, position_ids, spans, label_spans)))
