@@ -188,14 +188,15 @@ Temperature = Annotated[float | tuple[float, float], _ramp(gt=0), _AS_IT_IS]
 class ObjectiveConfig(Section):
     """(1 - alpha) * CE + alpha * T^2 * KL; tail: what stands for the tokens that are not in the stored head.
 
-    kind: cached learns from stored targets; sar from the teacher itself, whose routers learn too (section `sar`).
+    kind: cached learns from stored targets; sar from the teacher itself, whose routers learn too; online from the
+    teacher itself, and from what is inside it. Both have sections of their names.
 
     ghost: one more bucket. truncated: nothing. sampled, hybrid: the stored draws, from everything or from the rest.
     alpha, temperature: a number, or [start, end]: linear over each stage. divergence: instead of the KL; mix: the
     teacher's share of the mixture in jsd and skew_kl.
     """
 
-    kind: Literal["cached", "sar"] = "cached"
+    kind: Literal["cached", "sar", "online"] = "cached"
     alpha: Share = 0.5
     temperature: Temperature = 2.0
     tail: Literal["ghost", "truncated", "sampled", "hybrid"] = "ghost"
@@ -232,6 +233,30 @@ class SarConfig(Section):
     features: float = Field(1.0, ge=0)
     router_patterns: tuple[str, ...] = ()
     drift_steps: int = live(10, ge=0)
+
+
+class OnlineConfig(Section):
+    """What objective.kind=online learns from the teacher itself; a part with weight 0 is not computed.
+
+    The loss is (1 - alpha) CE + alpha times the sum of: kl * T^2 KL; feature, of last hidden states; attention, of its
+    maps; layers, of every layer's hidden states; contrastive, of a window's positions, at contrastive_temperature.
+    gap: positions count for the KL by their KL at T = 1 to this power. importance: experts of the teacher count by
+    their share of that KL to this power. routing as in `sar`, or capacity: the way from initial_top_k to final_top_k by
+    exp(-KL), how much of the teacher the student reaches.
+    """
+
+    kl: float = Field(0.7, ge=0)
+    feature: float = Field(0.1, ge=0)
+    attention: float = Field(0.1, ge=0)
+    layers: float = Field(0.05, ge=0)
+    contrastive: float = Field(0.05, ge=0)
+    contrastive_temperature: float = Field(0.1, gt=0)
+    gap: float = Field(0.0, ge=0)
+    importance: float = Field(0.0, ge=0)
+    routing: Literal["trained", "all", "top_m", "capacity"] = "trained"
+    initial_top_k: int = Field(1, ge=1)
+    final_top_k: int = Field(4, ge=1)
+    router_patterns: tuple[str, ...] = ()
 
 
 class OptimConfig(Section):
@@ -361,6 +386,7 @@ class RunConfig(Section):
     stream: StreamConfig = StreamConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     sar: SarConfig = SarConfig()
+    online: OnlineConfig = OnlineConfig()
     optim: OptimConfig = OptimConfig()
     stages: tuple[StageConfig, ...] = Field((StageConfig(name="all", tokens=int(1e9)),), min_length=1)
     engine: EngineConfig = EngineConfig()

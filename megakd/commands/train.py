@@ -138,6 +138,7 @@ def train_stage(
         carried = end_of_stage(run, saved, dataset, world)
     objective = build_objective(config, saved.weights if saved else run.student_folder, dataset, world.device)
     objective.restore(saved.beside if saved else {})
+    objective.memory |= progress.memory
     updates = carried.updates if carried else {}
     if saved and progress.stage == index:
         check_ranks(saved, world.size)
@@ -171,6 +172,7 @@ def train_stage(
 
                 report = engine.step(batches, tokens, factor, accept, show)
                 progress = progress._replace(health=judge(run, progress, report, tokens, world))
+                objective.observe(report.sums, tokens)
             progress = Progress(
                 stage=index,
                 stage_step=progress.stage_step + 1,
@@ -179,6 +181,7 @@ def train_stage(
                 tokens=progress.tokens + tokens,
                 shards=shards,
                 health=progress.health,
+                memory=dict(objective.memory),
             )
             watch.step_done(
                 progress.stage_step,

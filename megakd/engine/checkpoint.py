@@ -11,8 +11,9 @@ checkpoints/<stage>/step-000500/   progress.json   where the run stands
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from safetensors.torch import load_file, save_file
@@ -34,7 +35,7 @@ class Progress(NamedTuple):
     """Where training stands: `step` of all stages, `stage_step` of stage `stage`, samples and counted tokens taken.
 
     shards: which shards `samples` counts over (`shards_digest`); empty in checkpoints that do not say.
-    health: which losses are usual, and how many updates were left out.
+    health: which losses are usual, and how many updates were left out. memory: the objective's.
     """
 
     stage: int = 0
@@ -44,6 +45,7 @@ class Progress(NamedTuple):
     tokens: int = 0
     shards: str = ""
     health: Health = Health()
+    memory: Mapping[str, list[float]] = MappingProxyType({})
 
 
 class Saved(NamedTuple):
@@ -105,7 +107,9 @@ def save_checkpoint(
             pass
     if world.first:
         write_json(temporary / "carried.json", updates)
-        write_json(temporary / "progress.json", {**progress._asdict(), "ranks": world.size})
+        write_json(
+            temporary / "progress.json", {**progress._asdict(), "memory": dict(progress.memory), "ranks": world.size}
+        )
     barrier()
     names = sorted(str(path.relative_to(temporary)) for path in temporary.rglob("*") if path.is_file())
     barrier()  # all have looked before one writes
@@ -172,7 +176,7 @@ def published(checkpoints: Path) -> list[Saved]:
     for path in checkpoints.glob("*/step-*"):
         if re.fullmatch(r"step-\d+", path.name) and (path / "progress.json").exists():
             try:
-                fields = {"shards": "", "health": Health(), **read_json(path / "progress.json")}
+                fields = {"shards": "", "health": Health(), "memory": {}, **read_json(path / "progress.json")}
             except UserError:
                 if (path / "progress.json").exists():
                     raise
@@ -180,7 +184,7 @@ def published(checkpoints: Path) -> list[Saved]:
             recent, *counts = fields["health"]
             fields["health"] = Health(tuple(recent), *counts)
             found.append(Saved(path, Progress(**{name: fields[name] for name in Progress._fields})))
-    return sorted(found, key=lambda saved: saved.progress)
+    return sorted(found, key=lambda saved: saved.progress[:3])
 
 
 def check_ranks(saved: Saved, ranks: int) -> None:

@@ -41,8 +41,9 @@ def live_loss(
     temperature: float,
     vocab_size: int,
     weights_N: Tensor | None = None,
+    kl_weight: float = 1.0,
 ) -> LiveTerms:
-    """sum over tokens of (1 - alpha) CE + alpha T^2 KL_T(teacher || student), from last hidden states.
+    """sum over tokens of (1 - alpha) CE + alpha kl_weight T^2 KL_T(teacher || student), from last hidden states.
 
     student, teacher: hidden states [n, D] or [n, G] to logits [n, >= V]. labels_N: real token ids.
     KL = sum of p (log p - log q) with p the teacher's: its entropy is a part of what is differentiated, for a teacher
@@ -63,7 +64,7 @@ def live_loss(
 
     parts = _chunked(chunk, vocab_size, student_ND, teacher_NG, labels_N, weights_N)
     ce, kl, kl_t1, teacher_ce = (torch.stack(part).sum() for part in zip(*parts, strict=True))
-    total = (1 - alpha) * ce + alpha * temperature**2 * kl
+    total = (1 - alpha) * ce + alpha * kl_weight * temperature**2 * kl
     return LiveTerms(total, ce.detach(), kl.detach(), kl_t1, teacher_ce)
 
 

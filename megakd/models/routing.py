@@ -107,6 +107,19 @@ def describe(routers: Sequence[Router]) -> str:
     return f"{len(routers)} routers, {chosen}: {routers[0].name}" + (f" … {routers[-1].name}" if routers[1:] else "")
 
 
+def scheduled(router: Router, rule: str, first: int, last: int, share: float) -> int:
+    """Experts a token takes at this share of the way, 0 to 1; never more than there are.
+
+    rule: trained, all, or (any other) from `first` to `last`, each of the numbers between for as long.
+    """
+    if rule == "trained":
+        return router.active
+    if rule == "all":
+        return router.experts
+    steps = min(int(share * (abs(last - first) + 1)), abs(last - first))
+    return min(first + (steps if last > first else -steps), router.experts)
+
+
 @contextmanager
 def choices(routers: Sequence[Router]) -> Iterator[list[Choice]]:
     """What every router chooses during one forward pass, in the order of the calls, with gradients."""
@@ -122,6 +135,35 @@ def choices(routers: Sequence[Router]) -> Iterator[list[Choice]]:
     hooks = [
         router.module.register_forward_hook(lambda m, i, o, router=router: listen(m, i, o, router))
         for router in routers
+    ]
+    try:
+        yield heard
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def weighed(routers: Sequence[Router], factors: Sequence[Tensor] | None) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Routing weights times what each expert counts, a token's sum kept; heard: (weights, experts), [N, k] each.
+
+    factors: [E] each; None leaves the weights alone. Routers must give (logits, weights, experts), as transformers' do.
+    """
+    heard: list[tuple[Tensor, Tensor]] = []
+
+    def change(module: Any, inputs: Any, output: Any, index: int) -> Any:
+        if not isinstance(output, tuple) or len(output) != 3:
+            raise UserError(f"{routers[index].name}: gives no routing weights that could be changed; set importance=0")
+        logits, weights, experts = output
+        if factors is not None:
+            changed = weights * factors[index].to(weights)[experts]
+            weights = changed * (weights.sum(-1, keepdim=True) / changed.sum(-1, keepdim=True))
+        heard.append((weights, experts))
+        return logits, weights, experts
+
+    hooks = [
+        router.module.register_forward_hook(lambda m, i, o, index=index: change(m, i, o, index))
+        for index, router in enumerate(routers)
     ]
     try:
         yield heard

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from megakd.config import ObjectiveConfig
+from megakd.data.records import Batch, Side
 
 
 class LossReport(NamedTuple):
@@ -22,13 +23,14 @@ class LossReport(NamedTuple):
 class Objective(nn.Module):
     """forward(Batch) -> LossReport. `student` and whatever else it registers is trained, by the stage's rules.
 
-    alpha, temperature: what is in force, by `at`.
+    alpha, temperature: what is in force, by `at`. memory: what steps leave for those after them; in checkpoints.
     """
 
     def __init__(self, student: Any, config: ObjectiveConfig):
         super().__init__()
         self.student = student
         self.config = config
+        self.memory: dict[str, list[float]] = {}
 
     @torch.no_grad()
     def restore(self, beside: Mapping[str, Tensor]) -> None:
@@ -43,3 +45,18 @@ class Objective(nn.Module):
             value[0] + share * (value[1] - value[0]) if isinstance(value, tuple) else value
             for value in (self.config.alpha, self.config.temperature)
         )
+
+    def observe(self, sums: Mapping[str, float], tokens: int) -> None:
+        """After a step: its sums over all ranks, and its counted tokens. Called by all ranks together."""
+
+
+def last_hidden(model: Any, batch: Batch | Side) -> Tensor:
+    return model.get_decoder()(batch.tokens, position_ids=batch.position_ids, use_cache=False).last_hidden_state
+
+
+def projection(student: int, teacher: int) -> nn.Linear:
+    """The student's hidden states in the teacher's width; the same on every rank."""
+    linear = nn.Linear(student, teacher, bias=False)
+    if linear.weight.device.type != "meta":
+        nn.init.normal_(linear.weight, std=student**-0.5, generator=torch.Generator().manual_seed(0))
+    return linear

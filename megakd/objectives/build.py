@@ -5,6 +5,7 @@ from typing import Any
 from megakd.config import RunConfig
 from megakd.objectives.base import Objective
 from megakd.objectives.cached import CachedDistillation
+from megakd.objectives.online import OnlineDistillation
 from megakd.objectives.sar import SarDistillation
 
 
@@ -19,4 +20,6 @@ def build(
     if config.objective.kind == "cached":
         return CachedDistillation(student, config.objective, facts)
     size = facts["tokenizer"]["vocab_size"]
+    if config.objective.kind == "online":
+        return OnlineDistillation(student, teacher, config.objective, config.online, size)
     return SarDistillation(student, teacher, config.objective, config.sar, size, teacher_vocab_size)

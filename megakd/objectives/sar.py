@@ -17,8 +17,8 @@ from megakd.losses.fused import FusedHead
 from megakd.losses.live import kl_rows, label_logprobs, live_loss
 from megakd.losses.router import anchor, load_balance, routing_entropy
 from megakd.losses.spans import span_feature_loss, span_likelihood_loss, span_logprobs, span_means
-from megakd.models.routing import Choice, Router, choices, copies, find_routers, in_place_of, learns_nothing
-from megakd.objectives.base import LossReport, Objective
+from megakd.models.routing import Choice, Router, choices, copies, find_routers, in_place_of, learns_nothing, scheduled
+from megakd.objectives.base import LossReport, Objective, last_hidden, projection
 from megakd.objectives.cached import fused_head
 
 SEPARATOR = ":"
@@ -70,8 +70,9 @@ class SarDistillation(Objective):
         self.step = step
         if self.hooks and self.largest is not None:
             self._check_gradient()
+        rule = self.sar.routing, self.sar.initial_top_k, self.sar.final_top_k
         for router in self.found:
-            router.take(active_at(router, self.sar, share))
+            router.take(scheduled(router, *rule, share))
 
     def forward(self, batch: Batch) -> LossReport:
         teacher, _ = self.held
@@ -125,9 +126,9 @@ class SarDistillation(Objective):
         with in_place_of(self.found, self.initial):
             before_NG = last_hidden(teacher, theirs)[counted]
         share_N = per_token(counted, tokens_B)[counted]
-        named = {"teacher_drift": kl_sum(head, before_NG, head, taught_NG, share_N)}
+        named = {"teacher_drift": (share_N * kl_each(head, before_NG, head, taught_NG)).sum()}
         if hidden_ND is not None:
-            named["kl_frozen"] = kl_sum(head, before_NG, self.head.head, hidden_ND, share_N)
+            named["kl_frozen"] = (share_N * kl_each(head, before_NG, self.head.head, hidden_ND)).sum()
         return named
 
     def _note(self, gradient: Tensor) -> None:
@@ -189,28 +190,16 @@ class LiveHead(nn.Module):
         return total, {name: value.detach() for name, value in named.items()}
 
 
-def last_hidden(model: Any, batch: Batch | Side) -> Tensor:
-    return model.get_decoder()(batch.tokens, position_ids=batch.position_ids, use_cache=False).last_hidden_state
-
-
-def projection(student: int, teacher: int) -> nn.Linear:
-    """The student's hidden states in the teacher's width; the same on every rank."""
-    linear = nn.Linear(student, teacher, bias=False)
-    if linear.weight.device.type != "meta":
-        nn.init.normal_(linear.weight, std=student**-0.5, generator=torch.Generator().manual_seed(0))
-    return linear
-
-
 def per_token(counted_BU: Tensor, tokens_B: Tensor) -> Tensor:
     """Weights [B, U] with which a sum over a window's counted positions is their mean times its tokens."""
     return counted_BU * (tokens_B / counted_BU.sum(1).clamp(min=1))[:, None]
 
 
-def kl_sum(head: FusedHead, states_NG: Tensor, other: FusedHead, others_ND: Tensor, weights_N: Tensor) -> Tensor:
-    """Weighted sum over rows of KL(head of states || other of others), a few rows at a time."""
-    parts = zip(states_NG.split(ROWS), others_ND.split(ROWS), weights_N.split(ROWS), strict=True)
-    sums = [(w * kl_rows(head.logits(p).float(), other.logits(q).float())).sum() for p, q, w in parts]
-    return torch.stack(sums).sum() if sums else weights_N.sum()
+@torch.no_grad()
+def kl_each(head: FusedHead, states_NG: Tensor, other: FusedHead, others_ND: Tensor) -> Tensor:
+    """KL(head of states || other of others) at T = 1 of each row, [N], a few rows at a time."""
+    parts = zip(states_NG.split(ROWS), others_ND.split(ROWS), strict=True)
+    return torch.cat([kl_rows(head.logits(p).float(), other.logits(q).float()) for p, q in parts])
 
 
 def _scattered(head: FusedHead, hidden_BTD: Tensor, labels_BT: Tensor) -> Tensor:
@@ -220,21 +209,10 @@ def _scattered(head: FusedHead, hidden_BTD: Tensor, labels_BT: Tensor) -> Tensor
     return found_N.new_zeros(labels_BT.shape).masked_scatter(counted, found_N)
 
 
-def active_at(router: Router, sar: SarConfig, share: float) -> int:
-    """Experts a token takes at this share of a stage, 0 to 1; never more than there are."""
-    if sar.routing == "trained":
-        return router.active
-    if sar.routing == "all":
-        return router.experts
-    span = sar.final_top_k - sar.initial_top_k
-    steps = min(int(share * (abs(span) + 1)), abs(span))
-    return min(sar.initial_top_k + (steps if span > 0 else -steps), router.experts)
-
-
 def check_schedule(routers: list[Router], sar: SarConfig) -> None:
     """UserError where routers can learn nothing: one expert a token, with normalised weights."""
     for router in routers:
-        counts = {active_at(router, sar, share) for share in (0.0, 1.0)}
+        counts = {scheduled(router, sar.routing, sar.initial_top_k, sar.final_top_k, share) for share in (0.0, 1.0)}
         if min(counts) > 1 or router.module.weight.device.type == "meta":
             continue
         before = router.holder.top_k
