@@ -11,9 +11,8 @@ checkpoints/<stage>/step-000500/   progress.json   where the run stands
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import MappingProxyType
 from typing import NamedTuple
 
 from safetensors.torch import load_file, save_file
@@ -45,7 +44,7 @@ class Progress(NamedTuple):
     tokens: int = 0
     shards: str = ""
     health: Health = Health()
-    memory: Mapping[str, list[float]] = MappingProxyType({})
+    memory: dict[str, list[float]] = {}  # noqa: RUF012 (never changed)
 
 
 class Saved(NamedTuple):
