@@ -5,6 +5,10 @@ Its model card, README.md, holds what compress and evaluate measured.
 compact  the shared-core model; transformers loads it after `import megakd`, or without it with trust_remote_code=True
 dense    expanded to the family's stock architecture in the hub's own layout; needs no MegaKD
 
+With objective.kind=sar the teacher's routers, which learned too, lie in router_update/ below it, under their names in
+the teacher: router_update.safetensors, .pt and what is to be known of them, .json (tools/apply_router_update.py puts
+them into a teacher).
+
 examples:
   megakd export runs/a
   megakd export runs/a --dense
@@ -19,15 +23,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megakd.engine.checkpoint import best_weights, published
+from megakd.engine.checkpoint import BESIDE, best_weights, published
 from megakd.errors import UserError
 from megakd.evals.model_card import write_card
 from megakd.files import publishing, read_json, read_json_lines
 from megakd.log import say, short
-from megakd.models.hub import Checkpoint, cast, copy_side_files, is_student, load_config, write_config, write_weights
+from megakd.models.hub import (
+    Checkpoint,
+    cast,
+    copy_side_files,
+    is_student,
+    load_config,
+    resolve,
+    weights_fingerprint,
+    write_config,
+    write_weights,
+)
+from megakd.models.router_update import UPDATE, TeacherRouters, read_update, write_update
 from megakd.models.shared_core import PROJECTIONS, dense_weight
 from megakd.models.spec import spec_for
 from megakd.models.student import stock_config
+from megakd.objectives.sar import SEPARATOR
 from megakd.run import Run
 
 
@@ -67,9 +83,12 @@ def main(run: Run, args: argparse.Namespace) -> None:
         write_config(temporary, config)
         copy_side_files(source, temporary)
         describe(run, source, temporary)
+        routers = write_routers(run, source, temporary / UPDATE) if run.config.objective.kind == "sar" else 0
     size = sum(path.stat().st_size for path in target.glob("*.safetensors"))
     run.record("export", folder=str(target), source=str(source))
     say(f"{target}: {(config.architectures or ['?'])[0]}, {short(size)}B, from {source}")
+    if routers:
+        say(f"{target / UPDATE}: {routers} routers that learned, for {run.config.model.teacher}")
 
 
 def describe(run: Run, source: Path, folder: Path) -> None:
@@ -85,6 +104,37 @@ def describe(run: Run, source: Path, folder: Path) -> None:
         measured,
         (run.student_folder, Path(run.config.model.teacher)),
     )
+
+
+def write_routers(run: Run, source: Path, folder: Path) -> int:
+    """Write the routers that learned with the weights of `source` into the export; how many."""
+    checkpoint = source.parent
+    if source == run.student_folder or not (checkpoint / BESIDE).exists():
+        why = "the student was not trained" if source == run.student_folder else f"{checkpoint / BESIDE} is not there"
+        say(f"export: no router update: {why}")
+        return 0
+    model, sar = run.config.model, run.config.sar
+    source = resolve(model.teacher, model.revision)
+    teacher = TeacherRouters(source, sar.router_patterns)
+    counts = ("initial_top_k", "final_top_k") if sar.routing == "top_m" else ()
+    facts = {
+        # a folder's name alone: where it lies is nobody else's business
+        "teacher": {
+            "id": source.resolve().name if Path(model.teacher).exists() else model.teacher,
+            "revision": model.revision,
+            "weights": weights_fingerprint(source),
+        },
+        **sar.model_dump(mode="json", include={"routing", "router_patterns", *counts}),
+        "step": read_json(checkpoint / "progress.json")["step"],
+    }
+    write_update(folder, router_tensors(read_update(checkpoint / BESIDE)), teacher, facts)
+    return len(teacher.found)
+
+
+def router_tensors(beside: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of what the objective trains beside the student, the routers' tensors by their names in the teacher."""
+    parts = ((name.partition(".")[::2], tensor) for name, tensor in beside.items())
+    return {name.replace(SEPARATOR, "."): tensor for (kind, name), tensor in parts if kind == "routers"}
 
 
 def dense_tensors(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

@@ -357,8 +357,9 @@ def build_objective(config: RunConfig, folder: Path, dataset: ShardSet, device: 
         teacher = load_model(resolve(config.model.teacher, config.model.revision), half).to(device)
     other = None if config.objective.kind == "cached" else tokenizers(config, dataset.facts)[1]
     objective = build(config, student, teacher, dataset.facts, None if other is None else len(other))
-    for module in [m for name, m in objective.named_children() if name != "student"]:
-        module.to(dtype)
+    for name, parameter in objective.named_parameters():
+        if not name.startswith("student."):  # not the buffers: a router's correction bias stays as exact as it is
+            parameter.data = parameter.data.to(device, dtype)
     return objective
 
 

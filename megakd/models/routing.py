@@ -87,7 +87,7 @@ def _experts_beside(block: nn.Module) -> int:
         if isinstance(child, nn.ModuleList) and len({type(each) for each in child}) == 1 and len(child) > 1:
             return len(child)
         stacked = [p for p in child.parameters(recurse=False) if p.ndim == 3]
-        if stacked and len({p.shape[0] for p in stacked}) == 1:
+        if stacked and not isinstance(child, nn.Conv1d) and len({p.shape[0] for p in stacked}) == 1:
             return stacked[0].shape[0]
     return 0
 

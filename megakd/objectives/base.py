@@ -34,10 +34,10 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def restore(self, beside: Mapping[str, Tensor]) -> None:
-        """Set what is trained besides the student, by name."""
-        parameters = dict(self.named_parameters())
+        """Set what is trained besides the student, and its buffers, by name."""
+        mine = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         for name, tensor in beside.items():
-            parameters[name].copy_(tensor)
+            mine[name].copy_(tensor)
 
     def at(self, share: float, step: int = 0) -> None:
         """Set alpha and the temperature for this share of the stage, 0 to 1; step: those done in all. Once a step."""

@@ -1,14 +1,17 @@
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from megakd.files import read_json, read_json_lines
-from megakd.models.hub import CODE, load_model
+from megakd.files import read_json, read_json_lines, write_json
+from megakd.models.hub import CODE, load_model, weights_fingerprint
 from tests.conftest import in_process
+from tests.objectives.sar import sar_recipe
 
 STOCK = """
 import sys, torch
@@ -91,3 +94,111 @@ def test_stock_student_is_not_expanded(trained, teacher):
     run = trained.parent / "stock"
     in_process("new", run, "--from", trained, f"model.student={teacher}")
     assert "is stock already" in in_process("export", run, "--dense", code=2)
+
+
+GATES = [f"model.layers.{i}.mlp.gate" for i in range(2)]
+
+
+@pytest.fixture(scope="module")
+def sar(tmp_path_factory, recipe, tokenizer):
+    """A run of SAR-KD with checkpoints after 3 and 7 steps."""
+    folder = tmp_path_factory.mktemp("sar")
+    in_process("new", folder / "run", "--from", sar_recipe(recipe, folder, tokenizer))
+    in_process("tokenize", folder / "run")
+    in_process("train", folder / "run")
+    return folder / "run"
+
+
+def test_export_of_sar_holds_the_routers_by_their_names_in_the_teacher(sar, teacher):
+    said = in_process("export", sar)
+    assert f"{sar / 'export' / 'router_update'}: 2 routers" in said
+    folder = sar / "export"
+    found = load_file(folder / "router_update" / "router_update.safetensors")
+    plain = torch.load(folder / "router_update" / "router_update.pt", weights_only=True)
+    beside = load_file(sar / "checkpoints" / "second" / "step-000007" / "beside.safetensors")
+    before = load_model(teacher, torch.float32).state_dict()
+    assert list(found) == list(plain) == [f"{gate}.weight" for gate in GATES]
+    facts = read_json(folder / "router_update" / "router_update.json")
+    about = {"id": teacher.name, "revision": None, "weights": weights_fingerprint(teacher)}
+    assert facts["teacher"] == about and facts["step"] == 7 and facts["router_patterns"] == []
+    assert [facts[key] for key in ("routing", "initial_top_k", "final_top_k")] == ["top_m", 2, 3]
+    for gate in GATES:
+        name = f"{gate}.weight"
+        assert torch.equal(found[name], plain[name]) and not torch.equal(found[name], before[name])
+        assert torch.equal(found[name], beside[f"routers.{gate.replace('.', ':')}.weight"])
+        now, then = found[name].double(), before[name].double()
+        about = facts["routers"][gate]
+        assert about["experts"] == 4 and about["top_k"] == 2  # as trained, not as this run let them take
+        assert about["change"] == pytest.approx(((now - then).norm() / then.norm()).item()) and about["change"] > 0
+        assert about["cosine"] == pytest.approx(((now * then).sum() / now.norm() / then.norm()).item())
+    assert str(teacher.parent) not in (folder / "router_update" / "router_update.json").read_text()
+
+
+def test_routers_beside_the_student_change_nothing_of_it(sar):
+    in_process("export", sar)
+    exported = AutoModelForCausalLM.from_pretrained(sar / "export")
+    last = load_model(sar / "checkpoints" / "second" / "step-000007" / "weights", torch.float32)
+    for (name, mine), theirs in zip(exported.named_parameters(), last.parameters(), strict=True):
+        assert torch.equal(mine, theirs), name
+    count = sum(parameter.numel() for parameter in last.parameters())
+    assert f"| parameters in the files | {count:,} |" in (sar / "export" / "README.md").read_text()
+
+
+def test_routers_are_those_of_the_checkpoint_that_is_named(sar, tmp_path):
+    checkpoint = sar / "checkpoints" / "first" / "step-000003"
+    in_process("export", sar, "--checkpoint", checkpoint, "--out", tmp_path / "early")
+    assert read_json(tmp_path / "early" / "router_update" / "router_update.json")["step"] == 3
+    found = load_file(tmp_path / "early" / "router_update" / "router_update.safetensors")
+    beside = load_file(checkpoint / "beside.safetensors")
+    assert torch.equal(found[f"{GATES[0]}.weight"], beside["routers.model:layers:0:mlp:gate.weight"])
+
+
+def test_the_best_checkpoint_has_its_routers(sar, tmp_path):
+    """Those that `watch` holds with it, for rotation may have taken the checkpoint."""
+    shutil.copytree(sar, tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoints" / "first" / "step-000003"
+    held = tmp_path / "run" / "watch" / "best" / "first" / "step-000003"
+    shutil.copytree(checkpoint, held)
+    shutil.rmtree(checkpoint)
+    best = {"checkpoint": "checkpoints/first/step-000003", "weights": "watch/best/first/step-000003/weights"}
+    write_json(tmp_path / "run" / "checkpoints" / "best.json", best)
+    in_process("export", tmp_path / "run", "--checkpoint", "best")
+    assert read_json(tmp_path / "run" / "export" / "router_update" / "router_update.json")["step"] == 3
+    (held / "beside.safetensors").unlink()
+    said = in_process("export", tmp_path / "run", "--checkpoint", "best")
+    assert f"no router update: {held / 'beside.safetensors'} is not there" in said
+    assert not list((tmp_path / "run" / "export").glob("router_update*"))
+
+
+def test_nothing_else_beside_the_student_is_exported_as_a_router(sar, tmp_path):
+    """A projection that the objective trains too, and a buffer, which does not learn."""
+    folder = tmp_path / "step-000007"
+    shutil.copytree(sar / "checkpoints" / "second" / "step-000007", folder)
+    more = {
+        "projector.weight": torch.ones(3, 5),
+        "routers.model:layers:0:mlp:gate.e_score_correction_bias": torch.ones(4),
+    }
+    save_file({**load_file(folder / "beside.safetensors"), **more}, folder / "beside.safetensors")
+    in_process("export", sar, "--checkpoint", folder, "--out", tmp_path / "export")
+    assert list(load_file(tmp_path / "export" / "router_update" / "router_update.safetensors")) == [
+        f"{gate}.weight" for gate in GATES
+    ]
+
+
+def test_without_training_there_is_no_router_update(sar, trained, tmp_path):
+    in_process("new", tmp_path / "run", "--from", sar)
+    assert "no router update: the student was not trained" in in_process("export", tmp_path / "run")
+    in_process("export", trained, "--out", tmp_path / "cached")
+    for folder in (tmp_path / "run" / "export", tmp_path / "cached"):
+        assert (folder / "model.safetensors").exists() and not list(folder.glob("router_update*"))
+
+
+def test_routers_of_another_teacher_than_then_are_refused(sar, teacher, tmp_path):
+    in_process("new", tmp_path / "run", "--from", sar, f"model.teacher={tmp_path / 'changed'}")
+    shutil.copytree(teacher, tmp_path / "changed")
+    changed = {**load_file(teacher / "model.safetensors"), f"{GATES[1]}.weight": torch.ones(4, 16)}
+    save_file(changed, tmp_path / "changed" / "model.safetensors", metadata={"format": "pt"})
+    shutil.copytree(sar / "checkpoints", tmp_path / "run" / "checkpoints")
+    said = in_process("export", tmp_path / "run", code=2)
+    assert "the trained routers: model.layers.1.mlp.gate.weight has shape (4, 32)" in said
+    assert not (tmp_path / "run" / "export").exists()
