@@ -19,7 +19,6 @@ from megakd.errors import UserError
 from megakd.evals.follow import Follower
 from megakd.evals.harness import flat
 from megakd.evals.measure import Meter, Subject, checkpoint_subject
-from megakd.evals.quality import Quality
 from megakd.files import append_json, read_json_lines
 from megakd.log import say, table
 from megakd.models.hub import resolve
@@ -36,6 +35,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def main(run: Run, args: argparse.Namespace) -> None:
     rows = evaluate(run, args.model, None if args.tasks is None else [t for t in args.tasks.split(",") if t])
     print(quality_table(rows))
+    if rows[0]["model"] == "teacher" and rows[1:]:
+        print("\n" + ratio_table(rows[0], rows[1:]))
+    if taught := [row for row in rows if "teacher_nll" in row]:
+        print("\n" + teacher_table(taught))
     if any(row.get("tasks") for row in rows):
         print("\n" + task_table(rows))
 
@@ -48,7 +51,7 @@ def evaluate(run: Run, only: str | None = None, tasks: Sequence[str] | None = No
     known = {row["model"]: row for row in read_json_lines(lines)}
     rows = []
     for subject in chosen or [named(run, "teacher"), named(run, "student-0")]:
-        if only is None and subject.name in known:
+        if only is None and subject.name in known and not meter.lacks(known[subject.name]):
             rows.append(known[subject.name])
         else:
             rows.append(meter.row(subject))
@@ -94,21 +97,31 @@ def quality_table(rows: list[dict[str, Any]], names: list[str] | None = None) ->
     headers = ["held out", "perplexity", "bits/byte", "KL to teacher", "top-1", "top-k", "parameters", "MB", "tokens/s"]
     lines = []
     for name, row in zip(names or [row["model"] for row in rows], rows, strict=True):
-        quality = Quality(**{field: row[field] for field in Quality._fields})
         numbers = [
-            f"{quality.perplexity:.2f}",
-            f"{quality.bits_per_byte:.3f}",
-            f"{quality.kl:.4f}",
-            f"{quality.top1:.1%}",
-            f"{quality.topk:.1%}",
+            f"{row['perplexity']:.2f}",
+            f"{row['bits_per_byte']:.3f}",
+            f"{row['kl']:.4f}" if "kl" in row else "-",
+            f"{row['top1']:.1%}" if "top1" in row else "-",
+            f"{row['topk']:.1%}" if "topk" in row else "-",
         ]
-        lines.append(
-            [
-                name,
-                *numbers,
-                f"{quality.parameters:,}",
-                f"{quality.bytes / 1e6:.1f}",
-                f"{quality.tokens_per_second:,.0f}",
-            ]
-        )
+        size = [f"{row['parameters']:,}", f"{row['bytes'] / 1e6:.1f}", f"{row['tokens_per_second']:,.0f}"]
+        lines.append([name, *numbers, *size])
     return table(headers, lines)
+
+
+def ratio_table(teacher: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """Size and speed of models as parts and multiples of the teacher's."""
+    lines = []
+    for row in rows:
+        ratios = [row[name] / teacher[name] for name in ("parameters", "bytes", "tokens_per_second")]
+        lines.append([row["model"], f"{ratios[0]:.1%}", f"{ratios[1]:.1%}", f"{ratios[2]:.2f}x"])
+    return table(["of the teacher's", "parameters", "MB", "tokens/s"], lines)
+
+
+def teacher_table(rows: list[dict[str, Any]]) -> str:
+    """What the teacher has become with the routers of each checkpoint."""
+    lines = []
+    for row in rows:
+        kl = f"{row['teacher_kl']:.4f}" if "teacher_kl" in row else "-"
+        lines.append([row["model"], f"{row['teacher_perplexity']:.2f}", kl])
+    return table(["teacher with the routers of", "perplexity", "KL to teacher"], lines)

@@ -2,7 +2,8 @@
 
 Input shard i gives output shard i. Any number of workers (ranks, Slurm tasks, or --part) take shards[worker::workers];
 a finished shard is skipped, one that a kill cut short or that is damaged is made again, a rerun at any width goes on.
-The hold-out always keeps the teacher's head (logits.profile=topk): it is measured, not trained on.
+The hold-out always keeps the teacher's head (logits.profile=topk): it is measured, not trained on. It is all that is
+captured where training asks the teacher itself (objective.kind=sar), of the teacher as it was before.
 
 With logits.parallel=zero3 or autoep one teacher is spread over all ranks of a launcher, which then work in step.
 
@@ -75,16 +76,23 @@ def main(run: Run, args: argparse.Namespace) -> None:
     folder = resolve(run.config.model.teacher, run.config.model.revision)
     tokenizer = tokenizer_facts(load_tokenizer(folder))
     sets = {part: ShardSet(run.path("data", "tokens", part)) for part in ("holdout", "train")}
+    live = run.config.objective.kind != "cached"  # training asks the teacher itself
+    advice = (
+        "two tokenizers have no KL, so evaluate needs no logits" if live else "run: megakd tokenize RUN in a new run"
+    )
     for tokens in sets.values():
         if tokens.facts["tokenizer"] != tokenizer:
-            raise UserError(
-                f"{tokens.folder}: tokenized with another tokenizer than {folder} has; "
-                "run: megakd tokenize RUN in a new run"
-            )
+            raise UserError(f"{tokens.folder}: tokenized with another tokenizer than {folder} has; {advice}")
     if run.config.logits.top_k > tokenizer["vocab_size"]:
         raise UserError(f"logits.top_k: {run.config.logits.top_k} exceeds the vocabulary of {tokenizer['vocab_size']}")
+    if live:
+        unused = "" if args.max_tokens is None else "; --max-tokens has no effect"
+        kind = run.config.objective.kind
+        say(f"generate-logits: the hold-out alone, for objective.kind={kind} trains without stored logits{unused}")
     capture = _Capture(run, folder, world, tokenizer["vocab_size"])
     book = _book(run, capture, sets["train"])
+    if live:
+        del sets["train"]
     for part, tokens in sets.items():
         limit = args.max_tokens if part == "train" else None
         _capture_part(run, capture, part, tokens, worker, book, limit, args.reread)

@@ -1,8 +1,9 @@
 """Checkpoints on their way to a line in evals.jsonl: held by hard links, claimed by one process, let go at the end.
 
-RUN/watch/   held/STAGE/step-N/checkpoint/   weights/ and progress.json, kept from rotation until the line is written
+RUN/watch/   held/STAGE/step-N/checkpoint/   weights/ and progress.json, kept from rotation until the line is written,
+                                             and the routers of a teacher that learns too (beside.safetensors)
              held/STAGE/step-N/*.json        what is finished of the measuring: the hold-out, each task
-             best/STAGE/step-N/              weights/ and progress.json of the best, which checkpoints/best.json names
+             best/STAGE/step-N/              the same of the best checkpoint, which checkpoints/best.json names
              locks/                          of living processes; a killed one lets go
 
 Any number of processes, on any machines that see the run, work on it at once. A kill at any place loses and repeats no
@@ -19,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from megakd.engine.checkpoint import best_file, checksum
+from megakd.engine.checkpoint import BESIDE, best_file, checksum
 from megakd.errors import UserError
 from megakd.evals.measure import Meter, Unusable, checkpoint_subject, measure_of, numbers, rank
 from megakd.files import (
@@ -49,6 +50,8 @@ class Follower:
     """
 
     def __init__(self, run: Run, meter: Meter, watching: bool):
+        if watching:
+            meter.check_best()
         self.run, self.meter, self.watching = run, meter, watching
         self.folder = run.path("watch")
         self.locks = self.folder / "locks"
@@ -108,9 +111,14 @@ class Follower:
         return {name: self.held(name) for name in names}
 
     def lines(self) -> dict[str, dict[str, Any]]:
-        """The last line of each checkpoint in evals.jsonl."""
+        """The last line of each checkpoint in evals.jsonl; but one that lacks what can be measured by now is none."""
         rows = read_json_lines(self.run.path("evals.jsonl"))
-        return {row["model"]: row for row in rows if row.get("stage") is not None}
+        found = {row["model"]: row for row in rows if row.get("stage") is not None}
+        return {name: row for name, row in found.items() if not (self.meter.lacks(row) and self._is_there(name))}
+
+    def _is_there(self, name: str) -> bool:
+        folders = self.run.path("checkpoints", name), self.held(name) / "checkpoint"
+        return any((folder / "progress.json").exists() for folder in folders)
 
     def settled(self) -> set[str]:
         """Checkpoints that will have no line: recorded as bad, or as gone."""
@@ -132,6 +140,7 @@ class Follower:
             if key not in self.fingerprints:
                 files = [*checkpoint.glob("weights/*"), *checkpoint.glob("checksums/*"), checkpoint / "progress.json"]
                 small = {p.name: sha256(p) for p in sorted(files) if p.suffix != ".safetensors"}
+                small |= {p.name: sha256(p) for p in checkpoint.glob(BESIDE)}
                 self.fingerprints[key] = digest([weights_fingerprint(checkpoint / "weights"), small])
             return self.fingerprints[key]
         return ""
@@ -210,7 +219,7 @@ class Follower:
 
 
 def hold(checkpoint: Path, target: Path) -> bool:
-    """Link the weights, their checksums and progress.json of a published checkpoint at `target`, which appears whole.
+    """Link what is measured of a published checkpoint, checksums and progress.json at `target`, which appears whole.
 
     Copies where there can be no hard links. False when rotation took the checkpoint meanwhile.
     """
@@ -219,7 +228,7 @@ def hold(checkpoint: Path, target: Path) -> bool:
     try:
         before = checkpoint.stat()
         inside = [path for part in ("weights", "checksums") for path in (checkpoint / part).rglob("*")]
-        for path in [*inside, checkpoint / "progress.json"]:
+        for path in [*inside, *checkpoint.glob(BESIDE), checkpoint / "progress.json"]:
             if not path.is_dir():
                 place = temporary / path.relative_to(checkpoint)
                 place.parent.mkdir(parents=True, exist_ok=True)
@@ -244,12 +253,12 @@ def _link(source: Path, target: Path) -> None:
 
 
 def check_weights(checkpoint: Path) -> None:
-    """Unusable when weights are not what training wrote, as far as it left checksums."""
+    """Unusable when weights, or a teacher's routers, are not what training wrote, as far as it left checksums."""
     try:
         known = {
             name: value for file in (checkpoint / "checksums").glob("*.json") for name, value in read_json(file).items()
         }
-        for name in sorted(name for name in known if name.startswith("weights/")):
+        for name in sorted(name for name in known if name.startswith("weights/") or name == BESIDE):
             if checksum(checkpoint / name) != known[name]:
                 raise Unusable(f"{checkpoint / name}: not what was written (it was {known[name][0]:,} bytes)")
     except (UserError, OSError, AttributeError) as error:
@@ -268,7 +277,8 @@ def _let_go(folder: Path) -> None:
 def summary(row: dict[str, Any], best: str) -> str:
     """The few numbers of a line that one wants to see pass by."""
     found = numbers(row)
-    shown = dict.fromkeys([best, "kl", "perplexity", *(name for name in found if "/" in name)])
+    ours = [best, "kl", "perplexity", "teacher_perplexity", "teacher_kl"]
+    shown = dict.fromkeys([*ours, *(name for name in found if "/" in name)])
     return "  ".join(f"{name} {found[name]:.4g}" for name in shown if name in found)
 
 

@@ -1,4 +1,7 @@
-"""Measure one model as a run's `eval` section says: the hold-out, then each lm-eval task; what is finished is kept."""
+"""Measure one model as a run's `eval` section says: the hold-out, then each lm-eval task; what is finished is kept.
+
+Where training moves the routers of the teacher (objective.kind=sar) a checkpoint's line says how good that teacher is.
+"""
 
 import functools
 import math
@@ -7,29 +10,41 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
 
 from megakd.data.shards import ShardSet, read_manifest
-from megakd.data.tokens import load_tokenizer
+from megakd.data.tokens import load_tokenizer, tokenizer_facts
 from megakd.dist import read_world
-from megakd.engine.checkpoint import Progress
+from megakd.engine.checkpoint import BESIDE, Progress
 from megakd.errors import UserError
 from megakd.evals.harness import Harness, flat, metric_value
-from megakd.evals.quality import Quality, evaluate_model
+from megakd.evals.quality import Quality, Tokenizers, evaluate_model
 from megakd.files import digest, read_json, write_json
-from megakd.models.hub import load_model
+from megakd.log import say
+from megakd.models.hub import load_model, resolve
+from megakd.models.routing import Router, find_routers
+from megakd.objectives.sar import SEPARATOR
 from megakd.run import Run
 
 # measures of the hold-out by which a checkpoint can be the best, and whether higher is better
 HIGHER_IS_BETTER = {"kl": False, "perplexity": False, "bits_per_byte": False, "nll": False, "top1": True, "topk": True}
+COMPARING = ("kl", "top1", "topk")  # those of them that need the teacher's targets
+TEACHER = ("teacher_nll", "teacher_perplexity", "teacher_kl")  # of the teacher with a checkpoint's routers
 
 
 class Subject(NamedTuple):
-    """A model to measure: how reports name it, its folder, and how far it was trained."""
+    """A model to measure: how reports name it, its folder, and how far it was trained.
+
+    beside: the file of what its checkpoint trained besides, the teacher's routers.
+    """
 
     name: str
     folder: Path
     progress: Progress
     stage: str | None = None
+    beside: Path | None = None
 
 
 class Unusable(UserError):
@@ -48,20 +63,29 @@ def checkpoint_subject(run: Run, folder: Path, name: str | None = None) -> Subje
         stage = run.config.stages[progress.stage].name
     except (UserError, TypeError, KeyError, IndexError) as error:
         raise Unusable(f"{file}: does not say where training stood: {error}") from error
-    return Subject(name or f"{folder.parent.name}/{folder.name}", folder / "weights", progress, stage)
+    beside = folder / BESIDE if run.config.objective.kind == "sar" else None
+    return Subject(name or f"{folder.parent.name}/{folder.name}", folder / "weights", progress, stage, beside)
 
 
 class Meter:
     """What a run measures its models with, opened once.
 
     tasks: of lm-eval, instead of those of eval.tasks.
+    compares: whether the teacher's targets of the hold-out are stored, as they must be where training needs such too.
     """
 
     def __init__(self, run: Run, tasks: Sequence[str] | None = None):
         self.config = run.config
-        self.holdout = ShardSet(run.path("data", "logits", "holdout"))
-        text = read_manifest(run.path("data", "tokens", "holdout"))
+        stored, tokens = (run.path("data", kind, "holdout") for kind in ("logits", "tokens"))
+        self.compares = run.config.objective.kind == "cached" or (stored / "manifest.json").exists()
+        self.holdout = ShardSet(stored if self.compares else tokens)
+        text = read_manifest(tokens)
         self.tokens_per_byte = text["text_tokens"] / text["text_bytes"]
+        self.tokenizers = None if self.compares else _tokenizers(run, text["facts"])
+        if self.tokenizers:
+            say("hold-out: no kl, top1 and topk, for the teacher has another tokenizer than the student")
+        elif not self.compares:
+            say(f"hold-out: no kl, top1 and topk yet; to have them, run: megakd generate-logits {run.folder}")
         self.tasks = list(run.config.eval.tasks if tasks is None else tasks)
         self.harness = Harness(self.tasks, run.config.eval) if self.tasks else None
         self.device = read_world().device
@@ -72,7 +96,8 @@ class Meter:
         pieces: a folder that keeps what is finished, for a process that takes over from one that was killed.
         """
         model = functools.cache(lambda: self._load(subject))
-        quality = _piece(pieces, "holdout", {}, lambda: self._quality(subject, model())._asdict())
+        against = {} if self.compares else {"targets": False}
+        quality = _piece(pieces, "holdout", against, lambda: _given(self._quality(subject, model())))
         row = {
             "model": subject.name,
             "step": subject.progress.step,
@@ -80,6 +105,8 @@ class Meter:
             "stage": subject.stage,
             **quality,
         }
+        if subject.beside is not None:
+            row |= _piece(pieces, "teacher", against, lambda: self._teacher_quality(subject))
         if self.harness is None:
             return row
         harness, config, tokenizer = self.harness, self.config.eval, functools.cache(lambda: _tokenizer(subject.folder))
@@ -102,14 +129,83 @@ class Meter:
         return model.eval().to(self.device)
 
     def _quality(self, subject: Subject, model: Any) -> Quality:
+        tokenizers = self.tokenizers if subject.name == "teacher" else None
+        return self._measured(model, subject.name, str(subject.folder), tokenizers)
+
+    def _measured(self, model: Any, name: str, place: str, tokenizers: Tokenizers | None) -> Quality:
+        """Its quality on the hold-out; Unusable naming `place` when that is not finite."""
         batch_size = self.config.eval.batch_size
         try:
-            quality = evaluate_model(model, self.holdout, self.tokens_per_byte, batch_size, self.device, subject.name)
+            quality = evaluate_model(
+                model, self.holdout, self.tokens_per_byte, batch_size, self.device, name, tokenizers
+            )
         except OverflowError as error:  # exp of an NLL beyond 709
-            raise Unusable(f"{subject.folder}: its perplexity on the hold-out is infinite") from error
-        if not all(map(math.isfinite, quality)):
-            raise Unusable(f"{subject.folder}: its NLL on the hold-out is {quality.nll}, its KL {quality.kl}")
+            raise Unusable(f"{place}: its perplexity on the hold-out is infinite") from error
+        if not all(map(math.isfinite, _given(quality).values())):
+            raise Unusable(f"{place}: its NLL on the hold-out is {quality.nll}, its KL {quality.kl}")
         return quality
+
+    def _teacher_quality(self, subject: Subject) -> dict[str, float]:
+        """How good the teacher is with a checkpoint's routers, with as many experts a token as it was trained with."""
+        assert subject.beside is not None, subject
+        teacher, routers = self._teacher
+        set_routers(routers, subject.beside)
+        place = f"{subject.beside}: the teacher with these routers"
+        quality = self._measured(teacher, f"the teacher of {subject.name}", place, self.tokenizers)
+        found = {"teacher_nll": quality.nll, "teacher_perplexity": quality.perplexity, "teacher_kl": quality.kl}
+        return {name: value for name, value in found.items() if value is not None}
+
+    @functools.cached_property
+    def _teacher(self) -> tuple[Any, list[Router]]:
+        """The teacher, kept for all checkpoints, and its routers. What is wrong with it is no checkpoint's fault."""
+        folder = resolve(self.config.model.teacher, self.config.model.revision)
+        teacher = load_model(folder, getattr(torch, self.config.model.dtype)).eval().to(self.device)
+        return teacher, find_routers(teacher, str(folder), self.config.sar.router_patterns)
+
+    def lacks(self, row: dict[str, Any]) -> bool:
+        """Whether a line was written without targets that are there now."""
+        return self.compares and any(name not in row for name in COMPARING)
+
+    def check_best(self) -> None:
+        """UserError when `eval.best` compares with the teacher, and nothing does."""
+        best = self.config.eval.best
+        if best in COMPARING and self.tokenizers:
+            raise UserError(
+                f"eval.best: {best} is not measured, for the teacher has another tokenizer; set eval.best=perplexity"
+            )
+        if best in COMPARING and not self.compares:
+            raise UserError(
+                f"eval.best: {best} needs the teacher's targets of the hold-out, which are not stored; "
+                "run: megakd generate-logits RUN, or set eval.best=perplexity"
+            )
+
+
+def _tokenizers(run: Run, facts: dict[str, Any]) -> Tokenizers | None:
+    """The student's, which the hold-out was made with, and the teacher's, where they differ."""
+    model = run.config.model
+    theirs = load_tokenizer(resolve(model.teacher, model.revision, weights=False))
+    same = tokenizer_facts(theirs) == facts["tokenizer"]
+    return None if same else Tokenizers(load_tokenizer(run.student_folder), theirs)
+
+
+def set_routers(routers: Sequence[Router], beside: Path) -> None:
+    """Give a teacher's routers what a checkpoint made of them; Unusable when the file does not hold just them.
+
+    Buffers, like the correction bias of DeepSeek-V3, are not trained: they may be in the file, or stay as they are.
+    """
+    modules = nn.ModuleDict({router.name.replace(".", SEPARATOR): router.module for router in routers})
+    trained = dict(modules.named_parameters())
+    try:
+        tensors = {n.removeprefix("routers."): t for n, t in load_file(beside).items() if n.startswith("routers.")}
+        missing, unexpected = modules.load_state_dict(tensors, strict=False)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise Unusable(f"{beside}: does not hold the teacher's routers: {' '.join(str(error).split())}") from error
+    if wrong := [*(name for name in missing if name in trained), *unexpected]:
+        raise Unusable(f"{beside}: does not hold the teacher's routers: {wrong[0]} is in one of them alone")
+
+
+def _given(quality: Quality) -> dict[str, Any]:
+    return {name: value for name, value in quality._asdict().items() if value is not None}
 
 
 def _tokenizer(folder: Path) -> Any:
@@ -152,4 +248,5 @@ def rank(row: dict[str, Any], name: str) -> tuple[float] | None:
 
 def numbers(row: dict[str, Any]) -> dict[str, float]:
     """What curves are drawn of: the measures of the hold-out, and those of tasks under TASK/METRIC."""
-    return {**{name: row[name] for name in HIGHER_IS_BETTER}, **flat(row.get("tasks", {}))}
+    measured = {name: row[name] for name in (*HIGHER_IS_BETTER, *TEACHER) if name in row}
+    return {**measured, **flat(row.get("tasks", {}))}

@@ -135,6 +135,9 @@ def _sizes(folder: Path, config: dict[str, Any], report: dict[str, Any] | None) 
     return _table(["", ""], rows)
 
 
+COMPARED = {"kl": ".4f", "top1": ".1%", "topk": ".1%"}  # with the teacher; missing without its targets
+
+
 def _quality(evals: list[dict[str, Any]], measured: str | None, expanded: bool) -> str:
     last = {row["model"]: row for row in evals}
     if measured not in last:
@@ -147,9 +150,7 @@ def _quality(evals: list[dict[str, Any]], measured: str | None, expanded: bool) 
             f"{row['tokens']:,}",
             f"{row['perplexity']:.3f}",
             f"{row['bits_per_byte']:.4f}",
-            f"{row['kl']:.4f}",
-            f"{row['top1']:.1%}",
-            f"{row['topk']:.1%}",
+            *(f"{row[key]:{form}}" if key in row else "–" for key, form in COMPARED.items()),
         ]
         for name in names
         for row in [last[name]]

@@ -2,12 +2,14 @@
 
 import math
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from megakd.data.align import pair
 from megakd.data.batches import collate, prefetch
 from megakd.data.records import IGNORED, Batch
 from megakd.data.shards import ShardSet
@@ -15,8 +17,15 @@ from megakd.log import Progress
 from megakd.losses.distill import topk_kl
 
 
+class Tokenizers(NamedTuple):
+    """Of a model that reads the hold-out's text in its own tokens: the hold-out's tokenizer, and the model's."""
+
+    text: Any
+    model: Any
+
+
 class Quality(NamedTuple):
-    """Means over the labelled positions of the hold-out.
+    """Means over the labelled positions of the hold-out; kl, top1 and topk are None where it has no targets.
 
     kl: KL(teacher || model) at T = 1 in nats, tokens that are not stored as one bucket: a lower bound of the full KL.
     top1: share of positions where the model's first token is a first one of the teacher: rounding in storage makes
@@ -27,9 +36,9 @@ class Quality(NamedTuple):
 
     perplexity: float
     bits_per_byte: float
-    kl: float
-    top1: float
-    topk: float
+    kl: float | None
+    top1: float | None
+    topk: float | None
     nll: float
     positions: int
     parameters: int
@@ -39,42 +48,77 @@ class Quality(NamedTuple):
 
 @torch.no_grad()
 def evaluate_model(
-    model: Any, holdout: ShardSet, tokens_per_byte: float, batch_size: int, device: torch.device, name: str
+    model: Any,
+    holdout: ShardSet,
+    tokens_per_byte: float,
+    batch_size: int,
+    device: torch.device,
+    name: str,
+    tokenizers: Tokenizers | None = None,
 ) -> Quality:
-    """Run `model` over a hold-out with teacher targets; tokens_per_second counts the forward passes alone."""
+    """Run `model` over a hold-out, with the teacher's targets or without; tokens_per_second: of forward passes alone.
+
+    tokenizers: where the model's is not the hold-out's. Then positions are those of its own tokens, and there are no
+    targets; bits per byte are of the same text.
+    """
     model = model.eval().to(device)
-    facts = holdout.facts
-    length, vocab_size = facts["tokens"]["sequence_length"], facts["vocab_size"]
-    starts = range(0, len(holdout), batch_size)
-    batches = (collate([holdout[i] for i in range(s, min(s + batch_size, len(holdout)))], length) for s in starts)
+    stored, facts = holdout.layout is not None, holdout.facts
+    assert not (stored and tokenizers), holdout.folder  # targets are of the hold-out's tokens
+    vocab_size = facts["vocab_size"] if stored else facts["tokenizer"]["vocab_size"]
+    vocab_size = len(tokenizers.model) if tokenizers else vocab_size
+    length = (facts["tokens"] if stored else facts)["sequence_length"]
+    batches = _batches(holdout, batch_size, length, tokenizers)
     progress = Progress(f"evaluate {name}", len(holdout), "windows")
-    sums, seconds, tokens = torch.zeros(5, dtype=torch.float64), 0.0, 0
+    sums, seconds, tokens, text_tokens = torch.zeros(5, dtype=torch.float64), 0.0, 0, 0
     with closing(prefetch(batches)) as prepared:  # a signal may end it early
-        for batch in prepared:
+        for batch, labels in prepared:
             start = time.perf_counter()
             logits = model(batch.tokens.to(device), position_ids=batch.position_ids.to(device), use_cache=False).logits
             if device.type == "cuda":
                 torch.cuda.synchronize()
             seconds += time.perf_counter() - start
             tokens += batch.tokens.numel()
+            text_tokens += labels
             sums += batch_sums(logits[..., :vocab_size].cpu(), batch)
             progress.update(len(batch.tokens))
     progress.close()
-    nll, kl, top1, topk, positions = *(sums / sums[4]).tolist()[:4], int(sums[4])
+    nll, *compared, positions = *(sums / sums[4]).tolist()[:4], int(sums[4])
+    kl, top1, topk = compared if stored else (None, None, None)
+    bits_per_byte = nll / math.log(2) * tokens_per_byte * (positions / text_tokens)
     parameters = {p.data_ptr(): p for p in model.parameters()}.values()
     return Quality(
-        math.exp(nll), nll / math.log(2) * tokens_per_byte, kl, top1, topk, nll, positions,
+        math.exp(nll), bits_per_byte, kl, top1, topk, nll, positions,
         sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters), tokens / seconds,
     )  # fmt: skip
 
 
+def _batches(
+    holdout: ShardSet, batch_size: int, length: int, tokenizers: Tokenizers | None
+) -> Iterator[tuple[Batch, int]]:
+    """What the model reads, and how many labels the hold-out itself has for the same text."""
+    for start in range(0, len(holdout), batch_size):
+        samples = [holdout[i] for i in range(start, min(start + batch_size, len(holdout)))]
+        if tokenizers is None:
+            batch = labels = collate(samples, length)
+        else:
+            # as long as training lets the teacher's side be
+            paired = pair(samples, tokenizers.text, tokenizers.model, length, length + length // 4)
+            batch, labels = Batch(*paired.teacher[:3]), paired.student
+        yield batch, int((labels.labels != IGNORED).sum())
+
+
 def batch_sums(logits: Tensor, batch: Batch) -> Tensor:
-    """Sums over labelled positions of (NLL, KL at T = 1, top-1 agreement, top-k overlap, 1), float64 [5]."""
+    """Sums over labelled positions of (NLL, KL at T = 1, top-1 agreement, top-k overlap, 1), float64 [5].
+
+    Without targets the three in the middle are 0.
+    """
     counted = batch.labels != IGNORED
     logits_NV, labels_N, targets = logits[counted].float(), batch.labels[counted], batch.targets
-    assert targets is not None
-    ids_NK, logprobs_NK = targets.ids[counted].long(), targets.logprobs[counted]
     nll = torch.nn.functional.cross_entropy(logits_NV, labels_N, reduction="sum")
+    if targets is None:
+        zero = nll.new_zeros((), dtype=torch.float64)
+        return torch.stack([nll.double(), zero, zero, zero, counted.sum().double()])
+    ids_NK, logprobs_NK = targets.ids[counted].long(), targets.logprobs[counted]
     kl = topk_kl(logits_NV, ids_NK, logprobs_NK, targets.log_tails[..., 0][counted], 1.0, "ghost").sum()
     mine_NK = logits_NV.topk(ids_NK.shape[-1]).indices
     first_NK = logprobs_NK == logprobs_NK.amax(1, keepdim=True)

@@ -82,6 +82,8 @@ def _quality(curves: dict[str, list[dict[str, Any]]]) -> str:
     if not curves:
         return '<p class="note">Nothing was evaluated yet: megakd evaluate RUN.</p>'
     headers = ["model", "tokens", "perplexity", "bits/byte", "KL", "top-1", "top-k", "parameters", "MB", "tokens/s"]
+    taught = any("teacher_nll" in row for evals in curves.values() for row in evals)
+    headers += ["teacher's perplexity", "teacher's KL"] if taught else []
     rows = []
     for name, evals in curves.items():
         for row in sorted(evals, key=lambda row: row["step"]):
@@ -90,16 +92,23 @@ def _quality(curves: dict[str, list[dict[str, Any]]]) -> str:
                 f"{row['tokens']:,}",
                 f"{row['perplexity']:.2f}",
                 f"{row['bits_per_byte']:.3f}",
-                f"{row['kl']:.4f}",
+                _cell(row, "kl", ".4f"),
             ]
             numbers += [
-                f"{row['top1']:.1%}",
-                f"{row['topk']:.1%}",
+                _cell(row, "top1", ".1%"),
+                _cell(row, "topk", ".1%"),
                 f"{row['parameters']:,}",
                 f"{row['bytes'] / 1e6:.1f}",
+                f"{row['tokens_per_second']:,.0f}",
             ]
-            rows.append([label, *numbers, f"{row['tokens_per_second']:,.0f}"])
+            if taught:
+                numbers += [_cell(row, "teacher_perplexity", ".2f"), _cell(row, "teacher_kl", ".4f")]
+            rows.append([label, *numbers])
     return _table(headers, rows)
+
+
+def _cell(row: dict[str, Any], name: str, form: str) -> str:
+    return format(row[name], form) if name in row else "-"
 
 
 def _tasks(curves: dict[str, list[dict[str, Any]]]) -> str:
@@ -137,23 +146,26 @@ def _evaluation_plots(curves: dict[str, list[dict[str, Any]]]) -> list[str]:
                 if points:
                     axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=text)
         teacher = next((row for rows in curves.values() for row in rows if row["model"] == "teacher"), None)
-        if teacher and reference:
+        if teacher and reference in teacher:
             axes.axhline(teacher[reference], linestyle="--", color="gray", label="teacher")
 
     if not any(row["tokens"] for rows in curves.values() for row in rows):
         return []
-    titles = {"perplexity": "held-out perplexity", "kl": "held-out KL(teacher || student)", "top1": "top-1 agreement"}
+    # measure: title, and the measure of the teacher itself that stands beside it
+    titles = {
+        "perplexity": ("held-out perplexity", "perplexity"),
+        "kl": ("held-out KL(teacher || student)", None),
+        "top1": ("top-1 agreement", None),
+        "teacher_perplexity": ("held-out perplexity of the teacher with its new routers", "perplexity"),
+        "teacher_kl": ("held-out KL(teacher || teacher with its new routers)", "kl"),
+    }
+    trained = [row for rows in curves.values() for row in rows if row["model"] != "teacher"]
     plots = [
-        plot(
-            title,
-            lambda axes, key=key: draw(
-                axes, {key: lambda row: row[key]}, "perplexity" if key == "perplexity" else None
-            ),
-            label,
-        )
-        for key, title in titles.items()
+        plot(title, lambda axes, key=key, own=own: draw(axes, {key: lambda row: row.get(key)}, own), label)
+        for key, (title, own) in titles.items()
+        if any(key in line for line in trained)
     ]
-    measured = [flat(row.get("tasks", {})) for rows in curves.values() for row in rows if row["model"] != "teacher"]
+    measured = [flat(row.get("tasks", {})) for row in trained]
     names = list(dict.fromkeys(name for numbers in measured for name in numbers))
     for task in dict.fromkeys(name.partition("/")[0] for name in names):
         lines = {

@@ -8,7 +8,7 @@ from megakd.config import LogitsConfig
 from megakd.data.batches import collate
 from megakd.data.records import IGNORED, Batch, TeacherTargets
 from megakd.data.shards import ShardSet
-from megakd.evals.quality import batch_sums, evaluate_model
+from megakd.evals.quality import Tokenizers, batch_sums, evaluate_model
 from megakd.models.hub import load_model
 from megakd.models.teacher import targets_from_logits
 
@@ -156,3 +156,41 @@ def test_evaluation_switches_dropout_off(holdout, teacher):
         layer.self_attn.attention_dropout = 0.5
     model.train()
     assert evaluate_model(model, holdout, 0.25, 8, CPU, "teacher").kl < 2e-4
+
+
+@pytest.fixture(scope="module")
+def tokens(prepared):
+    """The same hold-out without targets."""
+    shards = ShardSet(prepared / "data" / "tokens" / "holdout")
+    yield shards
+    shards.close()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_without_targets_the_rest_is_the_same(holdout, tokens, teacher, padded):
+    model = load_model(teacher, torch.float32)
+    if padded:
+        model.resize_token_embeddings(416, mean_resizing=False)
+        with torch.no_grad():
+            model.get_input_embeddings().weight[400:].normal_(std=2.0)
+    expected = evaluate_model(model, holdout, 0.25, 8, CPU, "teacher")
+    found = evaluate_model(model, tokens, 0.25, 8, CPU, "teacher")
+    assert (found.kl, found.top1, found.topk) == (None, None, None)
+    without = {"kl": None, "top1": None, "topk": None, "tokens_per_second": found.tokens_per_second}
+    assert found == expected._replace(**without)
+
+
+def test_a_batch_without_targets_has_sums_of_its_own():
+    logits, batch = random_batch(0, noise=0.3)
+    whole = batch_sums(logits, batch).tolist()
+    assert batch_sums(logits, batch._replace(targets=None)).tolist() == [whole[0], 0, 0, 0, whole[4]]
+
+
+def test_a_model_that_reads_the_text_in_its_own_tokens(tokens, teacher, tokenizer):
+    """With the hold-out's own tokenizer: the same, but for words that a window cuts, and that are encoded again."""
+    model = load_model(teacher, torch.float32)
+    expected = evaluate_model(model, tokens, 0.25, 8, CPU, "teacher")
+    found = evaluate_model(model, tokens, 0.25, 8, CPU, "teacher", Tokenizers(tokenizer, tokenizer))
+    assert found.nll == pytest.approx(expected.nll, rel=0.02)
+    assert found.bits_per_byte == pytest.approx(expected.bits_per_byte, rel=0.02)
+    assert found.positions == pytest.approx(expected.positions, rel=0.02) and found.kl is None

@@ -224,6 +224,24 @@ def test_a_baseline_without_evaluations_adds_nothing():
     assert "old run" not in drawn(parsed.images[EVALUATION[0]]) and len(parsed.rows) == 4
 
 
+def test_measures_that_some_lines_lack():
+    """A run that trains without stored logits: targets came late; the teacher's routers are measured at checkpoints."""
+    bare = [{name: value for name, value in row.items() if name not in ("kl", "top1", "topk")} for row in EVALS]
+    routed = {"teacher_nll": 2.5, "teacher_perplexity": 12.18}
+    parsed = Page(render_report(config(), [], [*bare[:2], {**bare[2], **routed}], None))
+    teacher = "held-out perplexity of the teacher with its new routers"
+    assert list(parsed.images) == ["held-out perplexity", teacher]
+    assert {"this run", "teacher"} <= drawn(parsed.images[teacher])
+    assert parsed.rows[0][-2:] == ["teacher's perplexity", "teacher's KL"]
+    assert parsed.rows[1] == ["teacher", "0", "11.11", "1.500", *"---", "1,234,567", "2.5", "4,321", *"--"]
+    assert parsed.rows[3][-2:] == ["12.18", "-"]
+    later = {**EVALS[2], **routed, "teacher_kl": 0.015625, "model": "all/step-000009", "tokens": 900}
+    parsed = Page(render_report(config(), [], [*bare, later], None, ("stored", EVALS[1:])))
+    assert list(parsed.images) == [*EVALUATION, teacher, "held-out KL(teacher || teacher with its new routers)"]
+    assert "stored" in drawn(parsed.images[EVALUATION[1]]) and "stored" not in drawn(parsed.images[teacher])
+    assert [row[-1] for row in parsed.rows[1:5]] == ["-", "-", "-", "0.0156"]
+
+
 def test_metrics_that_some_steps_lack():
     """Rows of an older version, or a metric only some objectives have."""
     rows = metrics(["all"])
