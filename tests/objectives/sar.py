@@ -13,9 +13,15 @@ from tests.conftest import VOCABULARY
 def dense_student(seed: int = 1, **changes: Any) -> Any:
     """A Llama of two layers that knows nothing yet."""
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 24,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     config = LlamaConfig(
-        vocab_size=VOCABULARY, num_key_value_heads=2, tie_word_embeddings=True, bos_token_id=None, eos_token_id=0,
+        num_key_value_heads=2, tie_word_embeddings=True, bos_token_id=None, eos_token_id=0,
         **{**sizes, **changes},
     )  # fmt: skip
     student = LlamaForCausalLM(config)

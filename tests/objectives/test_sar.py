@@ -9,11 +9,13 @@ from transformers import Qwen3MoeForCausalLM
 from megakd.config import ObjectiveConfig, SarConfig
 from megakd.data.batches import collate
 from megakd.data.records import IGNORED, Batch
+from megakd.engine.base import saved_buffers
 from megakd.errors import UserError
 from megakd.models.hub import load_model
 from megakd.models.tiny import tiny_moe_config
 from megakd.objectives.sar import SarDistillation
 from tests.conftest import SMALL, VOCABULARY
+from tests.models.students import FAMILIES, make_model
 from tests.objectives.sar import dense_student
 
 LENGTH = 37  # longer than the windows, so that every row ends in padding
@@ -203,3 +205,21 @@ def test_routers_without_a_gradient_end_the_run_after_a_step(made, batch):
     fine(batch).total.backward()
     fine.at(0.1, 1)
     assert not fine.hooks
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_familys_routers_learn_and_are_restored(family):
+    """Buffers too: a correction bias of DeepSeek-V3 is in a checkpoint with its router."""
+    teacher, student = make_model(family), dense_student(vocab_size=61)
+    objective = SarDistillation(student, teacher, ObjectiveConfig(kind="sar"), SarConfig(routing="all"), 61)
+    tokens = torch.randint(1, 61, (2, 9), generator=torch.Generator().manual_seed(1))
+    batch = Batch(tokens, tokens.roll(-1, 1), torch.arange(9).expand(2, 9))
+    objective(batch).total.backward()
+    named = {name: p for name, p in objective.named_parameters() if not name.startswith("student.")}
+    assert named and all(p.grad is not None and p.grad.any() for p in named.values())
+    saved = {**named, **dict(saved_buffers(objective))}
+    beside = {name: torch.full_like(tensor, 0.25) for name, tensor in saved.items() if name.startswith("routers.")}
+    objective.restore(beside)
+    for name, tensor in (*objective.routers.named_parameters(), *objective.routers.named_buffers()):
+        assert (tensor == 0.25).all(), name
+    assert ("e_score_correction_bias" in " ".join(beside)) == (family == "deepseek_v3")
