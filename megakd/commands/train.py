@@ -383,7 +383,7 @@ def build_engine(
     offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
     optimizer = build_optimizer(objective, stage.lr_multipliers, config.optim, updates, fused=offloaded)
     if config.engine.activation_checkpointing:
-        objective.student.gradient_checkpointing_enable({"use_reentrant": False})
+        objective.checkpoint_activations()
     if not objective.student.get_input_embeddings().weight.requires_grad:
         # ZeRO-3's backward needs an input that requires gradients when all that comes first is frozen
         objective.student.enable_input_require_grads()

@@ -46,6 +46,10 @@ class Objective(nn.Module):
             for value in (self.config.alpha, self.config.temperature)
         )
 
+    def checkpoint_activations(self) -> None:
+        """From now on forget what layers computed, and compute it again in the backward pass."""
+        self.student.gradient_checkpointing_enable({"use_reentrant": False})
+
     def observe(self, sums: Mapping[str, float], tokens: int) -> None:
         """After a step: its sums over all ranks, and its counted tokens. Called by all ranks together."""
 

@@ -74,6 +74,15 @@ class SarDistillation(Objective):
         for router in self.found:
             router.take(scheduled(router, *rule, share))
 
+    def checkpoint_activations(self) -> None:
+        super().checkpoint_activations()
+        teacher = self.held[0]
+        teacher.gradient_checkpointing_enable({"use_reentrant": False})
+        for module in teacher.modules():
+            # a layer does so only while it trains; what is inside it goes on without dropout and noise
+            if getattr(module, "gradient_checkpointing", False):
+                module.training = True
+
     def forward(self, batch: Batch) -> LossReport:
         teacher, _ = self.held
         theirs = batch if batch.paired is None else batch.paired.teacher  # what the teacher reads

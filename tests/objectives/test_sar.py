@@ -91,6 +91,27 @@ def test_nothing_before_the_first_router_is_kept_for_backward(made, batch):
     assert seen == {"first": False, "second": True}
 
 
+def test_forgotten_activations_change_nothing(made, batch):
+    plain, frugal = made(entropy=0.1, balance=0.1), made(entropy=0.1, balance=0.1)
+    frugal.checkpoint_activations()
+    frugal.student.train()
+    kept: list[int] = []
+    for objective in (plain, frugal):
+        total = 0
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal total
+            total += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            objective(batch).total.backward()
+        kept.append(total)
+    assert kept[1] < 0.8 * kept[0]
+    for (name, one), (_, other) in zip(plain.named_parameters(), frugal.named_parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad), name
+
+
 def test_terms_of_the_routers(made, batch):
     """Their sums over counted positions, and their weights in the total."""
     plain, weighted = made(), made(anchor=0.5, entropy=0.25, balance=0.125)
