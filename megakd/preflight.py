@@ -101,6 +101,11 @@ def tokenizers(config: RunConfig, facts: dict[str, Any]) -> tuple[Any, Any]:
     theirs = load_tokenizer(folder)
     if tokenizer_facts(theirs) == facts["tokenizer"]:
         return None, None
+    if config.objective.kind == "online":
+        raise UserError(
+            f"{folder}: its tokenizer is not the student's; objective.kind=online compares position by position, "
+            "set objective.kind=sar (its routers may be frozen: lr_multiplier 0 for ^routers)"
+        )
     assert config.model.student is not None  # one that compress made has the teacher's
     mine = load_tokenizer(Path(config.model.student))
     for place, tokenizer in ((folder, theirs), (config.model.student, mine)):

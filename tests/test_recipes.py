@@ -16,7 +16,7 @@ DS_CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
 @pytest.mark.parametrize("ds_config", DS_CONFIGS, ids=lambda p: p.stem)
 def test_recipe_loads_with_every_deepspeed_file(recipe: Path, ds_config: Path):
-    config = load_recipe(recipe, [f"engine.config={ds_config.stem}"])
+    config = load_recipe(recipe, ["engine.kind=deepspeed", f"engine.config={ds_config.stem}"])
     windows = config.optim.batch_tokens // config.data.sequence_length
     assert windows * config.data.sequence_length == config.optim.batch_tokens
     merged = deepspeed_config(config, config.engine.ranks, windows)
@@ -37,22 +37,33 @@ def test_written_config_is_the_same_run(recipe: Path, tmp_path: Path):
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
 def test_rules_of_recipes_match_real_parameters(recipe: Path):
-    """On a student with the recipe's tying: Qwen3-30B-A3B has an untied head, the demo's teacher a tied one."""
+    """On a student with the recipe's tying: Qwen3-30B-A3B has an untied head, the demo's teacher a tied one.
+
+    A student that is given is a Llama, and rules may name what the objective trains besides it.
+    """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     import megakd.models.student as student
     from megakd.engine.optim import assign_rules
     from megakd.models.shared_core import PROJECTIONS, Form
     from megakd.models.tiny import tiny_moe_config
+    from megakd.objectives.build import build
 
     config = load_recipe(recipe)
     shape = tiny_moe_config(500, tie_word_embeddings=recipe.stem == "demo")
     layers = {i: {p: Form("wrappers", 4, 4) for p in PROJECTIONS} for i in range(shape.num_hidden_layers)}
+    given = LlamaConfig(vocab_size=500, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(student.student_config(shape, layers))
+        model = AutoModelForCausalLM.from_config(
+            given if config.model.student else student.student_config(shape, layers)
+        )
+        teacher = AutoModelForCausalLM.from_config(shape)
     for stage in config.stages:
-        assert {a.rule for a in assign_rules(model, stage.lr_multipliers)} >= set(range(len(stage.lr_multipliers)))
+        trained = model
+        if config.objective.kind != "cached":
+            trained = build(config.at(stage), model, teacher, {"tokenizer": {"vocab_size": 500}})
+        assert {a.rule for a in assign_rules(trained, stage.lr_multipliers)} >= set(range(len(stage.lr_multipliers)))
 
 
 # zero2 and zero3 are held against the local engine on two ranks by tests/engine/test_equivalence.py

@@ -147,3 +147,5 @@ def test_across_tokenizers_it_resumes_and_ranks_give_the_local_curve(across, tmp
 def test_slow_tokenizers_and_nothing_to_learn_are_refused(across, tmp_path):
     run = Run.create(across, ["sar.likelihood=0", "sar.features=0"], tmp_path / "run")
     assert "nothing is left to learn from the teacher" in in_process("train", run.folder, code=2)
+    online = Run.create(across, ["objective.kind=online", "stages.0.lr_multipliers=[]"], tmp_path / "online")
+    assert "objective.kind=online compares position by position" in in_process("train", online.folder, code=2)

@@ -5,29 +5,48 @@ examples:
 """
 
 import argparse
-from typing import Any
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from megakd.config import CompressConfig
+import torch
+
+from megakd.commands.train import build_engine
+from megakd.config import CompressConfig, RunConfig, StageConfig
+from megakd.data.records import Batch, Paired, Side
+from megakd.data.tokens import load_tokenizer, tokenizer_facts
+from megakd.dist import World
+from megakd.engine.base import MOMENTS
+from megakd.errors import UserError
 from megakd.log import short, table
 from megakd.models.hub import empty_model, load_config, resolve
+from megakd.models.memory import Fakes, LiveBytes, Peak, fake_model
 from megakd.models.predict import dense_flops, form_flops
-from megakd.models.shared_core import PROJECTIONS, Form, stored_parameters
+from megakd.models.routing import scheduled
+from megakd.models.shared_core import PROJECTIONS, Form, SharedCoreExperts, stored_parameters
 from megakd.models.spec import spec_for
+from megakd.objectives.build import build
 from megakd.run import Run
 
 # Measured (docs/benchmarks.md): a sweep over one matrix at rank 64, its time taken as proportional to size and rank;
 # a process's memory with Qwen3-30B-A3B's 128 matrices a projection, and with the demo's, which hardly count.
 SWEEP_SECONDS, MATRIX, RANK = 0.05, 768 * 2048, 64
 LEAST_BYTES, PROJECTION_BYTES, EXPERTS = 0.5e9, 2.5e9, 128
+# Of memory in GiB, and the share that tensors may take: the driver, cuBLAS and holes between blocks want theirs.
+CARDS, SHARE, GIB = (8, 12, 16), 0.9, 2**30
 
 
 def main(run: Run, args: argparse.Namespace) -> None:
-    print(table(["plan", ""], [*sizes(run), *compression(run), *lengths(run)], left=True))
+    print(table(["plan", ""], [*sizes(run), *compression(run), *lengths(run), *memory(run)], left=True))
 
 
 def sizes(run: Run) -> list[list[str]]:
     """Parameters and bytes of teacher and student, experts apart."""
     folder = resolve(run.config.model.teacher, run.config.model.revision, weights=False)
+    if run.config.model.student:
+        return given_sizes(run.config, folder)
     config = load_config(folder)
     dense, compact = expert_parameters(config, run.config.compress.rank, str(folder))
     teachers, students = expert_flops(config, run.config.compress, str(folder))
@@ -36,7 +55,7 @@ def sizes(run: Run) -> list[list[str]]:
     if run.config.compress.budget is not None:
         compact = int(dense * run.config.compress.budget)
     rest = sum(p.numel() for p in empty_model(folder).parameters()) - dense
-    width = 2 if run.config.model.dtype == "bfloat16" else 4
+    width = getattr(torch, run.config.model.dtype).itemsize
     student = compact + rest
     return [
         ["teacher", f"{short(dense + rest)} parameters, {short(dense)} in experts"],
@@ -51,6 +70,18 @@ def sizes(run: Run) -> list[list[str]]:
             f"{short(student * 16)}B over all ranks (fp32 master, two Adam moments, gradient), before activations",
         ],
     ]
+
+
+def given_sizes(config: RunConfig, teacher: Path) -> list[list[str]]:
+    """The same where the student is a model of its own; what training takes is predicted in full by `memory`."""
+    assert config.model.student is not None
+    student = resolve(config.model.student, weights=False)
+    counts = [sum(p.numel() for p in empty_model(folder).parameters()) for folder in (teacher, student)]
+    rows = [[name, f"{short(count)} parameters"] for name, count in zip(("teacher", "student"), counts, strict=True)]
+    if predictable(config):
+        return rows
+    state = f"{short(counts[1] * 16)}B over all ranks (fp32 master, two Adam moments, gradient), before activations"
+    return [*rows, ["training state", state]]
 
 
 def expert_parameters(config: Any, rank: int, place: str) -> tuple[int, int]:
@@ -124,17 +155,203 @@ def lengths(run: Run) -> list[list[str]]:
     logits = config.logits
     # measured, docs/data-format.md: about 12 bits an entry of the head, 16 a distinct draw
     upper = 4 + (logits.profile != "sampled") * 1.7 * logits.top_k + (logits.profile != "topk") * 1.2 * logits.draws
+    cached = config.objective.kind == "cached"
     rows = [
         [
-            "tokens to cache",
+            "tokens to cache" if cached else "tokens",
             f"{short(stored)} in {-(-data.tokens // data.shard_tokens)} shards of {short(data.shard_tokens)}",
         ],
-        ["cache on disk", f"at most about {short(stored * upper)}B ({upper:.0f} bytes a token)"],
     ]
+    if cached:
+        rows.append(["cache on disk", f"at most about {short(stored * upper)}B ({upper:.0f} bytes a token)"])
     for stage in config.stages:
         steps, batch = config.steps_of(stage), config.at(stage).optim.batch_tokens
         passes = steps * batch / data.tokens
         rows.append(
-            [f"stage {stage.name}", f"{steps} steps of {short(batch)} tokens, {passes:.2f} passes over the cache"]
+            [
+                f"stage {stage.name}",
+                f"{steps} steps of {short(batch)} tokens, {passes:.2f} passes over {'the cache' if cached else 'them'}",
+            ]
         )
     return rows
+
+
+def memory(run: Run) -> list[list[str]]:
+    """The most that training holds at once beside a teacher that is there, what of, and the card that it fits."""
+    config = run.config
+    if not predictable(config):
+        return []
+    if not (run.student_folder / "config.json").exists() and not config.model.student:
+        return [["training memory", f"known when there is a student; run: megakd compress {run.folder}"]]
+    pair = models_of(run)
+    try:
+        peaks = {stage.name: training_peak(config, stage, *pair) for stage in config.stages}
+    except UserError as error:
+        return [["training memory", str(error)]]
+    stage = max(peaks, key=lambda name: peaks[name].total)
+    total, parts = peaks[stage]
+    where = f" (stage {stage})" if len(peaks) > 1 else ""
+    largest = [(name, size) for name, size in sorted(parts.items(), key=lambda part: -part[1]) if size >= total / 200]
+    return [
+        ["training memory", f"{gib(total)} at most{where}, predicted for windows without padding; then it is:"],
+        *([f"  {name}", gib(size)] for name, size in largest),
+        ["fits", fits(total) or f"no card of {', '.join(map(str, CARDS))} GB; {advice(config, stage, pair)}"],
+    ]
+
+
+def predictable(config: RunConfig) -> bool:
+    """Whether training_peak is right: one process that holds student and teacher."""
+    return config.objective.kind != "cached" and config.engine.kind == "local"
+
+
+def gib(size: float) -> str:
+    return f"{size / GIB:.3g} GiB"
+
+
+def fits(total: float) -> str:
+    """The smallest of the cards, or nothing."""
+    card = next((card for card in CARDS if total <= SHARE * card * GIB), None)
+    return "" if card is None else f"a card of {card:g} GB ({total / card / GIB:.0%} of it)"
+
+
+class Pair(NamedTuple):
+    """Configs of student and teacher, and the entries of their tokenizers; teacher_vocab_size: of another tokenizer."""
+
+    student: Any
+    teacher: Any
+    vocab_size: int
+    teacher_vocab_size: int | None = None
+
+
+def models_of(run: Run) -> Pair:
+    """What a run's folders say; configurations and tokenizers alone are read."""
+    model = run.config.model
+    folders = [
+        resolve(model.student, weights=False) if model.student else run.student_folder,
+        resolve(model.teacher, model.revision, weights=False),
+    ]
+    mine, theirs = (tokenizer_facts(load_tokenizer(folder)) for folder in folders)
+    other = None if mine == theirs else theirs["vocab_size"]
+    return Pair(*(load_config(folder) for folder in folders), mine["vocab_size"], other)
+
+
+def advice(config: RunConfig, stage: str, pair: Pair) -> str:
+    """What to change first, one after the other, until the largest card is enough."""
+    changed, total = [], 0
+    named = next(each for each in config.stages if each.name == stage)
+    for section, key, value in smaller(config):
+        part = getattr(config, section).model_copy(update={key: value})
+        config = config.model_copy(update={section: part})
+        changed = [item for item in changed if not item.startswith(f"{section}.{key}=")]
+        changed.append(f"{section}.{key}={json.dumps(value)}")
+        total = training_peak(config, named, *pair).total
+        if fits(total):
+            return f"set {' and '.join(changed)}: {gib(total)} fit {fits(total)}"
+    tried = f"even {' and '.join(changed)} leave {gib(total)}; " if changed else ""
+    return f"{tried}take a smaller student or teacher, or engine.kind=deepspeed on more ranks"
+
+
+def smaller(config: RunConfig) -> Iterator[tuple[str, str, Any]]:
+    """(section, key, value) of what takes less memory, what costs least first: shorter windows want new data."""
+    if config.optim.micro_batch > 1:
+        yield "optim", "micro_batch", 1
+    if not config.engine.activation_checkpointing:
+        yield "engine", "activation_checkpointing", True
+    for share in (2, 4):
+        if (length := config.data.sequence_length // share) >= 128:
+            yield "data", "sequence_length", length
+
+
+STUDENT, TEACHER, GRADIENTS = "activations of the student", "activations of the teacher", "gradients"
+LOSS, BACKWARD, UPDATE = "loss", "backward pass: logits of a chunk, what is computed again", "update"
+
+
+def training_peak(
+    config: RunConfig,
+    stage: StageConfig,
+    student: Any,
+    teacher: Any,
+    vocab_size: int,
+    teacher_vocab_size: int | None = None,
+    gpu: bool = True,
+) -> Peak:
+    """The most bytes that LocalEngine.step holds in the long run: the real step, with tensors that hold nothing.
+
+    It is the last micro-batch of a later step: moments are there, and gradients if there was one before. It logs norms
+    and the teacher's drift, as some steps do, and takes as many experts as the schedule ever does.
+    gpu: AdamW works on all parameters at once, as it does there, which takes their size once more. Kernels, and what
+    autocast leaves in float32, are the CPU's all the same.
+    """
+    config = config.at(stage)
+    live = LiveBytes()
+    with warnings.catch_warnings(), Fakes(), live:
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # copy.deepcopy of a parameter
+        own = fake_model(student, torch.float32)
+        other = fake_model(teacher, getattr(torch, config.model.dtype))
+        for module in (*own.modules(), *other.modules()):
+            if isinstance(module, SharedCoreExperts):
+                module.factors = module.grouped  # the loop's sizes depend on values; it keeps the same rows
+        objective = build(config, own, other, {"tokenizer": {"vocab_size": vocab_size}}, teacher_vocab_size)
+        for name, parameter in objective.named_parameters():
+            if not name.startswith("student."):  # as build_objective does
+                parameter.data = parameter.data.float()
+        objective.to = lambda *_: objective  # type: ignore[assignment]  # fakes cannot be moved, and are there
+        engine: Any = build_engine(config, objective, stage, World(0, 1, torch.device("cpu")))
+        for group in engine.optimizer.param_groups:
+            group["foreach"] = gpu
+        if "capacity" in objective.memory:
+            objective.memory["capacity"] = [1.0]
+        objective.at(1.0, 0)
+        settings = config.sar if config.objective.kind == "sar" else config.online
+        for router in getattr(objective, "found", []):
+            rule = settings.routing, settings.initial_top_k, settings.final_top_k
+            router.take(max(scheduled(router, *rule, share) for share in (0.0, 1.0)))
+        _name(live, objective, engine, other)
+        size, length = config.optim.micro_batch, config.data.sequence_length
+        batch = full_batch(size, length, paired=teacher_vocab_size is not None)
+        for parameter in engine.trained:
+            moments = {name: torch.zeros_like(parameter) for name in MOMENTS}
+            live.label(moments.values(), "moments of AdamW")
+            engine.optimizer.state[parameter] = {"step": torch.zeros(()), **moments}
+            if config.windows_per_step > size:
+                parameter.grad = torch.zeros_like(parameter)
+                live.label([parameter.grad], GRADIENTS)
+        live.forget_peak()
+        engine.step([batch], 1, 1.0, norms=True)
+    return live.peak
+
+
+def _name(live: LiveBytes, objective: Any, engine: Any, teacher: Any) -> None:
+    """Have everything called by what it is from now on."""
+    live.forget()
+    live.label([*teacher.parameters(), *teacher.buffers()], "weights of the teacher")
+    beside = [p for name, p in objective.named_parameters() if not name.startswith("student.")]
+    live.label(
+        [*beside, *(p for m in getattr(objective, "initial", ()) for p in m.parameters())], "routers and projections"
+    )
+    live.label([*objective.student.parameters(), *objective.student.buffers()], "weights of the student")
+    for parameter in engine.trained:
+        parameter.register_post_accumulate_grad_hook(lambda p: live.label([p.grad], GRADIENTS))
+
+    def then(where: str) -> Callable[..., None]:
+        return lambda *_: setattr(live, "where", where)
+
+    for model, where in ((objective.student, STUDENT), (teacher, TEACHER)):
+        model.get_decoder().register_forward_pre_hook(then(where))
+        model.get_decoder().register_forward_hook(then(LOSS))
+    objective.register_forward_hook(then(BACKWARD))
+    engine.optimizer.register_step_pre_hook(then(UPDATE))
+
+
+def full_batch(size: int, length: int, paired: bool = False) -> Batch:
+    """`size` windows that count at every position; paired: for a teacher that makes a quarter more tokens of them."""
+
+    def side(length: int) -> Side:
+        return Side(*(torch.zeros(size, length, dtype=torch.int64) for _ in range(5)))
+
+    batch = Batch(*side(length)[:3])
+    if not paired:
+        return batch
+    # every token a span of its own: the most there can be
+    both = Paired(Side(*batch[:3], *side(length)[3:]), side(length + length // 4), torch.tensor([length]))
+    return batch._replace(paired=both)
