@@ -106,7 +106,7 @@ class DistillationCollator:
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         batch = collate(samples, self.sequence_length)
-        return dict(zip(("input_ids", "labels", "position_ids", "targets"), batch, strict=True))
+        return dict(zip(("input_ids", "labels", "position_ids", "targets"), batch[:4], strict=True))
 
 
 class Answering(nn.Module):
