@@ -85,7 +85,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch_size", type=count, default=4, metavar="N", help="windows at once (default: %(default)s)")
     add("--gradient_accumulation_steps", type=count, default=1, metavar="N", help="default: %(default)s")
     add("--learning_rate", type=positive, default=OptimConfig().lr, metavar="LR", help="default: %(default)s")
-    add("--router_learning_rate", type=weight, metavar="LR", help="0 freezes the routers (default: --learning_rate)")
+    add("--router_learning_rate", type=weight, metavar="LR", help="0 freezes them (default: a tenth)")
     add("--weight_decay", type=weight, default=OptimConfig().weight_decay, metavar="W", help="default: %(default)s")
     add("--num_epochs", type=positive, metavar="N", help="passes over the data (default: 1)")
     add("--max_steps", type=count, metavar="N", help="optimizer steps, instead of --num_epochs")
@@ -150,9 +150,9 @@ def recipe(args: argparse.Namespace) -> dict[str, Any]:
     both = args.alpha_kd + args.alpha_ce
     stage: dict[str, Any] = {"name": "sar"}
     stage |= {"steps": args.max_steps} if args.max_steps else {"epochs": args.num_epochs or 1.0}
-    if args.router_learning_rate is not None:
-        multiplier = args.router_learning_rate / args.learning_rate
-        stage["lr_multipliers"] = [{"pattern": "^routers", "lr_multiplier": multiplier}]
+    # at the student's own rate the teacher collapses to the student (docs/sar-kd.md)
+    rate = args.learning_rate / 10 if args.router_learning_rate is None else args.router_learning_rate
+    stage["lr_multipliers"] = [{"pattern": "^routers", "lr_multiplier": rate / args.learning_rate}]
     value = {
         "name": args.output_dir.resolve().name,
         "seed": args.seed,
