@@ -15,8 +15,8 @@ from megakd.engine.checkpoint import check_ranks, check_shards, published
 from megakd.engine.ds_json import deepspeed_config
 from megakd.engine.optim import assign_rules
 from megakd.errors import UserError
-from megakd.files import read_json
-from megakd.models.hub import empty_model, resolve
+from megakd.files import read_json, resolve
+from megakd.models.hub import empty_model
 from megakd.objectives.build import build
 from megakd.run import Run
 
@@ -107,7 +107,7 @@ def tokenizers(config: RunConfig, facts: dict[str, Any]) -> tuple[Any, Any]:
             "set objective.kind=sar (its routers may be frozen: lr_multiplier 0 for ^routers)"
         )
     assert config.model.student is not None  # one that compress made has the teacher's
-    mine = load_tokenizer(Path(config.model.student))
+    mine = load_tokenizer(resolve(config.model.student, weights=False))
     for place, tokenizer in ((folder, theirs), (config.model.student, mine)):
         if not getattr(tokenizer, "is_fast", False):
             raise UserError(f"{place}: a slow tokenizer; to align two of them both must give character offsets")

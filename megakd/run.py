@@ -3,12 +3,13 @@
 import os
 import time
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from megakd.config import RunConfig, apply_overrides, flatten, is_live, load_recipe, parse
 from megakd.errors import UserError
-from megakd.files import append_json, read_json, read_json_lines, shipped, write_json
+from megakd.files import append_json, read_json, read_json_lines, resolve, shipped, write_json
 
 # What a sibling run may take over from the run it was made from, and the sections each thing depends on.
 ARTIFACTS = {
@@ -84,10 +85,15 @@ class Run:
         """What `record` wrote of one kind of event, oldest first."""
         return [row for row in read_json_lines(self.path("history.jsonl")) if row["event"] == event]
 
-    @property
+    @cached_property
     def student_folder(self) -> Path:
         """Where training starts: the student that was given, else the one `compress` makes."""
-        return Path(self.config.model.student) if self.config.model.student else self.path("student-0")
+        student = self.config.model.student
+        if not student:
+            return self.path("student-0")
+        # a hub's id is like owner/name; what looks like a folder is one, there or not
+        folder = student.startswith(("/", ".", "~")) or student.count("/") != 1 or Path(student).exists()
+        return Path(student) if folder else resolve(student)
 
     def _link_from(self, other: "Run") -> None:
         linked = []

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from megakd.models.hub import resolve
+from megakd.files import resolve
 from tests.conftest import megakd
 
 SHORT = ["data.tokens=80000", "data.shard_tokens=20000", "data.holdout_tokens=8000", "optim.warmup_steps=4"]

@@ -177,3 +177,19 @@ def test_training_starts_at_the_given_student_or_the_compressed_one(recipe, tmp_
     assert run.student_folder == tmp_path / "a" / "student-0"
     run = Run.create(recipe, [f"model.student={tmp_path / 'mine'}"], tmp_path / "b")
     assert run.student_folder == tmp_path / "mine"
+
+
+def test_a_student_is_a_folder_or_a_hub_id(recipe, tmp_path, monkeypatch):
+    asked = []
+
+    def snapshot(name: str, revision: str | None = None, allow_patterns: object = None) -> str:
+        asked.append(name)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    named = Run.create(recipe, ["model.student=owner/name"], tmp_path / "a")
+    assert named.student_folder == named.student_folder == tmp_path and asked == ["owner/name"]
+    for folder in (str(tmp_path), "./not/there", "/not/there"):
+        assert Run.create(recipe, [f"model.student={folder}"], tmp_path / "b").student_folder == Path(folder)
+        shutil.rmtree(tmp_path / "b")
+    assert asked == ["owner/name"]

@@ -39,9 +39,8 @@ from megakd.commands.evaluate import evaluate
 from megakd.config import OnlineConfig, RunConfig, SarConfig, flatten, is_live, load_recipe
 from megakd.data.tokens import load_tokenizer
 from megakd.errors import UserError
-from megakd.files import publishing, read_json_lines, shipped, write_json
+from megakd.files import publishing, read_json_lines, resolve, shipped, write_json
 from megakd.log import clock, say, table
-from megakd.models.hub import resolve
 from megakd.run import Run
 
 SETS, BASE = ("sar", "online"), "base"

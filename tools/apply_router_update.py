@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from megakd.errors import UserError
-from megakd.files import publishing
-from megakd.models.hub import INDEX, resolve, weights_fingerprint, write_weights
+from megakd.files import publishing, resolve
+from megakd.models.hub import INDEX, weights_fingerprint, write_weights
 from megakd.models.router_update import FACTS, UPDATE, TeacherRouters, read_facts, read_update
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")

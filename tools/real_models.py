@@ -38,8 +38,8 @@ from torch import Tensor
 
 from megakd.data.documents import python_documents
 from megakd.errors import UserError
-from megakd.files import publishing, sha256
-from megakd.models.hub import Checkpoint, copy_side_files, load_config, resolve, write_config, write_weights
+from megakd.files import publishing, resolve, sha256
+from megakd.models.hub import Checkpoint, copy_side_files, load_config, write_config, write_weights
 from megakd.models.spec import SPECS
 
 # accelerate: without it transformers reads no GGUF

@@ -31,9 +31,8 @@ from megakd.cli import run_verb
 from megakd.config import DataConfig, ModelConfig, OptimConfig, SarConfig, apply_overrides, flatten, is_live, parse
 from megakd.data.documents import source_files
 from megakd.errors import UserError
-from megakd.files import read_json, remove, write_json
+from megakd.files import read_json, remove, resolve, write_json
 from megakd.log import say
-from megakd.models.hub import resolve
 from megakd.run import Run
 
 RECIPE = "recipe.json"

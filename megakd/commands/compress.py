@@ -35,7 +35,7 @@ from megakd.dist import read_world
 from megakd.errors import UserError
 from megakd.evals.compression_plot import plot_errors
 from megakd.evals.model_card import write_card
-from megakd.files import publishing, read_json, remove, write_json
+from megakd.files import publishing, read_json, remove, resolve, write_json
 from megakd.log import say, table
 from megakd.models.align import alignment
 from megakd.models.calibrate import LayerRunner, find_super_experts
@@ -46,7 +46,6 @@ from megakd.models.hub import (
     copy_code,
     copy_side_files,
     load_config,
-    resolve,
     weights_fingerprint,
     write_config,
     write_weights,

@@ -19,9 +19,8 @@ from megakd.errors import UserError
 from megakd.evals.follow import Follower
 from megakd.evals.harness import flat
 from megakd.evals.measure import Meter, Subject, checkpoint_subject
-from megakd.files import append_json, read_json_lines
+from megakd.files import append_json, read_json_lines, resolve
 from megakd.log import say, table
-from megakd.models.hub import resolve
 from megakd.run import Run
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from megakd.engine.checkpoint import BESIDE, best_weights, published
 from megakd.errors import UserError
 from megakd.evals.model_card import write_card
-from megakd.files import publishing, read_json, read_json_lines
+from megakd.files import publishing, read_json, read_json_lines, resolve
 from megakd.log import say, short
 from megakd.models.hub import (
     Checkpoint,
@@ -34,7 +34,6 @@ from megakd.models.hub import (
     copy_side_files,
     is_student,
     load_config,
-    resolve,
     weights_fingerprint,
     write_config,
     write_weights,

@@ -38,9 +38,9 @@ from megakd.data.shards import ShardSet, finished, known_manifest, layout_of, su
 from megakd.data.tokens import load_tokenizer, tokenizer_facts
 from megakd.dist import World, barrier, close_world, join_world, read_world, sum_over_ranks
 from megakd.errors import UserError
-from megakd.files import locked, remove_stale
+from megakd.files import locked, remove_stale, resolve
 from megakd.log import Progress, say
-from megakd.models.hub import load_config, load_model, resolve, weights_fingerprint
+from megakd.models.hub import load_config, load_model, weights_fingerprint
 from megakd.models.teacher import Teacher, batch_targets
 from megakd.run import Run
 

@@ -30,9 +30,9 @@ from megakd.data.tokens import load_tokenizer
 from megakd.engine.optim import assign_rules
 from megakd.errors import UserError
 from megakd.evals.expert_report import experts_text, survey
-from megakd.files import read_json
+from megakd.files import read_json, resolve
 from megakd.log import short, table
-from megakd.models.hub import Checkpoint, empty_model, load_config, load_model, resolve, weights_fingerprint
+from megakd.models.hub import Checkpoint, empty_model, load_config, load_model, weights_fingerprint
 from megakd.models.spec import SPECS
 from megakd.models.teacher import Teacher, batch_targets
 from megakd.run import Run

@@ -20,8 +20,9 @@ from megakd.data.tokens import load_tokenizer, tokenizer_facts
 from megakd.dist import World
 from megakd.engine.base import MOMENTS
 from megakd.errors import UserError
+from megakd.files import resolve
 from megakd.log import short, table
-from megakd.models.hub import empty_model, load_config, resolve
+from megakd.models.hub import empty_model, load_config
 from megakd.models.memory import Fakes, LiveBytes, Peak, fake_model
 from megakd.models.predict import dense_flops, form_flops
 from megakd.models.routing import scheduled

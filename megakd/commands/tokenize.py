@@ -35,9 +35,8 @@ from megakd.data.shards import (
 from megakd.data.tokenizing import tokenized
 from megakd.data.tokens import load_tokenizer, pack, tokenizer_facts
 from megakd.errors import UserError
-from megakd.files import read_sealed, remove_stale
+from megakd.files import read_sealed, remove_stale, resolve
 from megakd.log import Progress, say, short
-from megakd.models.hub import resolve
 from megakd.run import Run
 
 
@@ -57,7 +56,7 @@ class State:
 def main(run: Run, args: argparse.Namespace) -> None:
     model = run.config.model
     if run.config.objective.kind != "cached" and model.student:  # the teacher reads the same text in its own way
-        folder = Path(model.student)
+        folder = run.student_folder
     else:
         folder = resolve(model.teacher, model.revision, weights=False)
     tokenizer = load_tokenizer(folder)

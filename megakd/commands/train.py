@@ -46,9 +46,9 @@ from megakd.engine.ds_json import deepspeed_config
 from megakd.engine.guard import GRADIENT, Health, after_step, wrong_with
 from megakd.engine.optim import build_optimizer, schedule
 from megakd.errors import UserError
-from megakd.files import locked, shipped
+from megakd.files import locked, resolve, shipped
 from megakd.log import MetricLog, StageWatch, say, wandb_id
-from megakd.models.hub import copy_side_files, load_config, load_model, resolve, write_config
+from megakd.models.hub import copy_side_files, load_config, load_model, write_config
 from megakd.objectives.base import Objective
 from megakd.objectives.build import build
 from megakd.preflight import check, check_world, tokenizers, was_launched

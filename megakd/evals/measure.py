@@ -21,9 +21,9 @@ from megakd.engine.checkpoint import BESIDE, Progress
 from megakd.errors import UserError
 from megakd.evals.harness import Harness, flat, metric_value
 from megakd.evals.quality import Quality, Tokenizers, evaluate_model
-from megakd.files import digest, read_json, write_json
+from megakd.files import digest, read_json, resolve, write_json
 from megakd.log import say
-from megakd.models.hub import load_model, resolve
+from megakd.models.hub import load_model
 from megakd.models.routing import Router, find_routers
 from megakd.objectives.sar import SEPARATOR
 from megakd.run import Run

@@ -15,34 +15,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megakd.errors import UserError
-from megakd.files import read_json, shipped, write_json
+from megakd.files import read_json, write_json
 from megakd.log import say
 from megakd.models.spec import MoESpec, outside
 
 SHARD_BYTES = 2 * 2**30
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CODE = ("shared_core.py", "student.py")  # what a student's folder needs to be loaded without MegaKD
-
-
-def resolve(name: str, revision: str | None = None, weights: bool = True) -> Path:
-    """The folder of a model: itself, the shipped `demo`, or a download of a hub id. UserError when it is none.
-
-    weights: False downloads configuration and tokenizer alone.
-    """
-    if name == "demo":
-        return shipped("assets", "demo-teacher")
-    if (Path(name) / "config.json").exists():
-        return Path(name)
-    if Path(name).exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        raise UserError(f"{name}: not a model folder (no config.json)")
-    from huggingface_hub import snapshot_download
-
-    try:
-        patterns = ["*.json", "*.txt", "*.model", "*.jinja", "README.md", *(["*.safetensors"] if weights else [])]
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except Exception as error:  # the hub's errors are many; each means that this model cannot be had
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"{name}: neither a folder nor a model the hub gives: {reason}") from error
 
 
 def load_model(folder: Path, dtype: torch.dtype) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megakd.errors import UserError
-from megakd.files import shipped
+from megakd.files import resolve, shipped
 from megakd.models.hub import (
     INDEX,
     WEIGHTS,
@@ -19,7 +19,6 @@ from megakd.models.hub import (
     copy_side_files,
     load_config,
     load_model,
-    resolve,
     weights_fingerprint,
     write_config,
     write_weights,

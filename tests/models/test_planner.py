@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from megakd.errors import UserError
+from megakd.files import resolve
 from megakd.models.fit import Settings, fit_projection
-from megakd.models.hub import Checkpoint, load_config, resolve
+from megakd.models.hub import Checkpoint, load_config
 from megakd.models.lanes import lanes_over
 from megakd.models.planner import allocate
 from megakd.models.predict import (
