@@ -160,8 +160,9 @@ def _capture_part(
     works = works[: len(shards)]
     done = {shard["name"] for shard in shards if finished(target, shard["name"], facts, reread)}
     mine = [work for work in works[worker.number :: worker.workers] if work.name not in done]
-    if len(done) < len(shards):
-        planned = [{key: shard[key] for key in ("name", "samples", "tokens")} for shard in shards]
+    planned = [{key: shard[key] for key in ("name", "samples", "tokens")} for shard in shards]
+    # one that lists the same stays: another worker may be about to complete it
+    if len(done) < len(shards) and (not found or found["complete"] or found["shards"] != planned):
         write_manifest(target, facts, planned, complete=False)
     layout = layout_of(facts, target)
     watch = _Watch(f"generate-logits {part}", target, facts, shards, done, {work.name for work in mine})
@@ -173,16 +174,15 @@ def _capture_part(
     watch.look()
     watch.progress.close()
     run.record("generate-logits", part=part, worker=f"{worker.number}/{worker.workers}", shards=[w.name for w in mine])
-    sidecars = [finished(target, shard["name"], facts) for shard in shards]
-    missing = sidecars.count(None)
-    if missing:
+    sidecars = {shard["name"]: finished(target, shard["name"], facts) for shard in shards}
+    summaries = [summary_of(name, sidecar) for name, sidecar in sidecars.items() if sidecar]
+    if missing := len(shards) - len(summaries):
         say(f"generate-logits {part}: this worker's share is done; {missing} shards are left to others")
         return
-    write_manifest(
-        target, facts, [summary_of(s["name"], c) for s, c in zip(shards, sidecars, strict=True) if c], complete=True
-    )
-    stored = ShardSet(target)
-    say(f"generate-logits {part}: {stored.bytes / stored.tokens:.1f} bytes a token, with tokens and tar")
+    write_manifest(target, facts, summaries, complete=True)
+    # from what was seen here: a worker that came late may say once more that the set is not complete, until it ends
+    size, count = (sum(summary[key] for summary in summaries) for key in ("bytes", "tokens"))
+    say(f"generate-logits {part}: {size / count:.1f} bytes a token, with tokens and tar")
 
 
 def _first_shards(tokens: ShardSet, limit: float | None) -> list[dict[str, Any]]:

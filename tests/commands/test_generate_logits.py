@@ -86,6 +86,26 @@ def test_parts_make_the_whole_in_any_order(empty, prepared, capsys):
     assert stored(empty) == files((prepared / "data" / "logits").resolve())
 
 
+def test_a_worker_that_comes_late_takes_back_nothing(empty, prepared, monkeypatch):
+    """Between another's look at the shards and what it writes of them, this one may finish all and say so."""
+    megakd("generate-logits", empty.folder, "--part", "0/2")
+    path = empty.path("data", "logits", "train", "manifest.json")
+    written, original = path.stat().st_ino, generate_logits.write_manifest
+    megakd("generate-logits", empty.folder, "--part", "0/2")
+    assert path.stat().st_ino == written  # what says so already stays
+
+    def then_late(folder, facts, shards, complete):
+        original(folder, facts, shards, complete=complete)
+        if complete:
+            original(folder, facts, shards, complete=False)
+
+    monkeypatch.setattr(generate_logits, "write_manifest", then_late)
+    megakd("generate-logits", empty.folder)
+    monkeypatch.undo()
+    megakd("generate-logits", empty.folder, "--part", "0/2")  # the late one, at its end
+    assert stored(empty) == stored(Run.open(prepared))
+
+
 def test_reread_redoes_what_is_damaged_and_nothing_else(owner, prepared):
     train = owner.path("data", "logits", "train")
     tar = train / "shard-00001.tar"
