@@ -6,7 +6,8 @@
     python tools/ablate.py recipe.json --set online --only no-kl ce-alone
 
 RECIPE is a recipe, the name of a shipped one or a run's folder; sets of variants change its objective:
-  sar     base: section `sar` as it is. Routers frozen or slow, CE alone, each part off (on where it is off), routings.
+  sar     base: section `sar` as it is. Routers frozen, slow, as fast as the student; CE alone; each part off (on where
+          it is off); routings.
   online  base: section `online` as it is. CE alone, KL alone, each part off (on where it is off), routings.
 Without --set: that of the recipe's objective.kind.
 
@@ -204,12 +205,13 @@ def variants(name: str, config: RunConfig) -> dict[str, list[str]]:
 def sar_variants(config: RunConfig) -> dict[str, list[str]]:
     on = {"anchor": SarConfig().anchor, "entropy": WEIGHT, "balance": WEIGHT}
     frozen = routers_at(config, 0.0)
+    rates = {"routers-slow": routers_at(config, 0.1), "routers-fast": routers_at(config, 1.0)}
     # at the student's rate routers run from weak anchors: the teacher becomes as bad as the student (docs/sar-kd.md)
     strong = {"anchor-x100": [f"sar.anchor={100 * config.sar.anchor:g}"]} if config.sar.anchor else {}
     return {
         BASE: [],
         "routers-frozen": frozen,
-        "routers-slow": routers_at(config, 0.1),
+        **{name: changes for name, changes in rates.items() if not in_force(config, changes)},
         "ce-alone": [*frozen, *ce_alone(config)],
         **switched("sar", config.sar, on),
         **strong,
@@ -258,6 +260,15 @@ def routers_at(config: RunConfig, multiplier: float) -> list[str]:
         for stage in config.stages
     ]
     return [f"stages.{i}.lr_multipliers={json.dumps([rule, *found])}" for i, found in enumerate(rules)]
+
+
+def in_force(config: RunConfig, changes: list[str]) -> bool:
+    """Whether rules that `routers_at` made give the routers of every stage the rate that they have anyway."""
+    wanted = [json.loads(change.partition("=")[2])[0]["lr_multiplier"] for change in changes]
+    return wanted == [
+        next((r.lr_multiplier for r in stage.lr_multipliers if r.pattern.lstrip("^").startswith("routers")), 1.0)
+        for stage in config.stages
+    ]
 
 
 def ce_alone(config: RunConfig) -> list[str]:

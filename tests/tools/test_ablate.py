@@ -178,10 +178,12 @@ def test_variants_change_what_they_say(sar):
     """Around a recipe where everything is on, and around one where all but the KL is off."""
     found = module.variants("sar", config_of(sar))
     assert list(found) == [
-        *("base", "routers-frozen", "routers-slow", "ce-alone", "no-anchor", "no-entropy", "no-balance"),
-        *("anchor-x100", "all-experts", "top-2-to-4"),
+        *("base", "routers-frozen", "routers-slow", "routers-fast", "ce-alone", "no-anchor", "no-entropy"),
+        *("no-balance", "anchor-x100", "all-experts", "top-2-to-4"),
     ]
     assert config_of(sar, *found["anchor-x100"]).sar.anchor == 10
+    for name in ("routers-slow", "routers-fast"):  # left out where it is what the recipe does
+        assert list(module.variants("sar", config_of(sar, *found[name]))) == [each for each in found if each != name]
     frozen = config_of(sar, *found["routers-frozen"])
     rules = [[(rule.pattern, rule.lr_multiplier) for rule in stage.lr_multipliers] for stage in frozen.stages]
     assert rules == [[("^routers", 0)], [("^routers", 0), ("embed_tokens", 0)]]

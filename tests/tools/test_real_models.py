@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from megakd.data.documents import iter_documents
+from megakd.data.tokens import load_tokenizer
 from megakd.errors import UserError
 from megakd.models.hub import Checkpoint, load_config, load_model
 from megakd.models.spec import SPECS
@@ -39,6 +42,10 @@ def dense_folder(folder: Path, dtype: torch.dtype = torch.float32, **changes: An
     model.to(dtype).save_pretrained(folder)
     (folder / "tokenizer_config.json").write_text("{}")
     return folder
+
+
+# of a byte-level token's characters
+BYTES = {c: b for b, c in bytes_to_unicode().items()}
 
 
 def refused(tool: ModuleType, capsys: pytest.CaptureFixture[str], *argv: object) -> str:
@@ -116,7 +123,52 @@ def test_upcycle_refuses_other_families_and_no_model(tool, tmp_path, capsys, tea
     assert "not a model folder" in refused(tool, capsys, "upcycle", tmp_path, tmp_path / "moe")
 
 
-@pytest.mark.parametrize("argv", [["smollm2"], ["upcycle", "demo"], ["text"]])
+def test_a_model_behind_its_own_tokenizer_is_the_same(tool, tmp_path, teacher):
+    tool.retokenize(teacher, tmp_path / "same", teacher / "tokenizer.json", "<|endoftext|>", "<|endoftext|>")
+    old, new = load_tokenizer(teacher), load_tokenizer(tmp_path / "same")
+    ids = [each("the same words, in the same tokens\n", return_tensors="pt").input_ids for each in (old, new)]
+    assert torch.equal(*ids)
+    logits = [load_model(folder, dtype=torch.float32)(ids[0]).logits for folder in (teacher, tmp_path / "same")]
+    # neither parts of characters nor tokens that the tokenizer itself would cut otherwise
+    kept = [i for i, row in enumerate(tool.cut(new, old)) if row == [i]]
+    assert len(kept) > len(old) - 128 - 8
+    assert torch.equal(logits[0][..., kept], logits[1][..., kept])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_retokenized_rows_are_means_of_the_old_pieces(tool, tmp_path, teacher, tied):
+    old, text = load_tokenizer(teacher), ["a tokenizer with other merges", "other words: élan, 東京", "12 1234 1999"]
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer, trained.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=["<end>", "<pad>"], initial_alphabet=alphabet)
+    trained.train_from_iterator(text, trainer)
+    trained.save(str(tmp_path / "other.json"))
+    source = dense_folder(tmp_path / "dense", vocab_size=len(old), tie_word_embeddings=tied)
+    old.save_pretrained(source)
+    tool.retokenize(source, tmp_path / "out", tmp_path / "other.json", "<end>", "<pad>")
+
+    new, before, after = load_tokenizer(tmp_path / "out"), Checkpoint(source), Checkpoint(tmp_path / "out")
+    assert list(after.files) == list(before.files)
+    config = load_config(tmp_path / "out")
+    assert (config.vocab_size, config.eos_token_id, config.pad_token_id) == (len(new), 0, 1)
+    cut = 0
+    for name in ["model.embed_tokens.weight"] + ([] if tied else ["lm_head.weight"]):
+        rows, expected = after.tensor(name), before.tensor(name)
+        for i in range(len(new)):
+            piece = bytes(BYTES[c] for c in new.convert_ids_to_tokens(i)) if i > 1 else b"<end><pad>"[5 * i : 5 * i + 5]
+            try:
+                ids = old(piece.decode(), add_special_tokens=False).input_ids
+            except UnicodeDecodeError:
+                ids = range(len(old))
+            cut += len(ids) > 1
+            torch.testing.assert_close(rows[i], torch.stack([expected[j] for j in ids]).double().mean(0).float())
+    assert cut > 100
+    model = load_model(tmp_path / "out", dtype=torch.float32)
+    assert model(new(text[1], return_tensors="pt").input_ids).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("argv", [["smollm2"], ["upcycle", "demo"], ["retokenize", "demo"], ["text"]])
 def test_what_exists_is_not_overwritten(tool, tmp_path, capsys, monkeypatch, argv):
     monkeypatch.setattr(tool, "installed", lambda *packages: pytest.fail("started to install"))
     (tmp_path / "out").write_text("precious")
@@ -128,7 +180,7 @@ def test_help_has_examples_and_a_command_is_needed(tool, capsys):
     with pytest.raises(SystemExit):
         tool.main(["--help"])
     out = capsys.readouterr().out
-    assert all(f"real_models.py {name}" in out for name in ("smollm2", "upcycle", "text"))
+    assert all(f"real_models.py {name}" in out for name in ("smollm2", "upcycle", "retokenize", "text"))
     assert "required: command" in refused(tool, capsys)
 
 
