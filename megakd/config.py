@@ -332,6 +332,8 @@ class EngineConfig(Section):
     expert_parallel: how many neighbouring ranks share the experts, each keeping its part of them (deepspeed alone);
     tokens travel to their experts. 1: every rank keeps or partitions all of them. May change with `ranks`.
     activation_checkpointing: forget what layers computed, and compute it again in the backward pass.
+    offload_teacher: the layers of a teacher that is asked while training lie in CPU memory, and come to the device one
+    at a time; where its routers train they are computed again in the backward pass.
     """
 
     kind: Literal["local", "deepspeed"] = "deepspeed"
@@ -340,6 +342,7 @@ class EngineConfig(Section):
     ranks: int = live(1, ge=1)
     expert_parallel: int = live(1, ge=1)
     activation_checkpointing: bool = live(False)
+    offload_teacher: bool = live(False)
 
 
 class CheckpointConfig(Section):
@@ -355,6 +358,7 @@ class EvalConfig(Section):
     batch_size: windows of the hold-out at once. tasks: of lm-eval, its own or those of YAML files below task_folder.
     limit: questions of each task, the first ones, null: all. few_shot: examples before a question, null: as each task
     says. task_batch_size: requests of lm-eval at once.
+    attention: windows of the hold-out, the first ones, on which attention is compared with the teacher's; 0: none.
     best: the measure by which `watch` keeps a checkpoint from rotation: kl, perplexity, bits_per_byte, nll, top1, topk,
     or TASK/METRIC like hellaswag/acc_norm. poll_seconds: how often it looks for new ones.
     """
@@ -365,6 +369,7 @@ class EvalConfig(Section):
     limit: int | None = live(None, ge=1)
     few_shot: int | None = live(None, ge=0)
     task_batch_size: int = live(8, ge=1)
+    attention: int = live(0, ge=0)
     best: str = live("kl")
     poll_seconds: float = live(5.0, gt=0)
 
@@ -410,6 +415,12 @@ class RunConfig(Section):
             live = [key for key in stage.optim if is_live(f"optim.{key}")]
             if live:
                 raise ValueError(f"stages.{index}.optim.{live[0]} is one for all stages; set it in the run's optim")
+        return self
+
+    @model_validator(mode="after")
+    def _teacher_is_there(self) -> "RunConfig":
+        if self.engine.offload_teacher and self.objective.kind == "cached":
+            raise ValueError("engine.offload_teacher is for objective.kind sar and online; cached asks no teacher")
         return self
 
     @property

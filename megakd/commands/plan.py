@@ -24,6 +24,7 @@ from megakd.files import resolve
 from megakd.log import short, table
 from megakd.models.hub import empty_model, load_config
 from megakd.models.memory import Fakes, LiveBytes, Peak, fake_model
+from megakd.models.offload import offload, offloaded
 from megakd.models.predict import dense_flops, form_flops
 from megakd.models.routing import scheduled
 from megakd.models.shared_core import PROJECTIONS, Form, SharedCoreExperts, stored_parameters
@@ -189,6 +190,7 @@ def memory(run: Run) -> list[list[str]]:
         peaks = {stage.name: training_peak(config, stage, *pair) for stage in config.stages}
     except UserError as error:
         return [["training memory", str(error)]]
+    away = config.engine.offload_teacher
     stage = max(peaks, key=lambda name: peaks[name].total)
     total, parts = peaks[stage]
     where = f" (stage {stage})" if len(peaks) > 1 else ""
@@ -196,8 +198,16 @@ def memory(run: Run) -> list[list[str]]:
     return [
         ["training memory", f"{gib(total)} at most{where}, predicted for windows without padding; then it is:"],
         *([f"  {name}", gib(size)] for name, size in largest),
+        *([["  besides, in CPU memory", f"{gib(away_bytes(run))}: the teacher's layers"]] if away else []),
         ["fits", fits(total) or f"no card of {', '.join(map(str, CARDS))} GB; {advice(config, stage, pair)}"],
     ]
+
+
+def away_bytes(run: Run) -> int:
+    """Of the teacher's layers, which `engine.offload_teacher` keeps in CPU memory."""
+    teacher = empty_model(resolve(run.config.model.teacher, run.config.model.revision, weights=False))
+    away, size = offloaded(teacher), getattr(torch, run.config.model.dtype).itemsize
+    return size * sum(tensor.numel() for tensor in teacher.parameters() if id(tensor) in away)
 
 
 def predictable(config: RunConfig) -> bool:
@@ -258,6 +268,8 @@ def smaller(config: RunConfig) -> Iterator[tuple[str, str, Any]]:
         yield "optim", "micro_batch", 1
     if not config.engine.activation_checkpointing:
         yield "engine", "activation_checkpointing", True
+    if not config.engine.offload_teacher:
+        yield "engine", "offload_teacher", True
     for share in (2, 4):
         if (length := config.data.sequence_length // share) >= 128:
             yield "data", "sequence_length", length
@@ -292,6 +304,8 @@ def training_peak(
         for module in (*own.modules(), *other.modules()):
             if isinstance(module, SharedCoreExperts):
                 module.factors = module.grouped  # the loop's sizes depend on values; it keeps the same rows
+        if config.engine.offload_teacher:
+            offload(other, torch.device("cpu"))
         objective = build(config, own, other, {"tokenizer": {"vocab_size": vocab_size}}, teacher_vocab_size)
         for name, parameter in objective.named_parameters():
             if not name.startswith("student."):  # as build_objective does
@@ -307,7 +321,7 @@ def training_peak(
         for router in getattr(objective, "found", []):
             rule = settings.routing, settings.initial_top_k, settings.final_top_k
             router.take(max(scheduled(router, *rule, share) for share in (0.0, 1.0)))
-        _name(live, objective, engine, other)
+        _name(live, objective, engine, other, config.engine.offload_teacher)
         size, length = config.optim.micro_batch, config.data.sequence_length
         batch = full_batch(size, length, paired=teacher_vocab_size is not None)
         for parameter in engine.trained:
@@ -322,10 +336,12 @@ def training_peak(
     return live.peak
 
 
-def _name(live: LiveBytes, objective: Any, engine: Any, teacher: Any) -> None:
+def _name(live: LiveBytes, objective: Any, engine: Any, teacher: Any, offload_teacher: bool) -> None:
     """Have everything called by what it is from now on."""
     live.forget()
-    live.label([*teacher.parameters(), *teacher.buffers()], "weights of the teacher")
+    away = offloaded(teacher) if offload_teacher else ()
+    here = [tensor for tensor in (*teacher.parameters(), *teacher.buffers()) if id(tensor) not in away]
+    live.label(here, "weights of the teacher")
     beside = [p for name, p in objective.named_parameters() if not name.startswith("student.")]
     live.label(
         [*beside, *(p for m in getattr(objective, "initial", ()) for p in m.parameters())], "routers and projections"

@@ -49,6 +49,7 @@ from megakd.errors import UserError
 from megakd.files import locked, resolve, shipped
 from megakd.log import MetricLog, StageWatch, say, wandb_id
 from megakd.models.hub import copy_side_files, load_config, load_model, write_config
+from megakd.models.offload import offload
 from megakd.objectives.base import Objective
 from megakd.objectives.build import build
 from megakd.preflight import check, check_world, tokenizers, was_launched
@@ -348,13 +349,17 @@ def name_damage(run: Run, reasons: list[str]) -> None:
 
 
 def build_objective(config: RunConfig, folder: Path, dataset: ShardSet, device: torch.device = CPU) -> Objective:
-    """The student of `folder` inside the run's objective; a teacher that is asked while training lies on the device."""
+    """The student of `folder` inside the run's objective, beside the teacher on the device if it is asked there."""
     half = getattr(torch, config.model.dtype)
     # without DeepSpeed's fp32 masters the weights themselves stay float32, and the forward runs under autocast
     dtype = half if config.engine.kind == "deepspeed" else torch.float32
     student, teacher = load_model(folder, dtype), None
     if config.objective.kind != "cached":
-        teacher = load_model(resolve(config.model.teacher, config.model.revision), half).to(device)
+        teacher = load_model(resolve(config.model.teacher, config.model.revision), half)
+        if config.engine.offload_teacher:
+            offload(teacher, device)
+        else:
+            teacher.to(device)
     other = None if config.objective.kind == "cached" else tokenizers(config, dataset.facts)[1]
     objective = build(config, student, teacher, dataset.facts, None if other is None else len(other))
     for name, parameter in objective.named_parameters():
@@ -384,6 +389,8 @@ def build_engine(
     optimizer = build_optimizer(objective, stage.lr_multipliers, config.optim, updates, fused=offloaded)
     if config.engine.activation_checkpointing:
         objective.checkpoint_activations()
+    elif config.engine.offload_teacher:
+        objective.checkpoint_teacher()  # else autograd would keep the copies of its layers
     if not objective.student.get_input_embeddings().weight.requires_grad:
         # ZeRO-3's backward needs an input that requires gradients when all that comes first is frozen
         objective.student.enable_input_require_grads()

@@ -50,6 +50,9 @@ class Objective(nn.Module):
         """From now on forget what layers computed, and compute it again in the backward pass."""
         self.student.gradient_checkpointing_enable({"use_reentrant": False})
 
+    def checkpoint_teacher(self) -> None:
+        """The same for a teacher that gradients go through, and for nothing else."""
+
     def observe(self, sums: Mapping[str, float], tokens: int) -> None:
         """After a step: its sums over all ranks, and its counted tokens. Called by all ranks together."""
 

@@ -76,6 +76,9 @@ class SarDistillation(Objective):
 
     def checkpoint_activations(self) -> None:
         super().checkpoint_activations()
+        self.checkpoint_teacher()
+
+    def checkpoint_teacher(self) -> None:
         teacher = self.held[0]
         teacher.gradient_checkpointing_enable({"use_reentrant": False})
         for module in teacher.modules():

@@ -12,6 +12,7 @@ from megakd.data.records import IGNORED, Batch
 from megakd.engine.base import saved_buffers
 from megakd.errors import UserError
 from megakd.models.hub import load_model
+from megakd.models.offload import offload, offloaded
 from megakd.models.tiny import tiny_moe_config
 from megakd.objectives.sar import SarDistillation
 from tests.conftest import SMALL, VOCABULARY
@@ -110,6 +111,23 @@ def test_forgotten_activations_change_nothing(made, batch):
     assert kept[1] < 0.8 * kept[0]
     for (name, one), (_, other) in zip(plain.named_parameters(), frugal.named_parameters(), strict=True):
         assert torch.equal(one.grad, other.grad), name
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_an_offloaded_teacher_teaches_the_same(made, batch, again):
+    """Also where its activations are forgotten, and with the teacher as it was in its place (drift_steps)."""
+    plain, away = made(entropy=0.1, drift_steps=1), made(entropy=0.1, drift_steps=1)
+    teacher = away.held[0]
+    offload(teacher, torch.device("cpu"))
+    (away.checkpoint_activations if again else away.checkpoint_teacher)()
+    away.student.train()
+    reports = [objective(batch) for objective in (plain, away)]
+    for report in reports:
+        report.total.backward()
+    assert reports[0].terms == reports[1].terms and "teacher_drift" in reports[0].terms
+    for (name, one), (_, other) in zip(plain.named_parameters(), away.named_parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad), name
+    assert not offloaded(teacher) & {id(parameter) for parameter in away.parameters()}
 
 
 def test_terms_of_the_routers(made, batch):
