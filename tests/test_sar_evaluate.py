@@ -18,6 +18,7 @@ from torch import nn
 from megakd.data.shards import ShardSet
 from megakd.engine.base import saved_buffers
 from megakd.engine.checkpoint import rotate
+from megakd.evals.attention import attention_overlap
 from megakd.evals.measure import Meter, Unusable, set_routers
 from megakd.evals.quality import evaluate_model
 from megakd.models.hub import load_model
@@ -212,6 +213,31 @@ def test_a_teacher_with_its_old_routers_is_the_teacher_and_a_collapse_shows(comp
     assert f"teacher_kl {collapsed['teacher_kl']:.4g}" in said
 
 
+def test_attention_is_compared_with_the_teacher_as_it_was(run, teacher):
+    """Whatever routers were measured before; the same for those who ask later."""
+    for name in NAMES:
+        change_routers(run / "checkpoints" / name, lambda tensor: -20 * tensor)
+    watch(run, "eval.best=perplexity", "eval.attention=2", "log.tensorboard=true")
+    first = lines_of(run)
+    holdout, guide = ShardSet(run / "data" / "tokens" / "holdout"), load_model(teacher, torch.float32).eval()
+    for name in NAMES:
+        student = load_model(run / "checkpoints" / name / "weights", torch.float32).eval()
+        expected = attention_overlap(student, guide, holdout, 2, torch.device("cpu"), name)
+        assert first[name]["attention"] == pytest.approx(expected, rel=1e-6) and 0 < expected < 1
+    points = EventAccumulator(str(run / "tensorboard" / "eval")).Reload().Scalars("eval/attention")
+    assert {event.step: event.value for event in points} == pytest.approx(
+        {line["step"]: line["attention"] for line in first.values()}
+    )
+    lost = lines(run)
+    for line in lost:
+        del line["attention"]
+    (run / "evals.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lost))
+    watch(run)
+    assert {name: line["attention"] for name, line in lines_of(run).items()} == {
+        name: line["attention"] for name, line in first.items()
+    }
+
+
 def test_watch_wants_a_measure_that_it_has(run):
     said = watch(run, code=2)
     assert (
@@ -338,7 +364,8 @@ def test_a_teacher_with_another_tokenizer_reads_the_same_text_in_its_own(trained
     in_process("train", run)
     assert "needs no logits" in in_process("generate-logits", run, code=2)
     assert "the teacher has another tokenizer; set eval.best=perplexity" in watch(run, code=2)
-    assert "the teacher has another tokenizer than the student" in in_process("evaluate", run)
+    said = in_process("evaluate", run, "eval.attention=2")
+    assert "the teacher has another tokenizer than the student" in said and said.count("hold-out: no attention") == 1
     found = lines_of(run)
     holdout = ShardSet(run / "data" / "tokens" / "holdout")
     model = load_model(folder, torch.float32).eval()
@@ -352,7 +379,7 @@ def test_a_teacher_with_another_tokenizer_reads_the_same_text_in_its_own(trained
     assert found["teacher"]["bits_per_byte"] == pytest.approx(total / math.log(2) / (size / text), rel=0.05)
     assert found["teacher"]["positions"] != found["student-0"]["positions"]
     assert found[NAMES[0]]["teacher_nll"] == pytest.approx(found["teacher"]["nll"], rel=0.05)
-    assert all(not COMPARED & line.keys() for line in found.values())
+    assert all(not (COMPARED | {"attention"}) & line.keys() for line in found.values())
     change_routers(run / "checkpoints" / NAMES[2], lambda tensor: -20 * tensor if tensor.shape[0] == 4 else tensor)
     in_process("evaluate", run, "--model", "last")
     assert lines(run)[-1]["teacher_nll"] > found[NAMES[2]]["teacher_nll"]

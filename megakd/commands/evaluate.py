@@ -93,7 +93,9 @@ def task_table(rows: list[dict[str, Any]]) -> str:
 
 def quality_table(rows: list[dict[str, Any]], names: list[str] | None = None) -> str:
     """Rows of evals.jsonl as text, a model a line."""
-    headers = ["held out", "perplexity", "bits/byte", "KL to teacher", "top-1", "top-k", "parameters", "MB", "tokens/s"]
+    headers = ["held out", "perplexity", "bits/byte", "KL to teacher", "top-1", "top-k"]
+    attends = any("attention" in row for row in rows)
+    headers += [*(["attention"] if attends else []), "parameters", "MB", "tokens/s"]
     lines = []
     for name, row in zip(names or [row["model"] for row in rows], rows, strict=True):
         numbers = [
@@ -103,6 +105,8 @@ def quality_table(rows: list[dict[str, Any]], names: list[str] | None = None) ->
             f"{row['top1']:.1%}" if "top1" in row else "-",
             f"{row['topk']:.1%}" if "topk" in row else "-",
         ]
+        if attends:
+            numbers.append(f"{row['attention']:.4f}" if "attention" in row else "-")
         size = [f"{row['parameters']:,}", f"{row['bytes'] / 1e6:.1f}", f"{row['tokens_per_second']:,.0f}"]
         lines.append([name, *numbers, *size])
     return table(headers, lines)

@@ -19,12 +19,13 @@ from megakd.data.tokens import load_tokenizer, tokenizer_facts
 from megakd.dist import read_world
 from megakd.engine.checkpoint import BESIDE, Progress
 from megakd.errors import UserError
+from megakd.evals.attention import attention_overlap
 from megakd.evals.harness import Harness, flat, metric_value
 from megakd.evals.quality import Quality, Tokenizers, evaluate_model
 from megakd.files import digest, read_json, resolve, write_json
 from megakd.log import say
 from megakd.models.hub import load_model
-from megakd.models.routing import Router, find_routers
+from megakd.models.routing import Router, copies, find_routers, in_place_of
 from megakd.objectives.sar import SEPARATOR
 from megakd.run import Run
 
@@ -72,6 +73,7 @@ class Meter:
 
     tasks: of lm-eval, instead of those of eval.tasks.
     compares: whether the teacher's targets of the hold-out are stored, as they must be where training needs such too.
+    attention: eval.attention, or 0 where the teacher reads other tokens.
     """
 
     def __init__(self, run: Run, tasks: Sequence[str] | None = None):
@@ -81,7 +83,12 @@ class Meter:
         self.holdout = ShardSet(stored if self.compares else tokens)
         text = read_manifest(tokens)
         self.tokens_per_byte = text["text_tokens"] / text["text_bytes"]
-        self.tokenizers = None if self.compares else _tokenizers(run, text["facts"])
+        wanted = run.config.eval.attention
+        tokenizers = _tokenizers(run, text["facts"]) if wanted or not self.compares else None
+        self.tokenizers = None if self.compares else tokenizers
+        self.attention = 0 if tokenizers else wanted
+        if tokenizers and wanted:
+            say("hold-out: no attention, for the teacher has another tokenizer than the student")
         if self.tokenizers:
             say("hold-out: no kl, top1 and topk, for the teacher has another tokenizer than the student")
         elif not self.compares:
@@ -105,6 +112,9 @@ class Meter:
             "stage": subject.stage,
             **quality,
         }
+        if self.attention and subject.name != "teacher":
+            windows = {"windows": self.attention}
+            row |= _piece(pieces, "attention", windows, lambda: self._attention(subject, model()))
         if subject.beside is not None:
             row |= _piece(pieces, "teacher", against, lambda: self._teacher_quality(subject))
         if self.harness is None:
@@ -148,23 +158,40 @@ class Meter:
     def _teacher_quality(self, subject: Subject) -> dict[str, float]:
         """How good the teacher is with a checkpoint's routers, with as many experts a token as it was trained with."""
         assert subject.beside is not None, subject
-        teacher, routers = self._teacher
+        teacher, routers, _ = self._teacher
         set_routers(routers, subject.beside)
         place = f"{subject.beside}: the teacher with these routers"
         quality = self._measured(teacher, f"the teacher of {subject.name}", place, self.tokenizers)
         found = {"teacher_nll": quality.nll, "teacher_perplexity": quality.perplexity, "teacher_kl": quality.kl}
         return {name: value for name, value in found.items() if value is not None}
 
+    def _attention(self, subject: Subject, model: Any) -> dict[str, float]:
+        """How alike it attends to the teacher as it was before training."""
+        teacher, routers, originals = self._teacher
+        with in_place_of(routers, originals):
+            value = attention_overlap(model, teacher, self.holdout, self.attention, self.device, subject.name)
+        if not math.isfinite(value):
+            raise Unusable(f"{subject.folder}: its attention on the hold-out is {value}")
+        return {"attention": value}
+
     @functools.cached_property
-    def _teacher(self) -> tuple[Any, list[Router]]:
-        """The teacher, kept for all checkpoints, and its routers. What is wrong with it is no checkpoint's fault."""
+    def _teacher(self) -> tuple[Any, list[Router], list[nn.Module]]:
+        """The teacher, kept for all checkpoints; where routers are trained, these and copies of them as they were.
+
+        What is wrong with it is no checkpoint's fault.
+        """
         folder = resolve(self.config.model.teacher, self.config.model.revision)
         teacher = load_model(folder, getattr(torch, self.config.model.dtype)).eval().to(self.device)
-        return teacher, find_routers(teacher, str(folder), self.config.sar.router_patterns)
+        learns = self.config.objective.kind == "sar"
+        routers = find_routers(teacher, str(folder), self.config.sar.router_patterns) if learns else []
+        return teacher, routers, copies(routers)
 
     def lacks(self, row: dict[str, Any]) -> bool:
-        """Whether a line was written without targets that are there now."""
-        return self.compares and any(name not in row for name in COMPARING)
+        """Whether a line was written without targets that are there now, or without attention that is asked for now."""
+        names = COMPARING if self.compares else ()
+        if self.attention and row["model"] != "teacher":
+            names = (*names, "attention")
+        return any(name not in row for name in names)
 
     def check_best(self) -> None:
         """UserError when `eval.best` compares with the teacher, and nothing does."""
@@ -248,5 +275,5 @@ def rank(row: dict[str, Any], name: str) -> tuple[float] | None:
 
 def numbers(row: dict[str, Any]) -> dict[str, float]:
     """What curves are drawn of: the measures of the hold-out, and those of tasks under TASK/METRIC."""
-    measured = {name: row[name] for name in (*HIGHER_IS_BETTER, *TEACHER) if name in row}
+    measured = {name: row[name] for name in (*HIGHER_IS_BETTER, "attention", *TEACHER) if name in row}
     return {**measured, **flat(row.get("tasks", {}))}

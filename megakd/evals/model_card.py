@@ -143,6 +143,7 @@ def _quality(evals: list[dict[str, Any]], measured: str | None, expanded: bool) 
     if measured not in last:
         return "This model was not evaluated."
     names = [name for name in ("teacher", "student-0") if name in last and name != measured] + [measured]
+    compared = COMPARED | ({"attention": ".4f"} if any("attention" in last[name] for name in names) else {})
     titles = {"student-0": "student before training", measured: "**this model**"}
     rows = [
         [
@@ -150,15 +151,17 @@ def _quality(evals: list[dict[str, Any]], measured: str | None, expanded: bool) 
             f"{row['tokens']:,}",
             f"{row['perplexity']:.3f}",
             f"{row['bits_per_byte']:.4f}",
-            *(f"{row[key]:{form}}" if key in row else "–" for key, form in COMPARED.items()),
+            *(f"{row[key]:{form}}" if key in row else "–" for key, form in compared.items()),
         ]
         for name in names
         for row in [last[name]]
     ]
     headers = ["", "tokens trained on", "perplexity", "bits/byte", "KL to teacher", "top-1", "top-k"]
+    headers += ["attention"] if "attention" in compared else []
     note = (
         f"On {last[measured]['positions']:,} held-out tokens. KL in nats over the teacher's stored tokens; top-1 and "
         "top-k: agreement with the teacher's first token, and with those stored."
+        + (" Attention: overlap of its rows with the teacher's." if "attention" in compared else "")
     ) + (" Measured before the experts were multiplied out." if expanded else "")
     return f"{_table(headers, rows)}\n\n{note}"
 

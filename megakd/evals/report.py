@@ -83,6 +83,8 @@ def _quality(curves: dict[str, list[dict[str, Any]]]) -> str:
         return '<p class="note">Nothing was evaluated yet: megakd evaluate RUN.</p>'
     headers = ["model", "tokens", "perplexity", "bits/byte", "KL", "top-1", "top-k", "parameters", "MB", "tokens/s"]
     taught = any("teacher_nll" in row for evals in curves.values() for row in evals)
+    attends = any("attention" in row for evals in curves.values() for row in evals)
+    headers += ["attention"] if attends else []
     headers += ["teacher's perplexity", "teacher's KL"] if taught else []
     rows = []
     for name, evals in curves.items():
@@ -101,6 +103,8 @@ def _quality(curves: dict[str, list[dict[str, Any]]]) -> str:
                 f"{row['bytes'] / 1e6:.1f}",
                 f"{row['tokens_per_second']:,.0f}",
             ]
+            if attends:
+                numbers.append(_cell(row, "attention", ".4f"))
             if taught:
                 numbers += [_cell(row, "teacher_perplexity", ".2f"), _cell(row, "teacher_kl", ".4f")]
             rows.append([label, *numbers])
@@ -156,6 +160,7 @@ def _evaluation_plots(curves: dict[str, list[dict[str, Any]]]) -> list[str]:
         "perplexity": ("held-out perplexity", "perplexity"),
         "kl": ("held-out KL(teacher || student)", None),
         "top1": ("top-1 agreement", None),
+        "attention": ("overlap of attention with the teacher's", None),
         "teacher_perplexity": ("held-out perplexity of the teacher with its new routers", "perplexity"),
         "teacher_kl": ("held-out KL(teacher || teacher with its new routers)", "kl"),
     }

@@ -49,7 +49,7 @@ def attention_loss(student_BHTT: Tensor, teacher_BGTT: Tensor, counted_BT: Tenso
     """
     assert student_BHTT.shape[2:] == teacher_BGTT.shape[2:], (student_BHTT.shape, teacher_BGTT.shape)
     heads = math.gcd(student_BHTT.shape[1], teacher_BGTT.shape[1])
-    p_NhT, q_NhT = (_rows(side, counted_BT, heads) for side in (teacher_BGTT, student_BHTT))
+    p_NhT, q_NhT = (attention_rows(side, counted_BT, heads) for side in (teacher_BGTT, student_BHTT))
     log_p_NhT, log_q_NhT = (side.clamp(min=ATTENTION_FLOOR).log() for side in (p_NhT, q_NhT))
     return (p_NhT * (log_p_NhT - log_q_NhT)).sum(-1).mean(-1).sum()
 
@@ -95,7 +95,7 @@ def _standardised(values_ND: Tensor) -> Tensor:
     return functional.layer_norm(values_ND, values_ND.shape[-1:], eps=VARIANCE_FLOOR)
 
 
-def _rows(attention_BHTT: Tensor, counted_BT: Tensor, heads: int) -> Tensor:
+def attention_rows(attention_BHTT: Tensor, counted_BT: Tensor, heads: int) -> Tensor:
     """The counted queries' rows with neighbouring heads averaged to `heads`, [N, h, T]."""
     rows_NHT = wide(attention_BHTT.transpose(1, 2)[counted_BT])
     return rows_NHT.unflatten(1, (heads, -1)).mean(2)

@@ -70,6 +70,14 @@ def test_a_card_holds_what_was_measured(folder):
     assert "import megakd\nfrom transformers" in text and "trust_remote_code=True" in text and "--dense" in text
 
 
+def test_attention_is_in_a_card_where_it_was_measured(folder):
+    measured = [*EVALS[:2], {**EVALS[3], "attention": 0.71875}]
+    text = model_card(folder, "tiny", None, measured, "all/step-000010")
+    assert "| top-k | attention |" in text and "| 12.346 | 0.9123 | 0.5000 | 50.0% | 25.0% | 0.7188 |" in text
+    assert "| 25.0% | – |" in text and "Attention: overlap" in text
+    assert "ttention" not in model_card(folder, "tiny", None, EVALS, "all/step-000010").split("## Quality")[1]
+
+
 def test_errors_of_outputs_where_there_are(folder):
     text = model_card(folder, "tiny", report("a/b", weighted=True), EVALS, "student-0")
     assert "| gate_proj | 0.1250 | 0.3000 (layer 1, expert 3) | 0.0125 | 0.0300 (layer 1, expert 3) |" in text

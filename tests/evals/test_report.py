@@ -242,6 +242,14 @@ def test_measures_that_some_lines_lack():
     assert [row[-1] for row in parsed.rows[1:5]] == ["-", "-", "-", "0.0156"]
 
 
+def test_attention_is_drawn_where_some_line_has_it():
+    rows = [*EVALS[:2], {**EVALS[2], "attention": 0.71875}]
+    parsed = Page(render_report(config(), [], rows, None))
+    title = "overlap of attention with the teacher's"
+    assert list(parsed.images) == [*EVALUATION, title] and "this run" in drawn(parsed.images[title])
+    assert [row[-1] for row in parsed.rows[:4]] == ["attention", "-", "-", "0.7188"]
+
+
 def test_metrics_that_some_steps_lack():
     """Rows of an older version, or a metric only some objectives have."""
     rows = metrics(["all"])
