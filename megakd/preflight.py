@@ -101,17 +101,12 @@ def tokenizers(config: RunConfig, facts: dict[str, Any]) -> tuple[Any, Any]:
     theirs = load_tokenizer(folder)
     if tokenizer_facts(theirs) == facts["tokenizer"]:
         return None, None
-    if config.objective.kind == "online":
-        raise UserError(
-            f"{folder}: its tokenizer is not the student's; objective.kind=online compares position by position, "
-            "set objective.kind=sar (its routers may be frozen: lr_multiplier 0 for ^routers)"
-        )
     assert config.model.student is not None  # one that compress made has the teacher's
     mine = load_tokenizer(resolve(config.model.student, weights=False))
     for place, tokenizer in ((folder, theirs), (config.model.student, mine)):
         if not getattr(tokenizer, "is_fast", False):
             raise UserError(f"{place}: a slow tokenizer; to align two of them both must give character offsets")
-    if not config.sar.likelihood and not config.sar.features:
+    if config.objective.kind == "sar" and not config.sar.likelihood and not config.sar.features:
         raise UserError(
             f"{folder}: its tokenizer is not the student's, so there is no KL, and sar.likelihood and sar.features are "
             "0: nothing is left to learn from the teacher"

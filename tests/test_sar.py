@@ -147,5 +147,26 @@ def test_across_tokenizers_it_resumes_and_ranks_give_the_local_curve(across, tmp
 def test_slow_tokenizers_and_nothing_to_learn_are_refused(across, tmp_path):
     run = Run.create(across, ["sar.likelihood=0", "sar.features=0"], tmp_path / "run")
     assert "nothing is left to learn from the teacher" in in_process("train", run.folder, code=2)
-    online = Run.create(across, ["objective.kind=online", "stages.0.lr_multipliers=[]"], tmp_path / "online")
-    assert "objective.kind=online compares position by position" in in_process("train", online.folder, code=2)
+
+
+@pytest.mark.ranks
+def test_many_parts_across_tokenizers_resume_and_ranks_give_the_local_curve(across, tmp_path):
+    """objective.kind=online over spans: what it remembers comes back too."""
+    parts = ["online.gap=1", "online.importance=0.5", "online.routing=capacity", "online.initial_top_k=2"]
+    settings = ["objective.kind=online", "stages.0.lr_multipliers=[]", *parts]
+    whole = Run.create(across, settings, tmp_path / "whole")
+    in_process("train", whole.folder)
+    rows = metrics(whole.folder)
+    assert {"span_kl", "feature", "attention", "layers", "contrastive", "capacity"} <= rows[0].keys()
+    assert all(rows[-1][name] < rows[0][name] for name in ("loss", "span_kl_t1", "feature", "layers"))
+    killed = Run.create(across, [*settings, "checkpoint.every_steps=2"], tmp_path / "killed")
+    kill_when(["train", killed.folder], lambda: steps_logged(killed) >= 4)
+    in_process("train", killed.folder)
+    assert metrics(killed.folder) == rows
+    ranks = ["engine.kind=deepspeed", "engine.config=zero3", "engine.ranks=2"]
+    run = Run.create(across, [*settings, *ranks], tmp_path / "ranks")
+    megakd("train", run.folder)
+    for mine, theirs in zip(metrics(run.folder), rows, strict=True):
+        assert mine.keys() == theirs.keys()
+        numbers = {name: value for name, value in theirs.items() if isinstance(value, float)}
+        assert {name: mine[name] for name in numbers} == pytest.approx(numbers, rel=2e-4, abs=2e-5)

@@ -25,6 +25,25 @@ def span_means(hidden_BTD: Tensor, spans_BT: Tensor, count: int) -> tuple[Tensor
     return sums_BSD / sizes_BS.clamp(min=1)[:, :, None], sizes_BS
 
 
+def span_sizes(spans_BT: Tensor, count: int) -> Tensor:
+    """How many tokens each span has, [B, S]."""
+    return _span_sums(spans_BT.new_zeros(spans_BT.shape, dtype=torch.float32), spans_BT, count)[1]
+
+
+def span_attention(attention_BHTT: Tensor, spans_BT: Tensor, count: int) -> Tensor:
+    """How much each span attends to each, [B, H, S, S]: mean over its queries of the sum over the other's keys.
+
+    Rows add up to 1, as those of a map do; rows of spans without tokens, and tokens of no span, are 0.
+    """
+    outside_BT = spans_BT < 0
+    # left out before anything is computed: NaN times 0 is NaN
+    hidden_B1TT = outside_BT[:, None, :, None] | outside_BT[:, None, None, :]
+    seen_BHTT = wide(attention_BHTT).masked_fill(hidden_B1TT, 0.0)
+    belongs_B1TS = (spans_BT[:, None, :, None] == torch.arange(count, device=spans_BT.device)).to(seen_BHTT.dtype)
+    means_B1ST = (belongs_B1TS / belongs_B1TS.sum(2, keepdim=True).clamp(min=1)).transpose(2, 3)
+    return means_B1ST @ (seen_BHTT @ belongs_B1TS)
+
+
 def span_feature_loss(student_BSD: Tensor, teacher_BSD: Tensor, there_BS: Tensor) -> Tensor:
     """`feature_loss` of spans: sum over those where both sides have tokens (there_BS), mean over features."""
     return feature_loss(student_BSD, teacher_BSD, there_BS)
@@ -39,7 +58,12 @@ def span_logprobs(logprobs_BT: Tensor, label_spans_BT: Tensor, count: int) -> tu
 
 
 def span_likelihood_loss(student_BS: Tensor, teacher_BS: Tensor, there_BS: Tensor, temperature: float) -> Tensor:
-    """sum over spans (there_BS) of a log(a / b) + (1 - a) log((1 - a) / (1 - b)), a = p^(1/T), b = q^(1/T).
+    """The sum of `span_likelihoods`."""
+    return span_likelihoods(student_BS, teacher_BS, there_BS, temperature).sum()
+
+
+def span_likelihoods(student_BS: Tensor, teacher_BS: Tensor, there_BS: Tensor, temperature: float) -> Tensor:
+    """Of each span (there_BS) a log(a / b) + (1 - a) log((1 - a) / (1 - b)), a = p^(1/T), b = q^(1/T); [N].
 
     p, q: the span's probability, from log-probabilities of the teacher and of the student (span_logprobs).
     Approximate likelihood matching (Minixhofer, Vulić, Ponti 2025, Universal Cross-Tokenizer Distillation via
@@ -49,7 +73,7 @@ def span_likelihood_loss(student_BS: Tensor, teacher_BS: Tensor, there_BS: Tenso
     |log p| log(log p / log q) - |log p| + |log q|, so a weight that grows with T holds its strength; T^2 would not.
     """
     log_a, log_b = (_tempered(side[there_BS], temperature) for side in (teacher_BS, student_BS))
-    return (log_a.exp() * (log_a - log_b) - log_a.expm1() * (log1mexp(log_a) - log1mexp(log_b))).sum()
+    return log_a.exp() * (log_a - log_b) - log_a.expm1() * (log1mexp(log_a) - log1mexp(log_b))
 
 
 def log1mexp(values: Tensor) -> Tensor:

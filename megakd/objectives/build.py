@@ -21,5 +21,5 @@ def build(
         return CachedDistillation(student, config.objective, facts)
     size = facts["tokenizer"]["vocab_size"]
     if config.objective.kind == "online":
-        return OnlineDistillation(student, teacher, config.objective, config.online, size)
+        return OnlineDistillation(student, teacher, config.objective, config.online, size, teacher_vocab_size)
     return SarDistillation(student, teacher, config.objective, config.sar, size, teacher_vocab_size)

@@ -5,19 +5,22 @@ takes, which of them count more, and which positions do.
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from megakd.config import ObjectiveConfig, OnlineConfig
-from megakd.data.records import IGNORED, Batch
+from megakd.data.records import IGNORED, Batch, Paired, Side
 from megakd.dist import sum_over_ranks
 from megakd.losses.fused import FusedHead
 from megakd.losses.hidden import attention_loss, contrastive_loss, feature_loss, gap_weights, layer_map
-from megakd.losses.live import LiveTerms, live_loss
+from megakd.losses.live import live_loss
+from megakd.losses.spans import span_attention, span_likelihoods, span_means, span_sizes
 from megakd.models.routing import Router, find_routers, scheduled, weighed
+from megakd.objectives.across import span_scores
 from megakd.objectives.base import LossReport, Objective, projection
 from megakd.objectives.cached import fused_head
 from megakd.objectives.sar import kl_each
@@ -36,9 +39,20 @@ class OnlineDistillation(Objective):
     gap: positions count for the KL by (KL at T = 1)^gap, with mean 1 over a window.
     capacity: exp(-KL) a token, remembered over steps; with routing=capacity it says how far top_k has come.
     importance: an expert's routing weight counts by (its share of the gap)^importance, remembered over steps.
+
+    teacher_vocab_size: of a teacher with another tokenizer, whose batches are `Paired`. Then spans of text take the
+    place of positions in all parts and in the gap, and T * span_likelihood_loss that of T^2 KL (losses/spans.py).
     """
 
-    def __init__(self, student: Any, teacher: Any, config: ObjectiveConfig, online: OnlineConfig, vocab_size: int):
+    def __init__(
+        self,
+        student: Any,
+        teacher: Any,
+        config: ObjectiveConfig,
+        online: OnlineConfig,
+        vocab_size: int,
+        teacher_vocab_size: int | None = None,
+    ):
         super().__init__(student, config)
         self.online, self.vocab_size = online, vocab_size
         teacher.requires_grad_(False).eval()
@@ -52,7 +66,7 @@ class OnlineDistillation(Objective):
             self.layer_projector = projection(*sizes)
         self.layer_of = layer_map(student.config.num_hidden_layers, teacher.config.num_hidden_layers)
         self.head = OnlineHead(fused_head(student, vocab_size))
-        self.held = (teacher, fused_head(teacher, vocab_size))  # in a tuple: held, but no child
+        self.held = (teacher, fused_head(teacher, teacher_vocab_size or vocab_size))  # in a tuple: held, but no child
         self.found: list[Router] = []
         if online.routing != "trained" or online.importance:
             self.found = find_routers(
@@ -75,7 +89,8 @@ class OnlineDistillation(Objective):
     def observe(self, sums: Mapping[str, float], tokens: int) -> None:
         """Remember a step's capacity and how the gap was shared among experts; the same on every rank."""
         if "capacity" in self.memory:
-            now = math.exp(-sums["kl_t1"] / tokens)
+            gap = sums["kl_t1"] if "kl_t1" in sums else sums["span_kl_t1"]
+            now = math.exp(-gap / tokens)
             self.memory["capacity"] = [KEEP * self.memory["capacity"][0] + (1 - KEEP) * now]
         if self.gap_sums is not None:
             found = torch.tensor(sum_over_ranks(self.gap_sums.double().flatten().tolist(), self.gap_sums.device))
@@ -89,37 +104,39 @@ class OnlineDistillation(Objective):
 
     def forward(self, batch: Batch) -> LossReport:
         teacher, teacher_head = self.held
-        online, counted = self.online, batch.labels != IGNORED
+        online, units = self.online, units_of(batch)
         own = self._ask(self.student, batch)
         with torch.no_grad(), weighed(self.found, self._factors()) as chosen:
-            theirs = self._ask(teacher, batch)
-        hidden, taught = own.last_hidden_state, theirs.last_hidden_state
-        terms, gap_N = self.head(self, hidden, taught, batch.labels, teacher_head)
-        if online.importance:
-            self._add_gap(chosen, counted, gap_N)
-        named = {"ce": terms.ce, "kl": terms.kl, "kl_t1": terms.kl_t1, "teacher_ce": terms.teacher_ce}
+            theirs = self._ask(teacher, batch if batch.paired is None else batch.paired.teacher)
+        total, named, gap = self.head(self, own.last_hidden_state, theirs.last_hidden_state, batch, teacher_head)
+        if gap is not None and online.importance:
+            self._add_gap(chosen, *gap)
         taken: dict[str, tuple[float, Tensor]] = {}
-        if online.feature:
-            taken["feature"] = online.feature, feature_loss(self.projector(hidden), taught, counted)
-        if online.contrastive:
-            value = contrastive_loss(self.projector(hidden), taught, counted, online.contrastive_temperature)
-            taken["contrastive"] = online.contrastive, value
+        if online.feature or online.contrastive:
+            hidden, taught = self.projector(units.own(own.last_hidden_state)), units.theirs(theirs.last_hidden_state)
+            if online.feature:
+                taken["feature"] = online.feature, feature_loss(hidden, taught, units.counted)
+            if online.contrastive:
+                value = contrastive_loss(hidden, taught, units.counted, online.contrastive_temperature)
+                taken["contrastive"] = online.contrastive, value
         if online.layers:
             pairs = zip(own.hidden_states[1:], (theirs.hidden_states[1 + i] for i in self.layer_of), strict=True)
-            values = [feature_loss(self.layer_projector(s), t, counted) for s, t in pairs]
+            values = [
+                feature_loss(self.layer_projector(units.own(s)), units.theirs(t), units.counted) for s, t in pairs
+            ]
             taken["layers"] = online.layers, torch.stack(values).mean()
         if online.attention:
             pairs = zip(own.attentions, (theirs.attentions[i] for i in self.layer_of), strict=True)
-            taken["attention"] = online.attention, torch.stack([attention_loss(s, t, counted) for s, t in pairs]).mean()
-        total = terms.total
+            values = [attention_loss(units.own_maps(s), units.their_maps(t), units.counted) for s, t in pairs]
+            taken["attention"] = online.attention, torch.stack(values).mean()
         for name, (weight, value) in taken.items():
             total = total + self.alpha * weight * value
             named[name] = value.detach()
         if "capacity" in self.memory:
-            named["capacity"] = counted.sum() * self.memory["capacity"][0]
+            named["capacity"] = (batch.labels != IGNORED).sum() * self.memory["capacity"][0]
         return LossReport(total, named)
 
-    def _ask(self, model: Any, batch: Batch) -> Any:
+    def _ask(self, model: Any, batch: Batch | Side) -> Any:
         wanted = {"output_hidden_states": self.online.layers > 0, "output_attentions": self.online.attention > 0}
         return model.get_decoder()(batch.tokens, position_ids=batch.position_ids, use_cache=False, **wanted)
 
@@ -131,7 +148,7 @@ class OnlineDistillation(Objective):
         return [part**self.online.importance for part in importance.split([router.experts for router in self.found])]
 
     def _add_gap(self, chosen: list[tuple[Tensor, Tensor]], counted: Tensor, gap_N: Tensor) -> None:
-        """Add up each expert's share of the positions' gap: sum over tokens of gap times routing weight."""
+        """Add up each expert's share of the gap: sum over the teacher's counted tokens of gap times routing weight."""
         sums = []
         for router, (weights, experts) in zip(self.found, chosen, strict=True):
             weights, experts = weights[counted.flatten()], experts[counted.flatten()]
@@ -150,18 +167,73 @@ class OnlineHead(nn.Module):
         self.head = head
 
     def forward(
-        self, online: OnlineDistillation, hidden: Tensor, taught: Tensor, labels: Tensor, teacher: FusedHead
-    ) -> tuple[LiveTerms, Tensor | None]:
-        """`live_loss`, the KL weighted by the gap; and the gap, KL at T = 1 of each counted position, [N]."""
-        counted, settings = labels != IGNORED, online.online
-        hidden_ND, taught_NG, labels_N = hidden[counted], taught[counted], labels[counted]
-        weights_N = gap_N = None
+        self, online: OnlineDistillation, hidden: Tensor, taught: Tensor, batch: Batch, teacher: FusedHead
+    ) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor, Tensor] | None]:
+        """CE and KL weighted by the gap, named sums, and the gap where something asks for it.
+
+        The gap: which of the teacher's tokens count [B, U], and the KL at T = 1 of each of these.
+        """
+        if batch.paired is not None:
+            return self._over_spans(online, hidden, taught, batch.paired, teacher)
+        counted, settings = batch.labels != IGNORED, online.online
+        hidden_ND, taught_NG, labels_N = hidden[counted], taught[counted], batch.labels[counted]
+        weights_N = gap = None
         if settings.gap or settings.importance:
             gap_N = kl_each(teacher, taught_NG, self.head, hidden_ND)
-            gap_BT = gap_N.new_zeros(labels.shape).masked_scatter(counted, gap_N)
-            weights_N = gap_weights(gap_BT, counted, settings.gap)[counted]
+            gap_BT = gap_N.new_zeros(counted.shape).masked_scatter(counted, gap_N)
+            weights_N, gap = gap_weights(gap_BT, counted, settings.gap)[counted], (counted, gap_N)
         terms = live_loss(
             self.head.logits, teacher.logits, hidden_ND, taught_NG, labels_N, online.alpha, online.temperature,
             online.vocab_size, weights_N, settings.kl,
         )  # fmt: skip
-        return terms, gap_N
+        named = {"ce": terms.ce, "kl": terms.kl, "kl_t1": terms.kl_t1, "teacher_ce": terms.teacher_ce}
+        return terms.total, named, gap
+
+    def _over_spans(
+        self, online: OnlineDistillation, hidden: Tensor, taught: Tensor, paired: Paired, teacher: FusedHead
+    ) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor, Tensor]]:
+        scores, settings = span_scores(self.head, teacher, hidden, taught, paired), online.online
+        sides = scores.student_BS, scores.teacher_BS, scores.there_BS
+        with torch.no_grad():
+            gap_N = span_likelihoods(*sides, 1.0)
+            gap_BS = gap_N.new_zeros(scores.there_BS.shape).masked_scatter(scores.there_BS, gap_N)
+        weights_N = gap_weights(gap_BS, scores.there_BS, settings.gap)[scores.there_BS]
+        likelihood = (weights_N * span_likelihoods(*sides, online.temperature)).sum()
+        total = (1 - online.alpha) * scores.ce + online.alpha * settings.kl * online.temperature * likelihood
+        named = {"ce": scores.ce.detach(), "span_kl": likelihood.detach(), "span_kl_t1": gap_N.sum()}
+        named["teacher_ce"] = scores.teacher_ce
+        # a span's gap, in equal parts, is that of the tokens whose labels are its own
+        spans = paired.teacher.label_spans
+        sizes_BS = span_sizes(spans, gap_BS.shape[1]).clamp(min=1)
+        return total, named, (spans >= 0, (gap_BS / sizes_BS).gather(1, spans.clamp(min=0))[spans >= 0])
+
+
+class Units(NamedTuple):
+    """What the parts compare: positions, or spans of text where the teacher has another tokenizer.
+
+    counted: which of them count, [B, N]. own, theirs: student's and teacher's hidden states of tokens to those of
+    units; own_maps, their_maps: the same for attention maps.
+    """
+
+    counted: Tensor
+    own: Callable[[Tensor], Tensor]
+    theirs: Callable[[Tensor], Tensor]
+    own_maps: Callable[[Tensor], Tensor]
+    their_maps: Callable[[Tensor], Tensor]
+
+
+def units_of(batch: Batch) -> Units:
+    """Positions with a label; spans that have tokens on both sides."""
+    if batch.paired is None:
+        return Units(batch.labels != IGNORED, *[lambda values: values] * 4)
+    count = int(batch.paired.span_count.max())
+    own, theirs = (side.spans for side in batch.paired[:2])
+    return Units(
+        (span_sizes(own, count) > 0) & (span_sizes(theirs, count) > 0),
+        *(partial(_means, spans, count) for spans in (own, theirs)),
+        *(partial(span_attention, spans_BT=spans, count=count) for spans in (own, theirs)),
+    )
+
+
+def _means(spans_BT: Tensor, count: int, hidden_BTD: Tensor) -> Tensor:
+    return span_means(hidden_BTD, spans_BT, count)[0]

@@ -14,10 +14,11 @@ from megakd.config import ObjectiveConfig, SarConfig
 from megakd.data.records import IGNORED, Batch, Paired, Side
 from megakd.errors import UserError
 from megakd.losses.fused import FusedHead
-from megakd.losses.live import kl_rows, label_logprobs, live_loss
+from megakd.losses.live import kl_rows, live_loss
 from megakd.losses.router import anchor, load_balance, routing_entropy
-from megakd.losses.spans import span_feature_loss, span_likelihood_loss, span_logprobs, span_means
+from megakd.losses.spans import span_feature_loss, span_likelihood_loss, span_means
 from megakd.models.routing import Choice, Router, choices, copies, find_routers, in_place_of, learns_nothing, scheduled
+from megakd.objectives.across import per_token, span_scores
 from megakd.objectives.base import LossReport, Objective, last_hidden, projection
 from megakd.objectives.cached import fused_head
 
@@ -172,39 +173,24 @@ class LiveHead(nn.Module):
             return live_loss(
                 self.head.logits, teacher, hidden, taught, labels, sar.alpha, sar.temperature, sar.vocab_size
             )
-        return self._over_spans(sar, hidden, taught, labels, paired)
+        return self._over_spans(sar, hidden, taught, paired)
 
     def _over_spans(
-        self, sar: SarDistillation, hidden_BTD: Tensor, taught_BUG: Tensor, labels_BT: Tensor, paired: Paired
+        self, sar: SarDistillation, hidden_BTD: Tensor, taught_BUG: Tensor, paired: Paired
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        count = int(paired.span_count.max())
-        heads = (self.head, sar.held[1])
-        own, theirs = (
-            _scattered(head, hidden, side.labels)
-            for head, hidden, side in zip(heads, (hidden_BTD, taught_BUG), paired[:2], strict=True)
-        )
-        ce = -own.sum()
-        (student_BS, sizes_BS), (teacher_BS, _) = (
-            span_logprobs(logprobs, side.label_spans, count)
-            for logprobs, side in zip((own, theirs), paired[:2], strict=True)
-        )
-        likelihood = span_likelihood_loss(student_BS, teacher_BS, sizes_BS > 0, sar.temperature)
+        scores = span_scores(self.head, sar.held[1], hidden_BTD, taught_BUG, paired)
+        likelihood = span_likelihood_loss(scores.student_BS, scores.teacher_BS, scores.there_BS, sar.temperature)
         divergence = sar.sar.likelihood * sar.temperature * likelihood
-        share_BU = per_token(paired.teacher.labels != IGNORED, (labels_BT != IGNORED).sum(1))
-        named = {"ce": ce, "span_kl": likelihood, "teacher_ce": -(theirs * share_BU).sum()}
+        named = {"ce": scores.ce, "span_kl": likelihood, "teacher_ce": scores.teacher_ce}
         if sar.sar.features:
+            count = int(paired.span_count.max())
             student_BSD, sizes_BS = span_means(hidden_BTD, paired.student.spans, count)
             teacher_BSG, there_BS = span_means(taught_BUG, paired.teacher.spans, count)
             features = span_feature_loss(sar.projector(student_BSD), teacher_BSG, (sizes_BS > 0) & (there_BS > 0))
             divergence = divergence + sar.sar.features * features
             named["features"] = features
-        total = (1 - sar.alpha) * ce + sar.alpha * divergence
+        total = (1 - sar.alpha) * scores.ce + sar.alpha * divergence
         return total, {name: value.detach() for name, value in named.items()}
-
-
-def per_token(counted_BU: Tensor, tokens_B: Tensor) -> Tensor:
-    """Weights [B, U] with which a sum over a window's counted positions is their mean times its tokens."""
-    return counted_BU * (tokens_B / counted_BU.sum(1).clamp(min=1))[:, None]
 
 
 @torch.no_grad()
@@ -212,13 +198,6 @@ def kl_each(head: FusedHead, states_NG: Tensor, other: FusedHead, others_ND: Ten
     """KL(head of states || other of others) at T = 1 of each row, [N], a few rows at a time."""
     parts = zip(states_NG.split(ROWS), others_ND.split(ROWS), strict=True)
     return torch.cat([kl_rows(head.logits(p).float(), other.logits(q).float()) for p, q in parts])
-
-
-def _scattered(head: FusedHead, hidden_BTD: Tensor, labels_BT: Tensor) -> Tensor:
-    """log p of each label, [B, T], 0 where there is none."""
-    counted = labels_BT != IGNORED
-    found_N = label_logprobs(head.logits, hidden_BTD[counted], labels_BT[counted], head.vocab_size)
-    return found_N.new_zeros(labels_BT.shape).masked_scatter(counted, found_N)
 
 
 def check_schedule(routers: list[Router], sar: SarConfig) -> None:

@@ -177,9 +177,10 @@ def test_it_is_what_a_real_step_takes(name: str):
     assert peak.total == pytest.approx(measured_peak(config, teacher, None), rel=0.01)
 
 
-def test_over_spans_it_is_near_too():
+@pytest.mark.parametrize("kind", ["sar", "online"])
+def test_over_spans_it_is_near_too(kind):
     """Of a teacher with another tokenizer: a quarter more tokens, and spans as many as the student's tokens."""
-    config, teacher = run_config("sar", "bfloat16", 256, 4), tiny_moe_config(VOCABULARY)
+    config, teacher = run_config(kind, "bfloat16", 256, 4), tiny_moe_config(VOCABULARY)
     measured = measured_peak(config, teacher, VOCABULARY)
     assert predicted_peak(config, teacher, VOCABULARY).total == pytest.approx(measured, rel=0.05)
 

@@ -1,3 +1,4 @@
+import itertools
 import math
 from functools import partial
 
@@ -5,7 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from megakd.losses.spans import log1mexp, span_feature_loss, span_likelihood_loss, span_logprobs, span_means
+from megakd.losses.spans import (
+    log1mexp,
+    span_attention,
+    span_feature_loss,
+    span_likelihood_loss,
+    span_likelihoods,
+    span_logprobs,
+    span_means,
+    span_sizes,
+)
 from tests.losses.test_hidden import gradients, normal, some, sum_of_its_windows, unmoved_by_what_does_not_count
 
 TEMPERATURES = (0.5, 1.0, 100.0)
@@ -73,6 +83,52 @@ def test_tokens_of_no_span_have_no_say(function, shape):
     nothing = function(free, torch.full_like(spans, -1), 5)[0]
     nothing.sum().backward()
     assert not nothing.any() and free.grad is not None and not free.grad.any()
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 5, 2), (3, 1, 8, 5), (2, 3, 7, 7)])  # B, H, T, S
+def test_attention_between_spans_matches_the_reference(shape):
+    windows, heads, tokens, count = shape
+    spans = numbers(windows, tokens, count)
+    maps = normal(0, windows, heads, tokens, tokens).softmax(-1)
+    found = span_attention(maps, spans, count)
+    assert found.shape == (windows, heads, count, count) and found.dtype == torch.float64
+    for b, h, i, j in itertools.product(*map(range, found.shape)):
+        queries, keys = ([t for t in range(tokens) if spans[b, t] == span] for span in (i, j))
+        expected = sum(maps[b, h, q, k].item() for q in queries for k in keys) / max(len(queries), 1)
+        assert found[b, h, i, j].item() == pytest.approx(expected, abs=1e-12)
+    whole = torch.arange(tokens).expand(windows, -1)
+    assert torch.allclose(span_attention(maps, whole, tokens), maps)  # a token a span: the map itself
+    assert torch.equal(span_sizes(spans, count), span_means(maps[:, 0], spans, count)[1])
+
+
+def test_gradients_of_attention_between_spans():
+    spans = numbers(3, 6, 4)
+    maps = normal(0, 3, 2, 6, 6).softmax(-1).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: span_attention(x, spans, 4), (maps,))
+
+
+def test_attention_of_and_to_no_span_has_no_say():
+    spans, maps = numbers(3, 6, 4), normal(0, 3, 2, 6, 6).softmax(-1)
+    expected = span_attention(maps, spans, 4)
+    for filler in (1e4, math.inf, math.nan):
+        free = maps.clone()
+        free.transpose(1, 2)[spans < 0] = filler
+        free.permute(0, 3, 1, 2)[spans < 0] = filler
+        free.requires_grad_()
+        found = span_attention(free, spans, 4)
+        (slope,) = torch.autograd.grad(found.square().sum(), free)
+        assert torch.equal(found, expected) and slope.isfinite().all()
+        assert not slope.transpose(1, 2)[spans < 0].any() and not slope.permute(0, 3, 1, 2)[spans < 0].any()
+
+
+def test_the_loss_is_the_sum_over_spans():
+    student, teacher, there = (
+        logprobs(0, 2, 5),
+        logprobs(1, 2, 5),
+        torch.tensor([[True] * 5, [True, False] * 2 + [True]]),
+    )
+    each = span_likelihoods(student, teacher, there, 2.0)
+    assert each.shape == (8,) and torch.equal(each.sum(), likelihood(student, teacher, there))
 
 
 def test_windows_do_not_know_of_each_other():
