@@ -1,16 +1,19 @@
 """Draw a run: losses per stage, learning rates, errors per layer, evaluations over tokens, the configuration.
 
-The page needs nothing beside it. --baseline draws the evaluations of another run in the same plots.
+The page needs nothing beside it. --baseline draws the evaluations of another run in the same plots; --png makes one
+picture of all curves, too.
 
 examples:
   megakd report runs/a
+  megakd report runs/a --png a.png
   megakd report runs/a --baseline runs/b
 """
 
 import argparse
 from pathlib import Path
 
-from megakd.evals.report import render_report
+from megakd.errors import UserError
+from megakd.evals.report import evaluation_panels, render_report, training_panels, write_png
 from megakd.files import publishing, read_json, read_json_lines
 from megakd.log import say
 from megakd.run import Run
@@ -18,6 +21,7 @@ from megakd.run import Run
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--baseline", type=Path, metavar="RUN2", help="another run to draw beside this one")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="write all curves there as one picture")
 
 
 def main(run: Run, args: argparse.Namespace) -> None:
@@ -29,13 +33,21 @@ def main(run: Run, args: argparse.Namespace) -> None:
             other.config.name,
             [r for r in read_json_lines(other.path("evals.jsonl")) if r["model"] != "teacher"],
         )
+    metrics, evals = (read_json_lines(run.path(f"{name}.jsonl")) for name in ("metrics", "evals"))
     page = render_report(
         run.config.model_dump(mode="json"),
-        read_json_lines(run.path("metrics.jsonl")),
-        read_json_lines(run.path("evals.jsonl")),
+        metrics,
+        evals,
         read_json(compressed) if compressed.exists() else None,
         baseline,
     )
     with publishing(run.path("report.html")) as temporary:
         temporary.write_text(page, encoding="utf-8")
     say(f"report: {run.path('report.html')}")
+    if args.png:
+        curves = {"this run": evals, **dict([baseline] if baseline else [])}
+        panels = [*training_panels(metrics), *evaluation_panels({name: rows for name, rows in curves.items() if rows})]
+        if not panels:
+            raise UserError(f"{run.folder}: no training step was recorded yet, so there are no curves")
+        write_png(args.png, panels)
+        say(f"report: {args.png}")

@@ -4,17 +4,44 @@ import base64
 import html
 import io
 import json
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from megakd.evals.harness import flat
+from megakd.files import publishing
 
+PANEL = (5.6, 3.2)  # inches
+# of metrics.jsonl: what of it is drawn, in this order
+TERMS = {
+    "loss": "loss",
+    "ce": "cross entropy",
+    "kl_t1": "KL(teacher || student), T = 1",
+    "span_kl": "likelihood of spans: divergence of the student from the teacher",
+    "kl_frozen": "KL(teacher as it was || student), T = 1",
+    "teacher_ce": "the teacher's cross entropy",
+    "teacher_drift": "KL(teacher as it was || teacher), T = 1",
+    "features": "features of spans",
+    "feature": "features",
+    "attention": "attention",
+    "layers": "layers",
+    "contrastive": "contrast",
+    "capacity": "capacity",
+    "router_anchor": "routers' way from where they began",
+    "router_certainty": "routers' lack of entropy",
+    "router_balance": "load balance of experts",
+    "lr": "learning rate",
+    "grad_norm": "gradient norm",
+    "tokens_per_second": "tokens a second",
+}
+NOT_NOISY = ("capacity", "router_anchor", "lr")
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1b1f24; }
 h1 { font-size: 1.6rem; }
@@ -32,6 +59,12 @@ pre { background: #f6f8fa; padding: 1rem; overflow: auto; font-size: 12px; }
 """
 
 
+class Panel(NamedTuple):
+    title: str
+    draw: Callable[[Axes], None]
+    xlabel: str
+
+
 def render_report(
     config: dict[str, Any],
     metrics: list[dict[str, Any]],
@@ -42,17 +75,11 @@ def render_report(
     """The page; parts for which nothing was recorded say so. baseline: a name and evals of a run to draw beside."""
     curves = {name: rows for name, rows in (("this run", evals), *([baseline] if baseline else [])) if rows}
     parts = [f"<h1>MegaKD run: {html.escape(config['name'])}</h1>"]
-    parts += ["<h2>Held-out quality</h2>", _quality(curves), '<div class="grid">', *_evaluation_plots(curves), "</div>"]
+    drawn = [plot(*panel) for panel in evaluation_panels(curves)]
+    parts += ["<h2>Held-out quality</h2>", _quality(curves), '<div class="grid">', *drawn, "</div>"]
     parts += [_tasks(curves), "<h2>Training</h2>"]
     if metrics:
-        names = [
-            ("loss", "loss"),
-            ("ce", "cross entropy"),
-            ("kl_t1", "KL(teacher || student), T = 1"),
-            ("lr", "learning rate"),
-        ]
-        names += [("grad_norm", "gradient norm"), ("tokens_per_second", "tokens a second")]
-        parts += ['<div class="grid">', *(_training_plot(metrics, key, title) for key, title in names), "</div>"]
+        parts += ['<div class="grid">', *(plot(*panel) for panel in training_panels(metrics)), "</div>"]
     else:
         parts.append('<p class="note">No training step was recorded yet.</p>')
     parts += ["<h2>Compression</h2>", _compression(compress)]
@@ -64,13 +91,8 @@ def render_report(
 
 def plot(title: str, draw: Callable[[Axes], None], xlabel: str) -> str:
     """An `<img>` with the plot inside, as SVG."""
-    figure, axes = plt.subplots(figsize=(5.6, 3.2), layout="constrained")
-    draw(axes)
-    axes.set_title(title, fontsize=10)
-    axes.set_xlabel(xlabel, fontsize=9)
-    axes.grid(alpha=0.3)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=8, frameon=False)
+    figure, axes = plt.subplots(figsize=PANEL, layout="constrained")
+    _fill(axes, Panel(title, draw, xlabel))
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     plt.close(figure)
@@ -136,7 +158,29 @@ def _tasks(curves: dict[str, list[dict[str, Any]]]) -> str:
     return f'<h2>Tasks</h2><p class="note">As lm-eval measures them.</p>{_table(["model", *names], rows)}'
 
 
-def _evaluation_plots(curves: dict[str, list[dict[str, Any]]]) -> list[str]:
+def write_png(path: Path, panels: Sequence[Panel]) -> None:
+    """All panels as one picture, three in a row."""
+    rows = -(-len(panels) // 3)
+    figure, axes = plt.subplots(rows, 3, figsize=(3 * PANEL[0], rows * PANEL[1]), layout="constrained", squeeze=False)
+    for place in axes.flat[len(panels) :]:
+        place.remove()
+    for place, panel in zip(axes.flat, panels, strict=False):
+        _fill(place, panel)
+    with publishing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=80)
+    plt.close(figure)
+
+
+def _fill(axes: Axes, panel: Panel) -> None:
+    panel.draw(axes)
+    axes.set_title(panel.title, fontsize=10)
+    axes.set_xlabel(panel.xlabel, fontsize=9)
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=8, frameon=False)
+
+
+def evaluation_panels(curves: dict[str, list[dict[str, Any]]]) -> list[Panel]:
     """Measures of the hold-out, and a plot a task: against steps, or tokens where runs stand side by side."""
     x, label = ("step", "step") if len(curves) == 1 else ("tokens", "tokens trained on")
 
@@ -165,8 +209,8 @@ def _evaluation_plots(curves: dict[str, list[dict[str, Any]]]) -> list[str]:
         "teacher_kl": ("held-out KL(teacher || teacher with its new routers)", "kl"),
     }
     trained = [row for rows in curves.values() for row in rows if row["model"] != "teacher"]
-    plots = [
-        plot(title, lambda axes, key=key, own=own: draw(axes, {key: lambda row: row.get(key)}, own), label)
+    panels = [
+        Panel(title, lambda axes, key=key, own=own: draw(axes, {key: lambda row: row.get(key)}, own), label)
         for key, (title, own) in titles.items()
         if any(key in line for line in trained)
     ]
@@ -178,17 +222,27 @@ def _evaluation_plots(curves: dict[str, list[dict[str, Any]]]) -> list[str]:
             for name in names
             if name.partition("/")[0] == task
         }
-        plots.append(plot(task, lambda axes, lines=lines: draw(axes, lines, None), label))
-    return plots
+        panels.append(Panel(task, lambda axes, lines=lines: draw(axes, lines, None), label))
+    return panels
 
 
-def _training_plot(metrics: list[dict[str, Any]], key: str, title: str) -> str:
-    def draw(axes: Axes) -> None:
+def training_panels(metrics: list[dict[str, Any]]) -> list[Panel]:
+    """A panel for each term that some step logged: every step, and over noise its mean over a tenth of the stage."""
+
+    def draw(axes: Axes, key: str) -> None:
         for stage in dict.fromkeys(row["stage"] for row in metrics):
-            rows = [row for row in metrics if row["stage"] == stage and key in row]
-            axes.plot([row["step"] for row in rows], [row[key] for row in rows], linewidth=1, label=stage)
+            found = [(row["step"], row[key]) for row in metrics if row["stage"] == stage and key in row]
+            steps, values = np.array(found).reshape(-1, 2).T
+            (line,) = axes.plot(steps, values, linewidth=1, label=stage)
+            if (size := len(values) // 10) > 1 and key not in NOT_NOISY:
+                line.set_alpha(0.35)
+                mean = np.convolve(values, np.full(size, 1 / size), "valid")
+                axes.plot(steps[size - 1 :], mean, linewidth=1.5, color=line.get_color())
 
-    return plot(title, draw, "step")
+    logged = {key for row in metrics for key in row}
+    return [
+        Panel(title, lambda axes, key=key: draw(axes, key), "step") for key, title in TERMS.items() if key in logged
+    ]
 
 
 def _compression(compress: dict[str, Any] | None) -> str:

@@ -73,9 +73,10 @@ def test_evaluate_measures_once_and_knows_the_teacher(trained):
     assert "teacher" in in_process("evaluate", trained, "--model", "teacher")
 
 
-def test_report_has_all_parts(trained):
+def test_report_has_all_parts(trained, tmp_path):
     in_process("evaluate", trained)
-    in_process("report", trained)
+    in_process("report", trained, "--png", tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes()[1:4] == b"PNG"
     page = (trained / "report.html").read_text()
     assert page.count("data:image/svg+xml;base64,") >= 9
     for text in ("held-out", "experts", "sequence_length", "Compression", "all/step-000010"):

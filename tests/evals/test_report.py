@@ -4,10 +4,11 @@ import re
 from html.parser import HTMLParser
 from typing import Any
 
+import matplotlib.pyplot as plt
 import pytest
 
 from megakd.config import RunConfig, parse
-from megakd.evals.report import plot, render_report
+from megakd.evals.report import TERMS, evaluation_panels, plot, render_report, training_panels, write_png
 
 TRAINING = [
     "loss",
@@ -125,6 +126,38 @@ def test_every_metric_is_drawn_with_every_stage():
         assert {"this run", title, "step"} <= drawn(images[title])
     assert "teacher" in drawn(images["held-out perplexity"])
     assert {"gate", "up", "down", "layer"} <= drawn(images[list(images)[-1]])
+
+
+def test_terms_of_every_objective_are_drawn_where_they_were_logged():
+    rows = [{**row, "span_kl": 0.1, "teacher_ce": 2.0, "unknown": 1.0} for row in metrics(["experts"])]
+    rows[0]["teacher_drift"] = 0.0
+    for row in rows:
+        del row["kl_t1"]
+    titles = [panel.title for panel in training_panels(rows)]
+    assert titles[:4] == ["loss", "cross entropy", TERMS["span_kl"], TERMS["teacher_ce"]]
+    assert TERMS["teacher_drift"] in titles and TERMS["kl_t1"] not in titles and "unknown" not in titles
+
+
+def test_noise_has_its_mean_over_a_tenth_of_the_stage():
+    rows = [{"step": i, "stage": "all", "loss": float(i % 2), "lr": 1e-3 * i} for i in range(40)]
+    for panel, count in zip(training_panels(rows), (2, 1), strict=True):
+        _, axes = plt.subplots()
+        panel.draw(axes)
+        lines: list[Any] = axes.get_lines()
+        assert len(lines) == count and list(lines[0].get_ydata()) == [
+            row["loss" if count == 2 else "lr"] for row in rows
+        ]
+        if count == 2:
+            assert list(lines[1].get_ydata()) == [0.5] * 37 and lines[1].get_xdata()[0] == 3
+        plt.close()
+
+
+def test_all_panels_make_one_picture(tmp_path):
+    panels = [*training_panels(metrics(["experts", "all"])), *evaluation_panels({"this run": EVALS})]
+    write_png(tmp_path / "curves.png", panels)
+    height, width, _ = plt.imread(tmp_path / "curves.png").shape
+    assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
+    assert (height, width) == (3 * 256, 3 * 448)  # nine panels, three in a row
 
 
 def test_a_stage_that_was_not_reached_is_not_drawn():
