@@ -1,245 +1,236 @@
 """SAR-KD from flags: a student learns from a Mixture-of-Experts teacher whose routers learn with it.
 
-    python tools/train_sar_kd.py --teacher_model Qwen/Qwen3-30B-A3B --student_model Qwen/Qwen3-0.6B \\
-        --dataset_name HuggingFaceFW/fineweb --dataset_config sample-10BT --output_dir runs/sar --max_steps 1000 \\
-        --learning_rate 5e-5 --router_learning_rate 1e-5 --warmup_steps 50 --use_scheduler --eval_tokens 100000
+    python tools/train_sar_kd.py --teacher_model huihui-ai/Huihui-MoE-1B-A0.6B --student_model Qwen/Qwen3-0.6B \\
+        --dataset_name wikitext --dataset_config_name wikitext-103-raw-v1 --block_size 1024 --train_steps 1000 \\
+        --per_device_batch_size 1 --grad_accum_steps 8 --student_lr 1e-4 --eval_steps 200 --output_dir outputs/sar_kd
     python tools/train_sar_kd.py --teacher_model teacher --student_model student --dataset_name text.jsonl \\
-        --output_dir runs/local --num_epochs 3 --routing top_m --initial_top_k 2 --final_top_k 4 --model_dtype float32
+        --model_dtype float16 --block_size 512 --use_scheduler --routing top_m --initial_top_k 2 --final_top_k 4
 
-The flags are those of single-file SAR-KD scripts; what they start is an ordinary run in --output_dir, made from
---output_dir/recipe.json: tokenize, train, export. The student ends in --output_dir/export, and the routers beside it,
-in router_update/. The same command again resumes, and so do the megakd commands that are printed. One
-process, one device; for more, engine.* in a copy of the recipe. What has no flag: section.key=value, like
-log.wandb=disabled.
+The flags are those of single-file SAR-KD scripts, the run is an ordinary one in --output_dir, made from
+--output_dir/recipe.json: tokenize, train, export, generate-logits of the held-out text, evaluate. The same command
+again resumes, and so do the megakd commands that are printed. It ends with
+
+    OUTPUT_DIR/student/                              the student, a Hugging Face folder
+    OUTPUT_DIR/router_update.pt, .safetensors, .json the teacher's routers by name, for tools/apply_router_update.py
+
+and the student's perplexity on held-out text before training and at every checkpoint. One process, one device; for
+more, engine.* in a copy of the recipe. What has no flag: section.key=value, like log.wandb=disabled.
 
 The loss a token is  (1 - alpha) CE + alpha T^2 KL(teacher || student)  with alpha = alpha_kd / (alpha_kd + alpha_ce).
 So the whole loss is divided by alpha_kd + alpha_ce. The three weights of router terms are divided by it too: what is
 minimised is the same. These terms have no unit here: |W - W0|^2 / |W0|^2, 1 - H / log E, and the load balance.
+
+Two defaults are not those of these scripts. --router_lr is a tenth of --student_lr, for at the student's own rate a
+teacher was seen to collapse to the student (docs/sar-kd.md). --router_anchor_weight is larger, for the anchor is
+relative here. A student with another tokenizer than the teacher's learns from spans of text instead of the KL.
 """
 
 import argparse
-import json
 import math
-import os
-import shlex
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from megakd.cli import run_verb
-from megakd.config import DataConfig, ModelConfig, OptimConfig, SarConfig, apply_overrides, flatten, is_live, parse
-from megakd.data.documents import source_files
+from run_from_flags import (
+    DATASET,
+    DATASET_CONFIG,
+    HOLDOUT,
+    STUDENT_MODEL,
+    TEACHER_MODEL,
+    Parser,
+    count,
+    one_line,
+    one_tokenizer,
+    open_run,
+    positive,
+    say_unused,
+    settled,
+    subset_of,
+    to_the_end,
+    weight,
+    whole,
+)
+
+from megakd.config import SarConfig, parse
 from megakd.errors import UserError
-from megakd.files import read_json, remove, resolve, write_json
+from megakd.files import resolve
 from megakd.log import say
-from megakd.run import Run
+from megakd.models.hub import load_config
 
-RECIPE = "recipe.json"
-# of the documents: a small data set must have one to hold out
-HOLDOUT_FRACTION = 0.05
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are UserErrors: one line without the usage, which has 30 flags here."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
+SCHEDULER, WARMUP_STEPS = "cosine", 100
 
 
 def main(argv: list[str] | None = None) -> None:
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments(parser)
-    try:
-        args = parser.parse_intermixed_args(argv)
-        run = open_run(args.output_dir, recipe(args))
-        verbs = [[verb, str(run.folder)] for verb in ("tokenize", "train", "export")]
-        by_hand = " && ".join(shlex.join(["megakd", *verb]) for verb in verbs)
-        print(f"recipe: {run.path(RECIPE)}\nto go on by hand: {by_hand}", flush=True)
-        for verb in verbs:
-            run_verb(verb)
-    except UserError as error:
-        sys.stderr.write(f"train_sar_kd: {error}\n")
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.stderr.write("train_sar_kd: interrupted\n")
-        sys.exit(130)
+    with one_line("train_sar_kd"):
+        args = build_parser().read(argv, greedy="router_patterns")
+        value = recipe(args)
+        compares = one_tokenizer(parse(value, "flags"))
+        warn(args, value)
+        to_the_end(open_run(args.output_dir, value), compares)
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
+def build_parser() -> Parser:
+    parser = Parser(__doc__)
     add = parser.add_argument_group("models and data").add_argument
-    add("--teacher_model", required=True, help="a folder or hub id")
-    add("--student_model", required=True, help="a folder or hub id")
-    add("--dataset_name", required=True, help="a hub id, or a file, folder or pattern of parquet, jsonl or txt")
-    add("--dataset_config", help="of a hub data set")
-    add("--dataset_split", default="train", help="of a hub data set (default: %(default)s)")
-    add("--text_field", default="text", help="default: %(default)s")
-    add("--train_tokens", type=count, metavar="N", help="of the data (default: what --max_steps takes, else 2e9)")
-    add("--eval_tokens", type=count, default=100000, metavar="N", help="held out for evaluate (default: %(default)s)")
-    add("--max_length", type=count, default=512, metavar="N", help="tokens of a window (default: %(default)s)")
-    add("--output_dir", type=Path, required=True, help="the run's folder")
+    add("--teacher_model", default=TEACHER_MODEL, metavar="M", help="a folder or hub id (default: %(default)s)")
+    add("--student_model", default=STUDENT_MODEL, metavar="M", help="a folder or hub id (default: %(default)s)")
+    source = "a hub id, or a file, folder or pattern of parquet, jsonl or txt (default: %(default)s)"
+    add("--dataset_name", default=DATASET, metavar="D", help=source)
+    config = f"of a hub data set (default: {DATASET_CONFIG} of {DATASET}); no effect for files"
+    add("--dataset_config_name", metavar="C", help=config)
+    add("--dataset_split", default="train", metavar="S", help="of a hub data set (default: %(default)s)")
+    add("--text_field", default="text", metavar="F", help="default: %(default)s")
+    add("--train_tokens", type=count, metavar="N", help="of the data (default: what --train_steps take)")
+    held_out = "held out for evaluate (default: %(default)s)"
+    add("--eval_tokens", type=count, default=HOLDOUT["holdout_tokens"], metavar="N", help=held_out)
+    add("--block_size", type=count, default=1024, metavar="N", help="tokens of a window (default: %(default)s)")
+    add("--output_dir", type=Path, default=Path("outputs/sar_kd"), metavar="DIR", help="default: %(default)s")
 
     add = parser.add_argument_group("optimization").add_argument
-    add("--batch_size", type=count, default=4, metavar="N", help="windows at once (default: %(default)s)")
-    add("--gradient_accumulation_steps", type=count, default=1, metavar="N", help="default: %(default)s")
-    add("--learning_rate", type=positive, default=OptimConfig().lr, metavar="LR", help="default: %(default)s")
-    add("--router_learning_rate", type=weight, metavar="LR", help="0 freezes them (default: a tenth)")
-    add("--weight_decay", type=weight, default=OptimConfig().weight_decay, metavar="W", help="default: %(default)s")
-    add("--num_epochs", type=positive, metavar="N", help="passes over the data (default: 1)")
-    add("--max_steps", type=count, metavar="N", help="optimizer steps, instead of --num_epochs")
-    add("--warmup_steps", type=whole, default=0, metavar="N", help="at most half of all (default: %(default)s)")
-    add("--use_scheduler", action="store_true", help="cosine down to a tenth of the rate; without it constant")
-    add("--model_dtype", choices=("float32", "float16", "bfloat16"), default=ModelConfig().dtype)
-    add("--gradient_checkpointing", action="store_true", help="of the student")
-    add("--seed", type=whole, default=0, metavar="N", help="default: %(default)s")
-    add("--save_steps", type=count, default=500, metavar="N", help="between checkpoints (default: %(default)s)")
+    add("--per_device_batch_size", type=count, default=1, metavar="N", help="windows at once (default: %(default)s)")
+    add("--grad_accum_steps", type=count, default=8, metavar="N", help="times so many a step (default: %(default)s)")
+    add("--train_steps", type=count, default=1000, metavar="N", help="optimizer steps (default: %(default)s)")
+    add("--eval_steps", type=whole, default=200, metavar="N", help="0: at the end alone (default: %(default)s)")
+    both = "besides (default: %(default)s); checkpoints, which evaluate measures, come every gcd of both"
+    add("--save_steps", type=whole, default=0, metavar="N", help=both)
+    add("--student_lr", type=positive, default=1e-4, metavar="LR", help="default: %(default)s")
+    router_lr = "0 freezes them (default: a tenth of --student_lr, at that rate or more a teacher was seen to collapse)"
+    add("--router_lr", type=weight, metavar="LR", help=router_lr)
+    add("--weight_decay", type=weight, default=0.0, metavar="W", help="default: %(default)s; routers have none")
+    add("--max_grad_norm", type=positive, default=1.0, metavar="N", help="default: %(default)s")
+    add("--use_scheduler", action="store_true", help="warm up, then down to a tenth of the rate; else it is constant")
+    no_effect = "no effect without --use_scheduler"
+    add("--warmup_steps", type=whole, metavar="N", help=f"at most half of all (default: {WARMUP_STEPS}); {no_effect}")
+    add("--scheduler_type", choices=("linear", "cosine"), help=f"default: {SCHEDULER}; {no_effect}")
+    dtypes = "of the forward pass, and of the teacher (default: %(default)s)"
+    add("--model_dtype", choices=("float16", "bfloat16", "float32"), default="float32", help=dtypes)
+    add("--gradient_checkpointing", action="store_true", help="forget activations, and compute them again")
+    add("--seed", type=whole, default=42, metavar="N", help="default: %(default)s")
     add("--logging_steps", type=count, default=10, metavar="N", help="default: %(default)s")
 
     add = parser.add_argument_group("distillation").add_argument
     add("--temperature", type=positive, default=2.0, metavar="T", help="default: %(default)s")
-    add("--alpha_kd", type=positive, default=0.5, metavar="W", help="share of T^2 KL, see above (default: %(default)s)")
-    add("--alpha_ce", type=weight, default=0.5, metavar="W", help="share of CE, see above (default: %(default)s)")
-    add("--router_anchor_weight", type=weight, default=SarConfig().anchor, metavar="W", help="default: %(default)s")
-    add("--router_entropy_weight", type=weight, default=SarConfig().entropy, metavar="W", help="default: %(default)s")
-    add("--load_balance_weight", type=weight, default=SarConfig().balance, metavar="W", help="default: %(default)s")
-    rules = "experts a token takes: as the teacher was trained, all, or --initial_top_k to --final_top_k"
-    add("--routing", choices=("trained", "all", "top_m"), default=SarConfig().routing, help=rules)
-    add("--initial_top_k", type=count, default=SarConfig().initial_top_k, metavar="N", help="default: %(default)s")
-    add("--final_top_k", type=count, default=SarConfig().final_top_k, metavar="N", help="default: %(default)s")
-    add("--router_patterns", nargs="+", default=[], metavar="REGEX", help="find routers with odd names")
+    add("--alpha_kd", type=positive, default=0.9, metavar="W", help="share of T^2 KL, see above (default: %(default)s)")
+    add("--alpha_ce", type=weight, default=0.1, metavar="W", help="share of CE, see above (default: %(default)s)")
+    anchor = "of |W - W0|^2 / |W0|^2 (default: %(default)s, more than in those scripts, for it is relative here)"
+    add("--router_anchor_weight", type=weight, default=SarConfig().anchor, metavar="W", help=anchor)
+    add("--router_load_balance_weight", type=weight, default=1e-3, metavar="W", help="default: %(default)s")
+    add("--router_entropy_weight", type=weight, default=1e-4, metavar="W", help="default: %(default)s")
+    patterns = "regular expressions, for routers with odd names (default: found by role and shape)"
+    add("--router_patterns", nargs="*", default=[], metavar="REGEX", help=patterns)
+    rules = "experts a token takes: as the teacher was trained (the default; 2 where that is one of weight x / x, which"
+    rules += " teaches a router nothing), all, or --initial_top_k to --final_top_k"
+    add("--routing", choices=("trained", "all", "top_m"), help=rules)
+    top_m = "default: %s; no effect without --routing top_m"
+    add("--initial_top_k", type=count, metavar="N", help=top_m % SarConfig().initial_top_k)
+    add("--final_top_k", type=count, metavar="N", help=top_m % SarConfig().final_top_k)
+
+    add = parser.add_argument_group("memory").add_argument
+    away = "the teacher's layers lie in CPU memory, and come to the device one at a time"
+    add("--offload_teacher_to_cpu", action="store_true", help=away)
+    add("--no_offload_teacher", dest="offload_teacher_to_cpu", action="store_false", help="the default")
+    planned = "no effect: what a step holds is planned, see megakd plan OUTPUT_DIR"
+    for name in ("clear_cache_every_step", "aggressive_gc"):
+        add(f"--{name}", action="store_true", default=None, help=planned)
+        add(f"--no_{name.removesuffix('_every_step')}", dest=name, action="store_false", default=None, help=planned)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of the recipe, for what has no flag")
-
-
-def _number(kind: Callable[[str], Any], holds: Callable[[Any], bool], what: str) -> Callable[[str], Any]:
-    def check(text: str) -> Any:
-        try:
-            value = kind(text)
-        except (ValueError, OverflowError):
-            value = math.nan
-        if not holds(value):  # as every comparison with NaN
-            raise argparse.ArgumentTypeError(f"must be {what}, got {text!r}")
-        return value
-
-    return check
-
-
-def _integer(text: str) -> int:
-    """2e9 is how people write token counts."""
-    value = float(text)
-    if not value.is_integer():
-        raise ValueError
-    return int(text) if text.strip("+-").isdigit() else int(value)
-
-
-count = _number(_integer, lambda value: value >= 1, "a whole number from 1 on")
-whole = _number(_integer, lambda value: value >= 0, "a whole number from 0 on")
-positive = _number(float, lambda value: 0 < value < math.inf, "a number above 0")
-weight = _number(float, lambda value: 0 <= value < math.inf, "a number from 0 on")
+    return parser
 
 
 def recipe(args: argparse.Namespace) -> dict[str, Any]:
     """The recipe that says what the flags say; UserError where a model is missing, or values do not fit."""
-    if args.max_steps and args.num_epochs:
-        say("--num_epochs has no effect: --max_steps says when to end")
-    if args.max_length > 65535 or args.max_length < 2:
-        raise UserError(f"--max_length: must be between 2 and 65535, got {args.max_length}")
-    batch_tokens = args.batch_size * args.gradient_accumulation_steps * args.max_length
-    tokens = args.train_tokens or (args.max_steps * batch_tokens if args.max_steps else DataConfig().tokens)
+    if not 2 <= args.block_size <= 65535:
+        raise UserError(f"--block_size: must be between 2 and 65535, got {args.block_size}")
+    batch_tokens = args.per_device_batch_size * args.grad_accum_steps * args.block_size
     both = args.alpha_kd + args.alpha_ce
-    stage: dict[str, Any] = {"name": "sar"}
-    stage |= {"steps": args.max_steps} if args.max_steps else {"epochs": args.num_epochs or 1.0}
-    # at the student's own rate the teacher collapses to the student (docs/sar-kd.md)
-    rate = args.learning_rate / 10 if args.router_learning_rate is None else args.router_learning_rate
-    stage["lr_multipliers"] = [{"pattern": "^routers", "lr_multiplier": rate / args.learning_rate}]
+    warmup = WARMUP_STEPS if args.warmup_steps is None else args.warmup_steps
+    engine: dict[str, Any] = {"kind": "local", "activation_checkpointing": args.gradient_checkpointing}
+    if args.offload_teacher_to_cpu:
+        engine["offload_teacher"] = True
     value = {
         "name": args.output_dir.resolve().name,
         "seed": args.seed,
-        "model": {
-            "teacher": model(args.teacher_model, "--teacher_model"),
-            "student": model(args.student_model, "--student_model", found=True),
-            "dtype": args.model_dtype,
-        },
+        "model": {"teacher": args.teacher_model, "student": args.student_model, "dtype": args.model_dtype},
         "data": {
-            "source": data(args.dataset_name),
-            "subset": args.dataset_config,
+            "source": args.dataset_name,
+            "subset": subset_of(args.dataset_name, args.dataset_config_name),
             "split": args.dataset_split,
             "text_field": args.text_field,
-            "sequence_length": args.max_length,
-            "tokens": tokens,
-            "holdout_fraction": HOLDOUT_FRACTION,
+            "sequence_length": args.block_size,
+            "tokens": args.train_tokens or args.train_steps * batch_tokens,
+            **HOLDOUT,
             "holdout_tokens": args.eval_tokens,
         },
         "objective": {"kind": "sar", "alpha": args.alpha_kd / both, "temperature": args.temperature},
         "sar": {
-            "routing": args.routing,
-            "initial_top_k": args.initial_top_k,
-            "final_top_k": args.final_top_k,
+            "routing": args.routing or SarConfig().routing,
+            "initial_top_k": args.initial_top_k or SarConfig().initial_top_k,
+            "final_top_k": args.final_top_k or SarConfig().final_top_k,
             "anchor": args.router_anchor_weight / both,
             "entropy": args.router_entropy_weight / both,
-            "balance": args.load_balance_weight / both,
+            "balance": args.router_load_balance_weight / both,
             "router_patterns": args.router_patterns,
         },
         "optim": {
-            "lr": args.learning_rate,
+            "lr": args.student_lr,
             "weight_decay": args.weight_decay,
-            "schedule": "cosine" if args.use_scheduler else "constant",
-            "warmup_steps": args.warmup_steps,
+            "schedule": (args.scheduler_type or SCHEDULER) if args.use_scheduler else "constant",
+            "warmup_steps": warmup if args.use_scheduler else 0,
+            "clip_norm": args.max_grad_norm,
             "batch_tokens": batch_tokens,
-            "micro_batch": args.batch_size,
+            "micro_batch": args.per_device_batch_size,
         },
-        "stages": [stage],
-        "engine": {"kind": "local", "activation_checkpointing": args.gradient_checkpointing},
-        "checkpoint": {"every_steps": args.save_steps},
+        "stages": [
+            {
+                "name": "sar",
+                "steps": args.train_steps,
+                "lr_multipliers": [{"pattern": "^routers", "lr_multiplier": router_rate(args) / args.student_lr}],
+            }
+        ],
+        "engine": engine,
+        "checkpoint": {"every_steps": math.gcd(args.eval_steps, args.save_steps) or args.train_steps},
         "log": {"every_steps": args.logging_steps},
     }
-    value = apply_overrides(value, args.overrides)
-    config = parse(value, "flags")
-    if config.engine.kind != "local" or config.objective.kind != "sar":
-        raise UserError(
-            "engine.kind and objective.kind: are local and sar here; megakd new makes a run of another kind"
-        )
+    value = settled(value, args.overrides, "sar", "flags")
+    free = args.routing is None and not any(item.startswith("sar.routing=") for item in args.overrides)
+    if free and one_of_weight_one(value["model"]["teacher"]):
+        say("--routing top_m, 2 experts a token: the one that the teacher takes has weight x / x, no gradient")
+        value["sar"] |= {"routing": "top_m", "initial_top_k": 2, "final_top_k": 2}
     return value
 
 
-def model(name: str, flag: str, found: bool = False) -> str:
-    """A model as a run names it: a folder by its whole path, else its hub id; found: the folder of a hub id too."""
-    try:
-        folder = resolve(name, weights=found)
-    except UserError as error:
-        raise UserError(f"{flag} {error}") from error
-    return str(folder.resolve()) if found or Path(name).exists() else name
+def one_of_weight_one(teacher: str) -> bool:
+    """Whether a token takes one expert of this teacher with weight x / x = 1, which gives its router no gradient."""
+    config = load_config(resolve(teacher, weights=False))
+    return getattr(config, "num_experts_per_tok", 0) == 1 and getattr(config, "norm_topk_prob", False)
 
 
-def data(name: str) -> str:
-    """A data set as a run names it: files by their whole path, so that the run may go on from anywhere."""
-    return str(Path(name).expanduser().absolute()) if source_files(name) else name
+def router_rate(args: argparse.Namespace) -> float:
+    return args.student_lr / 10 if args.router_lr is None else args.router_lr
 
 
-def open_run(folder: Path, value: dict[str, Any]) -> Run:
-    """The run of a recipe in `folder`: made, or opened again with what may change; UserError for another run's."""
-    file = folder / RECIPE
-    if (folder / "config.json").exists():
-        if not file.exists():
-            raise UserError(f"{folder}: holds a config.json that this tool did not make; name another --output_dir")
-        before, now = (dict(flatten(parse(v, str(file)).model_dump(mode="json"))) for v in (read_json(file), value))
-        changes = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-        if any((folder / made).exists() for made in ("data", "checkpoints")):
-            for key in changes:
-                if not is_live(key):
-                    was, asked = (json.dumps(values.get(key)) for values in (before, now))
-                    raise UserError(
-                        f"{folder}: {key} of the run that is there is {was}, the flags say {asked}; name another "
-                        "--output_dir, or give the flags that it was made with"
-                    )
-            run = Run.open(folder, [f"{key}={json.dumps(now[key])}" for key in changes])
-            write_json(file, value)
-            return run
-        if not changes:
-            return Run.open(folder)
-        remove(folder / "config.json")  # nothing was made of it yet
-    write_json(file, value)
-    return Run.create(file, [], folder)
+def warn(args: argparse.Namespace, value: dict[str, Any]) -> None:
+    """What is done otherwise than the flags may lead to expect, a line each."""
+    if router_rate(args) > args.student_lr:
+        say(
+            f"--router_lr {args.router_lr:g} is above --student_lr {args.student_lr:g}: at such rates a teacher was "
+            "seen to collapse to the student; the log's kl_frozen and teacher_ce tell (docs/sar-kd.md)"
+        )
+    every = value["checkpoint"]["every_steps"]
+    if every not in (args.eval_steps, args.save_steps, args.train_steps):
+        say(f"checkpoints every {every} steps: the greatest common divisor of --eval_steps and --save_steps")
+    routing = value["sar"]["routing"]
+    in_vain = {
+        "--dataset_config_name": args.dataset_config_name and value["data"]["subset"] is None,
+        "--warmup_steps": args.warmup_steps is not None and not args.use_scheduler,
+        "--scheduler_type": args.scheduler_type and not args.use_scheduler,
+        "--initial_top_k": args.initial_top_k and routing != "top_m",
+        "--final_top_k": args.final_top_k and routing != "top_m",
+        "--clear_cache_every_step": args.clear_cache_every_step,
+        "--no_clear_cache": args.clear_cache_every_step is False,
+        "--aggressive_gc": args.aggressive_gc,
+        "--no_aggressive_gc": args.aggressive_gc is False,
+    }
+    say_unused([name for name, given in in_vain.items() if given])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,201 @@
+"""What tools that start a run from flags share: numbers, errors of one line, the run of a recipe, its verbs to the end.
+
+The run lies in --output_dir and is made from --output_dir/recipe.json. The same flags again resume it. Live fields may
+change, others are refused once there is data. The student ends in --output_dir/student; of a teacher whose routers
+learned (objective.kind=sar) they lie in --output_dir/router_update.safetensors, .pt and .json.
+"""
+
+import argparse
+import gc
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from megakd.cli import run_verb
+from megakd.config import RunConfig, apply_overrides, flatten, is_live, parse
+from megakd.data.documents import source_files
+from megakd.data.tokens import load_tokenizer, tokenizer_facts
+from megakd.errors import UserError
+from megakd.files import publishing, read_json, remove, resolve, write_json
+from megakd.log import say
+from megakd.models.router_update import UPDATE
+from megakd.run import Run
+
+RECIPE, STUDENT = "recipe.json", "student"
+TEACHER_MODEL, STUDENT_MODEL = "huihui-ai/Huihui-MoE-1B-A0.6B", "HuggingFaceTB/SmolLM-135M"
+DATASET, DATASET_CONFIG = "wikitext", "wikitext-103-raw-v1"
+# of the documents: a small data set must have one to hold out
+HOLDOUT = {"holdout_fraction": 0.05, "holdout_tokens": 100000}
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are UserErrors: one line without the usage, which has tens of flags here."""
+
+    def __init__(self, description: str | None, **more: Any):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **more)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+    def read(self, argv: Sequence[str] | None, greedy: str) -> argparse.Namespace:
+        """The arguments, flags and overrides in any order; greedy: the flag that takes every word up to the next."""
+        args = self.parse_intermixed_args(argv)
+        words = getattr(args, greedy) or []
+        setattr(args, greedy, [word for word in words if not OVERRIDE.match(word)])
+        args.overrides = [*args.overrides, *(word for word in words if OVERRIDE.match(word))]
+        return args
+
+
+OVERRIDE = re.compile(r"[a-z_]+(\.\w+)*=")
+
+
+@contextmanager
+def one_line(tool: str) -> Iterator[None]:
+    """A user's mistake ends the process with one line and exit code 2."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        yield
+    except UserError as error:
+        sys.stderr.write(f"{tool}: {error}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{tool}: interrupted\n")
+        sys.exit(130)
+
+
+def _number(kind: Callable[[str], Any], holds: Callable[[Any], bool], what: str) -> Callable[[str], Any]:
+    def check(text: str) -> Any:
+        try:
+            value = kind(text)
+        except (ValueError, OverflowError):
+            value = math.nan
+        if not holds(value):  # as every comparison with NaN
+            raise argparse.ArgumentTypeError(f"must be {what}, got {text!r}")
+        return value
+
+    return check
+
+
+def _integer(text: str) -> int:
+    """2e9 is how people write token counts."""
+    value = float(text)
+    if not value.is_integer():
+        raise ValueError
+    return int(text) if text.strip("+-").isdigit() else int(value)
+
+
+count = _number(_integer, lambda value: value >= 1, "a whole number from 1 on")
+whole = _number(_integer, lambda value: value >= 0, "a whole number from 0 on")
+positive = _number(float, lambda value: 0 < value < math.inf, "a number above 0")
+weight = _number(float, lambda value: 0 <= value < math.inf, "a number from 0 on")
+
+
+def say_unused(names: Sequence[str]) -> None:
+    """One line that names what was asked for in vain."""
+    if names:
+        say(f"no effect here: {', '.join(names)}; --help says why")
+
+
+def settled(value: dict[str, Any], overrides: Sequence[str], kind: str, source: str) -> dict[str, Any]:
+    """A recipe with overrides, models and files by their whole path: the run may go on from anywhere.
+
+    source: what an error names. UserError where values do not fit, or a model is missing.
+    """
+    value = apply_overrides(value, overrides)
+    config = parse(value, source)
+    if config.engine.kind != "local" or config.objective.kind != kind:
+        raise UserError(
+            f"engine.kind and objective.kind: are local and {kind} here; megakd new makes a run of another kind"
+        )
+    value["model"]["teacher"] = model_place(config.model.teacher, "teacher_model")
+    value["model"]["student"] = model_place(str(config.model.student), "student_model", found=True)
+    value["data"]["source"] = data_place(config.data.source)
+    return value
+
+
+def model_place(name: str, label: str, found: bool = False) -> str:
+    """A model as a run names it: a folder by its whole path, else its hub id; found: the folder of a hub id too."""
+    try:
+        folder = resolve(name, weights=found)
+    except UserError as error:
+        raise UserError(f"{label} {error}") from error
+    return str(folder.resolve()) if found or Path(name).exists() else name
+
+
+def data_place(name: str) -> str:
+    """A data set as a run names it: files by their whole path."""
+    return str(Path(name).expanduser().absolute()) if source_files(name) else name
+
+
+def subset_of(name: str, given: str | None = None) -> str | None:
+    """The configuration of a data set: what was given, else the one that wikitext needs; files have none."""
+    if source_files(name):
+        return None
+    return given or (DATASET_CONFIG if name.rpartition("/")[2] == DATASET else None)
+
+
+def one_tokenizer(config: RunConfig) -> bool:
+    """Whether student and teacher read text in the same tokens."""
+    names = config.model.teacher, str(config.model.student)
+    mine, theirs = (tokenizer_facts(load_tokenizer(resolve(name, weights=False))) for name in names)
+    return mine == theirs
+
+
+def open_run(folder: Path, value: dict[str, Any]) -> Run:
+    """The run of a recipe in `folder`: made, or opened again with what may change; UserError for another run's."""
+    file = folder / RECIPE
+    if (folder / "config.json").exists():
+        if not file.exists():
+            raise UserError(f"{folder}: holds a config.json that this tool did not make; name another --output_dir")
+        before, now = (dict(flatten(parse(v, str(file)).model_dump(mode="json"))) for v in (read_json(file), value))
+        changes = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        if any((folder / made).exists() for made in ("data", "checkpoints")):
+            for key in changes:
+                if not is_live(key):
+                    was, asked = (json.dumps(values.get(key)) for values in (before, now))
+                    raise UserError(
+                        f"{folder}: {key} of the run that is there is {was}, asked for is {asked}; name another "
+                        "--output_dir, or ask for what it was made with"
+                    )
+            run = Run.open(folder, [f"{key}={json.dumps(now[key])}" for key in changes])
+            write_json(file, value)
+            return run
+        if not changes:
+            return Run.open(folder)
+        remove(folder / "config.json")  # nothing was made of it yet
+    write_json(file, value)
+    return Run.create(file, [], folder)
+
+
+def to_the_end(run: Run, compares: bool, evaluate: bool = True) -> None:
+    """Every verb of a run, each leaving out what is finished; prints them first, for who wants to go on by hand.
+
+    compares: whether evaluate can tell how far the student is from the teacher, which needs one tokenizer.
+    """
+    student = run.path(STUDENT)
+    verbs = [["tokenize"], ["train"], ["export", "--out", str(student)]]
+    verbs += [*([["generate-logits"]] if compares else []), ["evaluate"]] if evaluate else []
+    verbs = [[verb, str(run.folder), *more] for verb, *more in verbs]
+    by_hand = " && ".join(shlex.join(["megakd", *verb]) for verb in verbs)
+    print(f"recipe: {run.path(RECIPE)}\nto go on by hand: {by_hand}", flush=True)
+    for verb in verbs:
+        run_verb(verb)
+        gc.collect()  # models point to themselves: without it the next verb meets them on the device
+        if verb[0] == "export" and run.config.objective.kind == "sar":
+            publish_routers(run)
+    print(f"student: {student}")
+
+
+def publish_routers(run: Run) -> None:
+    """Copies of the exported routers beside the student's folder."""
+    for suffix in (".safetensors", ".json", ".pt"):
+        with publishing(run.path(UPDATE + suffix)) as temporary:
+            shutil.copyfile(run.path(STUDENT, UPDATE, UPDATE + suffix), temporary)
