@@ -427,3 +427,11 @@ def test_routers_go_into_a_teacher_of_any_family_as_training_wrote_them(family, 
             set_routers(routers, tmp_path / f"{file}.safetensors")
     save_file({n: t for n, t in tensors.items() if "bias" not in n}, tmp_path / "trained.safetensors")
     set_routers(routers, tmp_path / "trained.safetensors")
+
+
+def test_a_holdout_without_a_whole_document_is_refused(recipe, tokenizer, tmp_path):
+    path = sar_recipe(recipe, tmp_path, tokenizer)
+    in_process("new", tmp_path / "run", "--from", path, "data.holdout_tokens=32")
+    in_process("tokenize", tmp_path / "run")
+    said = in_process("evaluate", tmp_path / "run", "--model", "student-0", code=2)
+    assert "no whole document is held out; raise data.holdout_tokens in a new run" in said

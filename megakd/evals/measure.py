@@ -82,6 +82,8 @@ class Meter:
         self.compares = run.config.objective.kind == "cached" or (stored / "manifest.json").exists()
         self.holdout = ShardSet(stored if self.compares else tokens)
         text = read_manifest(tokens)
+        if not text["text_bytes"]:
+            raise UserError(f"{tokens}: no whole document is held out; raise data.holdout_tokens in a new run")
         self.tokens_per_byte = text["text_tokens"] / text["text_bytes"]
         wanted = run.config.eval.attention
         tokenizers = _tokenizers(run, text["facts"]) if wanted or not self.compares else None

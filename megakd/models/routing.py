@@ -50,6 +50,7 @@ def find_routers(model: nn.Module, place: str, patterns: Sequence[str] = ()) -> 
     """All routers of a model in the order of its modules; UserError naming `place` when there is none.
 
     patterns: regular expressions that find the names of routers where role and shape do not; then nothing else counts.
+    A projection of an expert is none, whatever they say.
     """
     modules = dict(model.named_modules())
     found = []
@@ -57,23 +58,24 @@ def find_routers(model: nn.Module, place: str, patterns: Sequence[str] = ()) -> 
         parent, _, child = name.rpartition(".")
         block = modules.get(parent)
         weight = getattr(module, "weight", None)
-        if block is None or not isinstance(weight, Tensor) or weight.ndim != 2:
+        if block is None or not isinstance(weight, Tensor) or weight.ndim != 2 or child in PROJECTIONS:
             continue
         if patterns:
-            if not any(re.search(pattern, name) for pattern in patterns):
-                continue
-            if child in PROJECTIONS:
-                raise UserError(f"sar.router_patterns: {name} of {place} is a projection of an expert, no router")
             experts = weight.shape[0]
+            # one row chooses nothing: Qwen2's gate of its shared expert
+            if experts == 1 or not any(re.search(pattern, name) for pattern in patterns):
+                continue
         else:
             experts = _experts_beside(block)
-            if child in PROJECTIONS or isinstance(module, nn.Embedding) or not experts or weight.shape[0] != experts:
+            if isinstance(module, nn.Embedding) or not experts or weight.shape[0] != experts:
                 continue
         found.append(_router(name, module, block, child, experts, place))
     if not found:
         names = ", ".join(repr(p) for p in patterns)
         raise UserError(
-            f"sar.router_patterns: {names} find no matrix in {place}"
+            f"sar.router_patterns: {names} find no matrix in {place} but projections of experts, which are no routers"
+            if any(re.search(p, name) for p in patterns for name in modules if name.endswith(PROJECTIONS))
+            else f"sar.router_patterns: {names} find no matrix in {place}"
             if patterns
             else f"{place}: no module with a matrix [experts, hidden] beside the experts of its block; a model without "
             "experts has no router to train, and odd names are found by sar.router_patterns"

@@ -52,6 +52,8 @@ def test_every_family_has_one_router_a_layer_of_experts(model):
         assert router.module.weight.shape == (router.experts, HIDDEN) and router.experts == EXPERTS
         assert router.active == 2 and getattr(router.block, router.child) is router.module
     assert describe(found) == f"2 routers, 2 of 4 experts: {blocks[0]}.gate … {blocks[1]}.gate"
+    # neither gate_proj nor the gate of a shared expert
+    assert [r.name for r in find_routers(model, "teacher", ["gate", "router"])] == [r.name for r in found]
 
 
 @pytest.mark.parametrize("name", ["wg", "gate", "router"])
@@ -70,7 +72,8 @@ def test_a_router_must_say_how_many_it_chooses():
 def test_patterns_find_odd_ones_and_never_projections():
     model = Odd()
     assert [r.name for r in find_routers(model, "teacher", [r"0\.wg$"])] == ["layers.0.wg"]
-    with pytest.raises(UserError, match=r"layers.0.gate_proj of teacher is a projection"):
+    assert [r.name for r in find_routers(model, "teacher", ["gate", "wg"])] == ["layers.0.wg", "layers.1.wg"]
+    with pytest.raises(UserError, match=r"'gate' find no matrix in teacher but projections of experts"):
         find_routers(model, "teacher", ["gate"])
     with pytest.raises(UserError, match=r"'nothing' find no matrix in teacher"):
         find_routers(model, "teacher", ["nothing"])
