@@ -16,7 +16,7 @@ from megakd.engine.ds_json import deepspeed_config
 from megakd.engine.optim import assign_rules
 from megakd.errors import UserError
 from megakd.files import read_json, resolve
-from megakd.models.hub import empty_model
+from megakd.models.hub import empty_model, weights_fingerprint
 from megakd.objectives.build import build
 from megakd.run import Run
 
@@ -50,12 +50,23 @@ def check(run: Run) -> ShardSet:
     unfinished = saved is not None and (saved.progress.stage, saved.progress.stage_step) < last
     if saved and unfinished:
         check_shards(saved, shards_digest(dataset.names, dataset.sizes), dataset.folder)
+    begun = next((event["teacher"] for event in run.events("train") if "teacher" in event), None)
+    if saved and unfinished and begun and begun != (now := live_teacher(run)):
+        raise UserError(
+            f"{config.model.teacher}: its weights are {now}, and those that {run.folder} has learned from are {begun}; "
+            "give the run its teacher back, or make a new one"
+        )
     if not was_launched():
         ranks = config.engine.ranks if config.engine.kind == "deepspeed" else 1
         check_world(config, World(0, ranks, torch.device("cpu")))
         if saved and unfinished:
             check_ranks(saved, ranks)
     return dataset
+
+
+def live_teacher(run: Run) -> str:
+    """The fingerprint of the teacher that is asked while training."""
+    return weights_fingerprint(resolve(run.config.model.teacher, run.config.model.revision))
 
 
 def open_dataset(run: Run) -> ShardSet:

@@ -1,13 +1,15 @@
 """SAR-KD as a run: trained, killed, resumed, on one process and on two ranks."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from megakd.api import run_distillation_training
 from megakd.models.hub import load_model
 from megakd.models.tiny import train_tokenizer
 from megakd.run import Run
@@ -144,6 +146,24 @@ def test_across_tokenizers_it_resumes_and_ranks_give_the_local_curve(across, tmp
         assert {name: mine[name] for name in numbers} == pytest.approx(numbers, rel=2e-4, abs=2e-5)
 
 
+def test_another_teacher_is_refused_on_the_way(across, tmp_path):
+    teacher = tmp_path / "teacher"
+    shutil.copytree(Run.open(across).config.model.teacher, teacher)
+    run = Run.create(across, [f"model.teacher={teacher}"], tmp_path / "run")
+    in_process("tokenize", run.folder)
+    shutil.copytree(across / "checkpoints", run.path("checkpoints"))
+    shutil.rmtree(run.path("checkpoints/second"))
+    history = run.path("history.jsonl").read_text() + (across / "history.jsonl").read_text()
+    run.path("history.jsonl").write_text(history)
+    tensors = load_file(teacher / "model.safetensors")
+    tensors["model.norm.weight"] += 0.5
+    save_file(tensors, teacher / "model.safetensors", {"format": "pt"})
+    assert "give the run its teacher back, or make a new one" in in_process("train", run.folder, code=2)
+    shutil.copytree(Run.open(across).config.model.teacher, teacher, dirs_exist_ok=True)
+    in_process("train", run.folder)
+    assert metrics(run.folder)[-1]["loss"] == metrics(across)[-1]["loss"]
+
+
 def test_slow_tokenizers_and_nothing_to_learn_are_refused(across, tmp_path):
     run = Run.create(across, ["sar.likelihood=0", "sar.features=0"], tmp_path / "run")
     assert "nothing is left to learn from the teacher" in in_process("train", run.folder, code=2)
@@ -155,7 +175,7 @@ def test_many_parts_across_tokenizers_resume_and_ranks_give_the_local_curve(acro
     parts = ["online.gap=1", "online.importance=0.5", "online.routing=capacity", "online.initial_top_k=2"]
     settings = ["objective.kind=online", "stages.0.lr_multipliers=[]", *parts]
     whole = Run.create(across, settings, tmp_path / "whole")
-    in_process("train", whole.folder)
+    assert run_distillation_training(whole) == whole.path("checkpoints/second/step-000007/weights")
     rows = metrics(whole.folder)
     assert {"span_kl", "feature", "attention", "layers", "contrastive", "capacity"} <= rows[0].keys()
     assert all(rows[-1][name] < rows[0][name] for name in ("loss", "span_kl_t1", "feature", "layers"))

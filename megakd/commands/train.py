@@ -52,7 +52,7 @@ from megakd.models.hub import copy_side_files, load_config, load_model, write_co
 from megakd.models.offload import offload
 from megakd.objectives.base import Objective
 from megakd.objectives.build import build
-from megakd.preflight import check, check_world, tokenizers, was_launched
+from megakd.preflight import check, check_world, live_teacher, tokenizers, was_launched
 from megakd.run import Run
 
 CPU = torch.device("cpu")
@@ -98,7 +98,9 @@ def train(run: Run, dataset: ShardSet, world: World, stop: StopSignals) -> bool:
     log = None
     if world.first:
         remove_unpublished(run.path("checkpoints"))
-        run.record("train", ranks=world.size, step=progress.step, resumed=str(saved.folder) if saved else None)
+        asked = {} if run.config.objective.kind == "cached" else {"teacher": live_teacher(run)}
+        resumed = str(saved.folder) if saved else None
+        run.record("train", ranks=world.size, step=progress.step, resumed=resumed, **asked)
         if saved:
             say(f"train: going on from {saved.folder}")
         frozen = run.config.model_dump(mode="json")
