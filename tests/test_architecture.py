@@ -19,6 +19,7 @@ ORDER: tuple[set[str], ...] = (
     {"objectives"},
     {"engine"},
     {"evals", "preflight"},
+    {"assemble", "feed"},
     {"commands"},
     {"cli"},
     {"__main__", "hf_trainer", "api"},

@@ -23,7 +23,6 @@ from bench_rows import Row
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from megakd.commands.train import Step, stage_data
 from megakd.config import RunConfig, parse
 from megakd.data import codec
 from megakd.data.batches import prefetch, to_device
@@ -36,6 +35,7 @@ from megakd.engine.checkpoint import Progress
 from megakd.engine.local import LocalEngine
 from megakd.engine.optim import build_optimizer
 from megakd.errors import UserError
+from megakd.feed import Step, stage_data
 from megakd.files import shipped
 from megakd.models.shared_core import PROJECTIONS, Form
 from megakd.models.student import student_config

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megakd.commands.train import build_engine
+from megakd.assemble import build_engine
 from megakd.config import CompressConfig, RunConfig, StageConfig
 from megakd.data.records import Batch, Paired, Side
 from megakd.data.tokens import load_tokenizer, tokenizer_facts

@@ -15,22 +15,19 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
-from typing import NamedTuple
 
 import psutil
 import torch
 
-from megakd.config import RunConfig, StageConfig
-from megakd.data.align import pair
-from megakd.data.batches import Reader, collate, prefetch, to_device
-from megakd.data.records import IGNORED, Batch, Sample
+from megakd.assemble import build_engine, build_objective
+from megakd.config import StageConfig
+from megakd.data.batches import prefetch, to_device
 from megakd.data.shards import ShardSet
-from megakd.data.stream import Stream, shards_digest, share
+from megakd.data.stream import shards_digest
 from megakd.dist import StopSignals, World, close_world, join_world, read_world, seed_step, sum_over_ranks
 from megakd.engine.base import Carried, Engine, StepReport
 from megakd.engine.checkpoint import (
@@ -42,35 +39,17 @@ from megakd.engine.checkpoint import (
     rotate,
     save_checkpoint,
 )
-from megakd.engine.ds_json import deepspeed_config
 from megakd.engine.guard import GRADIENT, Health, after_step, wrong_with
-from megakd.engine.optim import build_optimizer, schedule
+from megakd.engine.optim import schedule
 from megakd.errors import UserError
-from megakd.files import locked, resolve, shipped
+from megakd.feed import Step, stage_data
+from megakd.files import locked, shipped
 from megakd.log import MetricLog, StageWatch, say, wandb_id
-from megakd.models.hub import copy_side_files, load_config, load_model, write_config
-from megakd.models.offload import offload
-from megakd.objectives.base import Objective
-from megakd.objectives.build import build
-from megakd.preflight import check, check_world, live_teacher, tokenizers, was_launched
+from megakd.models.hub import copy_side_files, load_config, write_config
+from megakd.preflight import check, check_world, live_teacher, was_launched
 from megakd.run import Run
 
-CPU = torch.device("cpu")
 STOPPED = 85  # exit code: stopped by a signal, checkpoint saved; schedulers requeue on it
-
-
-class Step(NamedTuple):
-    """What one optimizer step needs: this rank's micro-batches, and the counted tokens of all ranks.
-
-    own: this rank's counted tokens alone, where nobody knows those of the others (None: `tokens` is right).
-    damaged: for each sample of this rank that was left out, what is wrong; lost: their tokens, still in `tokens`.
-    """
-
-    micro_batches: list[Batch]
-    tokens: int
-    damaged: list[str]
-    lost: int
-    own: int | None = None
 
 
 def main(run: Run, args: argparse.Namespace) -> None:
@@ -288,49 +267,6 @@ def save(
     return Saved(folder, progress)
 
 
-def stage_data(
-    config: RunConfig, dataset: ShardSet, progress: Progress, steps: int, world: World
-) -> Iterator[Step | None]:
-    """The remaining steps of a stage, in the order of the data, whatever the number of ranks; None while they wait."""
-    stream = Stream(dataset.sizes, config.seed, config.stream.lanes)
-    reader = Reader(dataset, config.stream.workers, config.stream.on_damage == "skip")
-    length = config.data.sequence_length
-    windows = config.windows_per_step
-    student, teacher = tokenizers(config, dataset.facts)
-
-    def batch_of(samples: list[Sample]) -> Batch:
-        if teacher is None:
-            return collate(samples, length)
-        paired = pair(samples, student, teacher, length, length + length // 4)
-        return Batch(*paired.student[:3], paired=paired)
-
-    try:
-        for step in range(steps - progress.stage_step):
-            indices = stream.take(progress.samples + step * windows, windows)
-            yield from wait_for(dataset, indices, world)
-            micro = share(indices, world.rank, world.size, config.optim.micro_batch)
-            tokens = sum(dataset.entry(i).labels for i in indices)
-            batches = [batch_of(reader.read(part)) for part in micro]
-            bad = [i for part in micro for i in part if i in reader.damaged]
-            lost = sum(dataset.entry(i).labels for i in bad)
-            own = None if teacher is None else sum(int((batch.labels != IGNORED).sum()) for batch in batches)
-            yield Step(batches, tokens, [reader.damaged[i] for i in bad], lost, own)
-    finally:
-        reader.close()
-
-
-def wait_for(dataset: ShardSet, indices: list[int], world: World) -> Iterator[None]:
-    """Until the shards of a step are there (stream.follow), twice a second; all ranks wait for the shards of all."""
-    said, missing = 0.0, dataset.missing(indices)
-    while missing:
-        if world.first and time.monotonic() - said > 60:
-            said = time.monotonic()
-            say(f"train: waiting for {missing[0]} from the capture (the next step needs {len(missing)} shards more)")
-        time.sleep(0.5)
-        yield
-        missing = dataset.missing(indices)
-
-
 def count_damage(run: Run, step: Step, world: World) -> tuple[int, int]:
     """The tokens that a step really counts, over all ranks, and how many samples it left out."""
     if run.config.stream.on_damage == "raise" and step.own is None:
@@ -348,64 +284,6 @@ def name_damage(run: Run, reasons: list[str]) -> None:
         if reason not in known:
             say(f"train: left out: {reason}")
             run.record("damaged", sample=reason)
-
-
-def build_objective(config: RunConfig, folder: Path, dataset: ShardSet, device: torch.device = CPU) -> Objective:
-    """The student of `folder` inside the run's objective, beside the teacher on the device if it is asked there."""
-    half = getattr(torch, config.model.dtype)
-    # without DeepSpeed's fp32 masters the weights themselves stay float32, and the forward runs under autocast
-    dtype = half if config.engine.kind == "deepspeed" else torch.float32
-    student, teacher = load_model(folder, dtype), None
-    if config.objective.kind != "cached":
-        teacher = load_model(resolve(config.model.teacher, config.model.revision), half)
-        if config.engine.offload_teacher:
-            offload(teacher, device)
-        else:
-            teacher.to(device)
-    other = None if config.objective.kind == "cached" else tokenizers(config, dataset.facts)[1]
-    objective = build(config, student, teacher, dataset.facts, None if other is None else len(other))
-    for name, parameter in objective.named_parameters():
-        if not name.startswith("student."):  # not the buffers: a router's correction bias stays as exact as it is
-            parameter.data = parameter.data.to(device, dtype)
-    return objective
-
-
-def build_engine(
-    config: RunConfig,
-    objective: Objective,
-    stage: StageConfig,
-    world: World,
-    updates: dict[str, int] | None = None,
-) -> Engine:
-    """The engine of a stage: experts on their ranks, the stage's frozen parameters, groups and rates.
-
-    config: that of the stage (`RunConfig.at`). updates: how often parameters were updated before it (`Carried`).
-    """
-    spread = config.engine.expert_parallel
-    if spread > 1:
-        from megakd.models.expert_parallel import join_groups, spread_experts
-
-        spread_experts(objective.student, spread, join_groups(spread))
-    zero = (config.engine.deepspeed or {}).get("zero_optimization", {}) if config.engine.kind == "deepspeed" else {}
-    offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
-    optimizer = build_optimizer(objective, stage.lr_multipliers, config.optim, updates, fused=offloaded)
-    if config.engine.activation_checkpointing:
-        objective.checkpoint_activations()
-    elif config.engine.offload_teacher:
-        objective.checkpoint_teacher()  # else autograd would keep the copies of its layers
-    if not objective.student.get_input_embeddings().weight.requires_grad:
-        # ZeRO-3's backward needs an input that requires gradients when all that comes first is frozen
-        objective.student.enable_input_require_grads()
-    if config.engine.kind == "local":
-        from megakd.engine.local import LocalEngine
-
-        return LocalEngine(objective, optimizer, config.optim.clip_norm, config.model.dtype, world.device)
-    from megakd.engine.deepspeed import DeepSpeedEngine
-
-    if world.first and any(group["lr"] == 0 for group in optimizer.param_groups):
-        say(f"train: stage {stage.name}: spread experts that a rule freezes are kept by a learning rate of 0")
-    settings = deepspeed_config(config, world.size, config.windows_per_step)
-    return DeepSpeedEngine(objective, optimizer, settings, world, spread)
 
 
 def launch(run: Run) -> int:

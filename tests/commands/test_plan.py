@@ -12,9 +12,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
+from megakd.assemble import build_engine
 from megakd.commands import plan
 from megakd.commands.plan import full_batch, training_peak
-from megakd.commands.train import build_engine
 from megakd.config import OptimConfig, RunConfig, load_recipe
 from megakd.data.batches import to_device
 from megakd.data.records import Batch

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from megakd import cli
-from megakd.commands.train import build_objective
+from megakd.assemble import build_objective
 from megakd.data.batches import collate
 from megakd.data.shards import ShardSet
 from megakd.data.stream import Stream

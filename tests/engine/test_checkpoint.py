@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megakd.commands.train import build_objective
+from megakd.assemble import build_objective
 from megakd.config import OptimConfig
 from megakd.data.batches import collate
 from megakd.data.shards import ShardSet

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megakd.commands.train import build_engine, build_objective
+from megakd.assemble import build_engine, build_objective
 from megakd.config import LrRule, OptimConfig
 from megakd.data.batches import collate
 from megakd.data.records import IGNORED, Batch

@@ -1,0 +1,76 @@
+"""The data of a stage as optimizer steps: what each rank trains on, in the order that one integer gives.
+
+It is the same whatever the number of ranks, and where training goes on.
+"""
+
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from megakd.config import RunConfig
+from megakd.data.align import pair
+from megakd.data.batches import Reader, collate
+from megakd.data.records import IGNORED, Batch, Sample
+from megakd.data.shards import ShardSet
+from megakd.data.stream import Stream, share
+from megakd.dist import World
+from megakd.engine.checkpoint import Progress
+from megakd.log import say
+from megakd.preflight import tokenizers
+
+
+class Step(NamedTuple):
+    """What one optimizer step needs: this rank's micro-batches, and the counted tokens of all ranks.
+
+    own: this rank's counted tokens alone, where nobody knows those of the others (None: `tokens` is right).
+    damaged: for each sample of this rank that was left out, what is wrong; lost: their tokens, still in `tokens`.
+    """
+
+    micro_batches: list[Batch]
+    tokens: int
+    damaged: list[str]
+    lost: int
+    own: int | None = None
+
+
+def stage_data(
+    config: RunConfig, dataset: ShardSet, progress: Progress, steps: int, world: World
+) -> Iterator[Step | None]:
+    """The remaining steps of a stage, in the order of the data, whatever the number of ranks; None while they wait."""
+    stream = Stream(dataset.sizes, config.seed, config.stream.lanes)
+    reader = Reader(dataset, config.stream.workers, config.stream.on_damage == "skip")
+    length = config.data.sequence_length
+    windows = config.windows_per_step
+    student, teacher = tokenizers(config, dataset.facts)
+
+    def batch_of(samples: list[Sample]) -> Batch:
+        if teacher is None:
+            return collate(samples, length)
+        paired = pair(samples, student, teacher, length, length + length // 4)
+        return Batch(*paired.student[:3], paired=paired)
+
+    try:
+        for step in range(steps - progress.stage_step):
+            indices = stream.take(progress.samples + step * windows, windows)
+            yield from wait_for(dataset, indices, world)
+            micro = share(indices, world.rank, world.size, config.optim.micro_batch)
+            tokens = sum(dataset.entry(i).labels for i in indices)
+            batches = [batch_of(reader.read(part)) for part in micro]
+            bad = [i for part in micro for i in part if i in reader.damaged]
+            lost = sum(dataset.entry(i).labels for i in bad)
+            own = None if teacher is None else sum(int((batch.labels != IGNORED).sum()) for batch in batches)
+            yield Step(batches, tokens, [reader.damaged[i] for i in bad], lost, own)
+    finally:
+        reader.close()
+
+
+def wait_for(dataset: ShardSet, indices: list[int], world: World) -> Iterator[None]:
+    """Until the shards of a step are there (stream.follow), twice a second; all ranks wait for the shards of all."""
+    said, missing = 0.0, dataset.missing(indices)
+    while missing:
+        if world.first and time.monotonic() - said > 60:
+            said = time.monotonic()
+            say(f"train: waiting for {missing[0]} from the capture (the next step needs {len(missing)} shards more)")
+        time.sleep(0.5)
+        yield
+        missing = dataset.missing(indices)
