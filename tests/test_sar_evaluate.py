@@ -142,7 +142,8 @@ def test_without_targets_what_needs_none_is_measured(run, teacher):
     rows = [line.split() for line in said.splitlines()]
     (row,) = [row for row in rows if row[:1] == [NAMES[2]] and len(row) == 9]
     assert row[3:6] == ["-", "-", "-"]
-    assert [NAMES[2], f"{found[NAMES[2]]['teacher_perplexity']:.2f}", "-"] in rows
+    assert [NAMES[2], f"{found[NAMES[2]]['teacher_perplexity']:.2f}", "-"] in [row[:3] for row in rows]
+    assert any(row[:2] == ["its", "own"] and len(row) == 7 for row in rows)
     share = found[NAMES[2]]["parameters"] / found["teacher"]["parameters"]
     assert any(row[:2] == [NAMES[2], f"{share:.1%}"] for row in rows)
     before = lines(run)
@@ -209,6 +210,10 @@ def test_a_teacher_with_its_old_routers_is_the_teacher_and_a_collapse_shows(comp
         assert same[f"teacher_{name}"] == found["teacher"][name]  # bit by bit, whatever was measured before
         assert collapsed[f"teacher_{name}"] > real[f"teacher_{name}"]
     assert collapsed["teacher_kl"] > 0.1 > 10 * real["teacher_kl"]
+    assert same["teacher_routers"] == found["teacher"]["teacher_routers"]
+    assert "idle experts" in in_process("evaluate", compared)
+    for gate in collapsed["teacher_routers"]:  # weights 20 times as large decide with hardly any doubt
+        assert collapsed["teacher_routers"][gate]["entropy"] < 0.5 * same["teacher_routers"][gate]["entropy"]
     assert f"teacher_perplexity {collapsed['teacher_perplexity']:.4g}" in said
     assert f"teacher_kl {collapsed['teacher_kl']:.4g}" in said
 

@@ -36,8 +36,8 @@ def main(run: Run, args: argparse.Namespace) -> None:
     print(quality_table(rows))
     if rows[0]["model"] == "teacher" and rows[1:]:
         print("\n" + ratio_table(rows[0], rows[1:]))
-    if taught := [row for row in rows if "teacher_nll" in row]:
-        print("\n" + teacher_table(taught))
+    if any("teacher_nll" in row for row in rows):
+        print("\n" + teacher_table([row for row in rows if "teacher_nll" in row or row["model"] == "teacher"]))
     if any(row.get("tasks") for row in rows):
         print("\n" + task_table(rows))
 
@@ -122,9 +122,25 @@ def ratio_table(teacher: dict[str, Any], rows: list[dict[str, Any]]) -> str:
 
 
 def teacher_table(rows: list[dict[str, Any]]) -> str:
-    """What the teacher has become with the routers of each checkpoint."""
+    """What the teacher has become with the routers of each checkpoint, behind what it was."""
     lines = []
     for row in rows:
-        kl = f"{row['teacher_kl']:.4f}" if "teacher_kl" in row else "-"
-        lines.append([row["model"], f"{row['teacher_perplexity']:.2f}", kl])
-    return table(["teacher with the routers of", "perplexity", "KL to teacher"], lines)
+        own = row["model"] == "teacher"
+        kl, perplexity = (row.get(name if own else f"teacher_{name}") for name in ("kl", "perplexity"))
+        routers = row.get("teacher_routers", {}).values()
+        chosen = ["-"] * 3
+        if routers:
+            entropy = sum(each["entropy"] for each in routers) / len(routers)
+            idle = sum(each["idle"] for each in routers)
+            chosen = [f"{entropy:.1%}", f"{max(each['busiest'] for each in routers):.2f}x", str(idle)]
+        name = "its own" if own else row["model"]
+        lines.append([name, f"{perplexity:.2f}", "-" if kl is None else f"{kl:.4f}", *chosen])
+    headers = [
+        "teacher with the routers of",
+        "perplexity",
+        "KL to teacher",
+        "entropy",
+        "busiest expert",
+        "idle experts",
+    ]
+    return table(headers, lines)

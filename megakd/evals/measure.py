@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from megakd.data.records import Batch
 from megakd.data.shards import ShardSet, read_manifest
 from megakd.data.tokens import load_tokenizer, tokenizer_facts
 from megakd.dist import read_world
@@ -22,10 +23,11 @@ from megakd.errors import UserError
 from megakd.evals.attention import attention_overlap
 from megakd.evals.harness import Harness, flat, metric_value
 from megakd.evals.quality import Quality, Tokenizers, evaluate_model
+from megakd.evals.routers import RouterStatistics
 from megakd.files import digest, read_json, resolve, write_json
 from megakd.log import say
 from megakd.models.hub import load_model
-from megakd.models.routing import Router, copies, find_routers, in_place_of
+from megakd.models.routing import Router, choices, copies, find_routers, in_place_of
 from megakd.objectives.sar import SEPARATOR
 from megakd.run import Run
 
@@ -106,7 +108,7 @@ class Meter:
         """
         model = functools.cache(lambda: self._load(subject))
         against = {} if self.compares else {"targets": False}
-        quality = _piece(pieces, "holdout", against, lambda: _given(self._quality(subject, model())))
+        quality = _piece(pieces, "holdout", against, lambda: self._quality(subject, model()))
         row = {
             "model": subject.name,
             "step": subject.progress.step,
@@ -140,16 +142,34 @@ class Meter:
             raise Unusable(f"{subject.folder}: cannot be loaded: {type(error).__name__}: {error}") from error
         return model.eval().to(self.device)
 
-    def _quality(self, subject: Subject, model: Any) -> Quality:
-        tokenizers = self.tokenizers if subject.name == "teacher" else None
-        return self._measured(model, subject.name, str(subject.folder), tokenizers)
+    def _quality(self, subject: Subject, model: Any) -> dict[str, Any]:
+        if subject.name != "teacher":
+            return _given(self._measured(model, subject.name, str(subject.folder), None))
+        place, config = str(subject.folder), self.config
+        routers = find_routers(model, place, config.sar.router_patterns) if config.objective.kind == "sar" else []
+        quality, chosen = self._with_choices(model, routers, subject.name, place)
+        return _given(quality) | chosen
 
-    def _measured(self, model: Any, name: str, place: str, tokenizers: Tokenizers | None) -> Quality:
+    def _with_choices(self, model: Any, routers: list[Router], name: str, place: str) -> tuple[Quality, dict[str, Any]]:
+        """A teacher's quality, and what its routers choose."""
+        with choices(routers) as chosen:
+            statistics = RouterStatistics(routers, chosen)
+            quality = self._measured(model, name, place, self.tokenizers, statistics.add)
+        return quality, {"teacher_routers": statistics.found()} if routers else {}
+
+    def _measured(
+        self,
+        model: Any,
+        name: str,
+        place: str,
+        tokenizers: Tokenizers | None,
+        after: Callable[[Batch], None] | None = None,
+    ) -> Quality:
         """Its quality on the hold-out; Unusable naming `place` when that is not finite."""
         batch_size = self.config.eval.batch_size
         try:
             quality = evaluate_model(
-                model, self.holdout, self.tokens_per_byte, batch_size, self.device, name, tokenizers
+                model, self.holdout, self.tokens_per_byte, batch_size, self.device, name, tokenizers, after
             )
         except OverflowError as error:  # exp of an NLL beyond 709
             raise Unusable(f"{place}: its perplexity on the hold-out is infinite") from error
@@ -157,15 +177,15 @@ class Meter:
             raise Unusable(f"{place}: its NLL on the hold-out is {quality.nll}, its KL {quality.kl}")
         return quality
 
-    def _teacher_quality(self, subject: Subject) -> dict[str, float]:
+    def _teacher_quality(self, subject: Subject) -> dict[str, Any]:
         """How good the teacher is with a checkpoint's routers, with as many experts a token as it was trained with."""
         assert subject.beside is not None, subject
         teacher, routers, _ = self._teacher
         set_routers(routers, subject.beside)
         place = f"{subject.beside}: the teacher with these routers"
-        quality = self._measured(teacher, f"the teacher of {subject.name}", place, self.tokenizers)
+        quality, chosen = self._with_choices(teacher, routers, f"the teacher of {subject.name}", place)
         found = {"teacher_nll": quality.nll, "teacher_perplexity": quality.perplexity, "teacher_kl": quality.kl}
-        return {name: value for name, value in found.items() if value is not None}
+        return {name: value for name, value in found.items() if value is not None} | chosen
 
     def _attention(self, subject: Subject, model: Any) -> dict[str, float]:
         """How alike it attends to the teacher as it was before training."""

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any, NamedTuple
 
@@ -55,11 +55,12 @@ def evaluate_model(
     device: torch.device,
     name: str,
     tokenizers: Tokenizers | None = None,
+    after: Callable[[Batch], None] | None = None,
 ) -> Quality:
     """Run `model` over a hold-out, with the teacher's targets or without; tokens_per_second: of forward passes alone.
 
     tokenizers: where the model's is not the hold-out's. Then positions are those of its own tokens, and there are no
-    targets; bits per byte are of the same text.
+    targets; bits per byte are of the same text. after: called with each batch when the model has read it.
     """
     model = model.eval().to(device)
     stored, facts = holdout.layout is not None, holdout.facts
@@ -77,6 +78,8 @@ def evaluate_model(
             if device.type == "cuda":
                 torch.cuda.synchronize()
             seconds += time.perf_counter() - start
+            if after:
+                after(batch)
             tokens += batch.tokens.numel()
             text_tokens += labels
             sums += batch_sums(logits[..., :vocab_size].cpu(), batch)
