@@ -87,7 +87,7 @@ class FusedHead(nn.Module):
         """`distill_loss` of the logits that hidden_ND (counted rows alone) stands for."""
         job = _Job(
             labels_N, teacher, alpha, temperature, divergence, self.vocab_size, self.scale, self.softcap,
-            _compute_dtype(self.weight), torch.is_grad_enabled(), self.buffers_made,
+            compute_dtype(self.weight), torch.is_grad_enabled(), self.buffers_made,
         )  # fmt: skip
         total, ce, kl, kl_t1 = _FusedLoss.apply(hidden_ND, self.weight, job)
         dense = isinstance(teacher, DenseTeacher)
@@ -141,7 +141,7 @@ class _Job(NamedTuple):
         return None if self.softcap is None else self.softcap / self.flat
 
 
-def _compute_dtype(weight: Tensor) -> torch.dtype:
+def compute_dtype(weight: Tensor) -> torch.dtype:
     """Of the matrix products: autocast's where it is on, else the weight's."""
     device = weight.device.type
     cast = torch.is_autocast_enabled(device) and weight.dtype != torch.float64
@@ -224,7 +224,7 @@ def _run(
         if weight_grad is not None:
             if part.left_c1 is not None:
                 hidden_cD *= part.left_c1
-            _add_product(weight_grad[: job.vocab_size], raw.T, hidden_cD, new=chunk.start == 0)
+            add_product(weight_grad[: job.vocab_size], raw.T, hidden_cD, new=chunk.start == 0)
     return sums, [hidden_grad, weight_grad]
 
 
@@ -243,7 +243,7 @@ def _buffer(job: _Job, name: str, dtype: torch.dtype, rows: int, device: torch.d
     return made[:rows]
 
 
-def _add_product(sum_VD: Tensor, left_Vc: Tensor, right_cD: Tensor, new: bool) -> None:
+def add_product(sum_VD: Tensor, left_Vc: Tensor, right_cD: Tensor, new: bool) -> None:
     """sum_VD = (0 if new else sum_VD) + left_Vc @ right_cD, the sum in sum_VD's own precision."""
     if left_Vc.dtype == sum_VD.dtype:
         torch.mm(left_Vc, right_cD, out=sum_VD) if new else sum_VD.addmm_(left_Vc, right_cD)

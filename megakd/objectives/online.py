@@ -54,7 +54,7 @@ class OnlineDistillation(Objective):
         teacher_vocab_size: int | None = None,
     ):
         super().__init__(student, config)
-        self.online, self.vocab_size = online, vocab_size
+        self.online = online
         teacher.requires_grad_(False).eval()
         if online.attention:
             for model in (student, teacher):
@@ -183,9 +183,8 @@ class OnlineHead(nn.Module):
             gap_BT = gap_N.new_zeros(counted.shape).masked_scatter(counted, gap_N)
             weights_N, gap = gap_weights(gap_BT, counted, settings.gap)[counted], (counted, gap_N)
         terms = live_loss(
-            self.head.logits, teacher.logits, hidden_ND, taught_NG, labels_N, online.alpha, online.temperature,
-            online.vocab_size, weights_N, settings.kl,
-        )  # fmt: skip
+            self.head, teacher, hidden_ND, taught_NG, labels_N, online.alpha, online.temperature, weights_N, settings.kl
+        )
         named = {"ce": terms.ce, "kl": terms.kl, "kl_t1": terms.kl_t1, "teacher_ce": terms.teacher_ce}
         return terms.total, named, gap
 

@@ -46,7 +46,7 @@ class SarDistillation(Objective):
         teacher_vocab_size: int | None = None,
     ):
         super().__init__(student, config)
-        self.sar, self.vocab_size, self.teacher_vocab_size = sar, vocab_size, teacher_vocab_size
+        self.sar, self.teacher_vocab_size = sar, teacher_vocab_size
         self.head = LiveHead(fused_head(student, vocab_size))
         teacher.requires_grad_(False).eval()
         self.found = find_routers(teacher, teacher.name_or_path or teacher.config.model_type, sar.router_patterns)
@@ -169,10 +169,7 @@ class LiveHead(nn.Module):
     def forward(self, sar: SarDistillation, hidden: Tensor, taught: Tensor, labels: Tensor, paired: Any = None) -> Any:
         """`live_loss` of counted rows; with `paired` (total, named sums) of whole windows, over spans."""
         if paired is None:
-            teacher = sar.held[1].logits
-            return live_loss(
-                self.head.logits, teacher, hidden, taught, labels, sar.alpha, sar.temperature, sar.vocab_size
-            )
+            return live_loss(self.head, sar.held[1], hidden, taught, labels, sar.alpha, sar.temperature)
         return self._over_spans(sar, hidden, taught, paired)
 
     def _over_spans(

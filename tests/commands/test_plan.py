@@ -289,12 +289,12 @@ def live_run(tmp_path_factory, recipe, tokenizer) -> Path:
     return folder / "run"
 
 
-def test_plan_shows_parts_and_the_card(live_run):
+def test_plan_shows_parts_and_the_card(live_run, tmp_path):
     shown = in_process("plan", live_run)
     assert "training memory" in shown and "a card of 8 GB" in shown and "(stage " in shown
     assert "weights of the teacher" in shown and "moments of AdamW" in shown
     assert "cache" not in shown and "compress" not in shown and "CPU memory" not in shown
-    away = in_process("plan", live_run, "engine.offload_teacher=true")
+    away = in_process("plan", Run.create(live_run, ["engine.offload_teacher=true"], tmp_path / "away").folder)
     assert "besides, in CPU memory" in away and "GiB: the teacher's layers" in away
 
 

@@ -1,8 +1,12 @@
+import weakref
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from megakd.losses import live
+from megakd.losses.fused import FusedHead
 from megakd.losses.live import LiveTerms, kl_rows, live_loss
 from tests.losses.test_hidden import normal
 
@@ -10,6 +14,11 @@ TOKENS, VOCABULARY, PADDING, SIZE, WIDTH = 11, 13, 3, 6, 4  # D of the student, 
 FORMS = [(0.0, 1.0), (0.3, 1.0), (0.3, 2.0), (1.0, 1.0), (1.0, 4.0)]  # alpha, temperature
 LABELS = torch.randint(VOCABULARY, (TOKENS,), generator=torch.Generator().manual_seed(0))
 ROW = 4 * VOCABULARY  # bytes of one token's logits
+
+
+def plain(dtype: torch.dtype = torch.float64) -> FusedHead:
+    """A head whose logits are the hidden states."""
+    return FusedHead(nn.Parameter(torch.eye(VOCABULARY, dtype=dtype)), VOCABULARY)
 
 
 class Inputs:
@@ -23,14 +32,13 @@ class Inputs:
 
     def loss(self, alpha: float, temperature: float, weights: Tensor | None = None, tokens: int = TOKENS) -> LiveTerms:
         return live_loss(
-            lambda hidden: hidden @ self.student_head.T,
-            lambda hidden: hidden @ self.teacher_head.T,
+            FusedHead(self.student_head, VOCABULARY),
+            FusedHead(self.teacher_head, VOCABULARY),
             self.student[:tokens],
             self.teacher[:tokens],
             LABELS[:tokens],
             alpha,
             temperature,
-            VOCABULARY,
             weights,
         )
 
@@ -81,11 +89,16 @@ def test_gradient_is_that_of_the_returned_loss(alpha, temperature):
     weights = normal(4, TOKENS).exp()
 
     def loss(student: Tensor, teacher: Tensor, student_head: Tensor, teacher_head: Tensor) -> Tensor:
-        return live_loss(lambda h: h @ student_head.T, lambda h: h @ teacher_head.T, student, teacher, LABELS,
-                         alpha, temperature, VOCABULARY, weights).total  # fmt: skip
+        heads = (FusedHead(nn.Parameter(head), VOCABULARY) for head in (student_head, teacher_head))
+        return live_loss(*heads, student, teacher, LABELS, alpha, temperature, weights).total
 
-    leaves = (inputs.student, inputs.teacher, inputs.student_head, inputs.teacher_head)
-    assert torch.autograd.gradcheck(loss, leaves)
+    leaves = [leaf.detach() for leaf in (inputs.student, inputs.teacher, inputs.student_head, inputs.teacher_head)]
+    slopes = inputs.gradients(inputs.loss(alpha, temperature, weights).total)
+    for index, (leaf, slope) in enumerate(zip(leaves, slopes, strict=True)):
+        for seed in range(5):
+            step = 1e-5 * normal(10 + seed, *leaf.shape)
+            ends = [loss(*leaves[:index], leaf + sign * step, *leaves[index + 1 :]).item() for sign in (1, -1)]
+            assert (ends[0] - ends[1]) / 2 == pytest.approx((slope * step).sum().item(), rel=1e-6, abs=1e-13)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -109,39 +122,60 @@ def test_the_teachers_gradient_needs_its_entropy(temperature):
     assert some.norm() > 0.1 and (some.gather(1, logits.argmax(-1, keepdim=True)) < 0).all()
 
 
+@pytest.mark.parametrize("scale, softcap", [(0.5, None), (1.0, 3.0), (2.0, 0.7)])
+def test_heads_with_a_scale_and_a_soft_cap(scale, softcap):
+    """Gemma's, Cohere's and Granite's logits, on either side."""
+    inputs = Inputs()
+    heads = [
+        FusedHead(inputs.student_head, VOCABULARY, scale, softcap),
+        FusedHead(inputs.teacher_head, VOCABULARY, 1.5, 2.0),
+    ]
+    found = live_loss(*heads, inputs.student, inputs.teacher, LABELS, 0.3, 2.0)
+    s, t = heads[0].logits(inputs.student), heads[1].logits(inputs.teacher)
+    kl = kl_rows(t / 2, s / 2).sum()
+    expected = 0.7 * nn.functional.cross_entropy(s, LABELS, reduction="sum") + 0.3 * 4 * kl
+    assert found.total.item() == pytest.approx(expected.item(), rel=1e-12)
+    assert alike(inputs.gradients(found.total), inputs.gradients(expected))
+
+
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 11, 12])
 def test_chunks_change_nothing(rows, monkeypatch):
     inputs, weights = Inputs(), normal(4, TOKENS).exp()
     whole = inputs.loss(0.3, 2.0, weights)
     expected = inputs.gradients(whole.total)
-    monkeypatch.setattr(live, "CHUNK_BYTES", rows * ROW + ROW - 1)
+    monkeypatch.setattr(live, "CHUNK_BYTES", {"cpu": rows * ROW + ROW - 1})
     sizes = []
-    plain = live.kl_rows
-    monkeypatch.setattr(live, "kl_rows", lambda t, s: sizes.append(len(t)) or plain(t, s))
+    original = live._rows
+    monkeypatch.setattr(live, "_rows", lambda *job: sizes.append(len(job[2])) or original(*job))
     found = inputs.loss(0.3, 2.0, weights)
-    assert max(sizes) == min(rows, TOKENS) and sum(sizes) == 2 * TOKENS  # at T and at 1
+    assert max(sizes) == min(rows, TOKENS) and sum(sizes) == TOKENS
     assert [x.item() for x in found] == pytest.approx([x.item() for x in whole], rel=1e-13)
     assert alike(inputs.gradients(found.total), expected, 1e-13)
 
 
 def test_a_chunk_is_at_least_one_token(monkeypatch):
-    monkeypatch.setattr(live, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(live, "CHUNK_BYTES", {"cpu": 1})
     inputs = Inputs()
     assert inputs.loss(0.3, 2.0).total.item() == pytest.approx(dense(inputs, 0.3, 2.0).total.item(), rel=1e-12)
 
 
-def test_logits_are_computed_again_and_not_kept(monkeypatch):
+def test_no_logits_are_kept_and_the_gradients_go_once(monkeypatch):
     """Nothing of the size of a chunk's logits lives until the backward pass."""
-    monkeypatch.setattr(live, "CHUNK_BYTES", 2 * ROW)
-    inputs, kept = Inputs(), []
+    monkeypatch.setattr(live, "CHUNK_BYTES", {"cpu": 2 * ROW})
+    inputs, made = Inputs(), []
+    original = live._rows
 
-    def note(tensor: Tensor) -> Tensor:
-        kept.append(tuple(tensor.shape))
-        return tensor
+    def watched(*job: Any) -> Any:
+        found, slopes = original(*job)
+        made.extend(weakref.ref(tensor) for tensor in (*job[2:4], *slopes))
+        return found, slopes
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        inputs.loss(0.3, 2.0)
-    assert not any(len(shape) == 2 and shape[-1] in (VOCABULARY, VOCABULARY + PADDING) for shape in kept), kept
+    monkeypatch.setattr(live, "_rows", watched)
+    total = inputs.loss(0.3, 2.0).total
+    assert len(made) == 4 * 6 and not any(ref() is not None for ref in made)
+    inputs.gradients(total * 2)
+    with pytest.raises(RuntimeError, match="handed over by an earlier backward"):
+        inputs.gradients(total * 2)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -158,7 +192,7 @@ def test_no_tokens_give_zero_with_a_live_graph(weighted):
 def test_student_equal_to_teacher_gives_zero_kl_and_no_gradient(temperature):
     logits = normal(0, TOKENS, VOCABULARY)
     student, teacher = logits.clone().requires_grad_(), logits.clone().requires_grad_()
-    found = live_loss(lambda h: h, lambda h: h, student, teacher, LABELS, 1.0, temperature, VOCABULARY)
+    found = live_loss(plain(), plain(), student, teacher, LABELS, 1.0, temperature)
     assert found.kl == 0 and found.kl_t1 == 0 and found.ce == found.teacher_ce
     assert all(x.abs().max() < 1e-14 for x in torch.autograd.grad(found.total, (student, teacher)))
 
@@ -213,7 +247,7 @@ def test_logits_of_lower_precision_are_reduced_in_float32(dtype, tolerance):
 
     def run(student: Tensor, teacher: Tensor) -> tuple[LiveTerms, tuple[Tensor, ...]]:
         student, teacher = student.requires_grad_(), teacher.requires_grad_()
-        found = live_loss(lambda h: h, lambda h: h, student, teacher, LABELS, 0.3, 2.0, VOCABULARY)
+        found = live_loss(plain(student.dtype), plain(student.dtype), student, teacher, LABELS, 0.3, 2.0)
         return found, torch.autograd.grad(found.total, (student, teacher))
 
     logits = [(3 * normal(seed, TOKENS, VOCABULARY)).to(dtype) for seed in (0, 1)]
@@ -225,8 +259,26 @@ def test_logits_of_lower_precision_are_reduced_in_float32(dtype, tolerance):
         assert mine.dtype == dtype and (mine.double() - theirs).norm() <= tolerance * theirs.norm()
 
 
+def test_gradients_of_16_bit_heads_add_up_in_float32(monkeypatch):
+    """In one chunk or in many: what is rounded is each chunk's product and the sum, not every sum on the way."""
+    sums, original = [], live.add_product
+    monkeypatch.setattr(
+        live, "add_product", lambda total, *more, **new: sums.append(total.dtype) or original(total, *more, **new)
+    )
+    half = Inputs()
+    for parameter in (half.student, half.teacher, half.student_head, half.teacher_head):
+        parameter.data = parameter.data.bfloat16()
+    whole = half.gradients(half.loss(0.3, 2.0).total)
+    monkeypatch.setattr(live, "CHUNK_BYTES", {"cpu": ROW})
+    many = half.gradients(half.loss(0.3, 2.0).total)
+    assert sums == [torch.float32] * 2 * (1 + TOKENS)
+    for one, other in zip(whole, many, strict=True):
+        assert one.dtype == other.dtype == torch.bfloat16
+        assert (one.double() - other.double()).norm() < 6e-3 * one.double().norm()
+
+
 def test_logits_of_thousands_stay_finite():
     student, teacher = ((3e3 * normal(seed, TOKENS, VOCABULARY)).float().requires_grad_() for seed in (0, 1))
-    found = live_loss(lambda h: h, lambda h: h, student, teacher, LABELS, 0.5, 2.0, VOCABULARY)
+    found = live_loss(plain(student.dtype), plain(student.dtype), student, teacher, LABELS, 0.5, 2.0)
     slopes = torch.autograd.grad(found.total, (student, teacher))
     assert all(x.isfinite().all() for x in (*found, *slopes))
