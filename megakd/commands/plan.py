@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 
@@ -22,6 +23,7 @@ from megakd.engine.base import MOMENTS
 from megakd.errors import UserError
 from megakd.files import resolve
 from megakd.log import short, table
+from megakd.losses.live import CHUNK_BYTES
 from megakd.models.hub import empty_model, load_config
 from megakd.models.memory import Fakes, LiveBytes, Peak, fake_model
 from megakd.models.offload import offload, offloaded
@@ -297,7 +299,8 @@ def training_peak(
     """
     config = config.at(stage)
     live = LiveBytes()
-    with warnings.catch_warnings(), Fakes(), live:
+    chunks = {"cpu": CHUNK_BYTES["cuda" if gpu else "cpu"]}  # fakes are on the CPU
+    with warnings.catch_warnings(), mock.patch.dict(CHUNK_BYTES, chunks), Fakes(), live:
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # copy.deepcopy of a parameter
         own = fake_model(student, torch.float32)
         other = fake_model(teacher, getattr(torch, config.model.dtype))

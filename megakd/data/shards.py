@@ -33,6 +33,9 @@ OPEN_FILES = 512  # at once; half of what a process may usually have
 MANIFEST, SIDECAR, VERSION = "megakd-shards", "megakd-shard-index", 2
 
 Members = dict[str, bytes]  # what a tar holds of a sample, by suffix: mkd, or tokens.npy and starts.npy
+# numpy reads a header by ast.literal_eval, at which Python 3.11 fails now and then when threads do so at once:
+# SystemError: AST constructor recursion depth mismatch
+PARSING = Lock()
 
 
 class DamagedSample(UserError):
@@ -391,7 +394,8 @@ def _members(key: str, chunk: bytes) -> Members:
 def _sample(key: str, members: Members, layout: codec.Layout | None) -> Sample:
     if layout is not None:
         return codec.decode(key, members["mkd"], layout)
-    tokens, starts = (np.load(io.BytesIO(members[f"{n}.npy"]), allow_pickle=False) for n in ("tokens", "starts"))
+    with PARSING:
+        tokens, starts = (np.load(io.BytesIO(members[f"{n}.npy"]), allow_pickle=False) for n in ("tokens", "starts"))
     return Sample(key, tokens, starts)
 
 

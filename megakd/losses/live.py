@@ -17,7 +17,7 @@ from megakd.losses.fused import FusedHead, add_product, compute_dtype
 from megakd.losses.hidden import wide
 
 # of float32 logits of one model; some six of them are there at once
-CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**27}
+CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**26}
 
 
 class LiveTerms(NamedTuple):

@@ -79,7 +79,10 @@ def test_rows(small, monkeypatch):
     [
         (["experts", "--real", "model"], "--real is for store: the other benchmarks need no model"),
         (["experts", "--device", "cuda"], "--device cuda: torch sees no GPU here"),
-        (["store", "--device", "cuda"], "--device is for experts, loss and step: the other benchmarks run on the CPU"),
+        (
+            ["store", "--device", "cuda"],
+            "--device is for experts, live, loss and step: the other benchmarks run on the CPU",
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_refused(arguments, message):
