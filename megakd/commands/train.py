@@ -1,4 +1,4 @@
-"""Distil the student, stage by stage, from the cached teacher targets; resumes from the last checkpoint by itself.
+"""Distil the student, stage by stage, from stored targets or a live teacher; resumes from its last checkpoint.
 
 With engine.kind=deepspeed and engine.ranks > 1 it starts the deepspeed launcher on this machine; on more machines start
 it with launch/train.sh or launch/train.sbatch. SIGTERM and SIGUSR1 save a checkpoint and leave with exit code 85.
