@@ -1,4 +1,4 @@
-"""Divergences between teacher and student over the buckets of a distribution, and their slopes.
+"""Divergences between teacher and student over the buckets of a distribution, and their slopes by either side.
 
 P teacher, Q student: log-probabilities [.., B], -inf where a side has nothing; b = mix.
 
@@ -37,6 +37,11 @@ def divergence_terms(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> Te
 def divergence_slopes(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> Tensor:
     """v_b = df(P_b, Q_b) / dlog Q_b, [.., B]; by the logits of a softmax Q the gradient is v_b - Q_b sum(v)."""
     return SLOPES[divergence.kind](log_p, log_q, divergence.mix)
+
+
+def teacher_slopes(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """u_b = df(P_b, Q_b) / dlog P_b, [.., B]; by the logits of a softmax P the gradient is u_b - P_b sum(u)."""
+    return TEACHER_SLOPES[divergence.kind](log_p, log_q, divergence.mix)
 
 
 def _weighted(weight: Tensor, log_ratio: Tensor) -> Tensor:
@@ -82,6 +87,12 @@ def _skew_kl_slope(log_p: Tensor, log_q: Tensor, mix: float) -> Tensor:
     return torch.where(log_p > -torch.inf, -log_p.exp() * share, 0.0)
 
 
+def _skew_kl_teacher_slope(log_p: Tensor, log_q: Tensor, mix: float) -> Tensor:
+    log_m = _mixture(log_p, log_q, mix)
+    share = (log_q + math.log1p(-mix) - log_m).exp()  # of Q in the mixture
+    return _weighted(log_p.exp(), log_p - log_m + share)
+
+
 def _tvd(log_p: Tensor, log_q: Tensor, mix: float) -> Tensor:
     return (log_p.exp() - log_q.exp()).abs() / 2
 
@@ -105,4 +116,12 @@ SLOPES: dict[Kind, Function] = {
     "jsd": _jsd_slope,
     "skew_kl": _skew_kl_slope,
     "tvd": _tvd_slope,
+}
+# f(P, Q) of most is f(Q, P) of another one, so its slope by the teacher is that one's by the student
+TEACHER_SLOPES: dict[Kind, Function] = {
+    "kl": lambda log_p, log_q, mix: _reverse_kl_slope(log_q, log_p, mix),
+    "reverse_kl": lambda log_p, log_q, mix: _kl_slope(log_q, log_p, mix),
+    "jsd": lambda log_p, log_q, mix: _jsd_slope(log_q, log_p, 1 - mix),
+    "skew_kl": _skew_kl_teacher_slope,
+    "tvd": lambda log_p, log_q, mix: _tvd_slope(log_q, log_p, mix),
 }

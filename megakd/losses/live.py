@@ -1,10 +1,11 @@
-"""Cross entropy and KL to a teacher that is there and learns too: gradients reach both, and logits are never all kept.
+"""Cross entropy and divergence to a live teacher that may learn too: gradients reach both, logits are never all kept.
 
 N tokens, V real vocabulary, D hidden of the student, G of the teacher. Float32 after the heads (float64 stays float64);
 sums, not means: who calls divides once by the tokens of all ranks.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,18 +14,20 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from megakd.losses.divergence import Divergence, divergence_slopes, divergence_terms, teacher_slopes
 from megakd.losses.fused import FusedHead, add_product, compute_dtype
 from megakd.losses.hidden import wide
 
 # of float32 logits of one model; some six of them are there at once
 CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**26}
+KL = Divergence()
 
 
 class LiveTerms(NamedTuple):
     """Sums over tokens: total is what is differentiated; the others are detached.
 
-    kl: KL(teacher || student) at T, without T^2, weighted; kl_t1: at T = 1, unweighted; teacher_ce: the teacher's own
-    cross entropy.
+    kl: the divergence that trains, at T, without T^2, weighted; kl_t1: KL(teacher || student) at T = 1, unweighted;
+    teacher_ce: the teacher's own cross entropy.
     """
 
     total: Tensor
@@ -44,18 +47,20 @@ def live_loss(
     temperature: float,
     weights_N: Tensor | None = None,
     kl_weight: float = 1.0,
+    divergence: Divergence = KL,
 ) -> LiveTerms:
-    """sum over tokens of (1 - alpha) CE + alpha kl_weight T^2 KL_T(teacher || student), from last hidden states.
+    """sum over tokens of (1 - alpha) CE + alpha kl_weight T^2 D_T(teacher, student), from last hidden states.
 
-    student, teacher: the heads behind them, of one vocabulary. labels_N: real token ids. KL = sum of p (log p - log q)
-    with p the teacher's: its entropy is a part of what is differentiated, for a teacher that learns it is not constant
-    (a soft cross entropy would teach the router to be certain). weights_N: how much each token's KL counts, a constant;
-    1 each where it is None.
+    student, teacher: the heads behind them, of one vocabulary. labels_N: real token ids. divergence: D, over the whole
+    vocabulary; KL(teacher || student) = sum of p (log p - log q) with p the teacher's: its entropy is a part of what is
+    differentiated, for a teacher that learns it is not constant (a soft cross entropy would teach the router to be
+    certain). weights_N: how much each token's D counts, a constant; 1 each where it is None.
 
     Gradients are made with the loss, chunk by chunk, so no logits are kept, and none are computed again; one backward.
     """
     assert student.vocab_size == teacher.vocab_size, (student.vocab_size, teacher.vocab_size)
-    job = _Job((student, teacher), labels_N, weights_N, alpha, temperature, kl_weight, torch.is_grad_enabled())
+    differentiate = torch.is_grad_enabled()
+    job = _Job((student, teacher), labels_N, weights_N, alpha, temperature, kl_weight, divergence, differentiate)
     return LiveTerms(*_LiveLoss.apply(job, student_ND, teacher_NG, student.weight, teacher.weight))
 
 
@@ -66,11 +71,12 @@ class _Job(NamedTuple):
     alpha: float
     temperature: float
     kl_weight: float
+    divergence: Divergence
     differentiate: bool
 
     @property
     def slopes(self) -> tuple[float, float]:
-        """Of the total by a token's CE, and by its KL at T with its logits as they are: T^2 / T."""
+        """Of the total by a token's CE, and by its divergence at T with its logits as they are: T^2 / T."""
         return 1 - self.alpha, self.alpha * self.kl_weight * self.temperature
 
 
@@ -152,8 +158,9 @@ def _rows(
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """Sums (ce, kl, kl_t1, teacher_ce) of some tokens' logits, and the slopes of the total by them, [n, V].
 
-    With q = softmax(s / T), p = softmax(t / T), q1 at T = 1, y the label, d = log p - log q:
+    With q = softmax(s / T), p = softmax(t / T), q1 at T = 1, y the label, d = log p - log q, for the KL:
         by s: (1 - alpha) (q1 - y) + alpha kl_weight T w (q - p)        by t: alpha kl_weight T w p (d - KL)
+    `_slopes` says what takes the place of (q - p) and of p (d - KL) for another divergence.
     """
     labels_N1 = job.labels_N[chunk, None]
     w_N1 = None if job.weights_N is None else job.weights_N[chunk, None].to(s_NV.dtype)
@@ -167,18 +174,50 @@ def _rows(
     if job.temperature != 1:
         log_q, log_p = (side.div(job.temperature).log_softmax(-1) for side in (s_NV, t_NV))
         p = log_p.exp()
-    d = log_p - log_q
-    kl_N1 = torch.linalg.vecdot(p, d)[:, None]
-    kl = (kl_N1 if w_N1 is None else w_N1 * kl_N1).sum()
-    by_s = by_t = None
-    if of_student:
-        by_s = (log_q.exp() - p).mul_(of_kl if w_N1 is None else of_kl * w_N1)
+    scale = of_kl if w_N1 is None else of_kl * w_N1
+    slopes_of = _kl_slopes if job.divergence.kind == "kl" else partial(_slopes, job.divergence)
+    each_N1, by_s, by_t = slopes_of(log_p, log_q, p, scale, of_student, of_teacher)
+    divergence = (each_N1 if w_N1 is None else w_N1 * each_N1).sum()
+    if by_s is not None:
         if of_ce:
             by_s.add_(log_q1.exp_(), alpha=of_ce)
         by_s.scatter_add_(1, labels_N1, by_s.new_full(labels_N1.shape, -of_ce))
+    return [ce, divergence, kl_t1, teacher_ce], [by_s, by_t]
+
+
+Slopes = tuple[Tensor, Tensor | None, Tensor | None]  # D of each row [n, 1]; of scale times D by s / T and t / T [n, V]
+
+
+def _kl_slopes(
+    log_p: Tensor, log_q: Tensor, p: Tensor, scale: float | Tensor, of_student: bool, of_teacher: bool
+) -> Slopes:
+    """Of KL(teacher || student), in as few passes over the vocabulary as it takes."""
+    d = log_p - log_q
+    kl_N1 = torch.linalg.vecdot(p, d)[:, None]
+    by_s = (log_q.exp() - p).mul_(scale) if of_student else None
+    by_t = d.sub_(kl_N1).mul_(p).mul_(scale) if of_teacher else None
+    return kl_N1, by_s, by_t
+
+
+def _slopes(
+    divergence: Divergence,
+    log_p: Tensor,
+    log_q: Tensor,
+    p: Tensor,
+    scale: float | Tensor,
+    of_student: bool,
+    of_teacher: bool,
+) -> Slopes:
+    """Of any divergence: with v = dD / dlog q and u = dD / dlog p, v - q sum(v) and u - p sum(u)."""
+    each_N1 = divergence_terms(divergence, log_p, log_q).sum(-1, keepdim=True)
+    by_s = by_t = None
+    if of_student:
+        v = divergence_slopes(divergence, log_p, log_q)
+        by_s = (v - log_q.exp() * v.sum(-1, keepdim=True)).mul_(scale)
     if of_teacher:
-        by_t = d.sub_(kl_N1).mul_(p).mul_(of_kl if w_N1 is None else of_kl * w_N1)
-    return [ce, kl, kl_t1, teacher_ce], [by_s, by_t]
+        u = teacher_slopes(divergence, log_p, log_q)
+        by_t = (u - p * u.sum(-1, keepdim=True)).mul_(scale)
+    return each_N1, by_s, by_t
 
 
 def label_logprobs(logits: Callable[[Tensor], Tensor], hidden_ND: Tensor, labels_N: Tensor, vocab_size: int) -> Tensor:

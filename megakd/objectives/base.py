@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from megakd.config import ObjectiveConfig
 from megakd.data.records import Batch, Side
+from megakd.errors import UserError
+from megakd.losses.divergence import Divergence
 
 
 class LossReport(NamedTuple):
@@ -23,13 +25,15 @@ class LossReport(NamedTuple):
 class Objective(nn.Module):
     """forward(Batch) -> LossReport. `student` and whatever else it registers is trained, by the stage's rules.
 
-    alpha, temperature: what is in force, by `at`. memory: what steps leave for those after them; in checkpoints.
+    alpha, temperature: what is in force, by `at`. divergence: of the stage.
+    memory: what steps leave for those after them; in checkpoints.
     """
 
     def __init__(self, student: Any, config: ObjectiveConfig):
         super().__init__()
         self.student = student
         self.config = config
+        self.divergence = Divergence(config.divergence, config.mix)
         self.memory: dict[str, list[float]] = {}
 
     @torch.no_grad()
@@ -55,6 +59,15 @@ class Objective(nn.Module):
 
     def observe(self, sums: Mapping[str, float], tokens: int) -> None:
         """After a step: its sums over all ranks, and its counted tokens. Called by all ranks together."""
+
+
+def check_spans(config: ObjectiveConfig) -> None:
+    """UserError for a divergence that spans of text, the units of two tokenizers, do not have."""
+    if config.divergence != "kl":
+        raise UserError(
+            f"objective.divergence: {config.divergence} compares distributions over one vocabulary, but the teacher's "
+            "tokenizer is not the student's: spans of text have the likelihood loss alone; set objective.divergence=kl"
+        )
 
 
 def last_hidden(model: Any, batch: Batch | Side) -> Tensor:

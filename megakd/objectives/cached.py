@@ -10,7 +10,6 @@ from megakd.config import ObjectiveConfig
 from megakd.data.records import IGNORED, Batch, TeacherTargets
 from megakd.errors import UserError
 from megakd.losses.distill import Stored
-from megakd.losses.divergence import Divergence
 from megakd.losses.fused import FusedHead, SparseTeacher
 from megakd.objectives.base import LossReport, Objective
 
@@ -40,9 +39,10 @@ class CachedDistillation(Objective):
         targets = TeacherTargets(*(field[counted] for field in batch.targets))
         config = self.config
         teacher = SparseTeacher(targets, self.stored, config.tail)
-        divergence = Divergence(config.divergence, config.mix)
         # a batch without labels passes through too: 0 with a live graph, so that every rank takes part in the backward
-        terms = self.head(hidden[counted], batch.labels[counted], teacher, self.alpha, self.temperature, divergence)
+        terms = self.head(
+            hidden[counted], batch.labels[counted], teacher, self.alpha, self.temperature, self.divergence
+        )
         named = {"ce": terms.ce, "kl": terms.kl, "kl_t1": terms.kl_t1}
         if self.stored.head:
             named["stored_mass"] = targets.logprobs.double().exp().sum()

@@ -21,7 +21,7 @@ from megakd.losses.live import live_loss
 from megakd.losses.spans import span_attention, span_likelihoods, span_means, span_sizes
 from megakd.models.routing import Router, find_routers, scheduled, weighed
 from megakd.objectives.across import span_scores
-from megakd.objectives.base import LossReport, Objective, projection
+from megakd.objectives.base import LossReport, Objective, check_spans, projection
 from megakd.objectives.cached import fused_head
 from megakd.objectives.sar import kl_each
 
@@ -29,19 +29,20 @@ KEEP = 0.9  # of what was remembered, each step
 
 
 class OnlineDistillation(Objective):
-    """forward(batch) = sums of (1 - alpha) CE + alpha (kl T^2 KL + feature F + attention A + layers L + contrastive C).
+    """forward(batch) = sums of (1 - alpha) CE + alpha (kl T^2 D + feature F + attention A + layers L + contrastive C).
 
+    D: `objective.divergence`, the KL if nothing else is asked for, over the whole vocabulary.
     F: normalised error of the last hidden states behind a projection; L: that of every layer of the student to the one
     that `layer_map` gives it, mean over layers, behind one projection for all (TinyBERT); A: KL of the attentions of
     the same layers, mean over layers; C: each position's last hidden state finds the teacher's among its window's.
     A part with weight 0 costs nothing: attention maps, which need the eager attention, are made only when asked for.
 
-    gap: positions count for the KL by (KL at T = 1)^gap, with mean 1 over a window.
+    gap: positions count for D by (KL at T = 1)^gap, with mean 1 over a window.
     capacity: exp(-KL) a token, remembered over steps; with routing=capacity it says how far top_k has come.
     importance: an expert's routing weight counts by (its share of the gap)^importance, remembered over steps.
 
     teacher_vocab_size: of a teacher with another tokenizer, whose batches are `Paired`. Then spans of text take the
-    place of positions in all parts and in the gap, and T * span_likelihood_loss that of T^2 KL (losses/spans.py).
+    place of positions in all parts and in the gap, and T * span_likelihood_loss that of T^2 D (losses/spans.py).
     """
 
     def __init__(
@@ -55,6 +56,8 @@ class OnlineDistillation(Objective):
     ):
         super().__init__(student, config)
         self.online = online
+        if teacher_vocab_size is not None:
+            check_spans(config)
         teacher.requires_grad_(False).eval()
         if online.attention:
             for model in (student, teacher):
@@ -169,7 +172,7 @@ class OnlineHead(nn.Module):
     def forward(
         self, online: OnlineDistillation, hidden: Tensor, taught: Tensor, batch: Batch, teacher: FusedHead
     ) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor, Tensor] | None]:
-        """CE and KL weighted by the gap, named sums, and the gap where something asks for it.
+        """CE and divergence weighted by the gap, named sums, and the gap where something asks for it.
 
         The gap: which of the teacher's tokens count [B, U], and the KL at T = 1 of each of these.
         """
@@ -183,8 +186,9 @@ class OnlineHead(nn.Module):
             gap_BT = gap_N.new_zeros(counted.shape).masked_scatter(counted, gap_N)
             weights_N, gap = gap_weights(gap_BT, counted, settings.gap)[counted], (counted, gap_N)
         terms = live_loss(
-            self.head, teacher, hidden_ND, taught_NG, labels_N, online.alpha, online.temperature, weights_N, settings.kl
-        )
+            self.head, teacher, hidden_ND, taught_NG, labels_N, online.alpha, online.temperature, weights_N,
+            settings.kl, online.divergence,
+        )  # fmt: skip
         named = {"ce": terms.ce, "kl": terms.kl, "kl_t1": terms.kl_t1, "teacher_ce": terms.teacher_ce}
         return terms.total, named, gap
 

@@ -19,7 +19,7 @@ from megakd.losses.router import anchor, load_balance, routing_entropy
 from megakd.losses.spans import span_feature_loss, span_likelihood_loss, span_means
 from megakd.models.routing import Choice, Router, choices, copies, find_routers, in_place_of, learns_nothing, scheduled
 from megakd.objectives.across import per_token, span_scores
-from megakd.objectives.base import LossReport, Objective, last_hidden, projection
+from megakd.objectives.base import LossReport, Objective, check_spans, last_hidden, projection
 from megakd.objectives.cached import fused_head
 
 SEPARATOR = ":"
@@ -27,12 +27,14 @@ ROWS = 256  # of logits at once, where no gradient is needed
 
 
 class SarDistillation(Objective):
-    """forward(batch) = sums of (1 - alpha) CE + alpha T^2 KL and of the routers' terms, over labelled positions.
+    """forward(batch) = sums of (1 - alpha) CE + alpha T^2 D and of the routers' terms, over labelled positions.
+
+    D: `objective.divergence`, the KL if nothing else is asked for, over the whole vocabulary.
 
     student and routers are trained, and are all that engines see; the teacher around the routers is held, frozen.
     The teacher's part before its first router keeps nothing for the backward pass, for nothing there needs gradients.
 
-    teacher_vocab_size: of a teacher with another tokenizer, whose batches are `Paired`. Then KL is a sum over spans:
+    teacher_vocab_size: of a teacher with another tokenizer, whose batches are `Paired`. Then D is a sum over spans:
     likelihood * T * span_likelihood_loss + features * span_feature_loss (losses/spans.py).
     """
 
@@ -47,6 +49,8 @@ class SarDistillation(Objective):
     ):
         super().__init__(student, config)
         self.sar, self.teacher_vocab_size = sar, teacher_vocab_size
+        if teacher_vocab_size is not None:
+            check_spans(config)
         self.head = LiveHead(fused_head(student, vocab_size))
         teacher.requires_grad_(False).eval()
         self.found = find_routers(teacher, teacher.name_or_path or teacher.config.model_type, sar.router_patterns)
@@ -169,7 +173,8 @@ class LiveHead(nn.Module):
     def forward(self, sar: SarDistillation, hidden: Tensor, taught: Tensor, labels: Tensor, paired: Any = None) -> Any:
         """`live_loss` of counted rows; with `paired` (total, named sums) of whole windows, over spans."""
         if paired is None:
-            return live_loss(self.head, sar.held[1], hidden, taught, labels, sar.alpha, sar.temperature)
+            heads, divergence = (self.head, sar.held[1]), sar.divergence
+            return live_loss(*heads, hidden, taught, labels, sar.alpha, sar.temperature, divergence=divergence)
         return self._over_spans(sar, hidden, taught, paired)
 
     def _over_spans(

@@ -1,4 +1,5 @@
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -6,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from megakd.losses import live
+from megakd.losses.divergence import Divergence
 from megakd.losses.fused import FusedHead
-from megakd.losses.live import LiveTerms, kl_rows, live_loss
+from megakd.losses.live import KL, LiveTerms, kl_rows, live_loss
 from tests.losses.test_hidden import normal
 
 TOKENS, VOCABULARY, PADDING, SIZE, WIDTH = 11, 13, 3, 6, 4  # D of the student, G of the teacher
@@ -30,7 +32,14 @@ class Inputs:
         self.student_head = nn.Parameter(normal(2, VOCABULARY + PADDING, SIZE))
         self.teacher_head = nn.Parameter(normal(3, VOCABULARY + PADDING, WIDTH))
 
-    def loss(self, alpha: float, temperature: float, weights: Tensor | None = None, tokens: int = TOKENS) -> LiveTerms:
+    def loss(
+        self,
+        alpha: float,
+        temperature: float,
+        weights: Tensor | None = None,
+        tokens: int = TOKENS,
+        divergence: Divergence = KL,
+    ) -> LiveTerms:
         return live_loss(
             FusedHead(self.student_head, VOCABULARY),
             FusedHead(self.teacher_head, VOCABULARY),
@@ -40,6 +49,7 @@ class Inputs:
             alpha,
             temperature,
             weights,
+            divergence=divergence,
         )
 
     def gradients(self, total: Tensor) -> list[Tensor]:
@@ -48,7 +58,21 @@ class Inputs:
                 zip(leaves, torch.autograd.grad(total, leaves, allow_unused=True), strict=True)]  # fmt: skip
 
 
-def dense(inputs: Inputs, alpha: float, temperature: float, weights: Tensor | None = None) -> LiveTerms:
+# of probabilities p of the teacher and q of the student, with b = mix
+DIVERGENCES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "kl": lambda p, q, b: (p * (p / q).log()).sum(),
+    "reverse_kl": lambda p, q, b: (q * (q / p).log()).sum(),
+    "jsd": lambda p, q, b: (
+        b * (p * (p / (b * p + (1 - b) * q)).log()).sum() + (1 - b) * (q * (q / (b * p + (1 - b) * q)).log()).sum()
+    ),
+    "skew_kl": lambda p, q, b: (p * (p / (b * p + (1 - b) * q)).log()).sum(),
+    "tvd": lambda p, q, b: (p - q).abs().sum() / 2,
+}
+
+
+def dense(
+    inputs: Inputs, alpha: float, temperature: float, weights: Tensor | None = None, divergence: Divergence = KL
+) -> LiveTerms:
     """With probabilities and their logarithms as the textbook has them, token by token."""
     zero = torch.zeros((), dtype=torch.float64)
     ce, kl, kl_t1, teacher_ce = zero, zero, zero, zero
@@ -59,7 +83,8 @@ def dense(inputs: Inputs, alpha: float, temperature: float, weights: Tensor | No
         ce = ce - s.softmax(0)[label].log()
         teacher_ce = teacher_ce - t.softmax(0)[label].log()
         p, q = (t / temperature).softmax(0), (s / temperature).softmax(0)
-        kl = kl + (1 if weights is None else weights[n]) * (p * (p / q).log()).sum()
+        each = DIVERGENCES[divergence.kind](p, q, divergence.mix)
+        kl = kl + (1 if weights is None else weights[n]) * each
         p, q = t.softmax(0), s.softmax(0)
         kl_t1 = kl_t1 + (p * (p / q).log()).sum()
     return LiveTerms((1 - alpha) * ce + alpha * temperature**2 * kl, ce, kl, kl_t1, teacher_ce)
@@ -99,6 +124,42 @@ def test_gradient_is_that_of_the_returned_loss(alpha, temperature):
             step = 1e-5 * normal(10 + seed, *leaf.shape)
             ends = [loss(*leaves[:index], leaf + sign * step, *leaves[index + 1 :]).item() for sign in (1, -1)]
             assert (ends[0] - ends[1]) / 2 == pytest.approx((slope * step).sum().item(), rel=1e-6, abs=1e-13)
+
+
+MIXES = [("reverse_kl", 0.5), ("jsd", 0.5), ("jsd", 0.1), ("skew_kl", 0.1), ("skew_kl", 0.7), ("tvd", 0.5)]
+OTHERS = [Divergence(kind, mix) for kind, mix in MIXES]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("divergence", OTHERS)
+@pytest.mark.parametrize("alpha, temperature", [(0.3, 1.0), (1.0, 2.0)])
+def test_every_divergence_reaches_both_sides(divergence, alpha, temperature):
+    """Value and gradients of the textbook's form, and finite differences of the returned loss."""
+    inputs, weights = Inputs(), normal(4, TOKENS).exp()
+    found = inputs.loss(alpha, temperature, weights, divergence=divergence)
+    expected = dense(inputs, alpha, temperature, weights, divergence)
+    assert [x.item() for x in found] == pytest.approx([x.item() for x in expected], rel=1e-12)
+    slopes = inputs.gradients(found.total)
+    assert all(slope.abs().max() > 1e-3 for slope in slopes)
+    assert alike(slopes, inputs.gradients(expected.total))
+    for leaf, slope in zip((inputs.student, inputs.teacher), slopes[:2], strict=True):
+        step, ends = 1e-5 * normal(10, *leaf.shape), []
+        for factor in (1, -2):  # to one end, then to the other
+            leaf.data += factor * step
+            ends.append(inputs.loss(alpha, temperature, weights, divergence=divergence).total.item())
+        leaf.data += step
+        assert (ends[0] - ends[1]) / 2 == pytest.approx((slope * step).sum().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("divergence", OTHERS)
+def test_a_divergence_of_equals_is_zero_and_far_logits_stay_finite(divergence):
+    logits = normal(0, TOKENS, VOCABULARY)
+    sides = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    found = live_loss(plain(), plain(), *sides, LABELS, 1.0, 2.0, divergence=divergence)
+    assert abs(found.kl.item()) < 1e-14
+    assert all(slope.abs().max() < 1e-14 for slope in torch.autograd.grad(found.total, sides))
+    far = [(3e3 * normal(seed, TOKENS, VOCABULARY)).float().requires_grad_() for seed in (0, 1)]
+    found = live_loss(plain(far[0].dtype), plain(far[0].dtype), *far, LABELS, 0.5, 2.0, divergence=divergence)
+    assert all(x.isfinite().all() for x in (*found, *torch.autograd.grad(found.total, far)))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])

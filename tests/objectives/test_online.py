@@ -7,6 +7,8 @@ from torch.nn import functional
 from megakd.config import ObjectiveConfig, OnlineConfig
 from megakd.data.batches import collate
 from megakd.data.records import IGNORED, Batch
+from megakd.errors import UserError
+from megakd.losses.divergence import Divergence, divergence_terms
 from megakd.losses.hidden import attention_loss, contrastive_loss, feature_loss
 from megakd.models.hub import load_model
 from megakd.objectives.online import OnlineDistillation
@@ -26,8 +28,10 @@ def batch(dataset) -> Batch:
 
 @pytest.fixture
 def made(teacher):
-    def make(alpha: float = 0.7, depth: int = 2, **online: Any) -> OnlineDistillation:
-        fields = ObjectiveConfig(kind="online", alpha=alpha, temperature=2.0)
+    def make(
+        alpha: float = 0.7, depth: int = 2, config: dict[str, Any] | None = None, **online: Any
+    ) -> OnlineDistillation:
+        fields = ObjectiveConfig(kind="online", alpha=alpha, temperature=2.0, **(config or {}))
         student = dense_student(num_hidden_layers=depth)
         return OnlineDistillation(
             student, load_model(teacher, torch.float32), fields, OnlineConfig(**online), VOCABULARY
@@ -176,3 +180,26 @@ def test_top_k_follows_the_capacity(made, batch):
     assert {router.holder.top_k for router in objective.found} == {4}
     counted = (batch.labels != IGNORED).sum().item()
     assert objective(batch).terms["capacity"].item() / counted == pytest.approx(objective.memory["capacity"][0])
+
+
+@pytest.mark.parametrize("kind, mix", [("reverse_kl", 0.5), ("jsd", 0.3), ("skew_kl", 0.1), ("tvd", 0.5)])
+def test_the_divergence_that_is_asked_for_is_trained(made, batch, kind, mix):
+    """It was accepted, and the KL trained instead."""
+    objective = made(config={"divergence": kind, "mix": mix}, **NONE | {"kl": 0.5})
+    counted = batch.labels != IGNORED
+    log_p, log_q = (
+        asked(model, batch).logits[counted].double().div(2.0).log_softmax(-1)
+        for model in (objective.held[0], objective.student)
+    )
+    expected = divergence_terms(Divergence(kind, mix), log_p, log_q).sum().item()
+    report, plain = objective(batch), made(**NONE | {"kl": 0.5})(batch)
+    assert report.terms["kl"].item() == pytest.approx(expected, rel=1e-5)
+    total = 0.3 * report.terms["ce"].item() + 0.7 * 0.5 * 4 * expected
+    assert report.total.item() == pytest.approx(total, rel=1e-5) != plain.total.item()
+    assert report.terms["kl_t1"] == plain.terms["kl_t1"]
+
+
+def test_a_divergence_across_tokenizers_is_refused_by_name(teacher):
+    config = ObjectiveConfig(kind="online", divergence="tvd")
+    with pytest.raises(UserError, match=r"^objective.divergence: tvd compares .* set objective.divergence=kl"):
+        OnlineDistillation(dense_student(), load_model(teacher, torch.float32), config, OnlineConfig(), VOCABULARY, 61)

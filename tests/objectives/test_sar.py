@@ -11,6 +11,7 @@ from megakd.data.batches import collate
 from megakd.data.records import IGNORED, Batch
 from megakd.engine.base import saved_buffers
 from megakd.errors import UserError
+from megakd.losses.divergence import Divergence, divergence_terms
 from megakd.models.hub import load_model
 from megakd.models.offload import offload, offloaded
 from megakd.models.tiny import tiny_moe_config
@@ -262,3 +263,25 @@ def test_every_familys_routers_learn_and_are_restored(family):
     for name, tensor in (*objective.routers.named_parameters(), *objective.routers.named_buffers()):
         assert (tensor == 0.25).all(), name
     assert ("e_score_correction_bias" in " ".join(beside)) == (family == "deepseek_v3")
+
+
+@pytest.mark.parametrize("kind, mix", [("reverse_kl", 0.5), ("jsd", 0.3), ("skew_kl", 0.1), ("tvd", 0.5)])
+def test_the_divergence_that_is_asked_for_is_trained(made, batch, kind, mix):
+    """It was accepted, and the KL trained instead."""
+    objective = made({"divergence": kind, "mix": mix})
+    student, teacher = logits(objective.student, batch), logits(objective.held[0], batch)
+    log_p, log_q = (each.div(2.0).log_softmax(-1) for each in (teacher, student))
+    expected = divergence_terms(Divergence(kind, mix), log_p, log_q).sum()
+    report, plain = objective(batch), made()(batch)
+    assert report.terms["kl"].item() == pytest.approx(expected.item(), rel=1e-5)
+    total = 0.3 * report.terms["ce"].item() + 0.7 * 4 * expected.item()
+    assert report.total.item() == pytest.approx(total, rel=1e-5) != plain.total.item()
+    assert report.terms["kl_t1"].item() == plain.terms["kl_t1"].item()
+    slopes = gradients(report.total, objective)
+    assert all(slopes[name].any() for name in slopes if name.startswith("routers."))
+
+
+def test_a_divergence_across_tokenizers_is_refused_by_name(teacher):
+    with pytest.raises(UserError, match=r"^objective.divergence: jsd compares .* set objective.divergence=kl"):
+        config = ObjectiveConfig(kind="sar", divergence="jsd")
+        SarDistillation(dense_student(), load_model(teacher, torch.float32), config, SarConfig(), VOCABULARY, 61)
