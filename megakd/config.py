@@ -360,7 +360,8 @@ class EvalConfig(Section):
     says. task_batch_size: requests of lm-eval at once.
     attention: windows of the hold-out, the first ones, on which attention is compared with the teacher's; 0: none.
     best: the measure by which `watch` keeps a checkpoint from rotation: kl, perplexity, bits_per_byte, nll, top1, topk,
-    or TASK/METRIC like hellaswag/acc_norm. poll_seconds: how often it looks for new ones.
+    or TASK/METRIC like hellaswag/acc_norm; auto: kl where held-out teacher targets are stored, else perplexity.
+    poll_seconds: how often it looks for new ones.
     """
 
     batch_size: int = live(8, ge=1)
@@ -370,7 +371,7 @@ class EvalConfig(Section):
     few_shot: int | None = live(None, ge=0)
     task_batch_size: int = live(8, ge=1)
     attention: int = live(0, ge=0)
-    best: str = live("kl")
+    best: str = live("auto")
     poll_seconds: float = live(5.0, gt=0)
 
 

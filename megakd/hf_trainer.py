@@ -29,6 +29,7 @@ from megakd.data.tokens import tokenizer_facts
 from megakd.dist import sum_over_ranks
 from megakd.engine.optim import assign_rules, build_optimizer
 from megakd.errors import UserError
+from megakd.log import say
 from megakd.models.hub import copy_code, is_student, load_model
 from megakd.objectives.base import LossReport
 from megakd.objectives.cached import CachedDistillation, stored_in
@@ -175,6 +176,12 @@ class DistillationTrainer(Trainer):
         if deepspeed is not None and "optimizer" in deepspeed.hf_ds_config.config:
             raise UserError("deepspeed: the optimizer of its file would leave out lr_multipliers; delete that section")
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's; True resumes from the newest checkpoint whose saving was not interrupted."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = str(_last_whole(Path(str(self.args.output_dir))))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer that `args.optim` names over the groups of `build_optimizer`."""
         if self.optimizer is None:
@@ -311,6 +318,21 @@ class DistillationTrainer(Trainer):
             super()._load_best_model()
         else:
             self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+
+def _last_whole(folder: Path) -> Path:
+    """The newest checkpoint-N of a folder that has its trainer_state.json, which Trainer writes last.
+
+    Newer ones that a kill cut short are named, and overwritten when training comes to their step again.
+    """
+    names = (path for path in folder.glob("checkpoint-*") if path.name.partition("-")[2].isdigit())
+    for path in sorted(names, key=lambda path: int(path.name.partition("-")[2]), reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            return path
+        except (OSError, ValueError):
+            say(f"{path}: not used: saving it was interrupted (no whole trainer_state.json)")
+    raise UserError(f"{folder}: no checkpoint here to resume from; start without resume_from_checkpoint")
 
 
 class _Share(Dataset[Sample]):

@@ -198,9 +198,13 @@ def command(*argv: object) -> list[str]:
     return [sys.executable, "-m", "megakd", *map(str, argv)]
 
 
-def kill_when(argv: list[object], ready: Callable[[], bool], timeout: float = 300) -> bool:
-    """Start `megakd ARGV`, kill -9 it and all it started once `ready()`; False when it ended before that."""
-    process = subprocess.Popen(command(*argv), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def kill_when(argv: list[object], ready: Callable[[], bool], timeout: float = 300, script: bool = False) -> bool:
+    """Start `megakd ARGV`, kill -9 it and all it started once `ready()`; False when it ended before that.
+
+    script: ARGV is a Python file and its arguments instead.
+    """
+    line = [sys.executable, *map(str, argv)] if script else command(*argv)
+    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + timeout
     while process.poll() is None and time.monotonic() < deadline:
         if ready():

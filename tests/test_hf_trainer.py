@@ -136,6 +136,15 @@ def test_checkpoints_are_the_students_and_training_resumes(make, tmp_path):
     resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
     assert torch.allclose(curve(resumed)[2:], curve(whole)[2:], atol=1e-6)
     assert same(weights(resumed.student), weights(whole.student), 1e-6)
+    # a kill while the last checkpoint was written: Trainer alone would resume from its pieces
+    (folder / "trainer_state.json").unlink()
+    (folder / "config.json").write_text("{")
+    (tmp_path / "out" / "checkpoint-old").mkdir()
+    again = make(**settings)
+    again.train(resume_from_checkpoint=True)
+    assert same(weights(again.student), weights(whole.student), 1e-6)
+    with pytest.raises(UserError, match="no checkpoint here to resume from"):
+        make(output_dir=str(tmp_path / "empty")).train(resume_from_checkpoint=True)
 
 
 def test_a_stock_model_is_loaded_under_its_own_names(make, prepared, teacher, tmp_path):

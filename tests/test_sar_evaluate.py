@@ -244,12 +244,12 @@ def test_attention_is_compared_with_the_teacher_as_it_was(run, teacher):
 
 
 def test_watch_wants_a_measure_that_it_has(run):
-    said = watch(run, code=2)
+    said = watch(run, "eval.best=kl", code=2)
     assert (
         "megakd: eval.best: kl needs the teacher's targets of the hold-out, which are not stored; run: megakd " in said
     )
     assert not lines(run)
-    watch(run, "eval.best=perplexity")
+    assert "auto ranks checkpoints by perplexity" in watch(run, "eval.best=auto")
     assert [line["model"] for line in lines(run)] == NAMES
     best = json.loads((run / "checkpoints" / "best.json").read_text())
     assert best["value"] == min(line["perplexity"] for line in lines(run)) and best["metric"] == "perplexity"
@@ -368,7 +368,8 @@ def test_a_teacher_with_another_tokenizer_reads_the_same_text_in_its_own(trained
     in_process("tokenize", run)
     in_process("train", run)
     assert "needs no logits" in in_process("generate-logits", run, code=2)
-    assert "the teacher has another tokenizer; set eval.best=perplexity" in watch(run, code=2)
+    assert "the teacher has another tokenizer; set eval.best=perplexity" in watch(run, "eval.best=kl", code=2)
+    in_process("watch", run, "--once", "eval.best=auto")
     said = in_process("evaluate", run, "eval.attention=2")
     assert "the teacher has another tokenizer than the student" in said and said.count("hold-out: no attention") == 1
     found = lines_of(run)

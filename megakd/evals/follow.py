@@ -50,8 +50,7 @@ class Follower:
     """
 
     def __init__(self, run: Run, meter: Meter, watching: bool):
-        if watching:
-            meter.check_best()
+        self.best = meter.best if watching else "kl"  # refused before anything is measured
         self.run, self.meter, self.watching = run, meter, watching
         self.folder = run.path("watch")
         self.locks = self.folder / "locks"
@@ -175,7 +174,7 @@ class Follower:
             self.run.record("bad_checkpoint", checkpoint=name, content=content, reason=reason)
             return None
         append_json(self.run.path("evals.jsonl"), row)
-        say(f"{name}: {summary(row, self.run.config.eval.best)} in {clock(time.perf_counter() - start)}")
+        say(f"{name}: {summary(row, self.best)} in {clock(time.perf_counter() - start)}")
         return row
 
     def pin(self, name: str | None = None) -> None:
@@ -184,7 +183,7 @@ class Follower:
         name: one that is held. `rotate` spares the checkpoint that best.json names; its weights stay here all the same,
         for rotation may have been faster.
         """
-        metric, kept = self.run.config.eval.best, self.folder / "best"
+        metric, kept = self.best, self.folder / "best"
         remove_stale(self.run.path("checkpoints"))
         with locked(self.locks / "best.lock"):
             lines, published = self.lines(), self.published()

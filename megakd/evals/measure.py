@@ -215,9 +215,17 @@ class Meter:
             names = (*names, "attention")
         return any(name not in row for name in names)
 
-    def check_best(self) -> None:
-        """UserError when `eval.best` compares with the teacher, and nothing does."""
+    @functools.cached_property
+    def best(self) -> str:
+        """The measure by which checkpoints are ranked: `eval.best`, with auto resolved.
+
+        UserError when it compares with the teacher, and nothing does.
+        """
         best = self.config.eval.best
+        if best == "auto":
+            best = "kl" if self.compares and not self.tokenizers else "perplexity"
+            if best != "kl":
+                say("eval.best: auto ranks checkpoints by perplexity, for KL to the teacher is not measured")
         if best in COMPARING and self.tokenizers:
             raise UserError(
                 f"eval.best: {best} is not measured, for the teacher has another tokenizer; set eval.best=perplexity"
@@ -227,6 +235,7 @@ class Meter:
                 f"eval.best: {best} needs the teacher's targets of the hold-out, which are not stored; "
                 "run: megakd generate-logits RUN, or set eval.best=perplexity"
             )
+        return best
 
 
 def _tokenizers(run: Run, facts: dict[str, Any]) -> Tokenizers | None:
@@ -278,10 +287,12 @@ def _piece(
 
 def check_best(name: str, tasks: Sequence[str]) -> None:
     """UserError when `eval.best` can be no measure of a run with these tasks."""
-    if name in HIGHER_IS_BETTER or ("/" in name and name.partition("/")[0] in tasks):
+    if name == "auto" or name in HIGHER_IS_BETTER or ("/" in name and name.partition("/")[0] in tasks):
         return
     known = ", ".join(HIGHER_IS_BETTER)
-    raise UserError(f"eval.best: {name!r} is not measured; give one of {known}, or TASK/METRIC of a task in eval.tasks")
+    raise UserError(
+        f"eval.best: {name!r} is not measured; give auto, one of {known}, or TASK/METRIC of a task in eval.tasks"
+    )
 
 
 def measure_of(row: dict[str, Any], name: str) -> tuple[float | None, bool]:

@@ -383,7 +383,7 @@ def test_the_best_is_kept_by_the_measure_that_was_asked_for(run, tmp_path, capfd
         run_verb(["evaluate", str(run), "--model", "best"])
     with pytest.raises(UserError, match="no best checkpoint yet"):
         run_verb(["export", str(run), "--checkpoint", "best"])
-    with pytest.raises(UserError, match=r"eval.best: 'accuracy' is not measured; give one of kl, perplexity"):
+    with pytest.raises(UserError, match=r"eval.best: 'accuracy' is not measured; give auto, one of kl, perplexity"):
         watch(run, "eval.best=accuracy")
     tasks = with_tasks(tmp_path / "tasks", "tiny_last")
     watch(run, "eval.best=kl", *tasks)
