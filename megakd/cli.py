@@ -6,6 +6,7 @@ import os
 import sys
 
 from megakd.errors import UserError
+from megakd.launcher import read_launcher
 
 # verb → (one line, does it open a run)
 VERBS = {
@@ -85,12 +86,20 @@ def main() -> None:
         # launchers put --local_rank=N before the verb; LOCAL_RANK in the environment says the same
         run_verb([arg for arg in sys.argv[1:] if not arg.startswith("--local_rank=")])
     except UserError as error:
-        rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-        sys.stderr.write(f"megakd{rank}: {error}\n")
+        sys.stderr.write(f"megakd{_rank()}: {error}\n")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.stderr.write("megakd: interrupted\n")
         sys.exit(130)
+
+
+def _rank() -> str:
+    """ " (rank 3)" where there are several; what is wrong with a launcher's variables is the error itself."""
+    try:
+        launched = read_launcher()
+    except UserError:
+        return ""
+    return f" (rank {launched.rank})" if launched.size > 1 else ""
 
 
 if __name__ == "__main__":

@@ -5,12 +5,16 @@ import os
 import signal
 import socket
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 import torch
 import torch.distributed
 
 from megakd.errors import UserError
+from megakd.launcher import read_launcher
+
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 @dataclass(frozen=True)
@@ -25,40 +29,46 @@ class World:
 
 
 def read_world() -> World:
-    """Rank and size from a launcher (RANK, WORLD_SIZE), from srun (SLURM_PROCID, SLURM_NTASKS), else 0 of 1.
+    """Rank and size as the launcher says (`read_launcher`), and the device of this process.
 
-    Starts no process group: workers that share a folder of shards need none.
+    The device is the GPU of its number on this host, CPU where torch sees none or DS_ACCELERATOR=cpu. UserError where
+    CUDA_VISIBLE_DEVICES names GPUs that torch does not see. Starts no process group: workers that share a folder of
+    shards need none.
     """
-    try:
-        rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
-        size = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
-        local_rank = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
-    except ValueError as error:
-        raise UserError(f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers: {error}") from error
-    if not 0 <= rank < size:
-        raise UserError(f"RANK={rank} with WORLD_SIZE={size}: a rank runs from 0 to WORLD_SIZE - 1")
-    device = (
-        torch.device("cuda", local_rank % torch.cuda.device_count())
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
-    return World(rank, size, device)
+    launched = read_launcher()
+    return World(launched.rank, launched.size, _device(launched.local_rank))
+
+
+def _device(local_rank: int) -> torch.device:
+    accelerator = os.environ.get("DS_ACCELERATOR") or None
+    if accelerator not in (None, "cpu", "cuda"):
+        raise UserError(f"DS_ACCELERATOR={accelerator}: MegaKD runs on cuda or cpu; unset it")
+    if accelerator == "cpu":
+        return torch.device("cpu")
+    wanted = [each for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each.strip() not in ("", "-1")]
+    seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    # DeepSpeed's launcher sets CUDA_VISIBLE_DEVICES on hosts without a GPU too, where it says nothing
+    if seen < len(wanted) and NVIDIA_DRIVER.exists():
+        raise UserError(
+            f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']}: torch sees {seen} of {len(wanted)} GPUs; "
+            "name GPUs that are there (nvidia-smi -L), or set DS_ACCELERATOR=cpu"
+        )
+    if accelerator == "cuda" and not seen:
+        raise UserError("DS_ACCELERATOR=cuda, but torch sees no GPU; unset it to run on the CPU")
+    return torch.device("cuda", local_rank % seen) if seen else torch.device("cpu")
 
 
 def join_world() -> World:
     """read_world, then the process group of all ranks through DeepSpeed (NCCL on GPUs, gloo on CPUs)."""
     world = read_world()
+    _set_meeting_point(world)
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if world.device.type == "cuda" else "cpu")
     # On CPUs DeepSpeed maps 69 MB a rank in /dev/shm for an op that training never calls, and never unlinks it; the
     # launcher sets LOCAL_SIZE, so it is overwritten. The op's build is skipped too: a killed build leaves a lock that
     # hangs every later run.
     os.environ["LOCAL_SIZE"] = "0"
-    os.environ.setdefault("RANK", str(world.rank))
-    os.environ.setdefault("WORLD_SIZE", str(world.size))
+    os.environ["RANK"], os.environ["WORLD_SIZE"] = str(world.rank), str(world.size)
     os.environ["LOCAL_RANK"] = str(world.device.index or 0)  # DeepSpeed takes it for the number of the GPU
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(free_port())
     import deepspeed
     import deepspeed.ops
     from deepspeed.utils import logger
@@ -69,6 +79,31 @@ def join_world() -> World:
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     return world
+
+
+def _set_meeting_point(world: World) -> None:
+    """Check MASTER_ADDR and MASTER_PORT, where ranks meet; chosen for a process that is alone.
+
+    Several ranks would each choose a port of its own, and wait for one another without end.
+    """
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if world.size > 1 and not (address and port):
+        missing = "MASTER_ADDR" if not address else "MASTER_PORT"
+        raise UserError(
+            f"{missing} is not set: the {world.size} ranks need the address and a free port of the host of rank 0; set "
+            "MASTER_ADDR and MASTER_PORT for all, or start with launch/train.sh or launch/train.sbatch"
+        )
+    if port and not (port.isascii() and port.isdigit() and 0 < int(port[:6]) < 65536):
+        raise UserError(f"MASTER_PORT={port}: expected the number of a port, from 1 to 65535")
+    if address and world.size > 1:
+        try:
+            socket.getaddrinfo(address, None)
+        except (OSError, UnicodeError) as error:
+            raise UserError(f"MASTER_ADDR={address}: not an address that this host can resolve ({error})") from error
+    if world.size == 1 and not read_launcher().by:  # what is left of another launch names another host
+        address, port = "127.0.0.1", str(free_port())
+    os.environ["MASTER_ADDR"] = address or "127.0.0.1"
+    os.environ["MASTER_PORT"] = port or str(free_port())
 
 
 def free_port() -> int:

@@ -10,12 +10,13 @@ from megakd.config import RunConfig
 from megakd.data.shards import ShardSet
 from megakd.data.stream import shards_digest
 from megakd.data.tokens import load_tokenizer, tokenizer_facts
-from megakd.dist import World, read_world
+from megakd.dist import World
 from megakd.engine.checkpoint import check_ranks, check_shards, published
 from megakd.engine.ds_json import deepspeed_config
 from megakd.engine.optim import assign_rules
 from megakd.errors import UserError
 from megakd.files import read_json, resolve
+from megakd.launcher import read_launcher
 from megakd.models.hub import empty_model, weights_fingerprint
 from megakd.objectives.build import build
 from megakd.run import Run
@@ -164,5 +165,6 @@ def check_world(config: RunConfig, world: World) -> None:
 
 
 def was_launched() -> bool:
-    """Whether a launcher or srun started this process as one rank of several."""
-    return "RANK" in os.environ or read_world().size > 1
+    """Whether a launcher started this process as a rank of a training; one task of srun may still start a launcher."""
+    launched = read_launcher()
+    return launched.size > 1 or launched.by not in ("", "srun", "Slurm")

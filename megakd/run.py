@@ -10,6 +10,7 @@ from typing import Any
 from megakd.config import RunConfig, apply_overrides, flatten, is_live, load_recipe, parse
 from megakd.errors import UserError
 from megakd.files import append_json, read_json, read_json_lines, resolve, shipped, write_json
+from megakd.launcher import read_launcher
 
 # What a sibling run may take over from the run it was made from, and the sections each thing depends on.
 ARTIFACTS = {
@@ -67,7 +68,7 @@ class Run:
                     f"megakd new {folder}-2 --from {folder} {' '.join(overrides)}"
                 )
         run.config = changed
-        if changes and int(os.environ.get("RANK", "0")) == 0:
+        if changes and read_launcher().rank == 0:
             write_json(file, changed.model_dump(mode="json"))
             run.record("change", fields=changes)
         return run

@@ -249,3 +249,10 @@ def test_overrides_of_live_fields_are_recorded(sibling):
     last = json.loads(run.path("history.jsonl").read_text().splitlines()[-1])
     assert last["event"] == "change" and last["fields"] == {"optim.micro_batch": [4, 2]}
     assert Run.open(run.folder).config.optim.micro_batch == 2
+
+
+def test_wrong_world_size_is_one_line_not_a_crash_of_the_error_handler(fails, monkeypatch, sibling):
+    monkeypatch.setenv("WORLD_SIZE", "x")
+    assert "WORLD_SIZE=x: expected a whole number" in fails("train", sibling().folder)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "WORLD_SIZE=2 is set and RANK is not" in fails("train", sibling().folder, "optim.micro_batch=2")

@@ -110,6 +110,7 @@ def test_override_that_changes_nothing_is_not_recorded(made):
 
 def test_only_rank_0_writes(made, monkeypatch):
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert Run.open(made.folder, ["optim.micro_batch=4"]).config.optim.micro_batch == 4
     assert Run.open(made.folder).config.optim.micro_batch == 1 and len(history(made)) == 1
 
