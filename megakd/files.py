@@ -2,11 +2,13 @@
 
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,42 +18,121 @@ from megakd.errors import UserError
 
 CANNOT_WRITE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOSPC}
 CANNOT_WRITE |= {errno.EDQUOT, errno.ENAMETOOLONG}
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # of a file system that knows no flock
+TAKEN = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}
+STAGING = re.compile(r"(.+)\.tmp-[0-9a-f]{12}")
+LOCK, NEW, OLD = "lock", "new", "old"
 
 
 @contextmanager
 def publishing(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path` to write a file or folder at; on success it is synced and renamed.
+    """Give a temporary path to write a file or folder at; on success it is synced and gets the name `path`.
 
-    The temporary name carries host and process, so two writers of one file do not meet; the last to finish wins.
-    An error leaves nothing behind; a kill leaves `NAME.tmp-HOST-PID`, which no reader looks at.
+    It lies in a staging folder beside `path`, NAME.tmp-TOKEN, with a lock that this process holds. A folder that is
+    replaced is renamed into the staging folder, the new one gets its name, then the old one is deleted. Two writers of
+    one path do not meet; the last to finish wins. An exception leaves `path` as it was. A kill leaves the staging
+    folder, which no reader looks at; `settle` undoes what was half done.
     """
-    temporary = path.with_name(f"{path.name}.tmp-{os.uname().nodename}-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove(temporary)
-        yield temporary
-        for file in [temporary, *temporary.rglob("*")] if temporary.is_dir() else [temporary]:
-            sync(file)
-        if temporary.is_dir():
-            remove(path)
-        os.replace(temporary, path)
-        sync(path.parent)
+        with _staging(path) as staging:
+            new = staging / NEW
+            yield new
+            for file in [new, *new.rglob("*")] if new.is_dir() else [new]:
+                sync(file)
+            swap(new, path, staging / OLD)
+            sync(path.parent)
     except OSError as error:
         if error.errno in CANNOT_WRITE:
             raise UserError(f"{path}: cannot be written: {error.strerror}") from error
         raise
-    finally:
-        remove(temporary)
 
 
-def remove_stale(folder: Path) -> None:
-    """Delete what killed writers of this machine left: their process is gone, and nobody wrote for a minute."""
-    for path in folder.glob("*.tmp-*"):
-        host, _, process = path.name.rpartition(".tmp-")[2].rpartition("-")
-        if host == os.uname().nodename and process.isdigit() and not Path(f"/proc/{process}").exists():
+def swap(new: Path, path: Path, aside: Path) -> None:
+    """Rename `new` to `path`; a folder that has this name is renamed to `aside` first, and stays there.
+
+    All three are on one file system. A file replaces a file in one step.
+    """
+    if not new.is_dir():
+        os.replace(new, path)
+        return
+    while True:
+        try:
             with suppress(FileNotFoundError):
-                if time.time() - path.stat().st_mtime > 60:
-                    remove(path)
+                os.replace(path, aside)
+            os.replace(new, path)
+            return
+        except OSError as error:
+            if error.errno not in TAKEN:
+                raise
+            remove(aside)  # another writer's folder has the name since
+
+
+def settle(folder: Path, name: str | None = None) -> None:
+    """Undo what killed writers left half done in `folder` (of the path `name` alone), and delete their staging folders.
+
+    A folder that had lost its name to one that did not get it yet gets it back. Whether a writer lives, its lock says:
+    host names and process ids are not unique among containers.
+    """
+    for staging in folder.glob(f"{'*' if name is None else glob.escape(name)}.tmp-*"):
+        match = STAGING.fullmatch(staging.name)
+        with suppress(OSError):  # a living writer's, gone meanwhile, or not ours to write
+            if match and {entry.name for entry in staging.iterdir()} <= {LOCK, NEW, OLD}:
+                with _locked_file(staging) as lock:
+                    _clear(staging, folder / match[1], lock)
+
+
+def discard(path: Path) -> None:
+    """Delete a folder that others may look into, out of their sight first: a kill leaves all of it or nothing."""
+    with suppress(FileNotFoundError), _staging(path) as staging:
+        os.replace(path, staging / OLD)
+
+
+@contextmanager
+def _staging(path: Path) -> Iterator[Path]:
+    staging, lock = _make_staging(path)
+    with lock:
+        try:
+            yield staging
+        finally:
+            _clear(staging, path, lock)
+
+
+def _make_staging(path: Path) -> tuple[Path, BinaryIO]:
+    while True:
+        staging = path.with_name(f"{path.name}.tmp-{secrets.token_hex(6)}")
+        staging.mkdir()
+        try:
+            return staging, _locked_file(staging)
+        except (FileNotFoundError, BlockingIOError):  # `settle` of another process came before the lock
+            continue
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            return staging, (staging / LOCK).open("ab")  # nobody will settle it
+
+
+def _locked_file(staging: Path) -> BinaryIO:
+    """The lock of a staging folder, held until the file is closed; BlockingIOError when another process holds it."""
+    file = (staging / LOCK).open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.fstat(file.fileno()).st_nlink:
+            raise FileNotFoundError(errno.ENOENT, "deleted before it was locked", str(staging))
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _clear(staging: Path, path: Path, lock: BinaryIO) -> None:
+    """Give an old folder its name back where the new one did not get it; then delete the staging folder."""
+    new, old = staging / NEW, staging / OLD
+    if os.path.lexists(old) and os.path.lexists(new) and not os.path.lexists(path):
+        os.replace(old, path)
+        sync(path.parent)
+    lock.close()  # on NFS a folder with an open file cannot be deleted
+    shutil.rmtree(staging, ignore_errors=True)  # `settle` deletes what cannot be deleted now
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 
 from megakd.config import RunConfig, apply_overrides, flatten, is_live, load_recipe, parse
 from megakd.errors import UserError
-from megakd.files import append_json, read_json, read_json_lines, resolve, shipped, write_json
+from megakd.files import append_json, read_json, read_json_lines, resolve, settle, shipped, write_json
 from megakd.launcher import read_launcher
 
 # What a sibling run may take over from the run it was made from, and the sections each thing depends on.
@@ -48,6 +48,7 @@ class Run:
     def open(cls, folder: str | Path, overrides: Iterable[str] = ()) -> "Run":
         """Open a run; overrides may touch live fields only and are recorded (by rank 0)."""
         folder, overrides = Path(folder), list(overrides)
+        settle(folder)  # like a student or an export that a killed verb was about to replace
         file = folder / "config.json"
         if not file.exists():
             raise UserError(f"{folder}: no run here (no config.json); make one with: megakd new {folder} --from RECIPE")

@@ -3,11 +3,14 @@ import fcntl
 import json
 import os
 import select
+import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,19 +18,26 @@ from megakd.errors import UserError
 from megakd.files import (
     append_json,
     digest,
+    discard,
     locked,
     publishing,
     read_json,
     read_json_lines,
     read_sealed,
     remove,
-    remove_stale,
+    settle,
     sha256,
     shipped,
     write_json,
     write_sealed,
 )
 
+SETTLE = """if True:
+    import sys
+    from pathlib import Path
+    from megakd.files import settle
+    settle(Path(sys.argv[1]))
+"""
 HOLD = """if True:
     import sys
     from pathlib import Path
@@ -46,7 +56,7 @@ def test_a_file_appears_whole_at_the_end(tmp_path):
     path = tmp_path / "deep" / "file"
     with publishing(path) as temporary:
         temporary.write_text("new")
-        assert not path.exists() and temporary.parent == path.parent
+        assert not path.exists() and temporary.parent.parent == path.parent
     assert files(tmp_path) == {"deep/file": "new"}
     with publishing(path) as temporary:
         temporary.write_text("newer")
@@ -85,18 +95,6 @@ def test_nothing_is_left_after_an_exception(tmp_path, kind, error):
         raise error
     assert caught.value is error
     assert files(tmp_path) == {"target": "1\n"} and list(tmp_path.iterdir()) == [path]
-
-
-def test_what_a_killed_writer_of_the_same_name_left_is_no_hindrance(tmp_path):
-    with publishing(tmp_path / "x") as temporary:
-        name = temporary.name
-        temporary.write_text("1")
-    (tmp_path / name).mkdir()
-    (tmp_path / name / "old").write_text("old")
-    with publishing(tmp_path / "x") as temporary:
-        assert not temporary.exists()
-        temporary.write_text("2")
-    assert files(tmp_path) == {"x": "2"}
 
 
 def in_a_file(folder: Path) -> Path:
@@ -315,29 +313,155 @@ def test_a_changed_or_missing_seal_is_refused(tmp_path):
         read_sealed(path, "kind", 3)
 
 
-def test_stale_temporary_files_of_this_machine_go_and_no_others(tmp_path):
-    host, gone = os.uname().nodename, 2**22 + 1  # above the largest process id
-    names = {
-        f"shard.tar.tmp-{host}-{gone}": (3600, True),
-        f"folder.tmp-{host}-{gone}": (3600, True),
-        f"young.tmp-{host}-{gone}": (0, False),
-        f"mine.tmp-{host}-{os.getpid()}": (3600, False),
-        f"theirs.tmp-{host}x-{gone}": (3600, False),
-        f"odd.tmp-{host}-": (3600, False),
-        "shard.tar": (3600, False),
-        "x.tmp": (3600, False),
-    }
-    for name, (age, _) in names.items():
-        path = tmp_path / name
-        if name.startswith("folder"):
-            path.mkdir()
-            (path / "inside").write_text("x")
-        else:
-            path.write_text("x")
-        os.utime(path, (time.time() - age,) * 2)
-    remove_stale(tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {name for name, (_, goes) in names.items() if not goes}
-    remove_stale(tmp_path / "none")
+CALLS = ("mkdir", "open", "replace", "rename", "fsync", "unlink", "rmdir", "link", "truncate")
+
+
+def replace_folder(path: Path) -> None:
+    with publishing(path) as temporary:
+        (temporary / "deep").mkdir(parents=True)
+        for name in ("a", "deep/b"):
+            (temporary / name).write_text("new")
+
+
+class Killed(BaseException):
+    """No code of the process runs any more; here: whatever it does fails."""
+
+
+def stopped(call: Callable[[], object], count: int, error: BaseException) -> bool:
+    """Whether `call` makes fewer than `count` system calls that change files; that one raises `error`.
+
+    Killed is raised by every call after it too, so that no handler can do anything.
+    """
+    made = 0
+    with pytest.MonkeyPatch.context() as patch:
+
+        def counted(real: Callable, *args: Any, **more: Any) -> Any:
+            nonlocal made
+            made += 1
+            if made == count or (made > count and isinstance(error, Killed)):
+                raise error
+            return real(*args, **more)
+
+        for name in CALLS:
+            patch.setattr(os, name, partial(counted, getattr(os, name)))
+        with suppress(OSError, UserError, Killed):
+            call()
+    return made < count
+
+
+@pytest.fixture(scope="module")
+def old() -> dict[str, str]:
+    return {"folder/a": "old", "folder/only old": "old"}
+
+
+@pytest.mark.parametrize("error", [Killed(), OSError(errno.EIO, "Input/output error")], ids=repr)
+@pytest.mark.parametrize("existing", [True, False])
+def test_a_folder_is_wholly_old_or_wholly_new_wherever_its_writer_stops(tmp_path, old, existing, error):
+    """Stopped at each system call in turn, by a kill or by an error; `settle` is what the next reader does."""
+    new, done, seen = {"folder/a": "new", "folder/deep/b": "new"}, False, []
+    for count in range(1, 100):
+        place = tmp_path / str(count)
+        for name, text in old.items() if existing else ():
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            (place / name).write_text(text)
+        place.mkdir(exist_ok=True)
+        done = stopped(lambda place=place: replace_folder(place / "folder"), count, error)
+        settle(place)
+        seen.append(files(place))
+        assert seen[-1] in (new, old if existing else {}), count
+        assert {path.name for path in place.iterdir()} <= {"folder"}, count
+        if done:
+            break
+    assert done and seen[-1] == new and any(each != new for each in seen)
+
+
+def test_settling_may_be_killed_too(tmp_path, old):
+    """A writer is killed between its two renames, and `settle` at each call in turn; the next one finds the old."""
+    (tmp_path / "folder").mkdir()
+    for name, text in old.items():
+        (tmp_path / name).write_text(text)
+    child = os.fork()
+    if not child:
+        rename, os.replace = os.replace, lambda a, b: os._exit(9) if Path(a).name == "new" else rename(a, b)
+        replace_folder(tmp_path / "folder")
+    os.waitpid(child, 0)
+    assert not (tmp_path / "folder").exists()
+    for count in range(1, 100):
+        place = tmp_path / str(count)
+        place.mkdir()
+        shutil.copytree(next(tmp_path.glob("folder.tmp-*")), place / "folder.tmp-0123456789ab")
+        done = stopped(lambda place=place: settle(place), count, Killed())
+        settle(place)
+        assert files(place) == old and [path.name for path in place.iterdir()] == ["folder"], count
+        if done:
+            break
+    assert done and count > 5
+
+
+def test_an_error_while_a_folder_is_replaced_gives_the_old_one_its_name_back(tmp_path, old, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    for name, text in old.items():
+        (tmp_path / name).write_text(text)
+
+    def fails(source: Path, target: Path, rename: Callable = os.replace) -> None:
+        if Path(target) == tmp_path / "folder" and Path(source).name == "new":
+            raise OSError(errno.EIO, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(OSError, match="Input/output"):
+        replace_folder(tmp_path / "folder")
+    assert files(tmp_path) == old and [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_living_writer_is_not_settled_whatever_its_process_id_and_host_are(tmp_path, monkeypatch):
+    """Containers share a host name, and have process ids of their own: all of them are process 1."""
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    with publishing(tmp_path / "x") as first, publishing(tmp_path / "x") as second:
+        assert first != second
+        first.write_text("first")
+        for staging in tmp_path.iterdir():
+            for path in (staging, *staging.iterdir()):
+                os.utime(path, (0, 0))
+        assert subprocess.run([sys.executable, "-c", SETTLE, str(tmp_path)], timeout=60).returncode == 0
+        settle(tmp_path)
+        assert first.read_text() == "first"
+        second.write_text("second")
+    assert files(tmp_path) == {"x": "first"}  # the last to finish
+
+
+def test_settle_deletes_what_writers_left_and_no_foreign_names(tmp_path):
+    left = tmp_path / "shard.tar.tmp-0123456789ab"
+    for folder in (left, tmp_path / "a.tmp-0123456789ab", tmp_path / "b.tmp-HOST-12", tmp_path / ".tmp-0123456789ab"):
+        folder.mkdir()
+        (folder / "new").write_text("x")
+    (tmp_path / "a.tmp-0123456789ab" / "thesis").write_text("mine")
+    (tmp_path / "c.tmp-0123456789ab").write_text("a file")
+    before = {path.name for path in tmp_path.iterdir()}
+    settle(tmp_path, "shard")
+    assert left.exists()
+    settle(tmp_path, "shard.tar")
+    assert not left.exists()
+    left.mkdir()  # killed before it had a lock
+    settle(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == before - {left.name}
+    settle(tmp_path / "none")
+
+
+def test_discarded_folders_are_whole_or_gone(tmp_path, old):
+    for count in range(1, 100):
+        place = tmp_path / str(count)
+        (place / "folder").mkdir(parents=True)
+        for name, text in old.items():
+            (place / name).write_text(text)
+        if stopped(lambda place=place: discard(place / "folder"), count, Killed()):
+            break
+        seen = {name: text for name, text in files(place).items() if name.startswith("folder/")}
+        assert seen in (old, {}), count
+        settle(place)
+        assert files(place) == seen, count
+    assert count > 3 and files(place) == {}
+    discard(tmp_path / "none")
 
 
 def held(path: Path) -> bool:

@@ -92,7 +92,10 @@ def test_rotation_does_not_take_away_what_later_checkpoints_need(sibling):
 ENDS_IN_A_DELETION = """if True:
     import os, shutil
     from megakd import cli, files
-    def half(path, *args):
+    whole = shutil.rmtree
+    def half(path, *args, **more):
+        if not (path / "progress.json").exists():
+            return whole(path, *args, **more)
         os.unlink(path / "progress.json")
         os.kill(os.getpid(), 9)
     shutil.rmtree = half

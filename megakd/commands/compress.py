@@ -12,11 +12,9 @@ examples:
 """
 
 import argparse
-import os
 import resource
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -35,7 +33,7 @@ from megakd.dist import read_world
 from megakd.errors import UserError
 from megakd.evals.compression_plot import plot_errors
 from megakd.evals.model_card import write_card
-from megakd.files import publishing, read_json, remove, resolve, write_json
+from megakd.files import discard, publishing, read_json, resolve, write_json
 from megakd.log import say, table
 from megakd.models.align import alignment
 from megakd.models.calibrate import LayerRunner, find_super_experts
@@ -96,13 +94,13 @@ def main(run: Run, args: argparse.Namespace) -> None:
         raise UserError(f"{run.folder}: model.student names {run.config.model.student}; there is nothing to compress")
     finished = target / "compress.json"
     if finished.exists():
-        _clear(run.path("compress"))  # a kill came between the student and this
+        discard(run.path("compress"))  # a kill came between the student and this
         say(f"{target}: finished")
         return
     started = time.perf_counter()
     job = open_job(run)
     own = run_tasks("compress", tasks(job), finished, job.parts / "locks")
-    _clear(job.parts)  # begun by this process when another had just finished
+    discard(job.parts)  # begun by this process when another had just finished
     report = read_json(finished)
     say(error_table(report))
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
@@ -463,15 +461,7 @@ def _assemble(job: Job) -> None:
         plot_errors(report, temporary / "compress.png")
         write_json(temporary / "compress.json", report)
         write_card(temporary, run.config.name, report, license_from=(job.folder,))
-    _clear(job.parts)
-
-
-def _clear(parts: Path) -> None:
-    """Remove a folder that others may look into: out of their sight first."""
-    aside = parts.with_name(f"{parts.name}.tmp-{os.uname().nodename}-{os.getpid()}")
-    with suppress(FileNotFoundError):
-        os.replace(parts, aside)
-        remove(aside)
+    discard(job.parts)
 
 
 def error_table(report: dict[str, Any]) -> str:

@@ -38,7 +38,7 @@ from megakd.data.shards import ShardSet, finished, known_manifest, layout_of, su
 from megakd.data.tokens import load_tokenizer, tokenizer_facts
 from megakd.dist import World, barrier, close_world, join_world, read_world, sum_over_ranks
 from megakd.errors import UserError
-from megakd.files import locked, remove_stale, resolve
+from megakd.files import locked, resolve, settle
 from megakd.log import Progress, say
 from megakd.models.hub import load_config, load_model, weights_fingerprint
 from megakd.models.teacher import Teacher, batch_targets
@@ -147,7 +147,7 @@ def _capture_part(
 ) -> None:
     target = run.path("data", "logits", part)
     facts = logits_facts(run, part, tokens.facts, capture.weights, book.digest)
-    remove_stale(target)
+    settle(target)
     save_book(target, book)
     shards = _first_shards(tokens, limit)
     found = known_manifest(target, facts)

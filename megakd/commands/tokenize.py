@@ -35,7 +35,7 @@ from megakd.data.shards import (
 from megakd.data.tokenizing import tokenized
 from megakd.data.tokens import load_tokenizer, pack, tokenizer_facts
 from megakd.errors import UserError
-from megakd.files import read_sealed, remove_stale, resolve
+from megakd.files import read_sealed, resolve, settle
 from megakd.log import Progress, say, short
 from megakd.run import Run
 
@@ -78,7 +78,7 @@ def _tokenize_part(run: Run, part: str, budget: int, tokenizer: Any, tokenizer_f
     if known_manifest(folder, facts):
         say(f"tokenize {part}: finished")
         return
-    remove_stale(folder)
+    settle(folder)
     limit = -(-budget // data.sequence_length)
     per_shard = max(data.shard_tokens // data.sequence_length, 1)
     shards: list[dict[str, Any]] = []

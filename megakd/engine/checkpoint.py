@@ -22,11 +22,12 @@ from megakd.dist import World, barrier, sum_over_ranks
 from megakd.engine.base import Engine
 from megakd.engine.guard import Health
 from megakd.errors import UserError
-from megakd.files import read_json, remove, sync, write_json
+from megakd.files import read_json, remove, swap, sync, write_json
 from megakd.log import say
 from megakd.models.hub import write_weights
 
 BESIDE = "beside.safetensors"
+REPLACED = ".replaced"  # ends the name of a checkpoint while another takes its place
 LAYOUT = "layout.json"  # of the ranks that saved, in a state that DeepSpeed wrote
 
 
@@ -118,9 +119,9 @@ def save_checkpoint(
     if world.first:
         for path in [*temporary.rglob("*"), temporary]:
             sync(path)
-        remove(folder)
-        os.replace(temporary, folder)
+        swap(temporary, folder, folder.with_name(folder.name + REPLACED))
         sync(folder.parent)
+        remove(folder.with_name(folder.name + REPLACED))
     barrier()
 
 
@@ -213,7 +214,16 @@ def check_shards(saved: Saved, shards: str, folder: Path) -> None:
 
 
 def remove_unpublished(checkpoints: Path) -> None:
-    """Delete what a kill left half written or half deleted; for the one process that trains here."""
+    """Delete what a kill left half written or half deleted; for the one process that trains here.
+
+    A checkpoint that was to be replaced by one that did not get its name yet gets its name back.
+    """
+    for path in checkpoints.glob(f"*/step-*{REPLACED}"):
+        whole = path.with_name(path.name.removesuffix(REPLACED))
+        if not whole.exists() and whole.with_name(whole.name + ".tmp").exists():
+            os.replace(path, whole)
+        else:
+            remove(path)
     for path in checkpoints.glob("*/step-*.tmp"):
         remove(path)
 

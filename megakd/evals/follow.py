@@ -14,6 +14,7 @@ import errno
 import glob
 import os
 import re
+import secrets
 import shutil
 import time
 from contextlib import suppress
@@ -30,7 +31,7 @@ from megakd.files import (
     read_json,
     read_json_lines,
     remove,
-    remove_stale,
+    settle,
     sha256,
     write_json,
 )
@@ -184,7 +185,7 @@ class Follower:
         for rotation may have been faster.
         """
         metric, kept = self.best, self.folder / "best"
-        remove_stale(self.run.path("checkpoints"))
+        settle(self.run.path("checkpoints"))
         with locked(self.locks / "best.lock"):
             lines, published = self.lines(), self.published()
             ranks = {model: key for model, row in lines.items() if (key := rank(row, metric)) is not None}
@@ -222,7 +223,7 @@ def hold(checkpoint: Path, target: Path) -> bool:
 
     Copies where there can be no hard links. False when rotation took the checkpoint meanwhile.
     """
-    temporary = target.with_name(f"{target.name}.tmp-{os.uname().nodename}-{os.getpid()}")
+    temporary = target.with_name(f"{target.name}.tmp-{secrets.token_hex(6)}")
     remove(temporary)
     try:
         before = checkpoint.stat()

@@ -1,6 +1,7 @@
 import json
+import os
 import random
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,29 @@ def test_what_is_not_published_is_not_listed(tmp_path):
     assert published(tmp_path) == []
     good = fake(tmp_path, "all/step-000002", Progress(0, 2, 2))
     assert [saved.folder for saved in published(tmp_path)] == [good]
+
+
+def test_a_checkpoint_that_is_replaced_is_never_missing(save, tmp_path, monkeypatch):
+    """A kill while a step is saved again: the old one, or the new one, is there for the next start."""
+    rename = os.replace
+    for count, expected in ((1, 1), (2, 1), (3, 2)):
+        path, made = f"kill-{count}/step-000001", 0
+        folder = save(path, Progress(0, 1, 1, tokens=1))
+
+        def dies(source: Path, target: Path) -> None:
+            nonlocal made
+            made += folder in (source, target)  # noqa: B023
+            if made >= count:  # noqa: B023
+                raise KeyboardInterrupt
+            rename(source, target)
+
+        with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+            patch.setattr(os, "replace", dies)
+            save(path, Progress(0, 1, 1, tokens=2))
+        remove_unpublished(tmp_path)
+        [saved] = [each for each in published(tmp_path) if each.folder == folder]
+        assert saved.progress.tokens == expected
+        assert [p.name for p in folder.parent.iterdir()] == ["step-000001"]
 
 
 def test_a_save_cut_short_leaves_what_was_published(save, tmp_path):
