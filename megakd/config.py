@@ -215,6 +215,7 @@ class SarConfig(Section):
 
     routing: trained takes as many experts as the teacher was trained with, all takes all; top_m goes from initial_top_k
     to final_top_k in equal steps over each stage (at most all experts).
+    router_lr_multiplier: of routers that no rule of a stage matches; at the student's rate (1) teachers collapse.
     anchor, entropy, balance: weights a token of |W - W0|^2 / |W0|^2, of the routers' lack of entropy (1 - H / log E)
     and of the load balance (1 where experts are used alike).
     likelihood, features: of a teacher with another tokenizer, in the place of the KL: weights of how likely spans of
@@ -226,6 +227,7 @@ class SarConfig(Section):
     routing: Literal["trained", "all", "top_m"] = "trained"
     initial_top_k: int = Field(1, ge=1)
     final_top_k: int = Field(4, ge=1)
+    router_lr_multiplier: float = Field(0.1, ge=0)
     anchor: float = Field(0.1, ge=0)
     entropy: float = Field(0.0, ge=0)
     balance: float = Field(0.0, ge=0)
@@ -315,7 +317,8 @@ class GuardConfig(Section):
     """What happens to a step whose loss or gradient is not finite, or whose loss jumps.
 
     nonfinite: stop ends the run, weights as they were; skip leaves out the update and goes on with the next data.
-    spike: leave out updates whose loss a token is more than so many times the median of the last `window` steps.
+    spike: skip updates whose loss per token is more than so many times the median of the last `window` steps; losses
+    below and near 0 are measured as `engine/guard.py` says.
     rollback: after so many updates left out in a row weights and moments go back to the stage's last checkpoint, while
     step, schedule and data go on; 0 never does. float16's loss scaler leaves out updates of its own.
     """
@@ -492,6 +495,13 @@ def parse(raw: dict[str, Any], source: str) -> RunConfig:
         got = "" if first["type"] == "missing" else f", got {json.dumps(first['input'], default=str)[:80]}"
         message = first["msg"][:1].lower() + first["msg"][1:]
         raise UserError(f"{source}: {path}: {message}{got}{more}") from None
+
+
+def parse_frozen(raw: Any, source: str) -> RunConfig:
+    """`parse` of a run's own config.json, in which fields that its version did not have mean what that version did."""
+    if isinstance(raw, dict) and raw.get("objective", {}).get("kind") == "sar":
+        raw.get("sar", {}).setdefault("router_lr_multiplier", 1.0)
+    return parse(raw, source)
 
 
 def apply_overrides(raw: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from megakd.data.shards import ShardSet
 from megakd.data.stream import shards_digest
 from megakd.data.tokens import load_tokenizer, tokenizer_facts
 from megakd.dist import World
+from megakd.effects import check_stages, idle_fields
 from megakd.engine.checkpoint import check_ranks, check_shards, published
 from megakd.engine.ds_json import deepspeed_config
 from megakd.engine.optim import assign_rules
@@ -27,6 +28,11 @@ def check(run: Run) -> ShardSet:
     config, student = run.config, run.student_folder
     if not (student / "config.json").exists():
         raise UserError(f"{student}: no student here; run: megakd compress {run.folder}")
+    check_stages(config, str(run.path("config.json")))
+    saved = next(reversed(published(run.path("checkpoints"))), None)
+    idle = [each for each in idle_fields(config) if not each.replaced]
+    if idle and not saved:  # `new` refuses them; of a run that began with them nothing would change
+        raise UserError(f"{run.path('config.json')}: {idle[0]}; make a new run without it")
     dataset = open_dataset(run)
     _check_data(run, dataset)
     skeleton, teacher = empty_model(student), None
@@ -46,7 +52,6 @@ def check(run: Run) -> ShardSet:
                 deepspeed_config(config.at(stage), 1, 1)
         except UserError as error:
             raise UserError(f"{run.folder}: stage {stage.name!r}: {error}") from error
-    saved = next(reversed(published(run.path("checkpoints"))), None)
     last = (len(config.stages) - 1, config.steps_of(config.stages[-1], len(dataset)))
     unfinished = saved is not None and (saved.progress.stage, saved.progress.stage_step) < last
     if saved and unfinished:

@@ -7,7 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from megakd.config import RunConfig, apply_overrides, flatten, is_live, load_recipe, parse
+from megakd.config import RunConfig, apply_overrides, flatten, is_live, load_recipe, parse, parse_frozen
+from megakd.effects import check, idle_fields
 from megakd.errors import UserError
 from megakd.files import append_json, read_json, read_json_lines, resolve, settle, shipped, write_json
 from megakd.launcher import read_launcher
@@ -37,7 +38,9 @@ class Run:
         if (folder / "config.json").exists():
             raise UserError(f"{folder}: already a run; choose another folder or open it with any other verb")
         source = _recipe_file(recipe)
-        run = cls(folder, load_recipe(source, overrides))
+        config = load_recipe(source, overrides)
+        check(config, str(source))
+        run = cls(folder, config)
         write_json(folder / "config.json", run.config.model_dump(mode="json"))
         run.record("new", recipe=str(recipe), overrides=overrides, fingerprint=run.config.fingerprint())
         if source.name == "config.json":
@@ -53,7 +56,7 @@ class Run:
         if not file.exists():
             raise UserError(f"{folder}: no run here (no config.json); make one with: megakd new {folder} --from RECIPE")
         raw = read_json(file)
-        config = parse(raw, str(file))
+        config = parse_frozen(raw, str(file))
         run = cls(folder, config)
         if not overrides:
             return run
@@ -68,6 +71,9 @@ class Run:
                     f"{folder}: {path} is frozen; make a sibling run: "
                     f"megakd new {folder}-2 --from {folder} {' '.join(overrides)}"
                 )
+        for idle in idle_fields(changed):
+            if idle.path in changes and not idle.replaced:
+                raise UserError(f"{folder}: {idle}")
         run.config = changed
         if changes and read_launcher().rank == 0:
             write_json(file, changed.model_dump(mode="json"))

@@ -12,6 +12,7 @@ ORDER: tuple[set[str], ...] = (
     {"errors"},
     {"files", "launcher"},
     {"config"},
+    {"effects"},
     {"run", "dist", "log"},
     {"tasks"},
     {"data"},

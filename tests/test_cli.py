@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megakd import cli
+from megakd.errors import UserError
 from megakd.files import read_json, write_json
 from megakd.run import Run
 from tests.conftest import files, make_teacher, megakd
@@ -151,17 +152,22 @@ def test_training_before_compressing(fails, recipe, tmp_path):
 
 
 def test_temperature_without_its_tail(fails, sibling):
-    assert "T = 1, 2, not 3" in fails("train", sibling("objective.temperature=3.0").folder)
+    """Of the run's own capture, and of one that holds less than its run asked for."""
+    with pytest.raises(UserError, match="T = 1, 2, not 3"):
+        sibling("objective.temperature=3.0")
+    run = sibling()
+    write_json(run.path("config.json"), {**read_json(run.path("config.json")), "objective": {"temperature": 3.0}})
+    assert "T = 1, 2, not 3" in fails("train", run.folder)
 
 
 def test_loss_that_the_stored_targets_do_not_support(fails, sibling):
-    message = fails("train", sibling("objective.tail=sampled").folder)
-    assert "objective.tail: sampled needs draws" in message and "logits.profile=sampled in a new run" in message
+    with pytest.raises(UserError, match=r"objective.tail: sampled needs draws.*logits.profile=sampled in a new run"):
+        sibling("objective.tail=sampled")
 
 
 def test_edited_manifest(fails, sibling):
     """The temperatures of the tails, say, to make a loss fit that was not captured for."""
-    run = sibling("objective.temperature=3.0")
+    run = sibling()
     path = copied(run, "data/logits") / "train" / "manifest.json"
     manifest = read_json(path)
     manifest["facts"]["temperatures"] = [1.0, 3.0]

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from megakd.config import load_recipe
+from megakd.effects import check
 from megakd.engine.ds_json import deepspeed_config
 from tests.conftest import ROOT, megakd, metrics, run_ranks
 
@@ -51,6 +52,7 @@ def test_rules_of_recipes_match_real_parameters(recipe: Path):
     from megakd.objectives.build import build
 
     config = load_recipe(recipe)
+    check(config, recipe.name)
     shape = tiny_moe_config(500, tie_word_embeddings=recipe.stem == "demo")
     layers = {i: {p: Form("wrappers", 4, 4) for p in PROJECTIONS} for i in range(shape.num_hidden_layers)}
     given = LlamaConfig(vocab_size=500, hidden_size=32, intermediate_size=48, num_hidden_layers=2)

@@ -173,7 +173,7 @@ def test_slow_tokenizers_and_nothing_to_learn_are_refused(across, tmp_path):
 def test_many_parts_across_tokenizers_resume_and_ranks_give_the_local_curve(across, tmp_path):
     """objective.kind=online over spans: what it remembers comes back too."""
     parts = ["online.gap=1", "online.importance=0.5", "online.routing=capacity", "online.initial_top_k=2"]
-    settings = ["objective.kind=online", "stages.0.lr_multipliers=[]", *parts]
+    settings = ["objective.kind=online", "sar={}", "stages.0.lr_multipliers=[]", *parts]
     whole = Run.create(across, settings, tmp_path / "whole")
     assert run_distillation_training(whole) == whole.path("checkpoints/second/step-000007/weights")
     rows = metrics(whole.folder)

@@ -37,8 +37,9 @@ from typing import Any, NamedTuple, NoReturn
 
 from megakd.cli import run_verb
 from megakd.commands.evaluate import evaluate
-from megakd.config import OnlineConfig, RunConfig, SarConfig, flatten, is_live, load_recipe
+from megakd.config import LrRule, OnlineConfig, RunConfig, SarConfig, flatten, is_live, load_recipe
 from megakd.data.tokens import load_tokenizer
+from megakd.effects import idle_fields
 from megakd.errors import UserError
 from megakd.files import publishing, read_json_lines, resolve, shipped, write_json
 from megakd.log import clock, say, table
@@ -146,7 +147,11 @@ def ablate(args: argparse.Namespace) -> None:
     start, made = time.perf_counter(), 0
     for index, (name, variant, changes, seed) in enumerate(jobs):
         source = source_run(args.folder / f"seed-{seed}", recipe, first, overrides, seed, args.student)
-        settings = [f"name={name}-{variant}-{seed}", f"objective.kind={name}", *changes]
+        # the source run keeps no fields of other kinds than its own
+        sections = {"objective": {**config.objective.model_dump(mode="json"), "kind": name}}
+        sections[name] = getattr(config, name).model_dump(mode="json")
+        settings = [f"{section}={json.dumps(value)}" for section, value in sections.items()]
+        settings += [f"name={name}-{variant}-{seed}", *changes]
         run = opened(args.folder / name / variant / f"seed-{seed}", source.folder, settings)
         found = measured(run.folder)
         if not found:
@@ -205,13 +210,13 @@ def variants(name: str, config: RunConfig) -> dict[str, list[str]]:
 def sar_variants(config: RunConfig) -> dict[str, list[str]]:
     on = {"anchor": SarConfig().anchor, "entropy": WEIGHT, "balance": WEIGHT}
     frozen = routers_at(config, 0.0)
-    rates = {"routers-slow": routers_at(config, 0.1), "routers-fast": routers_at(config, 1.0)}
+    rates = {"routers-slow": 0.1, "routers-fast": 1.0}
     # at the student's rate routers run from weak anchors: the teacher becomes as bad as the student (docs/sar-kd.md)
     strong = {"anchor-x100": [f"sar.anchor={100 * config.sar.anchor:g}"]} if config.sar.anchor else {}
     return {
         BASE: [],
         "routers-frozen": frozen,
-        **{name: changes for name, changes in rates.items() if not in_force(config, changes)},
+        **{name: routers_at(config, rate) for name, rate in rates.items() if not in_force(config, rate)},
         "ce-alone": [*frozen, *ce_alone(config)],
         **switched("sar", config.sar, on),
         **strong,
@@ -252,23 +257,27 @@ def routings(section: str, settings: Any, rules: dict[str, tuple[Any, ...]]) -> 
 
 
 def routers_at(config: RunConfig, multiplier: float) -> list[str]:
-    """Every stage's rules behind one for the routers."""
-    rule = {"pattern": "^routers", "lr_multiplier": multiplier}
-    # their own rules would have no effect behind it, which is refused
-    rules = [
-        [r.model_dump() for r in stage.lr_multipliers if not r.pattern.lstrip("^").startswith("routers")]
-        for stage in config.stages
+    """The routers' rate in every stage, without rules of its own for them."""
+    rules = [[r.model_dump() for r in stage.lr_multipliers if not _of_routers(r)] for stage in config.stages]
+    changed = [
+        f"stages.{i}.lr_multipliers={json.dumps(kept)}"
+        for i, (stage, kept) in enumerate(zip(config.stages, rules, strict=True))
+        if len(kept) < len(stage.lr_multipliers)
     ]
-    return [f"stages.{i}.lr_multipliers={json.dumps([rule, *found])}" for i, found in enumerate(rules)]
+    return [f"sar.router_lr_multiplier={multiplier}", *changed]
 
 
-def in_force(config: RunConfig, changes: list[str]) -> bool:
-    """Whether rules that `routers_at` made give the routers of every stage the rate that they have anyway."""
-    wanted = [json.loads(change.partition("=")[2])[0]["lr_multiplier"] for change in changes]
-    return wanted == [
-        next((r.lr_multiplier for r in stage.lr_multipliers if r.pattern.lstrip("^").startswith("routers")), 1.0)
+def in_force(config: RunConfig, multiplier: float) -> bool:
+    """Whether the routers of every stage have that rate anyway."""
+    own = config.sar.router_lr_multiplier
+    return all(
+        multiplier == next((r.lr_multiplier for r in stage.lr_multipliers if _of_routers(r)), own)
         for stage in config.stages
-    ]
+    )
+
+
+def _of_routers(rule: LrRule) -> bool:
+    return rule.pattern.lstrip("^").startswith("routers")
 
 
 def ce_alone(config: RunConfig) -> list[str]:
@@ -294,11 +303,17 @@ def source_run(folder: Path, recipe: Path, first: Path, overrides: list[str], se
 
 
 def opened(folder: Path, source: Path, overrides: Sequence[str]) -> Run:
-    """The run in `folder`, made of `source` where there is none; UserError where it is another."""
+    """The run in `folder`, made of `source` where there is none; UserError where it is another.
+
+    A field that a variant leaves without effect goes back to its default: nobody gave it to this run.
+    """
+    file = source / "config.json" if source.is_dir() else source
+    idle = [each for each in idle_fields(load_recipe(file, overrides)) if not each.replaced]
+    overrides = [*overrides, *(f"{each.path}={json.dumps(each.default)}" for each in idle)]
     if not (folder / "config.json").exists():
         return Run.create(source, overrides, folder)
     run = Run.open(folder)
-    wanted = load_recipe(source / "config.json" if source.is_dir() else source, overrides)
+    wanted = load_recipe(file, overrides)
     before, now = (dict(flatten(each.model_dump(mode="json"))) for each in (run.config, wanted))
     for key in {**before, **now}:
         if before.get(key) != now.get(key) and not is_live(key):

@@ -23,6 +23,7 @@ from megakd.cli import run_verb
 from megakd.config import RunConfig, apply_overrides, flatten, is_live, parse
 from megakd.data.documents import source_files
 from megakd.data.tokens import load_tokenizer, tokenizer_facts
+from megakd.effects import idle_fields
 from megakd.errors import UserError
 from megakd.files import publishing, read_json, remove, resolve, write_json
 from megakd.log import say
@@ -107,6 +108,7 @@ def say_unused(names: Sequence[str]) -> None:
 def settled(value: dict[str, Any], overrides: Sequence[str], kind: str, source: str) -> dict[str, Any]:
     """A recipe with overrides, models and files by their whole path: the run may go on from anywhere.
 
+    Fields that flags gave and that have no effect are named and left out; of overrides `new` refuses them.
     source: what an error names. UserError where values do not fit, or a model is missing.
     """
     value = apply_overrides(value, overrides)
@@ -115,6 +117,11 @@ def settled(value: dict[str, Any], overrides: Sequence[str], kind: str, source: 
         raise UserError(
             f"engine.kind and objective.kind: are local and {kind} here; megakd new makes a run of another kind"
         )
+    for idle in idle_fields(config):
+        if not idle.replaced and not any(item.startswith(f"{idle.path}=") for item in overrides):
+            say(str(idle))
+            section, key = idle.path.split(".")
+            del value[section][key]
     value["model"]["teacher"] = model_place(config.model.teacher, "teacher_model")
     value["model"]["student"] = model_place(str(config.model.student), "student_model", found=True)
     value["data"]["source"] = data_place(config.data.source)

@@ -165,6 +165,7 @@ def recipe(args: argparse.Namespace) -> dict[str, Any]:
             "routing": args.routing or SarConfig().routing,
             "initial_top_k": args.initial_top_k or SarConfig().initial_top_k,
             "final_top_k": args.final_top_k or SarConfig().final_top_k,
+            "router_lr_multiplier": router_rate(args) / args.student_lr,
             "anchor": args.router_anchor_weight / both,
             "entropy": args.router_entropy_weight / both,
             "balance": args.router_load_balance_weight / both,
@@ -179,13 +180,7 @@ def recipe(args: argparse.Namespace) -> dict[str, Any]:
             "batch_tokens": batch_tokens,
             "micro_batch": args.per_device_batch_size,
         },
-        "stages": [
-            {
-                "name": "sar",
-                "steps": args.train_steps,
-                "lr_multipliers": [{"pattern": "^routers", "lr_multiplier": router_rate(args) / args.student_lr}],
-            }
-        ],
+        "stages": [{"name": "sar", "steps": args.train_steps}],
         "engine": engine,
         "checkpoint": {"every_steps": math.gcd(args.eval_steps, args.save_steps) or args.train_steps},
         "log": {"every_steps": args.logging_steps},
@@ -218,13 +213,10 @@ def warn(args: argparse.Namespace, value: dict[str, Any]) -> None:
     every = value["checkpoint"]["every_steps"]
     if every not in (args.eval_steps, args.save_steps, args.train_steps):
         say(f"checkpoints every {every} steps: the greatest common divisor of --eval_steps and --save_steps")
-    routing = value["sar"]["routing"]
     in_vain = {
         "--dataset_config_name": args.dataset_config_name and value["data"]["subset"] is None,
         "--warmup_steps": args.warmup_steps is not None and not args.use_scheduler,
         "--scheduler_type": args.scheduler_type and not args.use_scheduler,
-        "--initial_top_k": args.initial_top_k and routing != "top_m",
-        "--final_top_k": args.final_top_k and routing != "top_m",
         "--clear_cache_every_step": args.clear_cache_every_step,
         "--no_clear_cache": args.clear_cache_every_step is False,
         "--aggressive_gc": args.aggressive_gc,

@@ -1,7 +1,8 @@
 """Make a run folder from a recipe.
 
 The recipe (a JSON file, the name of a shipped one, or another run's folder) and the overrides are resolved once,
-completed with defaults, checked, and frozen in RUN/config.json; every other verb reads that file alone.
+completed with defaults, checked, and frozen in RUN/config.json; every other verb reads that file alone. A field that
+has no effect under the others is refused, or, where something else takes its place, named.
 From another run's folder, the student and the data that the overrides do not touch are linked, not made again.
 
 examples:
@@ -11,6 +12,7 @@ examples:
 
 import argparse
 
+from megakd.effects import notices
 from megakd.log import say
 from megakd.run import Run
 
@@ -25,5 +27,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     run = Run.create(args.recipe, args.overrides, args.run)
+    for line in notices(run.config):
+        say(f"{run.folder}: {line}")
     linked = [name for name in ("student-0", "data/tokens", "data/logits") if run.path(name).is_symlink()]
     say(f"{run.folder}: a new run, {run.config.fingerprint()}" + (f", sharing {', '.join(linked)}" if linked else ""))

@@ -25,8 +25,9 @@ class Assignment(NamedTuple):
 
 
 def assign_rules(module: nn.Module, rules: tuple[LrRule, ...]) -> list[Assignment]:
-    """Every parameter with the first rule whose pattern is found in its canonical name; without one, multiplier 1.
+    """Every parameter with the first rule whose pattern is found in its canonical name.
 
+    Without one the multiplier is what an objective marked the parameter with (`lr_multiplier`), else 1.
     Canonical names are those of the student alone (`model.layers.0.mlp.shared_core.gate_proj.weight`); factors that
     expert parallelism packs into one tensor keep theirs. Raises UserError for a pattern that is no regex, for a rule
     that no parameter gets, naming what took its place, and for rules that would train parts of a tensor differently.
@@ -42,7 +43,8 @@ def assign_rules(module: nn.Module, rules: tuple[LrRule, ...]) -> list[Assignmen
         parts = []
         for name in canonical_names(whole, parameter):
             first = next((i for i, pattern in enumerate(patterns) if pattern.search(name)), None)
-            parts.append(Assignment(name, parameter, first, 1.0 if first is None else rules[first].lr_multiplier))
+            own = getattr(parameter, "lr_multiplier", 1.0)
+            parts.append(Assignment(name, parameter, first, own if first is None else rules[first].lr_multiplier))
         _check_alike(canonical_name(whole), parts, rules)
         assigned += parts
     for index, pattern in enumerate(patterns):

@@ -8,6 +8,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from megakd.config import ObjectiveConfig
 from megakd.data.records import IGNORED, Batch, TeacherTargets
+from megakd.effects import check_targets
 from megakd.errors import UserError
 from megakd.losses.distill import Stored
 from megakd.losses.fused import FusedHead, SparseTeacher
@@ -105,54 +106,4 @@ def stored_in(facts: dict[str, Any]) -> Stored:
 
 def check_support(config: ObjectiveConfig, stored: Stored) -> None:
     """UserError when the targets do not hold what the loss needs."""
-    tail = config.tail
-    ramp = isinstance(config.temperature, tuple) and config.temperature[0] != config.temperature[1]
-    temperature = config.temperature[0] if isinstance(config.temperature, tuple) else config.temperature
-    if tail in ("ghost", "truncated", "hybrid") and not stored.head:
-        raise UserError(
-            f"objective.tail: {tail} needs the teacher's most probable tokens, these logits hold draws alone; set "
-            "objective.tail=sampled, or capture with logits.profile=topk or hybrid in a new run"
-        )
-    if ramp and tail != "truncated":
-        raise UserError(
-            f"objective.temperature: a ramp passes through temperatures that {tail} has no targets for; give one "
-            "temperature (other stages may have another), or set objective.tail=truncated"
-        )
-    _check_divergence(config)
-    if tail in ("ghost", "hybrid") and temperature not in stored.temperatures:
-        known = ", ".join(f"{t:g}" for t in stored.temperatures)
-        raise UserError(
-            f"objective.temperature: the logits carry tails for T = {known or 'none'}, not {temperature:g}; "
-            "add it to logits.temperatures in a new run, or set objective.tail=truncated"
-        )
-    if tail in ("sampled", "hybrid"):
-        profile = "sampled" if tail == "sampled" else "hybrid"
-        if stored.draw_temperature is None:
-            raise UserError(
-                f"objective.tail: {tail} needs draws, these logits hold none; set objective.tail=ghost, or capture "
-                f"with logits.profile={profile} in a new run"
-            )
-        if stored.draw_temperature != temperature:
-            raise UserError(
-                f"objective.temperature: the draws were made at T = {stored.draw_temperature:g}, not {temperature:g}; "
-                f"capture with logits.draw_temperature={temperature:g} in a new run"
-            )
-        if tail == "sampled" and stored.head:
-            raise UserError(
-                "objective.tail: these draws are from what is outside the head; set objective.tail=hybrid, or capture "
-                "with logits.profile=sampled in a new run"
-            )
-
-
-def _check_divergence(config: ObjectiveConfig) -> None:
-    """UserError when the divergence is infinite, or no sum over what is stored."""
-    if config.divergence != "kl" and config.tail in ("sampled", "hybrid"):
-        raise UserError(
-            f"objective.divergence: {config.divergence} cannot be estimated from draws, kl alone can; set "
-            "objective.divergence=kl, or objective.tail=ghost over logits with a head"
-        )
-    if config.divergence == "reverse_kl" and config.tail == "truncated":
-        raise UserError(
-            "objective.divergence: reverse_kl is infinite where the teacher is cut to 0; set objective.tail=ghost, or "
-            "objective.divergence=jsd or skew_kl"
-        )
+    check_targets(config, *stored)

@@ -5,6 +5,7 @@ student can follow; what keeps them from the trivial way out (a teacher as bad a
 losses/router.py.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from megakd.config import ObjectiveConfig, SarConfig
 from megakd.data.records import IGNORED, Batch, Paired, Side
+from megakd.dist import sum_over_ranks
 from megakd.errors import UserError
 from megakd.losses.fused import FusedHead
 from megakd.losses.live import kl_rows, live_loss
@@ -63,14 +65,18 @@ class SarDistillation(Objective):
         for parameter in self.routers.parameters():
             parameter.requires_grad_()
             parameter.no_decay = True  # type: ignore[attr-defined]  # the anchor holds them, not 0
+            parameter.lr_multiplier = sar.router_lr_multiplier  # type: ignore[attr-defined]  # where no rule is theirs
         if teacher_vocab_size is not None and sar.features:
             self.projector = projection(student.config.hidden_size, teacher.config.hidden_size)
-        self.largest: float | None = None  # of the routers' gradients, in the first step
+        self.largest: Tensor | None = None  # of this rank's router gradients, in the first step whose are finite
         self.hooks = [parameter.register_hook(self._note) for parameter in self.routers.parameters()]
         self.at(0.0)
 
     def at(self, share: float, step: int = 0) -> None:
-        """Besides, how many experts a token takes; the second call looks at the first step's gradients."""
+        """Besides, how many experts a token takes; the second call looks at the first step's gradients.
+
+        All ranks call it together.
+        """
         super().at(share, step)
         self.step = step
         if self.hooks and self.largest is not None:
@@ -149,14 +155,24 @@ class SarDistillation(Objective):
         return named
 
     def _note(self, gradient: Tensor) -> None:
-        self.largest = max(self.largest or 0.0, float(gradient.detach().abs().max()))
+        # torch.maximum keeps NaN, and waits for no device
+        largest = gradient.detach().abs().max()
+        self.largest = largest if self.largest is None else torch.maximum(self.largest, largest)
 
     def _check_gradient(self) -> None:
-        """UserError when the first step left every router without a gradient; looked at once."""
+        """UserError when the first step left every router of all ranks without a gradient; looked at once.
+
+        Nothing is said of a step whose gradients are not finite: the engine makes no update, and the next step counts.
+        """
+        assert self.largest is not None
+        (largest,) = sum_over_ranks([self.largest.item()], self.largest.device)
+        self.largest = None
+        if not math.isfinite(largest):
+            return
         for hook in self.hooks:
             hook.remove()
         self.hooks = []
-        if not self.largest:
+        if not largest:
             raise UserError(
                 "sar: the routers got no gradient in the first step; the student's loss does not reach them. With "
                 "objective.alpha=0 the teacher has no part in the loss"

@@ -246,7 +246,7 @@ def test_lanes_are_another_order_of_the_same_samples(sibling: Make, undisturbed:
 
 @pytest.mark.parametrize("override", ["stream.follow=true", "stream.scratch=."])
 def test_following_and_copying_need_lanes(sibling: Make, override):
-    with pytest.raises(UserError, match=r"need lanes; set stream\.lanes=8 in a new run"):
+    with pytest.raises(UserError, match=r"has no effect: it needs stream\.lanes, like 8"):
         megakd("train", sibling().folder, override)
 
 

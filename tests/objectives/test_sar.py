@@ -6,10 +6,11 @@ import torch
 from torch.nn import functional
 from transformers import Qwen3MoeForCausalLM
 
-from megakd.config import ObjectiveConfig, SarConfig
+from megakd.config import LrRule, ObjectiveConfig, OptimConfig, SarConfig
 from megakd.data.batches import collate
 from megakd.data.records import IGNORED, Batch
 from megakd.engine.base import saved_buffers
+from megakd.engine.optim import build_optimizer
 from megakd.errors import UserError
 from megakd.losses.divergence import Divergence, divergence_terms
 from megakd.models.hub import load_model
@@ -285,3 +286,43 @@ def test_a_divergence_across_tokenizers_is_refused_by_name(teacher):
     with pytest.raises(UserError, match=r"^objective.divergence: jsd compares .* set objective.divergence=kl"):
         config = ObjectiveConfig(kind="sar", divergence="jsd")
         SarDistillation(dense_student(), load_model(teacher, torch.float32), config, SarConfig(), VOCABULARY, 61)
+
+
+@pytest.mark.parametrize(
+    "rules, own, expected",
+    [
+        ((), 0.1, 0.1),  # a teacher whose routers learn at the student's rate collapses
+        ((("norm", 1.0),), 0.3, 0.3),
+        ((("^routers", 0.5),), 0.1, 0.5),
+        ((("^routers", 0.0),), 0.1, None),
+        ((), 0.0, None),
+    ],
+)
+def test_routers_without_a_rule_learn_slowly(made, rules, own, expected):
+    objective = made(**({} if own == 0.1 else {"router_lr_multiplier": own}))
+    rules = tuple(LrRule(pattern=pattern, lr_multiplier=multiplier) for pattern, multiplier in rules)
+    optimizer = build_optimizer(objective, rules, OptimConfig(lr=1e-2))
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    found = {rates.get(id(p)) for p in objective.routers.parameters()}
+    assert len(found) == 1 and found.pop() == (None if expected is None else pytest.approx(1e-2 * expected))
+    assert {rates[id(p)] for p in objective.student.parameters()} == {1e-2}
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_router_gradients_that_are_not_finite_are_not_called_none(made, batch, value):
+    """The engine makes no update of such a step; the first one with finite gradients tells whether there are any."""
+    objective = made()
+    for step, factor in enumerate((value, value, 1.0)):
+        objective.at(0.1 * step, step)
+        assert objective.hooks
+        (objective(batch).total * factor).backward()
+    objective.at(0.3, 3)
+    assert not objective.hooks
+
+    none = made({"alpha": 0.0})
+    for step, factor in enumerate((value, 1.0)):
+        none.at(0.0, step)
+        router = next(iter(none.routers.parameters()))
+        (none(batch).total + factor * (0.0 * router).sum()).backward()
+    with pytest.raises(UserError, match=r"the routers got no gradient in the first step"):
+        none.at(0.1, 2)

@@ -176,8 +176,8 @@ def test_the_recipe_says_what_the_flags_say(flags, student):
     assert (data.subset, data.split, data.text_field, data.tokens, data.workers) == (None, "a", "body", 2000, 1)
     assert (data.sequence_length, data.holdout_tokens) == (32, 1000)
     (stage,) = config.stages
-    assert stage.steps == 4 and stage.lr_multipliers[0].pattern == "^routers"
-    assert stage.lr_multipliers[0].lr_multiplier == pytest.approx(0.2)
+    assert stage.steps == 4 and not stage.lr_multipliers
+    assert sar.router_lr_multiplier == pytest.approx(0.2)
     assert (config.engine.kind, config.engine.activation_checkpointing, config.seed) == ("local", True, 7)
     assert config.engine.offload_teacher
     assert (config.checkpoint.every_steps, config.log.every_steps, config.log.wandb) == (1, 1, "disabled")
@@ -196,7 +196,7 @@ def test_defaults_are_those_of_the_scripts_but_for_two(hub):
     assert (config.objective.alpha, config.objective.temperature) == (0.9, 2.0)
     assert (sar.balance, sar.entropy, sar.routing, sar.router_patterns) == (1e-3, 1e-4, "trained", ())
     assert (config.seed, config.model.dtype, config.checkpoint.every_steps) == (42, "float32", 200)
-    assert config.stages[0].lr_multipliers[0].lr_multiplier == pytest.approx(0.1) and sar.anchor == SarConfig().anchor
+    assert sar.router_lr_multiplier == pytest.approx(0.1) and sar.anchor == SarConfig().anchor
     assert not config.engine.offload_teacher
     args = module.build_parser().read([], greedy="router_patterns")
     assert args.output_dir == Path("outputs/sar_kd")
@@ -218,7 +218,7 @@ def test_routers_may_be_frozen_and_data_few(flags, capsys):
     """In bfloat16, all experts a token."""
     more = "--train_tokens 1000 --model_dtype bfloat16 --router_lr 0 --gradient_checkpointing --routing all"
     run = train(flags, *shlex.split(f"{more} --initial_top_k 2"))
-    assert "no effect here: --initial_top_k;" in capsys.readouterr().err
+    assert "sar.initial_top_k=2 has no effect: sar.routing=top_m alone" in capsys.readouterr().err
     assert len(metrics(run.folder)) == 4 and len(ShardSet(run.path("data", "tokens", "train"))) == 32
     facts = read_json(run.path("router_update.json"))
     assert facts["routing"] == "all" and "initial_top_k" not in facts
@@ -255,7 +255,7 @@ def test_live_flags_may_change_and_others_are_refused(flags, capsys):
     now = Run.open(run.folder).config
     assert (now.checkpoint.every_steps, now.optim.micro_batch, now.windows_per_step) == (1, 2, 8)
     assert now.engine.offload_teacher and load_recipe(run.folder / "recipe.json") == now
-    said = refused(module, capsys, *flags, "--student_lr", "1e-3")
+    said = refused(module, capsys, *flags, "--student_lr", "1e-3", "--router_lr", "2e-4")
     assert "optim.lr of the run that is there is 0.01, asked for is 0.001; name another --output_dir" in said
 
 
