@@ -123,9 +123,14 @@ def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
     """Element-wise sums of a short list over all ranks, in float64."""
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return values
-    tensor = torch.tensor(values, dtype=torch.float64, device=device)
-    torch.distributed.all_reduce(tensor)
-    return tensor.tolist()
+    return sum_tensor_over_ranks(torch.tensor(values, dtype=torch.float64, device=device))
+
+
+def sum_tensor_over_ranks(values: torch.Tensor) -> list[float]:
+    """The same of numbers that lie on this process's device: one transfer to the host. `values` are overwritten."""
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        torch.distributed.all_reduce(values)
+    return values.tolist()
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

@@ -5,6 +5,7 @@ It is the same whatever the number of ranks, and where training goes on.
 
 import time
 from collections.abc import Iterator
+from itertools import islice
 from typing import NamedTuple
 
 from megakd.config import RunConfig
@@ -55,7 +56,8 @@ def stage_data(
             yield from wait_for(dataset, indices, world)
             micro = share(indices, world.rank, world.size, config.optim.micro_batch)
             tokens = sum(dataset.entry(i).labels for i in indices)
-            batches = [batch_of(reader.read(part)) for part in micro]
+            samples = reader.read([index for part in micro for index in part])  # at once: a part may be one sample
+            batches = [batch_of(list(islice(samples, len(part)))) for part in micro]
             bad = [i for part in micro for i in part if i in reader.damaged]
             lost = sum(dataset.entry(i).labels for i in bad)
             own = None if teacher is None else sum(int((batch.labels != IGNORED).sum()) for batch in batches)

@@ -1,7 +1,7 @@
 """Samples → Batch: pad, shift once, restart positions at documents."""
 
 import time
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import Queue
 from threading import Event, Thread
@@ -67,8 +67,9 @@ class Reader:
         self.damaged: dict[int, str] = {}  # index → what is wrong
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
 
-    def read(self, indices: Iterable[int]) -> list[Sample]:
-        return list(self.pool.map(self._one, indices))
+    def read(self, indices: Iterable[int]) -> Iterator[Sample]:
+        """All indices are decoded from now on, `workers` at once; who iterates waits for the next sample alone."""
+        return self.pool.map(self._one, indices)
 
     def _one(self, index: int) -> Sample:
         try:

@@ -25,7 +25,7 @@ from megakd.engine.base import Accept, Carried, StepReport, always, saved_buffer
 from megakd.engine.border import hand_over, local_gradient, masters, set_update_counts, take_over, update_counts
 from megakd.engine.checkpoint import LAYOUT, elastic
 from megakd.engine.guard import GRADIENT, REJECTED, SCALE
-from megakd.engine.norms import grad_squares, named, update_squares
+from megakd.engine.norms import Sums, grad_squares, named, update_squares
 from megakd.engine.optim import set_learning_rate
 from megakd.errors import UserError
 from megakd.files import read_json, remove, write_json
@@ -63,7 +63,7 @@ class DeepSpeedEngine:
     ) -> StepReport:
         self.engine.train()
         set_learning_rate(self.optimizer, factor)
-        sums: dict[str, float] = {}
+        found, sums = Sums(), {}
         squares: dict[str, float] = {}
         left_out = ""
         for batch in micro_batches:
@@ -72,14 +72,15 @@ class DeepSpeedEngine:
             # by fewer ranks, and DeepSpeed divides their sums by all ranks too
             self.engine.backward(report.total * (self.world.size / tokens), scale_wrt_gas=False)
             for name, value in {"total": report.total, **report.terms}.items():
-                sums[name] = sums.get(name, 0.0) + value.item()
+                found.add(name, value)
             if self.engine.is_gradient_accumulation_boundary():
-                sums = dict(zip(sums, sum_over_ranks(list(sums.values()), self.world.device), strict=True))
+                sums = found.read(over_ranks=True)
                 squares = self._grad_squares() if norms else {}
                 left_out = "" if accept(sums) else REJECTED
             with leaving_out(self.engine) if left_out else nullcontext():
                 self.engine.step()  # counts micro-batches, updates weights at the last one
-        grad_norm = float(self.engine.get_global_grad_norm() or 0.0)
+        norm = self.engine.get_global_grad_norm()
+        grad_norm = 0.0 if norm is None else float(norm)
         if not left_out and (not math.isfinite(grad_norm) or not self.engine.was_step_applied()):
             left_out = SCALE if self.engine.fp16_enabled() else GRADIENT
         if norms and not left_out:
@@ -155,13 +156,11 @@ class DeepSpeedEngine:
 
         Gradients that are not finite become none: the optimizer has nothing to do, and the norm says it.
         """
-        squares = {True: 0.0, False: 0.0}
         gradients = [(p, p.grad) for p in self.engine.module.parameters() if p.grad is not None]
-        for parameter, gradient in gradients:
-            squares[hasattr(parameter, "packed")] += gradient.float().square().sum().item()
+        squares = grad_squares(("spread" if hasattr(p, "packed") else "kept", gradient) for p, gradient in gradients)
         copies = self.world.size // self.layout["expert_parallel"]  # of each expert
-        spread = sum_over_ranks([squares[True]], self.world.device)[0] / copies
-        norm = (squares[False] + spread) ** 0.5
+        spread = sum_over_ranks([squares.get("spread", 0.0)], self.world.device)[0] / copies
+        norm = (squares.get("kept", 0.0) + spread) ** 0.5
         self.engine._global_grad_norm = norm
         for parameter, gradient in gradients:
             if math.isfinite(norm):

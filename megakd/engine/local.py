@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from megakd.engine.base import MOMENTS, Accept, Carried, StepReport, always, saved_buffers
 from megakd.engine.guard import GRADIENT, REJECTED, SCALE
-from megakd.engine.norms import grad_squares, named, update_squares
+from megakd.engine.norms import Sums, grad_squares, named, update_squares
 from megakd.engine.optim import canonical_name, set_learning_rate
+
+GRAD_NORM = "grad norm"  # beside the objective's terms, whose names have no blanks
 
 
 class LocalEngine:
@@ -35,19 +37,21 @@ class LocalEngine:
         self, micro_batches: Iterable[Any], tokens: int, factor: float, accept: Accept = always, norms: bool = False
     ) -> StepReport:
         self.objective.train()
-        sums: dict[str, float] = {}
+        found = Sums()
         for batch in micro_batches:
             with self.autocast:
                 report = self.objective(batch)
             self.scaler.scale(report.total / tokens).backward()
             for name, value in {"total": report.total, **report.terms}.items():
-                sums[name] = sums.get(name, 0.0) + value.item()
+                found.add(name, value)
         self.scaler.unscale_(self.optimizer)
         squares: dict[str, float] = {}
         if norms:
             labelled = ((group["label"], p.grad) for group in self.optimizer.param_groups for p in group["params"])
             squares = named("grad_norm", grad_squares(labelled))
-        grad_norm = nn.utils.clip_grad_norm_(self.trained, self.clip_norm).item()
+        found.add(GRAD_NORM, nn.utils.clip_grad_norm_(self.trained, self.clip_norm))
+        sums = found.read()
+        grad_norm = sums.pop(GRAD_NORM)
         set_learning_rate(self.optimizer, factor)
         left_out = ""
         if not accept(sums):

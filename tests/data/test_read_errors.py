@@ -40,7 +40,7 @@ def error_of(shards: ShardSet, index: int) -> UserError:
     reader = Reader(shards, 1, skip=True)
     try:
         with pytest.raises(UserError) as caught:
-            reader.read([index])
+            list(reader.read([index]))
     finally:
         reader.close()
     assert reader.damaged == {} and not isinstance(caught.value, DamagedSample) and "\n" not in str(caught.value)
