@@ -29,6 +29,7 @@ from megakd.data.batches import prefetch, to_device
 from megakd.data.shards import ShardSet
 from megakd.data.stream import shards_digest
 from megakd.dist import StopSignals, World, close_world, join_world, read_world, seed_step, sum_over_ranks
+from megakd.effects import notices
 from megakd.engine.base import Carried, Engine, StepReport
 from megakd.engine.checkpoint import (
     Progress,
@@ -77,6 +78,8 @@ def train(run: Run, dataset: ShardSet, world: World, stop: StopSignals) -> bool:
     log = None
     if world.first:
         remove_unpublished(run.path("checkpoints"))
+        for line in notices(run.config):
+            say(f"train: {line}")
         asked = {} if run.config.objective.kind == "cached" else {"teacher": live_teacher(run)}
         resumed = str(saved.folder) if saved else None
         run.record("train", ranks=world.size, step=progress.step, resumed=resumed, **asked)
@@ -120,7 +123,11 @@ def train_stage(
         carried = end_of_stage(run, saved, dataset, world)
     objective = build_objective(config, saved.weights if saved else run.student_folder, dataset, world.device)
     objective.restore(saved.beside if saved else {})
-    objective.memory |= progress.memory
+    for name in objective.recall(progress.memory):
+        if world.first:
+            where = saved.folder if saved else "the checkpoint"
+            say(f"train: {where}: what the objective remembers of {name} is not finite; it begins anew")
+            run.record("memory", name=name)
     updates = carried.updates if carried else {}
     if saved and progress.stage == index:
         check_ranks(saved, world.size)
@@ -154,7 +161,10 @@ def train_stage(
 
                 report = engine.step(batches, tokens, factor, accept, show)
                 progress = progress._replace(health=judge(run, progress, report, tokens, world))
-                objective.observe(report.sums, tokens)
+                if report.left_out:
+                    objective.forget_step()
+                else:
+                    objective.observe(report.sums, tokens)
             progress = Progress(
                 stage=index,
                 stage_step=progress.stage_step + 1,

@@ -19,13 +19,19 @@ class Health(NamedTuple):
 
 
 def wrong_with(loss: float, health: Health, config: GuardConfig) -> str:
-    """Why the update of a step with this loss a token should be left out; "" when it should not."""
+    """Why the update of a step with this loss a token should be left out; "" when it should not.
+
+    A spike: loss - m > (spike - 1) max(|m|, d), with m the median of recent losses and d the median of their distances
+    from it. Where no loss is negative d is at most m, and this is loss > spike m. Losses may be negative or near 0 (an
+    estimate from draws at alpha = 1), where a multiple of m says nothing.
+    """
     if not math.isfinite(loss):
         return f"its loss is {loss}"
     if config.spike is not None and len(health.recent) >= FEWEST:
         usual = statistics.median(health.recent)
-        if loss > config.spike * usual:
-            return f"its loss is {loss:.4f}, over {config.spike:g} times the usual {usual:.4f}"
+        scale = max(abs(usual), statistics.median(abs(each - usual) for each in health.recent))
+        if loss - usual > (config.spike - 1) * scale:
+            return f"its loss is {loss:.4f}, over {usual + (config.spike - 1) * scale:.4f}; usual is {usual:.4f}"
     return ""
 
 

@@ -1,5 +1,6 @@
 """What an objective is and returns: the one thing engines and the loop know about training."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -58,7 +59,19 @@ class Objective(nn.Module):
         """The same for a teacher that gradients go through, and for nothing else."""
 
     def observe(self, sums: Mapping[str, float], tokens: int) -> None:
-        """After a step: its sums over all ranks, and its counted tokens. Called by all ranks together."""
+        """After an update: its step's sums over all ranks, and its counted tokens. Called by all ranks together."""
+
+    def forget_step(self) -> None:
+        """After a step whose update was skipped: drop what its forward passes left for `observe`."""
+
+    def recall(self, memory: Mapping[str, list[float]]) -> list[str]:
+        """Take the memory of a checkpoint; returns the names that are not finite, which begin anew.
+
+        Older versions put what skipped steps had measured into the memory, NaN too.
+        """
+        damaged = [name for name, values in memory.items() if not all(map(math.isfinite, values))]
+        self.memory |= {name: list(values) for name, values in memory.items() if name not in damaged}
+        return damaged
 
 
 def check_spans(config: ObjectiveConfig) -> None:

@@ -90,9 +90,15 @@ class OnlineDistillation(Objective):
             router.take(scheduled(router, *rule, share))
 
     def observe(self, sums: Mapping[str, float], tokens: int) -> None:
-        """Remember a step's capacity and how the gap was shared among experts; the same on every rank."""
+        """Remember a step's capacity and how the gap was shared among experts; the same on every rank.
+
+        A gap that is not finite, which an update may have had whose loss does not hold it, is not remembered.
+        """
+        gap = sums["kl_t1"] if "kl_t1" in sums else sums["span_kl_t1"]
+        if not math.isfinite(gap):
+            self.forget_step()
+            return
         if "capacity" in self.memory:
-            gap = sums["kl_t1"] if "kl_t1" in sums else sums["span_kl_t1"]
             now = math.exp(-gap / tokens)
             self.memory["capacity"] = [KEEP * self.memory["capacity"][0] + (1 - KEEP) * now]
         if self.gap_sums is not None:
@@ -104,6 +110,9 @@ class OnlineDistillation(Objective):
                 KEEP * b + (1 - KEEP) * n for b, n in zip(before, shares.tolist(), strict=True)
             ]
             self.gap_sums = None
+
+    def forget_step(self) -> None:
+        self.gap_sums = None
 
     def forward(self, batch: Batch) -> LossReport:
         teacher, teacher_head = self.held

@@ -37,6 +37,18 @@ def test_a_spike_is_a_multiple_of_the_usual_loss(window):
     assert left_out > 50
 
 
+@pytest.mark.parametrize("usual, noise", [(-2.0, 0.1), (0.0, 0.5), (1e-4, 0.5)])
+def test_losses_below_zero_are_no_spikes(usual, noise):
+    """At alpha = 1 an estimate from draws may be negative: three times a negative median was below every loss."""
+    config, health, generator = GuardConfig(spike=4.0), Health(), random.Random(1)
+    for _ in range(50):
+        loss = generator.uniform(usual - noise, usual + noise)
+        assert not wrong_with(loss, health, config)
+        health = after_step(health, loss, "", config)
+    height = 3 * max(abs(usual), noise)
+    assert wrong_with(usual + height + 0.1, health, config) and not wrong_with(usual - 10, health, config)
+
+
 def test_without_a_spike_rule_only_what_is_not_finite_is_wrong():
     config, health = GuardConfig(), Health()
     for _ in range(20):
