@@ -229,7 +229,10 @@ def test_a_teacher_that_answers_nan_is_refused(sibling, teacher, prepared, tmp_p
     tensors["lm_head.weight"], tensors["model.embed_tokens.weight"] = embedding, embedding.clone()
     tensors["model.embed_tokens.weight"][rare] = torch.nan
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
-    run = sibling(f"logits.profile={profile}", f"model.teacher={broken}")
+    tail = {"topk": "ghost"}.get(profile, profile)
+    run = sibling(
+        f"logits.profile={profile}", f"model.teacher={broken}", f"objective.tail={tail}", "objective.temperature=1.0"
+    )
     run.path("data").mkdir()
     run.path("data", "tokens").symlink_to((prepared / "data" / "tokens").resolve())
     with pytest.raises(UserError, match="NaN"):

@@ -25,7 +25,8 @@ def inspect(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
 
 @pytest.fixture(scope="module", params=["topk", "sampled", "hybrid"])
 def captured(request, prepared, tmp_path_factory) -> Run:
-    settings = [f"logits.profile={request.param}", "logits.top_k=5", "logits.draws=9", "logits.pmin=0.02"]
+    settings = [f"logits.profile={request.param}", "logits.top_k=5", "logits.pmin=0.02"]
+    settings += ["logits.draws=9"] if request.param != "topk" else []
     if request.param == "sampled":
         settings += ["objective.tail=sampled", "objective.temperature=1.0"]
     run = Run.create(prepared, settings, tmp_path_factory.mktemp("inspected") / "run")
