@@ -7,6 +7,7 @@ import sys
 
 from megakd.errors import UserError
 from megakd.launcher import read_launcher
+from megakd.terminal import accept_any_encoding
 
 # verb → (one line, does it open a run)
 VERBS = {
@@ -81,6 +82,7 @@ def run_verb(argv: list[str]) -> None:
 
 def main() -> None:
     """Entry point: exit 0 fine, 2 a user's mistake in one line, 1 a bug with its traceback."""
+    accept_any_encoding()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         # launchers put --local_rank=N before the verb; LOCAL_RANK in the environment says the same

@@ -10,7 +10,7 @@ from tests.conftest import ROOT
 # Downward only: a layer sees those before it and itself; names in one tuple entry's set do not see each other.
 ORDER: tuple[set[str], ...] = (
     {"errors"},
-    {"files", "launcher"},
+    {"files", "launcher", "terminal"},
     {"config"},
     {"effects"},
     {"run", "dist", "log"},

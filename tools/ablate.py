@@ -44,6 +44,7 @@ from megakd.errors import UserError
 from megakd.files import publishing, read_json_lines, resolve, shipped, write_json
 from megakd.log import clock, say, table
 from megakd.run import Run
+from megakd.terminal import accept_any_encoding
 
 SETS, BASE = ("sar", "online"), "base"
 QUIET = ("log.wandb=disabled", "log.tensorboard=false")
@@ -90,6 +91,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> None:
+    accept_any_encoding()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments(parser)

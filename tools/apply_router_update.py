@@ -22,11 +22,13 @@ from megakd.errors import UserError
 from megakd.files import publishing, resolve
 from megakd.models.hub import INDEX, weights_fingerprint, write_weights
 from megakd.models.router_update import FACTS, UPDATE, TeacherRouters, read_facts, read_update
+from megakd.terminal import accept_any_encoding
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
 def main(argv: list[str] | None = None) -> None:
+    accept_any_encoding()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("teacher", help="a model folder, or a hub id")
     parser.add_argument("update", type=Path, help="router_update.safetensors, router_update.pt, or their folder")

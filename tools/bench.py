@@ -40,9 +40,11 @@ from bench_step import bench_step
 from bench_store import bench_store
 
 from megakd.errors import UserError
+from megakd.terminal import accept_any_encoding
 
 
 def main() -> None:
+    accept_any_encoding()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bench", choices=["store", "experts", "fit", "live", "loss", "step"])
     parser.add_argument("--quick", action="store_true", help="less of everything: within a minute on 2 cores")

@@ -14,11 +14,13 @@ from typing import Any
 
 from megakd.files import read_json_lines
 from megakd.log import table
+from megakd.terminal import accept_any_encoding
 
 NAMES = ("loss", "ce", "kl", "kl_t1", "lr")
 
 
 def main() -> None:
+    accept_any_encoding()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("other", type=Path)

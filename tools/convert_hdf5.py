@@ -41,11 +41,13 @@ from megakd.data.shards import ShardSet
 from megakd.errors import UserError
 from megakd.files import publishing, sha256
 from megakd.log import Progress
+from megakd.terminal import accept_any_encoding
 
 CHUNK_CACHE_BYTES = 1 << 30  # of a dataset whose chunks hold many windows, at most
 
 
 def main(argv: list[str] | None = None) -> None:
+    accept_any_encoding()
     parser, to, back = two_ways(__doc__, "HDF5", "OUT.h5", "IN.h5")
     to.add_argument("--gzip", type=int, default=4, choices=range(10), help="level (default: %(default)s)")
     back.add_argument("--ids", default="input_ids", metavar="NAME", help="dataset of tokens (default: %(default)s)")

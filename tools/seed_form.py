@@ -36,12 +36,14 @@ from megakd.models.hub import Checkpoint, cast, copy_side_files, is_student, loa
 from megakd.models.shared_core import PROJECTIONS, Form, dense_weight
 from megakd.models.spec import MoESpec, spec_for
 from megakd.models.student import stock_config, student_config
+from megakd.terminal import accept_any_encoding
 
 WORST = 1e-3
 SIDES = ("output", "input")
 
 
 def main(argv: list[str] | None = None) -> None:
+    accept_any_encoding()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, dtype in (("to-seed", "float32"), ("from-seed", None)):

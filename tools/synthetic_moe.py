@@ -30,6 +30,7 @@ from megakd.files import publishing
 from megakd.models.hub import copy_side_files, write_config, write_weights
 from megakd.models.shared_core import PROJECTIONS
 from megakd.models.spec import SPECS, MoESpec
+from megakd.terminal import accept_any_encoding
 
 SHARD_BYTES = 256 * 2**20
 
@@ -44,6 +45,7 @@ class Spectrum(NamedTuple):
 
 
 def main(argv: list[str] | None = None) -> None:
+    accept_any_encoding()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--family", choices=list(SPECS), default="qwen3_moe", help="default: %(default)s")

@@ -29,6 +29,7 @@ from megakd.data.documents import held_out, python_documents
 from megakd.data.records import IGNORED, Sample
 from megakd.data.tokens import pack
 from megakd.models.tiny import END_OF_DOCUMENT, tiny_moe_config, train_tokenizer
+from megakd.terminal import accept_any_encoding
 
 PACKAGES = ("torch", "transformers", "numpy", "sympy", "networkx", "scipy", "sklearn", "pandas", "matplotlib")
 HOLDOUT, SEQUENCE, ROWS = 0.05, 256, 16
@@ -36,6 +37,7 @@ PEAK_LR, WARMUP, AUX = 2e-3, 100, 0.01
 
 
 def main(argv: list[str] | None = None) -> None:
+    accept_any_encoding()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=4500)

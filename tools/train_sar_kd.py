@@ -55,11 +55,13 @@ from megakd.errors import UserError
 from megakd.files import resolve
 from megakd.log import say
 from megakd.models.hub import load_config
+from megakd.terminal import accept_any_encoding
 
 SCHEDULER, WARMUP_STEPS = "cosine", 100
 
 
 def main(argv: list[str] | None = None) -> None:
+    accept_any_encoding()
     with one_line("train_sar_kd"):
         args = build_parser().read(argv, greedy="router_patterns")
         value = recipe(args)

@@ -52,6 +52,7 @@ from megakd.files import digest, publishing, read_json, resolve
 from megakd.log import say
 from megakd.models.hub import empty_model
 from megakd.models.routing import describe, find_routers
+from megakd.terminal import accept_any_encoding
 
 COMMENTS = ("_comment", "comment")
 
@@ -151,6 +152,7 @@ TEMPERATURE_END = "min_temperature"  # has no effect without a curriculum
 
 
 def main(argv: list[str] | None = None) -> None:
+    accept_any_encoding()
     with one_line("train_student_aware"):
         args = build_parser().read(argv, greedy="datasets")
         settings = read_settings(args)

@@ -5,14 +5,47 @@ tests/data/reference_codec.py is the slow obvious form. Indices are unsigned on 
 whether they count from the end, which took 40 % of the time.
 """
 
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
 import numpy as np
 from numba import njit
+from numba.core.caching import FunctionCache
 
 DAMAGED = -1
 U = np.uint64
 
 
-@njit(nogil=True, cache=True)
+class _Cache(FunctionCache):
+    """Numba's cache of machine code on disk; a full disk or a damaged file means compiling again, not an error."""
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        with suppress(Exception):  # a file of it was cut short, or may not be read
+            return super().load_overload(sig, target_context)
+        return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        with suppress(OSError):
+            super().save_overload(sig, data)
+
+
+def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """`njit(nogil=True, cache=True)` that also works where no cache can be written (read-only images, no HOME).
+
+    There every process compiles what it calls: some seconds at its start; NUMBA_CACHE_DIR names a place to keep it.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        dispatcher: Any = njit(nogil=True, **options)(function)
+        with suppress(RuntimeError):  # numba found no folder that it may write to
+            dispatcher._cache = _Cache(function)
+        return dispatcher
+
+    return decorate
+
+
+@compiled()
 def round_roots(roots_TK, logprobs_TK, levels, out_TK):
     """rint(levels sqrt(p)), at least 1; 0 where there is no entry (log p = -inf)."""
     for row in range(roots_TK.shape[0]):
@@ -22,7 +55,7 @@ def round_roots(roots_TK, logprobs_TK, levels, out_TK):
             out[U(i)] = value if logprobs[U(i)] > -np.inf else 0
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def make_keys(ids_TK, values_TK, places, keys_TK, counts_T):
     """Keys (place << 8 | value) of the entries of each row whose value is not 0, the row filled up with 2^32 - 1."""
     for row in range(ids_TK.shape[0]):
@@ -35,7 +68,7 @@ def make_keys(ids_TK, values_TK, places, keys_TK, counts_T):
         counts_T[row] = count
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def pack_rows(keys_TK, counts_T, order_T, buckets, starts, widths, words, position):
     """Rows of ascending keys, taken in `order_T` → gaps, values; raw bits at `position` of the 64-bit `words`."""
     total = 0
@@ -66,7 +99,7 @@ def pack_rows(keys_TK, counts_T, order_T, buckets, starts, widths, words, positi
     return gaps, values, np.int64(word << U(6) | fill)
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def unpack_rows(
     counts_T, order_T, gaps, values, meaning, shifts_T, filler, ids, starts, widths, words, position, bit_end,
     out_TK, values_TK
@@ -100,7 +133,7 @@ def unpack_rows(
     return np.int64(bits) if np.int64(at) == len(gaps) and np.int64(bits) <= bit_end else DAMAGED
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def find_labels(keys_TK, counts_T, places_T, out_T):
     """Where each row's label stands among its ascending keys; 255 when it does not, or only further on."""
     for row in range(len(counts_T)):
@@ -111,7 +144,7 @@ def find_labels(keys_TK, counts_T, places_T, out_T):
         out_T[row] = before if there else 255
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def put_labels(found_T, counts_T, ids_TK, logprobs_TK, apart, told, tokens, nll_T):
     """The inverse of find_labels: tokens [T + 1] from the rows and those apart, the first of which is tokens[0].
 
@@ -137,7 +170,7 @@ def put_labels(found_T, counts_T, ids_TK, logprobs_TK, apart, told, tokens, nll_
     return 0 if at == len(apart) else DAMAGED
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def pack_draws(values):
     """Draws an id, mostly 1 → two to a byte (n - 1, lower half first; 15: 16 or more), and those of 16 or more."""
     halves, large, count = np.zeros((len(values) + 1) // 2, np.uint8), np.empty(len(values), np.uint8), U(0)
@@ -150,7 +183,7 @@ def pack_draws(values):
     return halves, large[:count]
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def unpack_draws(halves, large, draws, order_T, counts_T, values):
     """The inverse of pack_draws; a row ends where its draws are complete. DAMAGED when they do not come out even."""
     at, big, total = 0, 0, len(values)
@@ -172,7 +205,7 @@ def unpack_draws(halves, large, draws, order_T, counts_T, values):
     return 0 if at == total and big == len(large) else DAMAGED
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def pack_ids(places, buckets, starts, widths, words):
     """Single ids → their buckets [N], and raw bits from the beginning of the 64-bit `words`."""
     out = np.empty(len(places), np.uint8)
@@ -188,7 +221,7 @@ def pack_ids(places, buckets, starts, widths, words):
     return out, position
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def unpack_ids(chosen, ids, starts, widths, words, position, bit_end, out):
     """The inverse of pack_ids; the position after the last id, or DAMAGED."""
     for i in range(len(chosen)):
@@ -201,7 +234,7 @@ def unpack_ids(chosen, ids, starts, widths, words, position, bit_end, out):
     return position
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def head_sums(values, counts_T, order_T, powers_MN, sums_TM):
     """Sums over each row's entries, values q of all rows in `order_T`: of q^2, then of q^(2/T_m) = powers_MN[m, q].
 
@@ -233,7 +266,7 @@ def head_sums(values, counts_T, order_T, powers_MN, sums_TM):
     return 0
 
 
-@njit(nogil=True, cache=True, inline="always")
+@compiled(inline="always")
 def _read(words, position, width):
     """`width` bits at `position`, lowest first."""
     return (words[position >> U(3)] >> (position & U(7))) & ((U(1) << U(width)) - U(1))

@@ -4,16 +4,16 @@ A worker has a pipe of its own and no lock or queue in common with the others. S
 is seen at once, and when this process dies every worker sees its pipe closed and ends.
 """
 
-import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import cycle, islice
-from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
+from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
@@ -92,15 +92,20 @@ class _Failure(NamedTuple):
     mendable: bool
 
 
+# neither torch's threads nor those of the fast tokenizers survive a fork; multiprocessing's spawn would run the user's
+# script again in every worker, unless its calls are under `if __name__ == "__main__"`
+WORKER = "import sys; sys.path[:] = {path!r}; from megakd.data.tokenizing import work; work({pipe}, {folder!r})"
+
+
 @contextmanager
 def _worker(folder: Path, name: str) -> "Iterator[_Worker]":
-    # spawn: neither torch's threads nor those of the fast tokenizers survive a fork
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_work, args=(theirs, folder), daemon=True)
+    ours, theirs = Pipe()
+    number = theirs.fileno()
+    code = WORKER.format(path=sys.path, pipe=number, folder=str(folder))
     try:
-        process.start()
+        process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.DEVNULL, pass_fds=[number])
     except OSError as error:
+        ours.close()
         raise UserError(f"data.workers: tokenizer worker {name} cannot be started: {error.strerror}") from error
     finally:
         theirs.close()  # the worker has it now; its pipe closes when it dies
@@ -108,14 +113,14 @@ def _worker(folder: Path, name: str) -> "Iterator[_Worker]":
         yield _Worker(name, ours, process)
     finally:
         process.kill()  # it has nothing to lose
-        process.join()
+        process.wait()
         ours.close()
 
 
 class _Worker(NamedTuple):
     name: str
     pipe: Connection
-    process: SpawnProcess
+    process: subprocess.Popen[bytes]
 
     def give(self, texts: list[str]) -> None:
         try:
@@ -133,8 +138,7 @@ class _Worker(NamedTuple):
         return answer
 
     def _death(self) -> UserError:
-        self.process.join()
-        code = self.process.exitcode or 0
+        code = self.process.wait()
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         return UserError(
             f"data.workers: tokenizer worker {self.name} {how}; if memory ran out, use fewer; "
@@ -142,15 +146,16 @@ class _Worker(NamedTuple):
         )
 
 
-def _work(pipe: Connection, folder: Path) -> None:
+def work(pipe_number: int, folder: str) -> None:
     """The life of a worker: ids for every batch of texts, until the pipe is closed at the other end."""
+    pipe = Connection(pipe_number)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a worker is one thread of work
     inbox: SimpleQueue[list[str]] = SimpleQueue()
     reader = Thread(target=_read, args=(pipe, inbox), daemon=True)
     reader.start()
     try:
-        tokenizer = load_tokenizer(folder)
+        tokenizer = load_tokenizer(Path(folder))
         while True:
             pipe.send(_encode(tokenizer, inbox.get()))
     except Exception as error:

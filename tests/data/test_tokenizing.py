@@ -1,12 +1,12 @@
-import multiprocessing
-import os
-import signal
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
+import psutil
 import pytest
 
 from megakd.data import tokenizing
@@ -92,28 +92,42 @@ def test_no_more_is_read_ahead_than_the_workers_need(workers_here, workers):
         assert read <= done + (AHEAD * workers + 1) * BATCH
 
 
+@pytest.fixture
+def script_without_guard(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """This process runs a user's script without `if __name__ == "__main__"`, which workers must not run again."""
+    (tmp_path / "mine.py").write_text("raise SystemExit('the script ran again')")
+    script = ModuleType("__main__")
+    script.__file__ = str(tmp_path / "mine.py")
+    monkeypatch.setitem(sys.modules, "__main__", script)
+
+
 @pytest.mark.parametrize("kind", ["fast", "sentencepiece"])
-def test_worker_processes_give_what_each_document_gives_alone(tmp_path, teacher, documents, kind):
+def test_worker_processes_give_what_each_document_gives_alone(script_without_guard, tmp_path, teacher, documents, kind):
     folder = teacher if kind == "fast" else sentencepiece_folder(tmp_path, documents, "SentencePieceBackend")
     tokenizer = load_tokenizer(folder)
     texts = [f"{document}\n{i} 東京 🙂" for i in range(4) for document in documents]
     expected = [(i, t, tokenizer(t, add_special_tokens=False)["input_ids"]) for i, t in enumerate(texts)]
     assert list(tokenized(enumerate(texts), tokenizer, folder, 2 if kind == "fast" else 1)) == expected
     assert list(tokenized(enumerate(texts), tokenizer, folder, 0)) == expected
-    assert multiprocessing.active_children() == []
+    assert workers() == []
+
+
+def workers() -> list[psutil.Process]:
+    """Processes of this one that tokenize."""
+    return [child for child in psutil.Process().children() if any("tokenizing" in word for word in child.cmdline())]
 
 
 def test_a_killed_worker_is_an_error_that_says_so(tokenizer, teacher, documents):
     endless = ((i, documents[i % len(documents)]) for i in range(10**9))
     taken = tokenized(endless, tokenizer, teacher, 1)
     next(taken)
-    (child,) = multiprocessing.active_children()
-    os.kill(child.pid, signal.SIGKILL)
+    (child,) = workers()
+    child.kill()
     with pytest.raises(UserError, match=r"worker 1 of 1 was killed by SIGKILL") as caught:
         for _ in taken:
             pass
     assert "\n" not in str(caught.value)
-    assert multiprocessing.active_children() == []
+    assert workers() == []
 
 
 def test_an_error_in_a_worker_comes_out_here(tmp_path, tokenizer, teacher):
@@ -130,4 +144,4 @@ def test_workers_end_when_their_tokens_are_no_longer_wanted(tokenizer, teacher, 
     next(taken)
     start = time.perf_counter()
     taken.close()  # type: ignore[attr-defined]
-    assert multiprocessing.active_children() == [] and time.perf_counter() - start < 5
+    assert workers() == [] and time.perf_counter() - start < 5
