@@ -131,6 +131,18 @@ RULES: tuple[Rule, ...] = (
         "engine.kind=local reads no DeepSpeed file",
     ),
     Rule(
+        ("data.subset", "data.split", "data.streaming"),
+        lambda c: c.data.source == "python-docs" or Path(c.data.source).expanduser().exists(),
+        "data.source names files; data sets of the hub alone have it",
+        replaced=True,
+    ),
+    Rule(
+        ("data.text_field",),
+        lambda c: c.data.source == "python-docs" or c.data.source.endswith(".txt"),
+        "data.source is plain text, without fields",
+        replaced=True,
+    ),
+    Rule(
         ("model.revision",),
         lambda c: c.model.teacher == "demo" or (Path(c.model.teacher) / "config.json").exists(),
         "the teacher is a folder; hub ids alone have revisions",

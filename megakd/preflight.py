@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from megakd.config import RunConfig
+from megakd.config import RunConfig, SarConfig
 from megakd.data.shards import ShardSet
 from megakd.data.stream import shards_digest
 from megakd.data.tokens import load_tokenizer, tokenizer_facts
@@ -39,6 +39,8 @@ def check(run: Run) -> ShardSet:
     if config.objective.kind != "cached":
         teacher = empty_model(resolve(config.model.teacher, config.model.revision))
     _, other = tokenizers(config, dataset.facts)
+    if other is None and not saved:
+        _check_one_tokenizer(config)
     if config.engine.expert_parallel > 1 and config.engine.kind == "deepspeed":
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # DeepSpeed asks for it
         from megakd.models.expert_parallel import spread_experts
@@ -129,6 +131,16 @@ def tokenizers(config: RunConfig, facts: dict[str, Any]) -> tuple[Any, Any]:
             "0: nothing is left to learn from the teacher"
         )
     return mine, theirs
+
+
+def _check_one_tokenizer(config: RunConfig) -> None:
+    """UserError for weights of losses over spans of text, which one tokenizer has no use for."""
+    for name in ("likelihood", "features") if config.objective.kind == "sar" else ():
+        value, default = getattr(config.sar, name), SarConfig.model_fields[name].default
+        if value != default:
+            raise UserError(
+                f"sar.{name}={value:g} has no effect: teacher and student have one tokenizer; leave it out of a new run"
+            )
 
 
 def _check_teacher(run: Run, dataset: ShardSet) -> None:

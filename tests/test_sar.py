@@ -169,6 +169,12 @@ def test_slow_tokenizers_and_nothing_to_learn_are_refused(across, tmp_path):
     assert "nothing is left to learn from the teacher" in in_process("train", run.folder, code=2)
 
 
+def test_weights_of_spans_are_refused_where_there_is_one_tokenizer(again):
+    """They were ignored: there are no spans."""
+    said = in_process("train", again("sar.likelihood=0.5").folder, code=2)
+    assert "sar.likelihood=0.5 has no effect: teacher and student have one tokenizer" in said
+
+
 @pytest.mark.ranks
 def test_many_parts_across_tokenizers_resume_and_ranks_give_the_local_curve(across, tmp_path):
     """objective.kind=online over spans: what it remembers comes back too."""
