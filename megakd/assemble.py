@@ -6,6 +6,7 @@ import torch
 
 from megakd.config import RunConfig, StageConfig
 from megakd.data.shards import ShardSet
+from megakd.data.tokens import vocabulary_size
 from megakd.dist import World
 from megakd.engine.base import Engine
 from megakd.engine.ds_json import deepspeed_config
@@ -34,7 +35,7 @@ def build_objective(config: RunConfig, folder: Path, dataset: ShardSet, device: 
         else:
             teacher.to(device)
     other = None if config.objective.kind == "cached" else tokenizers(config, dataset.facts)[1]
-    objective = build(config, student, teacher, dataset.facts, None if other is None else len(other))
+    objective = build(config, student, teacher, dataset.facts, None if other is None else vocabulary_size(other))
     for name, parameter in objective.named_parameters():
         if not name.startswith("student."):  # not the buffers: a router's correction bias stays as exact as it is
             parameter.data = parameter.data.to(device, dtype)

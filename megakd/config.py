@@ -37,11 +37,15 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """teacher and student: a folder, a hub id, or `demo` (shipped). student None: made by `megakd compress`."""
+    """teacher and student: a folder, a hub id, or `demo` (shipped). student None: made by `megakd compress`.
+
+    revision, student_revision: branch, tag or commit of a hub's model; a commit cannot change later.
+    """
 
     teacher: str = "demo"
     revision: str | None = None
     student: str | None = None
+    student_revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
 
 
@@ -91,19 +95,14 @@ class CompressConfig(Section):
 class DataConfig(Section):
     """Where text comes from and how it is packed; see `megakd.data.documents` for what `source` may be.
 
-    revision: branch, tag or commit of a source on the hub; tokenize records the commit and stays at it.
-    bos: whether documents begin with the tokenizer's BOS token. auto: as tokenizer("text") itself begins; always: also
-    where it does not; never.
     workers: processes that tokenize, 0: the one that reads.
     """
 
     source: str = "HuggingFaceFW/fineweb"
-    revision: str | None = None
     subset: str | None = None
     split: str = "train"
     text_field: str = "text"
     streaming: bool = True
-    bos: Literal["auto", "always", "never"] = "auto"
     sequence_length: Count = Field(2048, ge=2, le=65535)
     tokens: Count = Field(int(2e9), ge=1)
     holdout_fraction: float = Field(0.001, gt=0, lt=1)

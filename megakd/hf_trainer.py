@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -28,12 +29,14 @@ from megakd.data.shards import ShardSet
 from megakd.data.tokens import tokenizer_facts
 from megakd.dist import sum_over_ranks
 from megakd.engine.optim import assign_rules, build_optimizer
-from megakd.errors import UserError
+from megakd.errors import UserError, foreign
 from megakd.log import say
 from megakd.models.hub import copy_code, is_student, load_model
+from megakd.models.tables import check_tables
 from megakd.objectives.base import LossReport
 from megakd.objectives.cached import CachedDistillation, stored_in
 
+SAVING_REMEDY = "correct its generation_config.json, or set student.generation_config.do_sample = True before"
 STUDENT = "objective.student."  # what the names of an Answering begin with
 Data = Any  # a DistillationDataset, or the folder that it reads
 
@@ -159,6 +162,7 @@ class DistillationTrainer(Trainer):
             )
         train_dataset, eval_dataset = _opened(train_dataset), _opened(eval_dataset)
         _check_data(student, train_dataset, eval_dataset, processing_class)
+        _check_saving(student)
         with _whole(student.get_output_embeddings().weight):
             objective = CachedDistillation(student, args.objective_config(), train_dataset.facts)
         assign_rules(objective, args.lr_rules())
@@ -389,10 +393,9 @@ def _check_data(student: Any, train: DistillationDataset, evaluation: Any, token
     for dataset in evaluation.values() if isinstance(evaluation, dict) else [evaluation]:
         if dataset is not None:
             _check_alike(train, dataset)
-    weight, facts = student.get_output_embeddings().weight, train.facts
-    rows = getattr(weight, "ds_shape", weight.shape)[0]
-    if rows < facts["vocab_size"]:
-        raise UserError(f"{train.folder}: targets over {facts['vocab_size']} tokens, but the student knows {rows}")
+    facts = train.facts
+    place = f"{student.name_or_path or type(student).__name__} (student of {train.folder})"
+    check_tables(student, place, facts["vocab_size"], facts["tokens"]["sequence_length"])
     if tokenizer is not None:
         mine, theirs = tokenizer_facts(tokenizer), facts["tokens"]["tokenizer"]
         if mine != theirs:
@@ -400,6 +403,15 @@ def _check_data(student: Any, train: DistillationDataset, evaluation: Any, token
                 f"{train.folder}: made with a tokenizer of {theirs['vocab_size']} entries ({theirs['hash']}), but "
                 f"processing_class has {mine['vocab_size']} ({mine['hash']})"
             )
+
+
+def _check_saving(student: Any) -> None:
+    """UserError when transformers would refuse to save the student's configs, which it does hours later otherwise."""
+    place = student.name_or_path or type(student).__name__
+    with TemporaryDirectory() as folder, foreign(f"{place}: cannot be saved", SAVING_REMEDY):
+        student.config.save_pretrained(folder)
+        if student.can_generate():
+            student.generation_config.save_pretrained(folder)
 
 
 def _check_alike(train: DistillationDataset, other: Any) -> None:

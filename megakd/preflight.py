@@ -9,7 +9,7 @@ import torch
 from megakd.config import RunConfig, SarConfig
 from megakd.data.shards import ShardSet
 from megakd.data.stream import shards_digest
-from megakd.data.tokens import load_tokenizer, tokenizer_facts
+from megakd.data.tokens import load_tokenizer, tokenizer_facts, vocabulary_size
 from megakd.dist import World
 from megakd.effects import check_stages, idle_fields
 from megakd.engine.checkpoint import check_ranks, check_shards, published
@@ -17,8 +17,12 @@ from megakd.engine.ds_json import deepspeed_config
 from megakd.engine.optim import assign_rules
 from megakd.errors import UserError
 from megakd.files import read_json, resolve
+from megakd.identity import ModelIdentity, difference, fingerprint, fingerprint_like, identify, is_old
 from megakd.launcher import read_launcher
-from megakd.models.hub import empty_model, weights_fingerprint
+from megakd.log import say
+from megakd.models.hub import check_unquantized, empty_model, load_config
+from megakd.models.spec import check_preset
+from megakd.models.tables import check_tables
 from megakd.objectives.build import build
 from megakd.run import Run
 
@@ -35,12 +39,18 @@ def check(run: Run) -> ShardSet:
         raise UserError(f"{run.path('config.json')}: {idle[0]}; make a new run without it")
     dataset = open_dataset(run)
     _check_data(run, dataset)
+    check_unquantized(student, load_config(student), "training")
     skeleton, teacher = empty_model(student), None
-    if config.objective.kind != "cached":
-        teacher = empty_model(resolve(config.model.teacher, config.model.revision))
     _, other = tokenizers(config, dataset.facts)
     if other is None and not saved:
         _check_one_tokenizer(config)
+    size, length = text_facts(dataset)["tokenizer"]["vocab_size"], config.data.sequence_length
+    check_tables(skeleton, student, size, length)
+    if config.objective.kind != "cached":
+        folder = resolve(config.model.teacher, config.model.revision)
+        teacher = empty_model(folder)
+        size, length = (size, length) if other is None else (vocabulary_size(other), length + length // 4)
+        check_tables(teacher, folder, size, length)
     if config.engine.expert_parallel > 1 and config.engine.kind == "deepspeed":
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # DeepSpeed asks for it
         from megakd.models.expert_parallel import spread_experts
@@ -48,7 +58,7 @@ def check(run: Run) -> ShardSet:
         spread_experts(skeleton, config.engine.expert_parallel, 0)  # so that rules meet the tensors they will train
     for stage in config.stages:
         try:
-            size = None if other is None else len(other)
+            size = None if other is None else vocabulary_size(other)
             assign_rules(build(config.at(stage), skeleton, teacher, dataset.facts, size), stage.lr_multipliers)
             if config.engine.kind == "deepspeed":
                 deepspeed_config(config.at(stage), 1, 1)
@@ -58,12 +68,8 @@ def check(run: Run) -> ShardSet:
     unfinished = saved is not None and (saved.progress.stage, saved.progress.stage_step) < last
     if saved and unfinished:
         check_shards(saved, shards_digest(dataset.names, dataset.sizes), dataset.folder)
-    begun = next((event["teacher"] for event in run.events("train") if "teacher" in event), None)
-    if saved and unfinished and begun and begun != (now := live_teacher(run)):
-        raise UserError(
-            f"{config.model.teacher}: its weights are {now}, and those that {run.folder} has learned from are {begun}; "
-            "give the run its teacher back, or make a new one"
-        )
+        check_teacher(run)
+    check_student(run, started=saved is not None and unfinished)
     if not was_launched():
         ranks = config.engine.ranks if config.engine.kind == "deepspeed" else 1
         check_world(config, World(0, ranks, torch.device("cpu")))
@@ -72,9 +78,71 @@ def check(run: Run) -> ShardSet:
     return dataset
 
 
-def live_teacher(run: Run) -> str:
-    """The fingerprint of the teacher that is asked while training."""
-    return weights_fingerprint(resolve(run.config.model.teacher, run.config.model.revision))
+def live_teacher(run: Run, recorded: str | None = None) -> str:
+    """The fingerprint of the live teacher, to be compared with `recorded` where that is given."""
+    folder = resolve(run.config.model.teacher, run.config.model.revision)
+    return fingerprint_like(recorded, folder) if recorded else fingerprint(folder)
+
+
+def student_identity(run: Run) -> ModelIdentity:
+    """Which student training starts from, to be recorded when tokenizing or training starts."""
+    model = run.config.model
+    return identify(model.student or "student-0", model.student_revision, run.student_folder)
+
+
+def check_teacher(run: Run) -> None:
+    """UserError when the live teacher is another than the one that training started with."""
+    begun = next((event["teacher"] for event in run.events("train") if "teacher" in event), None)
+    if begun and begun != (now := live_teacher(run, begun)):
+        raise UserError(
+            f"{run.config.model.teacher}: its fingerprint is {now}, that of the teacher that {run.folder} has learned "
+            f"from is {begun}: its weights or its config.json were changed; restore them, or make a new run"
+        )
+
+
+def check_student(run: Run, started: bool) -> None:
+    """UserError when the student is another than recorded: since training started, or of another commit since tokenize.
+
+    A checkpoint is the student's weights with the student's config.json and tokenizer: both must stay what they were.
+    """
+    events = run.events("train") if started else run.events("tokenize") if run.config.model.student else []
+    before = next((ModelIdentity(**event["student"]) for event in events if event.get("student")), None)
+    if before is None:
+        return
+    if not started:  # the tokenizer is compared with the tokens'; the weights count from the first step on
+        before = before._replace(weights=None)
+    if different := difference(before, student_identity(run)):
+        raise UserError(
+            f"{run.student_folder}: another student than {run.folder} was begun with: {different}; restore it (a hub's "
+            "by model.student_revision), or make a new run"
+        )
+
+
+def check_models(run: Run) -> None:
+    """What config.json and tokenizers alone tell of a run's models, before anything is made: UserError, or said aloud.
+
+    Ids and positions stay inside the tables, a given student is no quantized one, experts can be sharded as asked.
+    """
+    config, model, length = run.config, run.config.model, run.config.data.sequence_length
+    cached = config.objective.kind == "cached"
+    folder = resolve(model.teacher, model.revision, weights=False)
+    theirs, skeleton = tokenizer_facts(load_tokenizer(folder)), empty_model(folder)
+    mine, student = theirs, None
+    if model.student:
+        student = resolve(model.student, model.student_revision, weights=False)
+        mine = tokenizer_facts(load_tokenizer(student))
+        if cached and mine != theirs:
+            raise UserError(
+                f"{student}: its tokenizer ({mine['hash']}) is not that of {folder} ({theirs['hash']}); cached targets "
+                "need one tokenizer: set objective.kind=online or sar, or take another student"
+            )
+        check_unquantized(student, load_config(student), "training")
+        check_tables(empty_model(student), student, mine["vocab_size"], length)
+    else:
+        check_unquantized(folder, skeleton.config, "compress")
+    check_tables(skeleton, folder, theirs["vocab_size"], length if mine == theirs else length + length // 4)
+    if config.logits.parallel == "autoep" and cached:
+        check_preset(skeleton.config.model_type, folder)
 
 
 def open_dataset(run: Run) -> ShardSet:
@@ -92,10 +160,10 @@ def open_dataset(run: Run) -> ShardSet:
 
 def _check_data(run: Run, dataset: ShardSet) -> None:
     """The logits come from the student's teacher, with the student's tokenizer, in windows of the run's length."""
-    config, student, facts = run.config, run.student_folder, dataset.facts
+    config, student = run.config, run.student_folder
     if config.objective.kind == "cached":
         _check_teacher(run, dataset)
-    tokens = facts["tokens"] if config.objective.kind == "cached" else facts
+    tokens = text_facts(dataset)
     mine, theirs = tokenizer_facts(load_tokenizer(student)), tokens["tokenizer"]
     if mine != theirs:
         raise UserError(
@@ -112,6 +180,11 @@ def _check_data(run: Run, dataset: ShardSet) -> None:
             raise UserError(f"optim.batch_tokens: {batch} is no multiple of data.sequence_length {length}")
 
 
+def text_facts(dataset: ShardSet) -> dict[str, Any]:
+    """The facts of a data set's tokens: those of a set with targets are among its facts."""
+    return dataset.facts.get("tokens", dataset.facts)
+
+
 def tokenizers(config: RunConfig, facts: dict[str, Any]) -> tuple[Any, Any]:
     """Student's and teacher's, where the teacher is asked while training and has another one; else (None, None)."""
     if config.objective.kind == "cached":
@@ -121,7 +194,7 @@ def tokenizers(config: RunConfig, facts: dict[str, Any]) -> tuple[Any, Any]:
     if tokenizer_facts(theirs) == facts["tokenizer"]:
         return None, None
     assert config.model.student is not None  # one that compress made has the teacher's
-    mine = load_tokenizer(resolve(config.model.student, weights=False))
+    mine = load_tokenizer(resolve(config.model.student, config.model.student_revision, weights=False))
     for place, tokenizer in ((folder, theirs), (config.model.student, mine)):
         if not getattr(tokenizer, "is_fast", False):
             raise UserError(f"{place}: a slow tokenizer; to align two of them both must give character offsets")
@@ -148,11 +221,30 @@ def _check_teacher(run: Run, dataset: ShardSet) -> None:
     teacher = {"id": config.model.teacher, "revision": config.model.revision, "weights": made_by["weights"]}
     if (student / "compress.json").exists():
         teacher = read_json(student / "compress.json")["teacher"]
-    if made_by != teacher:
+    if made_by != teacher and not _same_by_old_fingerprints(made_by, teacher):
         raise UserError(
             f"{dataset.folder}: logits made by {made_by['id']} (weights {made_by['weights']}), but the student comes "
             f"from {teacher['id']} (weights {teacher['weights']}); run: megakd generate-logits RUN in a new run"
         )
+
+
+def _same_by_old_fingerprints(one: dict[str, Any], two: dict[str, Any]) -> bool:
+    """Whether two records are of one teacher where just one of them is of an old MegaKD: its folder tells.
+
+    Where that is not here, nothing can, and this is said.
+    """
+    names, weights = [{**each, "weights": None} for each in (one, two)], (one["weights"], two["weights"])
+    if names[0] != names[1] or is_old(weights[0]) == is_old(weights[1]) or "unknown" in weights:
+        return False
+    try:
+        folder = resolve(one["id"], one["revision"])
+    except UserError as error:
+        say(
+            f"student and logits were made by {one['id']} with fingerprints of two versions, {weights[0]} and "
+            f"{weights[1]}; whether they are of one teacher cannot be checked without it ({error})"
+        )
+        return True
+    return all(fingerprint_like(each, folder) == each for each in weights)
 
 
 def check_world(config: RunConfig, world: World) -> None:

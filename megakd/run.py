@@ -101,7 +101,7 @@ class Run:
             return self.path("student-0")
         # a hub's id is like owner/name; what looks like a folder is one, there or not
         folder = student.startswith(("/", ".", "~")) or student.count("/") != 1 or Path(student).exists()
-        return Path(student) if folder else resolve(student)
+        return Path(student) if folder else resolve(student, self.config.model.student_revision)
 
     def _link_from(self, other: "Run") -> None:
         linked = []

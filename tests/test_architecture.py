@@ -14,6 +14,7 @@ ORDER: tuple[set[str], ...] = (
     {"config"},
     {"effects"},
     {"run", "dist", "log"},
+    {"identity"},
     {"tasks"},
     {"data"},
     {"models", "losses"},

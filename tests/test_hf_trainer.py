@@ -260,7 +260,7 @@ def test_data_that_does_not_fit_is_refused(make, prepared, documents, tmp_path):
     with pytest.raises(UserError, match="made with a tokenizer of 400 entries"):
         other = train_tokenizer(documents, 300)
         DistillationTrainer(student, args, data / "logits" / "train", processing_class=other)
-    with pytest.raises(UserError, match="the student knows 300"):
+    with pytest.raises(UserError, match="the embedding has 300 rows"):
         student.resize_token_embeddings(300)
         DistillationTrainer(student, args, data / "logits" / "train")
     with pytest.raises(UserError, match="optimizers: an optimizer that is there already leaves out lr_multipliers"):
@@ -332,3 +332,14 @@ def test_examples_of_the_document_run(prepared, recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(api, "run_distillation_training", lambda run: run.folder)
     exec(pipeline.replace("runs/qwen3", "runs/other"), done)
     assert done["run"].config.compress.rank == 64 and done["run"].config.data.tokens == 2_000_000_000
+
+
+def test_a_generation_config_that_cannot_be_saved_is_refused_before_training(make, prepared, tmp_path):
+    """Many hub models have one; transformers refuses it at the first save, after hours."""
+    student = load_model(prepared / "student-0", torch.float32)
+    student.generation_config.temperature = 0.6
+    args = DistillationTrainingArguments(**{**SETTINGS, "output_dir": str(tmp_path)})
+    with pytest.raises(UserError, match=r"cannot be saved.*do_sample = True"):
+        DistillationTrainer(student, args, prepared / "data" / "logits" / "train")
+    student.generation_config.do_sample = True
+    DistillationTrainer(student, args, prepared / "data" / "logits" / "train")

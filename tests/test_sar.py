@@ -158,7 +158,7 @@ def test_another_teacher_is_refused_on_the_way(across, tmp_path):
     tensors = load_file(teacher / "model.safetensors")
     tensors["model.norm.weight"] += 0.5
     save_file(tensors, teacher / "model.safetensors", {"format": "pt"})
-    assert "give the run its teacher back, or make a new one" in in_process("train", run.folder, code=2)
+    assert "its weights or its config.json were changed" in in_process("train", run.folder, code=2)
     shutil.copytree(Run.open(across).config.model.teacher, teacher, dirs_exist_ok=True)
     in_process("train", run.folder)
     assert metrics(run.folder)[-1]["loss"] == metrics(across)[-1]["loss"]

@@ -38,7 +38,7 @@ from typing import Any, NamedTuple, NoReturn
 from megakd.cli import run_verb
 from megakd.commands.evaluate import evaluate
 from megakd.config import LrRule, OnlineConfig, RunConfig, SarConfig, flatten, is_live, load_recipe
-from megakd.data.tokens import load_tokenizer
+from megakd.data.tokens import load_tokenizer, vocabulary_size
 from megakd.effects import idle_fields
 from megakd.errors import UserError
 from megakd.files import publishing, read_json_lines, resolve, shipped, write_json
@@ -346,7 +346,8 @@ def make_student(folder: Path, size: str, config: RunConfig, seed: int) -> Path:
     hidden, layers = size_of(size)
     tokenizer: Any = load_tokenizer(resolve(config.model.teacher, config.model.revision, weights=False))
     shape = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
+        vocab_size=vocabulary_size(tokenizer), hidden_size=hidden, intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
         num_attention_heads=hidden // HEAD_FEATURES, tie_word_embeddings=True, bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id, max_position_embeddings=config.data.sequence_length,
     )  # fmt: skip

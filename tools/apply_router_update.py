@@ -20,7 +20,8 @@ from torch import Tensor
 
 from megakd.errors import UserError
 from megakd.files import publishing, resolve
-from megakd.models.hub import INDEX, weights_fingerprint, write_weights
+from megakd.identity import INDEX, fingerprint_like
+from megakd.models.hub import write_weights
 from megakd.models.router_update import FACTS, UPDATE, TeacherRouters, read_facts, read_update
 from megakd.terminal import accept_any_encoding
 
@@ -53,7 +54,7 @@ def apply(name: str, revision: str | None, update: Path, out: Path) -> None:
     tensors, facts = read_update(update), read_facts(update)
     made_for = facts["teacher"] if facts else None
     folder = resolve(name, revision or (made_for and made_for["revision"]))
-    if made_for and (found := weights_fingerprint(folder)) != made_for["weights"]:
+    if made_for and (found := fingerprint_like(made_for["weights"], folder)) != made_for["weights"]:
         raise UserError(
             f"{update}: learned in {made_for['id']} (weights {made_for['weights']}), but {name} has weights {found}; "
             f"name that teacher, or take {FACTS} away to check names and shapes alone"

@@ -59,7 +59,7 @@ def synthetic_logits(positions: int, seed: int, vocabulary: int = SYNTHETIC_VOCA
 def real_logits(folder: Path, positions: int) -> Iterator[tuple[Any, Any]]:
     """(logits, next tokens) of a real model on real English: the docstrings of this Python."""
     from megakd.data.documents import python_documents
-    from megakd.data.tokens import load_tokenizer
+    from megakd.data.tokens import load_tokenizer, vocabulary_size
     from megakd.models.hub import load_model
 
     tokenizer, model = load_tokenizer(folder), load_model(folder, torch.bfloat16).eval()  # the dtype of its weights
@@ -71,7 +71,7 @@ def real_logits(folder: Path, positions: int) -> Iterator[tuple[Any, Any]]:
     for start in range(0, positions, 1024):
         window = torch.tensor(ids[start : start + 1025])
         with torch.no_grad():
-            logits = model(window[None, :-1]).logits[0, :, : len(tokenizer)].float()
+            logits = model(window[None, :-1]).logits[0, :, : vocabulary_size(tokenizer)].float()
         yield logits, window[1:]
 
 
@@ -344,9 +344,9 @@ def bench_store(quick: bool, real: Path | None) -> list[Row]:
     rows = []
     sources: dict[str, tuple[Any, int]] = {"synthetic": (lambda n: synthetic_logits(n, 0), SYNTHETIC_VOCABULARY)}
     if real:
-        from megakd.data.tokens import load_tokenizer
+        from megakd.data.tokens import load_tokenizer, vocabulary_size
 
-        sources["real"] = (lambda n: real_logits(real, n), len(load_tokenizer(real)))
+        sources["real"] = (lambda n: real_logits(real, n), vocabulary_size(load_tokenizer(real)))
     for kind, (source, vocabulary) in sources.items():
         torch.set_num_threads(os.cpu_count() or 1)
         captured = capture(source, settings, records, aside, vocabulary)

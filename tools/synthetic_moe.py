@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megakd.data.tokens import load_tokenizer
+from megakd.data.tokens import load_tokenizer, vocabulary_size
 from megakd.errors import UserError
 from megakd.files import publishing
 from megakd.models.hub import copy_side_files, write_config, write_weights
@@ -87,9 +87,9 @@ def write(args: argparse.Namespace) -> None:
     if not 1 <= args.top_k <= args.experts:
         raise UserError(f"--top-k {args.top_k}: must be between 1 and --experts {args.experts}")
     tokenizer: Any = load_tokenizer(args.tokenizer) if args.tokenizer else None
-    vocabulary = args.vocabulary or (math.ceil(len(tokenizer) / 8) * 8 if tokenizer else 151936)
-    if tokenizer and vocabulary < len(tokenizer):
-        raise UserError(f"--vocabulary {vocabulary}: the tokenizer has {len(tokenizer)} entries")
+    vocabulary = args.vocabulary or (math.ceil(vocabulary_size(tokenizer) / 8) * 8 if tokenizer else 151936)
+    if tokenizer and vocabulary < vocabulary_size(tokenizer):
+        raise UserError(f"--vocabulary {vocabulary}: the tokenizer's ids go up to {vocabulary_size(tokenizer) - 1}")
     config = family_config(args, vocabulary)
     config.bos_token_id, config.pad_token_id = None, None
     config.eos_token_id = tokenizer.eos_token_id if tokenizer else None

@@ -27,7 +27,7 @@ from transformers import Qwen3MoeForCausalLM
 from megakd.data.batches import collate
 from megakd.data.documents import held_out, python_documents
 from megakd.data.records import IGNORED, Sample
-from megakd.data.tokens import pack
+from megakd.data.tokens import pack, vocabulary_size
 from megakd.models.tiny import END_OF_DOCUMENT, tiny_moe_config, train_tokenizer
 from megakd.terminal import accept_any_encoding
 
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{len(train)} windows of {SEQUENCE} tokens to train on, {len(test)} held out", flush=True)
     order = np.concatenate([rng.permutation(len(train)) for _ in range(math.ceil(args.steps * ROWS / len(train)))])
 
-    model = Qwen3MoeForCausalLM(tiny_moe_config(len(tokenizer)))
+    model = Qwen3MoeForCausalLM(tiny_moe_config(vocabulary_size(tokenizer)))
     decayed = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]

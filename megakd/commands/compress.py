@@ -27,13 +27,14 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from megakd.data.batches import collate
-from megakd.data.shards import ShardSet
+from megakd.data.shards import ShardSet, read_manifest
 from megakd.data.tokens import load_tokenizer, tokenizer_facts
 from megakd.dist import read_world
 from megakd.errors import UserError
 from megakd.evals.compression_plot import plot_errors
 from megakd.evals.model_card import write_card
 from megakd.files import discard, publishing, read_json, resolve, write_json
+from megakd.identity import fingerprint, fingerprint_like
 from megakd.log import say, table
 from megakd.models.align import alignment
 from megakd.models.calibrate import LayerRunner, find_super_experts
@@ -41,10 +42,11 @@ from megakd.models.fit import Settings, Statistics, best_split, fit_projection
 from megakd.models.hub import (
     Checkpoint,
     cast,
+    check_folder,
+    check_unquantized,
     copy_code,
     copy_side_files,
     load_config,
-    weights_fingerprint,
     write_config,
     write_weights,
 )
@@ -76,6 +78,7 @@ class Job(NamedTuple):
     config: Any
     checkpoint: Checkpoint
     spec: MoESpec
+    names: list[str]  # of the teacher's tensors that its model has a place for
     layers: list[int]
     parts: Path
     device: torch.device
@@ -116,6 +119,8 @@ def open_job(run: Run) -> Job:
     """The teacher and what is to be done with it; UserError when it cannot be."""
     folder = resolve(run.config.model.teacher, run.config.model.revision)
     config, checkpoint = load_config(folder), Checkpoint(folder)
+    check_folder(folder, config)
+    check_unquantized(folder, config, "compress")
     spec = spec_for(config, str(folder))
     layers = spec.moe_layers(config)
     if not layers:
@@ -123,21 +128,33 @@ def open_job(run: Run) -> Job:
     settings, smallest = run.config.compress, min(spec.sizes(config))
     if settings.budget is None and settings.rank > smallest:
         raise UserError(f"{run.folder}: compress.rank={settings.rank} exceeds the experts' smaller side, {smallest}")
-    job = Job(run, folder, config, checkpoint, spec, layers, run.path("compress"), read_world().device)
+    names = checkpoint.names_of(spec, config)
+    job = Job(run, folder, config, checkpoint, spec, names, layers, run.path("compress"), read_world().device)
     if settings.calibration_tokens and not run.path("data", "tokens", "train", "manifest.json").exists():
         raise UserError(
             f"{run.folder}: compress.calibration_tokens={settings.calibration_tokens} needs the run's tokens; "
             f"run: megakd tokenize {run.folder}, or set compress.calibration_tokens=0"
         )
-    teacher, known = {"weights": weights_fingerprint(folder)}, job.parts / "teacher.json"
-    if not known.exists():
-        write_json(known, teacher)
-    if read_json(known) != teacher:
-        raise UserError(
-            f"{job.parts}: begun with weights {read_json(known)['weights']}, {folder} has {teacher['weights']} now; "
-            "delete that folder to begin again"
-        )
+    if settings.calibration_tokens:
+        tokens = run.path("data", "tokens", "train")
+        if read_manifest(tokens)["facts"]["tokenizer"] != tokenizer_facts(load_tokenizer(folder)):
+            raise UserError(f"{tokens}: tokenized with another tokenizer than {folder} has; tokenize in a new run")
+    _same_teacher(job)
     return job
+
+
+def _same_teacher(job: Job) -> str:
+    """The fingerprint of the teacher that any process began this work with; UserError when it is another now."""
+    known = job.parts / "teacher.json"
+    if not known.exists():
+        write_json(known, {"weights": fingerprint(job.folder)})
+    begun = read_json(known)["weights"]
+    if (now := fingerprint_like(begun, job.folder)) != begun:
+        raise UserError(
+            f"{job.parts}: begun with a teacher of fingerprint {begun}, {job.folder} has {now} now: its weights or its "
+            "config.json were changed; restore them, or delete that folder to begin again"
+        )
+    return begun
 
 
 def tasks(job: Job) -> list[Task]:
@@ -420,7 +437,7 @@ def _assemble(job: Job) -> None:
     exempt = {layer: _exempt(job, layer) for layer in job.layers}
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        for name in job.checkpoint.names(job.config):
+        for name in job.names:
             if not job.spec.is_expert(name):
                 yield job.spec.module_name(name), cast(name, job.checkpoint.tensor(name), dtype)
         for layer in job.layers:
@@ -442,7 +459,7 @@ def _assemble(job: Job) -> None:
         "teacher": {
             "id": run.config.model.teacher,
             "revision": run.config.model.revision,
-            "weights": weights_fingerprint(job.folder),
+            "weights": _same_teacher(job),
         },
         "tokenizer": tokenizer_facts(load_tokenizer(job.folder)),
         "rank": settings.rank if settings.budget is None else None,

@@ -27,6 +27,7 @@ from megakd.engine.checkpoint import BESIDE, best_weights, published
 from megakd.errors import UserError
 from megakd.evals.model_card import write_card
 from megakd.files import publishing, read_json, read_json_lines, resolve
+from megakd.identity import fingerprint, fingerprint_like
 from megakd.log import say, short
 from megakd.models.hub import (
     Checkpoint,
@@ -34,7 +35,6 @@ from megakd.models.hub import (
     copy_side_files,
     is_student,
     load_config,
-    weights_fingerprint,
     write_config,
     write_weights,
 )
@@ -114,6 +114,12 @@ def write_routers(run: Run, source: Path, folder: Path) -> int:
         return 0
     model, sar = run.config.model, run.config.sar
     source = resolve(model.teacher, model.revision)
+    begun = next((event["teacher"] for event in run.events("train") if "teacher" in event), None)
+    if begun and (now := fingerprint_like(begun, source)) != begun:
+        raise UserError(
+            f"{source}: its fingerprint is {now}, the routers learned in a teacher of {begun}; its weights or its "
+            "config.json were changed: restore them"
+        )
     teacher = TeacherRouters(source, sar.router_patterns)
     counts = ("initial_top_k", "final_top_k") if sar.routing == "top_m" else ()
     facts = {
@@ -121,7 +127,7 @@ def write_routers(run: Run, source: Path, folder: Path) -> int:
         "teacher": {
             "id": source.resolve().name if Path(model.teacher).exists() else model.teacher,
             "revision": model.revision,
-            "weights": weights_fingerprint(source),
+            "weights": fingerprint(source),
         },
         **sar.model_dump(mode="json", include={"routing", "router_patterns", *counts}),
         "step": read_json(checkpoint / "progress.json")["step"],

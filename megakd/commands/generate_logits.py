@@ -34,13 +34,27 @@ from megakd.data import codec
 from megakd.data.batches import collate, prefetch
 from megakd.data.book import Book, build_book, load_book, save_book
 from megakd.data.records import Sample, TeacherTargets
-from megakd.data.shards import ShardSet, finished, known_manifest, layout_of, summary_of, write_manifest, write_shard
+from megakd.data.shards import (
+    MANIFEST,
+    SIDECAR,
+    VERSION,
+    ShardSet,
+    finished,
+    known_manifest,
+    layout_of,
+    summary_of,
+    write_manifest,
+    write_shard,
+)
 from megakd.data.tokens import load_tokenizer, tokenizer_facts
 from megakd.dist import World, barrier, close_world, join_world, read_world, sum_over_ranks
 from megakd.errors import UserError
-from megakd.files import locked, resolve, settle
+from megakd.files import locked, read_sealed, resolve, settle
+from megakd.identity import fingerprint, fingerprint_like
 from megakd.log import Progress, say
-from megakd.models.hub import load_config, load_model, weights_fingerprint
+from megakd.models.hub import empty_model, load_model
+from megakd.models.spec import check_preset
+from megakd.models.tables import check_tables
 from megakd.models.teacher import Teacher, batch_targets
 from megakd.run import Run
 
@@ -89,6 +103,10 @@ def main(run: Run, args: argparse.Namespace) -> None:
         unused = "" if args.max_tokens is None else "; --max-tokens has no effect"
         kind = run.config.objective.kind
         say(f"generate-logits: the hold-out alone, for objective.kind={kind} trains without stored logits{unused}")
+    model, length = empty_model(folder), run.config.data.sequence_length
+    check_tables(model, folder, tokenizer["vocab_size"], length)
+    if run.config.logits.parallel == "autoep":
+        check_preset(model.config.model_type, folder)
     capture = _Capture(run, folder, world, tokenizer["vocab_size"])
     book = _book(run, capture, sets["train"])
     if live:
@@ -120,6 +138,33 @@ def logits_facts(run: Run, part: str, tokens: dict[str, Any], weights: str, book
         "tails": logits.profile != "sampled",
         "dtype": logits.dtype,
     }
+
+
+def teacher_fingerprint(run: Run, folder: Path, recorded: str | None = None) -> str:
+    """The teacher's fingerprint to record, of the version that the logits captured so far carry.
+
+    UserError when those, or `recorded`, are of another teacher: one data set has one teacher.
+    """
+    found = [recorded] if recorded else [w for part in ("holdout", "train") if (w := _captured_from(run, part))]
+    for weights in found:
+        if (now := fingerprint_like(weights, folder)) != weights:
+            raise UserError(
+                f"{run.path('data', 'logits')}: captured from a teacher of fingerprint {weights}, {folder} has {now} "
+                "now: its weights or its config.json were changed; restore them, or capture in a new run"
+            )
+    return found[0] if found else fingerprint(folder)
+
+
+def _captured_from(run: Run, part: str) -> str | None:
+    """The fingerprint that a part's manifest states, or where that is damaged, its first shard; None: nothing does."""
+    folder = run.path("data", "logits", part)
+    for path, kind in [(folder / "manifest.json", MANIFEST), *((p, SIDECAR) for p in sorted(folder.glob("*.json")))]:
+        try:
+            weights = read_sealed(path, kind, VERSION)["facts"]["teacher"]["weights"]
+        except UserError:  # missing, or damaged: it is made again
+            continue
+        return None if weights == "unknown" else weights  # converted from a file that names no teacher
+    return None
 
 
 def _logits_config(run: Run, part: str) -> LogitsConfig:
@@ -236,7 +281,7 @@ class _Capture:
 
     def __init__(self, run: Run, folder: Path, world: World, vocab_size: int):
         self.run, self.folder, self.world, self.vocab_size = run, folder, world, vocab_size
-        self.weights = weights_fingerprint(folder)
+        self.weights = teacher_fingerprint(run, folder)
         self.model: Any = None
 
     def targets(self, tokens: ShardSet, works: list[Work], config: LogitsConfig) -> Iterator[Sample]:
@@ -279,11 +324,14 @@ class _Capture:
             return Teacher(load_model(self.folder, getattr(torch, config.dtype)), config, self.vocab_size)
 
         if config.parallel == "replica":
-            return build().eval().to(self.world.device)
-        from megakd.engine.inference import spread
+            loaded: Any = build().eval().to(self.world.device)
+        else:
+            from megakd.engine.inference import spread
 
-        family = load_config(self.folder).model_type
-        return spread(build, config.parallel, family, config.dtype, config.batch_size, self.world)
+            family = empty_model(self.folder).config.model_type
+            loaded = spread(build, config.parallel, family, config.dtype, config.batch_size, self.world)
+        teacher_fingerprint(self.run, self.folder, self.weights)  # it may have been changed before it was loaded
+        return loaded
 
 
 def _check_finite(targets: TeacherTargets, row: int, sample: Sample, folder: Path) -> None:

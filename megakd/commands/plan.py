@@ -32,6 +32,7 @@ from megakd.models.routing import scheduled
 from megakd.models.shared_core import PROJECTIONS, Form, SharedCoreExperts, stored_parameters
 from megakd.models.spec import spec_for
 from megakd.objectives.build import build
+from megakd.preflight import check_models
 from megakd.run import Run
 
 # Measured (docs/benchmarks.md): a sweep over one matrix at rank 64, its time taken as proportional to size and rank;
@@ -43,6 +44,7 @@ CARDS, SHARE, GIB = (8, 12, 16), 0.9, 2**30
 
 
 def main(run: Run, args: argparse.Namespace) -> None:
+    check_models(run)
     print(table(["plan", ""], [*sizes(run), *compression(run), *lengths(run), *memory(run)], left=True))
 
 
@@ -79,7 +81,7 @@ def sizes(run: Run) -> list[list[str]]:
 def given_sizes(config: RunConfig, teacher: Path) -> list[list[str]]:
     """The same where the student is a model of its own; what training takes is predicted in full by `memory`."""
     assert config.model.student is not None
-    student = resolve(config.model.student, weights=False)
+    student = resolve(config.model.student, config.model.student_revision, weights=False)
     counts = [sum(p.numel() for p in empty_model(folder).parameters()) for folder in (teacher, student)]
     rows = [[name, f"{short(count)} parameters"] for name, count in zip(("teacher", "student"), counts, strict=True)]
     if predictable(config):
@@ -240,7 +242,7 @@ def models_of(run: Run) -> Pair:
     """What a run's folders say; configurations and tokenizers alone are read."""
     model = run.config.model
     folders = [
-        resolve(model.student, weights=False) if model.student else run.student_folder,
+        resolve(model.student, model.student_revision, weights=False) if model.student else run.student_folder,
         resolve(model.teacher, model.revision, weights=False),
     ]
     mine, theirs = (tokenizer_facts(load_tokenizer(folder)) for folder in folders)

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import psutil
 import torch
@@ -47,7 +48,7 @@ from megakd.feed import Step, stage_data
 from megakd.files import locked, shipped
 from megakd.log import MetricLog, StageWatch, say, wandb_id
 from megakd.models.hub import copy_side_files, load_config, write_config
-from megakd.preflight import check, check_world, live_teacher, was_launched
+from megakd.preflight import check, check_world, live_teacher, student_identity, was_launched
 from megakd.run import Run
 
 STOPPED = 85  # exit code: stopped by a signal, checkpoint saved; schedulers requeue on it
@@ -75,13 +76,15 @@ def train(run: Run, dataset: ShardSet, world: World, stop: StopSignals) -> bool:
         say(f"train: checkpoint left out: {reason}")
         run.record("damaged checkpoint", reason=reason)
     progress = saved.progress if saved else Progress()
-    log = None
+    # read once: every checkpoint of this process gets the config that its weights were trained with
+    student_config, log = load_config(run.student_folder), None
     if world.first:
         remove_unpublished(run.path("checkpoints"))
         for line in notices(run.config):
             say(f"train: {line}")
-        asked = {} if run.config.objective.kind == "cached" else {"teacher": live_teacher(run)}
+        asked: dict[str, Any] = {} if run.config.objective.kind == "cached" else {"teacher": live_teacher(run)}
         resumed = str(saved.folder) if saved else None
+        asked["student"] = student_identity(run)._asdict()
         run.record("train", ranks=world.size, step=progress.step, resumed=resumed, **asked)
         if saved:
             say(f"train: going on from {saved.folder}")
@@ -92,7 +95,7 @@ def train(run: Run, dataset: ShardSet, world: World, stop: StopSignals) -> bool:
         for index, stage in enumerate(run.config.stages):
             reached = (saved.progress.stage, saved.progress.stage_step) if saved else (0, 0)
             if reached < (index, run.config.steps_of(stage, len(dataset))):
-                saved, carried = train_stage(run, index, dataset, saved, carried, world, stop, log)
+                saved, carried = train_stage(run, index, student_config, dataset, saved, carried, world, stop, log)
             if stop.agreed:
                 return False
         return True
@@ -104,6 +107,7 @@ def train(run: Run, dataset: ShardSet, world: World, stop: StopSignals) -> bool:
 def train_stage(
     run: Run,
     index: int,
+    student_config: Any,
     dataset: ShardSet,
     saved: Saved | None,
     carried: Carried | None,
@@ -190,10 +194,10 @@ def train_stage(
             if config.guard.rollback and progress.health.in_a_row >= config.guard.rollback:
                 progress = roll_back(run, engine, progress, saved, world)
             if progress.stage_step == steps or progress.stage_step % config.checkpoint.every_steps == 0:
-                saved = save(run, stage, engine, progress, world, updates)
+                saved = save(run, stage, student_config, engine, progress, world, updates)
                 watch.resume_clock()
         if progress.step > (saved.progress.step if saved else 0):  # a signal came in between
-            saved = save(run, stage, engine, progress, world, updates)
+            saved = save(run, stage, student_config, engine, progress, world, updates)
     handed = engine.hand_over() if index + 1 < len(run.config.stages) and not stop.agreed else None
     engine.close()
     return saved, handed
@@ -260,14 +264,20 @@ def in_step(data: Iterator[Step | None], world: World, stop: StopSignals) -> Ite
 
 
 def save(
-    run: Run, stage: StageConfig, engine: Engine, progress: Progress, world: World, updates: dict[str, int]
+    run: Run,
+    stage: StageConfig,
+    student_config: Any,
+    engine: Engine,
+    progress: Progress,
+    world: World,
+    updates: dict[str, int],
 ) -> Saved:
     """Publish a checkpoint, then rotate the old ones; updates: what the stage began with (`Carried`)."""
     folder = run.path("checkpoints", stage.name, f"step-{progress.step:06d}")
 
     def describe(weights: Path) -> None:
         # from the student, which stays: rotation may have taken the checkpoint that the stage began with
-        write_config(weights, load_config(run.student_folder))
+        write_config(weights, student_config)
         copy_side_files(run.student_folder, weights)
 
     save_checkpoint(folder, engine, progress, world, describe, updates)
@@ -301,11 +311,6 @@ def launch(run: Run) -> int:
 
     DeepSpeed's launchers would end at the first signal and leave the ranks behind, or kill them before they saved.
     """
-    if os.environ.get("HOSTFILE"):
-        raise UserError(
-            f"HOSTFILE={os.environ['HOSTFILE']}: megakd train starts ranks on this machine alone; for its "
-            f"hosts run launch/train.sh {run.folder}, or unset HOSTFILE"
-        )
     accelerator = os.environ.get("DS_ACCELERATOR") or ("cuda" if torch.cuda.is_available() else "cpu")
     own = {"PYTHON": sys.executable, "RANKS": str(run.config.engine.ranks), "DS_ACCELERATOR": accelerator}
     environment = {**os.environ, **own}

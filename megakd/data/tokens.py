@@ -57,7 +57,7 @@ def pack(
 
 
 def tokenizer_facts(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
-    """What must be equal for token ids to mean the same: real vocabulary size, end token, hash of behaviour.
+    """What must be equal for token ids to mean the same: largest id + 1, end token, hash of behaviour.
 
     The hash covers every (token, id) pair and the ids of probe texts, so that equal vocabularies with other
     merges or normalisation differ.
@@ -66,43 +66,15 @@ def tokenizer_facts(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
     ids = [tokenizer(probe, add_special_tokens=False)["input_ids"] for probe in probes]
     content = json.dumps([sorted(tokenizer.get_vocab().items()), ids], ensure_ascii=False)
     return {
-        "vocab_size": len(tokenizer),
+        "vocab_size": vocabulary_size(tokenizer),
         "eos": int(tokenizer.eos_token_id),  # type: ignore[arg-type]
         "hash": hashlib.sha256(content.encode()).hexdigest()[:16],
     }
 
 
-def bos_of(tokenizer: "PreTrainedTokenizerBase", rule: str = "auto") -> list[int]:
-    """The ids that every document begins with (usually one or none) by `data.bos`.
-
-    auto: those that tokenizer(text) puts before the ids of the text itself; always: the same, or its BOS token where
-    there are none; never: none. UserError when `always` finds no BOS token, or `auto` not the text.
-    """
-    if rule == "never":
-        return []
-    text = "A text"
-    own, plain = (tokenizer(text, add_special_tokens=special)["input_ids"] for special in (True, False))
-    before = [at for at in range(len(own) - len(plain) + 1) if own[at : at + len(plain)] == plain]
-    if not before:
-        raise UserError(
-            f"data.bos: {tokenizer.name_or_path}: with special tokens {text!r} is {own}, without {plain}: what it "
-            "begins texts with cannot be told; set data.bos=never"
-        )
-    if before[0]:
-        return own[: before[0]]
-    if rule == "auto":
-        return []
-    if tokenizer.bos_token_id is None:
-        raise UserError(
-            f"data.bos=always: the tokenizer of {tokenizer.name_or_path} has no BOS token; use auto or never"
-        )
-    return [int(tokenizer.bos_token_id)]  # type: ignore[arg-type]
-
-
-def bos_words(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> str:
-    """`with '<s>' (id 1)`, or `without a BOS token`."""
-    names = (f"{tokenizer.convert_ids_to_tokens(i)!r} (id {i})" for i in ids)
-    return f"with {' '.join(names)}" if ids else "without a BOS token"
+def vocabulary_size(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """The largest id + 1: rows that a table needs. len(tokenizer) counts entries, and ids may have gaps."""
+    return 1 + max(tokenizer.get_vocab().values())
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":

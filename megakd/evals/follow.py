@@ -35,8 +35,8 @@ from megakd.files import (
     sha256,
     write_json,
 )
+from megakd.identity import sampled_files
 from megakd.log import clock, log_evaluation, say
-from megakd.models.hub import weights_fingerprint
 from megakd.run import Run
 from megakd.tasks import claimed
 
@@ -134,14 +134,14 @@ class Follower:
         return bool(known) and self._content(name, checkpoint) in known
 
     def _content(self, name: str, checkpoint: Path) -> str:
-        """A hash of a checkpoint's weights (`weights_fingerprint`) and of the small files in it."""
+        """A hash of a checkpoint's weights (`sampled_files`, for damaged ones too) and of the small files in it."""
         with suppress(OSError):  # gone meanwhile
             key = (name, checkpoint.stat().st_mtime_ns)
             if key not in self.fingerprints:
                 files = [*checkpoint.glob("weights/*"), *checkpoint.glob("checksums/*"), checkpoint / "progress.json"]
                 small = {p.name: sha256(p) for p in sorted(files) if p.suffix != ".safetensors"}
                 small |= {p.name: sha256(p) for p in checkpoint.glob(BESIDE)}
-                self.fingerprints[key] = digest([weights_fingerprint(checkpoint / "weights"), small])
+                self.fingerprints[key] = digest([sampled_files(checkpoint / "weights"), small])
             return self.fingerprints[key]
         return ""
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from megakd.data.records import Batch
 from megakd.data.shards import ShardSet, read_manifest
-from megakd.data.tokens import load_tokenizer, tokenizer_facts
+from megakd.data.tokens import load_tokenizer, tokenizer_facts, vocabulary_size
 from megakd.dist import read_world
 from megakd.engine.checkpoint import BESIDE, Progress
 from megakd.errors import UserError
@@ -28,6 +28,7 @@ from megakd.files import digest, read_json, resolve, write_json
 from megakd.log import say
 from megakd.models.hub import load_model
 from megakd.models.routing import Router, choices, copies, find_routers, in_place_of
+from megakd.models.tables import check_tables
 from megakd.objectives.sar import SEPARATOR
 from megakd.run import Run
 
@@ -134,6 +135,10 @@ class Meter:
     def _load(self, subject: Subject) -> Any:
         try:
             model = load_model(subject.folder, getattr(torch, self.config.model.dtype))
+            facts = self.holdout.facts.get("tokens", self.holdout.facts)
+            reads_other_tokens = self.tokenizers is not None and subject.name == "teacher"
+            size = vocabulary_size(self.tokenizers.model) if reads_other_tokens else facts["tokenizer"]["vocab_size"]
+            check_tables(model, subject.folder, size, facts["sequence_length"])
         except UserError as error:
             raise Unusable(str(error)) from error
         except MemoryError:  # not the model's fault

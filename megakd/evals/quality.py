@@ -13,6 +13,7 @@ from megakd.data.align import pair
 from megakd.data.batches import collate, prefetch
 from megakd.data.records import IGNORED, Batch
 from megakd.data.shards import ShardSet
+from megakd.data.tokens import vocabulary_size
 from megakd.log import Progress
 from megakd.losses.distill import topk_kl
 
@@ -66,7 +67,7 @@ def evaluate_model(
     stored, facts = holdout.layout is not None, holdout.facts
     assert not (stored and tokenizers), holdout.folder  # targets are of the hold-out's tokens
     vocab_size = facts["vocab_size"] if stored else facts["tokenizer"]["vocab_size"]
-    vocab_size = len(tokenizers.model) if tokenizers else vocab_size
+    vocab_size = vocabulary_size(tokenizers.model) if tokenizers else vocab_size
     length = (facts["tokens"] if stored else facts)["sequence_length"]
     batches = _batches(holdout, batch_size, length, tokenizers)
     progress = Progress(f"evaluate {name}", len(holdout), "windows")

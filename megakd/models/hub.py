@@ -1,6 +1,5 @@
 """Checkpoints on disk: resolve a name to a folder, read tensor by tensor, write sharded safetensors."""
 
-import hashlib
 import json
 import math
 import shutil
@@ -14,26 +13,30 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megakd.errors import UserError
-from megakd.files import read_json, write_json
+from megakd.dist import read_world
+from megakd.errors import UserError, foreign
+from megakd.files import write_json
+from megakd.identity import INDEX, WEIGHTS, stored_tensors, tensor_hash
 from megakd.log import say
 from megakd.models.spec import MoESpec, outside
 
 SHARD_BYTES = 2 * 2**30
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CODE = ("shared_core.py", "student.py")  # what a student's folder needs to be loaded without MegaKD
 
 
 def load_model(folder: Path, dtype: torch.dtype) -> Any:
-    """A causal LM of any family, compact students included, from a folder of safetensors."""
+    """A causal LM of any family, compact students included, from a folder of safetensors.
+
+    UserError when transformers cannot load it, or would fill in tensors with random numbers; says which of its tensors
+    the model has no place for.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    import megakd.models.student  # noqa: F401  (registers the student with AutoModelForCausalLM)
-
+    check_folder(folder, load_config(folder))
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    try:
+    with foreign(f"{folder}: not a model that transformers can load"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
@@ -42,12 +45,12 @@ def load_model(folder: Path, dtype: torch.dtype) -> Any:
             output_loading_info=True,
             trust_remote_code=False,  # else it would ask at the terminal, and a "y" would run the folder's code
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{folder}: not a model that transformers can load ({str(error).splitlines()[0]})") from error
     model, info = loaded
     if info["missing_keys"]:  # transformers would go on with random numbers in their place
         missing = sorted(info["missing_keys"])
         raise UserError(f"{folder}: {len(missing)} tensors of the model are missing, the first is {missing[0]}")
+    if info["unexpected_keys"]:
+        _say_unused(folder, sorted(info["unexpected_keys"]))
     return model
 
 
@@ -55,39 +58,61 @@ def load_config(folder: Path) -> Any:
     """The Hugging Face config of a folder."""
     from transformers import AutoConfig
 
-    import megakd.models.student  # noqa: F401
+    import megakd.models.student  # noqa: F401  (registers the student with AutoModelForCausalLM)
 
-    try:
+    with foreign(f"{folder}: no config.json that transformers can load"):
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{folder}: no config.json that transformers can load ({str(error).splitlines()[0]})"
-        ) from error
 
 
 def empty_model(folder: Path) -> Any:
     """The model of a folder without its weights (on the meta device): names and shapes of parameters, no memory."""
+    return model_of(load_config(folder), str(folder))
+
+
+def model_of(config: Any, place: str) -> Any:
+    """A model without weights, on the meta device, of a config; UserError naming `place` when there is none."""
     from transformers import AutoModelForCausalLM
 
-    config = load_config(folder)
-    with torch.device("meta"):
+    with foreign(f"{place}: config.json describes no model that transformers can make"), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
-def weights_fingerprint(folder: Path) -> str:
-    """A hash of a checkpoint that any training step changes: per file its name, size, header, and 64 spread pieces.
+def check_folder(folder: Path, config: Any) -> None:
+    """UserError where two readers of a model folder would see two models (see `stored_tensors` too)."""
+    tensors = stored_tensors(folder)
+    if other := getattr(config, "transformers_weights", None):
+        raise UserError(
+            f"{folder}: config.json names {other} as transformers_weights, which other programs do not read; rename "
+            f"it to {WEIGHTS} and delete that entry"
+        )
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if getattr(config, "tie_word_embeddings", False) and head in tensors and embedding in tensors:
+        one, two = (tensor_hash(folder, tensors[name]) for name in (head, embedding))
+        if one != two:
+            raise UserError(
+                f"{folder}: config.json says tie_word_embeddings, but {head} and {embedding} differ; set "
+                f"tie_word_embeddings to false, or delete {head}: some programs would tie them, others not"
+            )
 
-    Reading all of a 61 GB teacher takes minutes, 64 pieces of 64 KiB a file none. Files under 4 MiB are read whole.
-    """
-    total = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        total.update(f"{path.name} {size}\n".encode())
-        with path.open("rb") as file:
-            for place in range(0, size, max(size // 64, 65536)):
-                file.seek(place)
-                total.update(file.read(65536))
-    return total.hexdigest()[:16]
+
+def check_unquantized(folder: Path, config: Any, purpose: str) -> None:
+    """UserError when config.json says that the weights are quantized: raw tensors are then not what the model uses."""
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return
+    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+    raise UserError(
+        f"{folder}: config.json has a quantization_config ({getattr(method, 'value', method)}); {purpose} needs float "
+        "weights: save the model in bfloat16, or delete that entry if the weights are not quantized"
+    )
+
+
+def _say_unused(folder: Path, names: list[str]) -> None:
+    if read_world().first:
+        say(
+            f"{folder}: {len(names)} tensors of its files are left out, for the model of config.json has none of those "
+            f"names; the first is {names[0]}"
+        )
 
 
 class Checkpoint:
@@ -95,23 +120,17 @@ class Checkpoint:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        if (folder / INDEX).exists():
-            index = read_json(folder / INDEX)
-            if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
-                raise UserError(f"{folder / INDEX}: no weight_map from tensor names to files in it")
-            self.files: dict[str, str] = index["weight_map"]
-        elif (folder / WEIGHTS).exists():
-            with self._open(WEIGHTS) as file:
-                self.files = dict.fromkeys(file.keys(), WEIGHTS)
-        else:
-            raise UserError(f"{folder}: neither {WEIGHTS} nor {INDEX} here; MegaKD reads safetensors")
+        self.stored = stored_tensors(folder)
+        self.files = {name: tensor.file for name, tensor in self.stored.items()}
 
     def tensor(self, name: str, rows: slice | None = None) -> Tensor:
         """A tensor; rows: of the second dimension, the others are not read."""
         return self._read(name, lambda file: file.get_tensor(name) if rows is None else file.get_slice(name)[:, rows])
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._read(name, lambda file: tuple(file.get_slice(name).get_shape()))
+        if name not in self.stored:
+            raise UserError(f"{self.folder}: no tensor {name} in it")
+        return self.stored[name].shape
 
     def _read(self, name: str, read: Callable[[Any], Any]) -> Any:
         if name not in self.files:
@@ -132,6 +151,35 @@ class Checkpoint:
                 f"num_hidden_layers = {config.num_hidden_layers}"
             )
         return [name for name in self.files if not outside(config, name)]
+
+    def names_of(self, spec: MoESpec, config: Any) -> list[str]:
+        """`names`, without those that the family's model has no place for, of which it says how many.
+
+        UserError when a tensor of the model, experts apart, is missing or of another shape.
+        """
+        model = model_of(config, str(self.folder))
+        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        found, unused = [], []
+        for name in self.names(config):
+            module_name = spec.module_name(name)
+            if not spec.is_expert(name) and module_name not in expected:
+                unused.append(name)
+                continue
+            found.append(name)
+            if not spec.is_expert(name) and self.shape(name) != expected[module_name]:
+                raise UserError(
+                    f"{self.place(name)} has shape {self.shape(name)}, config.json says {expected[module_name]}"
+                )
+        if unused:
+            _say_unused(self.folder, unused)
+        there = {spec.module_name(name) for name in found}
+        tied = model.all_tied_weights_keys
+        missing = [n for n in expected if n not in there and not spec.is_expert(n) and tied.get(n) not in there]
+        if missing:
+            raise UserError(
+                f"{self.folder}: {len(missing)} tensors of the model are missing, the first is {missing[0]}"
+            )
+        return found
 
     def place(self, name: str) -> str:
         """FILE: TENSOR, for messages."""

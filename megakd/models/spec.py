@@ -93,6 +93,17 @@ def spec_for(config: Any, place: str) -> MoESpec:
     return SPECS[family]
 
 
+def check_preset(family: str, place: object) -> None:
+    """UserError, naming `place`, when DeepSpeed cannot shard the experts of a family (a model_type) over ranks."""
+    from deepspeed.module_inject.auto_ep_presets.registry import available_preset_names
+
+    if family not in (known := available_preset_names()):
+        raise UserError(
+            f"{place}: DeepSpeed has no expert-parallel preset for {family!r}, only for {', '.join(known)}; set "
+            "logits.parallel=zero3 in a new run"
+        )
+
+
 def outside(config: Any, name: str) -> bool:
     """Whether a checkpoint's tensor belongs to a layer beyond the model's, as DeepSeek's for multi-token prediction."""
     found = re.match(r"model\.layers\.(\d+)\.", name)

@@ -14,7 +14,7 @@ from megakd.data.records import IGNORED, Batch, TeacherTargets
 from megakd.errors import UserError
 
 # Of one [chunk, V] buffer in float32. On CPUs below what glibc returns to the system at once: 16 MB (27 positions at
-# 152k) is several times as fast as 128 MB; on GPUs large enough for the head's matrix product (440 positions).
+# 152k) is several times as fast as 128 MB; elsewhere large enough for the head's matrix product (440 positions).
 CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}
 
 
@@ -38,7 +38,7 @@ class Teacher(nn.Module):
         if self.unchecked:
             self._check(self.unchecked.pop(), tokens_BT[:, :8])
         hidden_ND = self.model(tokens_BT, position_ids=positions_BT, use_cache=False).last_hidden_state.flatten(0, 1)
-        rows = max(CHUNK_BYTES[hidden_ND.device.type] // (4 * self.vocab_size), 1)
+        rows = max(CHUNK_BYTES["cpu" if hidden_ND.device.type == "cpu" else "cuda"] // (4 * self.vocab_size), 1)
         wholes: list[Tensor] = []
         for start in range(0, len(hidden_ND), rows):
             here = slice(start, start + rows)

@@ -276,5 +276,5 @@ def test_a_teacher_that_changed_meanwhile(recipe, teacher, tmp_path):
     tensors = load_file(folder / "model.safetensors")
     tensors[NAME] += 1
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match="begun with weights"):
+    with pytest.raises(UserError, match="begun with a teacher of fingerprint"):
         compress.main(run, Namespace())

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from megakd.files import read_json, read_json_lines, write_json
-from megakd.models.hub import CODE, load_model, weights_fingerprint
+from megakd.identity import fingerprint
+from megakd.models.hub import CODE, load_model
 from tests.conftest import in_process
 from tests.objectives.sar import sar_recipe
 
@@ -119,7 +120,7 @@ def test_export_of_sar_holds_the_routers_by_their_names_in_the_teacher(sar, teac
     before = load_model(teacher, torch.float32).state_dict()
     assert list(found) == list(plain) == [f"{gate}.weight" for gate in GATES]
     facts = read_json(folder / "router_update" / "router_update.json")
-    about = {"id": teacher.name, "revision": None, "weights": weights_fingerprint(teacher)}
+    about = {"id": teacher.name, "revision": None, "weights": fingerprint(teacher)}
     assert facts["teacher"] == about and facts["step"] == 7 and facts["router_patterns"] == []
     assert [facts[key] for key in ("routing", "initial_top_k", "final_top_k")] == ["top_m", 2, 3]
     for gate in GATES:

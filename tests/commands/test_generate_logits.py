@@ -5,18 +5,20 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megakd import cli
+from megakd import cli, preflight
 from megakd.commands import generate_logits
 from megakd.data.records import Sample
 from megakd.data.shards import ShardSet, shard_name, write_shard
 from megakd.errors import UserError
 from megakd.files import read_json, write_json
+from megakd.identity import fingerprint, sampled_files
 from megakd.log import clock as in_words
 from megakd.run import Run
 from tests.conftest import files
@@ -237,3 +239,66 @@ def test_a_teacher_that_answers_nan_is_refused(sibling, teacher, prepared, tmp_p
     run.path("data", "tokens").symlink_to((prepared / "data" / "tokens").resolve())
     with pytest.raises(UserError, match="NaN"):
         megakd("generate-logits", run.folder)
+
+
+def run_of_a_copy(recipe, teacher, prepared, tmp_path) -> tuple[Run, Path]:
+    """A run over the tokens of `prepared` whose teacher is a copy, and that copy's config.json."""
+    folder = Path(shutil.copytree(teacher, tmp_path / "copy"))
+    run = Run.create(recipe, [f"model.teacher={folder}"], tmp_path / "run")
+    run.path("data").mkdir()
+    run.path("data", "tokens").symlink_to(prepared / "data" / "tokens")
+    return run, folder / "config.json"
+
+
+def test_a_teacher_whose_config_is_edited_in_mid_capture_is_refused(recipe, teacher, prepared, tmp_path):
+    """One data set then held the answers of two teachers; what was captured stays as it was."""
+    run, config = run_of_a_copy(recipe, teacher, prepared, tmp_path)
+    megakd("generate-logits", run.folder, "--max-tokens", 2000)
+    before = stored(run)
+    write_json(config, read_json(config) | {"num_experts_per_tok": 1})
+    with pytest.raises(UserError, match=r"its weights or its config\.json were changed"):
+        megakd("generate-logits", run.folder)
+    assert stored(run) == before
+
+
+def test_a_teacher_edited_while_it_is_loaded_is_refused(recipe, teacher, prepared, tmp_path, monkeypatch):
+    run, config = run_of_a_copy(recipe, teacher, prepared, tmp_path)
+    real = generate_logits.load_model
+
+    def edit_and_load(*args):
+        write_json(config, read_json(config) | {"num_experts_per_tok": 1})
+        return real(*args)
+
+    monkeypatch.setattr(generate_logits, "load_model", edit_and_load)
+    with pytest.raises(UserError, match=r"its weights or its config\.json were changed"):
+        megakd("generate-logits", run.folder)
+    assert not list(run.path("data").rglob("logits/*/*.tar"))
+
+
+def test_a_capture_begun_by_an_older_version_goes_on(recipe, teacher, prepared, tmp_path, monkeypatch):
+    """Its fingerprint is an old one, not another teacher's; and its logits train a student with a new one."""
+    run, config = run_of_a_copy(recipe, teacher, prepared, tmp_path)
+    with monkeypatch.context() as old:
+        old.setattr(generate_logits, "fingerprint", sampled_files)
+        megakd("generate-logits", run.folder, "--max-tokens", 2000)
+    done = stored(run)
+    megakd("generate-logits", run.folder)
+    after = stored(run)
+    weights = manifest(run)["facts"]["teacher"]["weights"]
+    assert weights == sampled_files(config.parent)
+    assert {name for name in done if name.endswith(".tar") and after[name] == done[name]}
+    made = {"id": str(config.parent), "revision": None}
+    new = {**made, "weights": fingerprint(config.parent)}
+    assert preflight._same_by_old_fingerprints({**made, "weights": weights}, new)
+    write_json(config, read_json(config) | {"num_experts_per_tok": 1})
+    assert not preflight._same_by_old_fingerprints({**made, "weights": weights}, new)
+
+
+def test_a_family_without_expert_parallel_preset_is_told_what_to_set(recipe, teacher, tmp_path):
+    """DeepSpeed's own answer was a ValueError after the model was loaded; plan tells it already."""
+    folder = Path(shutil.copytree(teacher, tmp_path / "copy"))
+    config = {**read_json(folder / "config.json"), "model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"]}
+    write_json(folder / "config.json", config)
+    run = Run.create(recipe, [f"model.teacher={folder}", "logits.parallel=autoep"], tmp_path / "run")
+    with pytest.raises(UserError, match=r"'qwen2_moe', only for .*qwen3_moe.*set logits\.parallel=zero3"):
+        megakd("plan", run.folder)

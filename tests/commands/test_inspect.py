@@ -123,7 +123,7 @@ def test_a_teacher_that_is_elsewhere_or_another(captured, prepared, teacher, tmp
     text = inspect(capsys, folder, "--verify")
     assert "not compared with the teacher" in text and "--teacher" in text and "after #" in text
     assert "the teacher's NLL of the labels of 8 samples" in inspect(capsys, folder, "--verify", "--teacher", moved)
-    with pytest.raises(UserError, match="made by weights"):
+    with pytest.raises(UserError, match="made by a teacher of fingerprint"):
         cli.run_verb(["inspect", str(folder), "--verify", "--teacher", str(prepared / "student-0")])
 
 

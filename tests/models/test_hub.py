@@ -1,12 +1,13 @@
 import json
 import re
+import shutil
 import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -16,10 +17,10 @@ from megakd.models.hub import (
     INDEX,
     WEIGHTS,
     Checkpoint,
+    check_unquantized,
     copy_side_files,
     load_config,
     load_model,
-    weights_fingerprint,
     write_config,
     write_weights,
 )
@@ -233,36 +234,6 @@ def test_written_tensors_may_be_views_and_parameters(tmp_path):
     assert all(torch.equal(found.tensor(name), tensor) for name, tensor in tensors.items())
 
 
-def test_fingerprint_changes_with_any_tensor(tmp_path):
-    """One value of any tensor of a small file; and it does not depend on where the folder is."""
-    tensors = hub_layout()
-    write_weights(tmp_path / "a", tensors.items(), 1000)
-    write_weights(tmp_path / "elsewhere" / "b", tensors.items(), 1000)
-    first = weights_fingerprint(tmp_path / "a")
-    assert weights_fingerprint(tmp_path / "elsewhere" / "b") == first
-    (tmp_path / "a" / "config.json").write_text("{}")
-    assert weights_fingerprint(tmp_path / "a") == first
-    seen = {first}
-    for number, name in enumerate(tensors):
-        changed = tensors | {name: tensors[name].clone()}
-        changed[name].view(-1)[-1] += 1e-3
-        write_weights(tmp_path / str(number), changed.items(), 1000)
-        seen.add(weights_fingerprint(tmp_path / str(number)))
-    assert len(seen) == 1 + len(tensors)
-
-
-def test_fingerprint_of_a_large_file_sees_a_training_step(tmp_path):
-    """Above 4 MiB pieces are read; a step changes every value, and size, names and file names always count."""
-    values = torch.randn(3, 700_001)
-    write_weights(tmp_path / "a", {"x": values}.items())
-    write_weights(tmp_path / "stepped", {"x": values + 1e-3}.items())
-    write_weights(tmp_path / "renamed", {"y": values}.items())
-    write_weights(tmp_path / "shaped", {"x": values.view(-1)}.items())
-    write_weights(tmp_path / "longer", {"x": torch.cat([values, torch.zeros(3, 1)], 1)}.items())
-    prints = [weights_fingerprint(path) for path in sorted(tmp_path.iterdir())]
-    assert len(set(prints)) == 5
-
-
 def test_resolve_of_folders(teacher, tmp_path):
     assert resolve(str(teacher)) == teacher
     assert resolve("demo") == shipped("assets", "demo-teacher")
@@ -392,3 +363,74 @@ def test_large_sums_are_no_infinite_weights(tmp_path):
     tensors = {name: torch.full_like(tensor, 3e38) for name, tensor in hub_layout().items()}
     write_weights(tmp_path, tensors.items())
     assert (Checkpoint(tmp_path).experts(SPEC, CONFIG, 0, "gate") == 3e38).all()
+
+
+def edited(teacher: Path, folder: Path, tensors: dict[str, Tensor] | None = None, **config: Any) -> Path:
+    """A copy of a teacher with tensors added or replaced, and entries of its config.json."""
+    shutil.copytree(teacher, folder)
+    if tensors:
+        save_file(load_file(folder / WEIGHTS) | tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    value = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(value | config))
+    return folder
+
+
+BIAS = "model.layers.0.self_attn.q_proj.bias"
+
+
+def test_tensors_that_config_leaves_out_are_said_and_left_out_by_every_reader(teacher, tmp_path, capsys):
+    """transformers leaves them out of the targets; the student kept them."""
+    folder = edited(teacher, tmp_path / "model", {BIAS: torch.ones(32)})
+    load_model(folder, torch.float32)
+    assert BIAS in capsys.readouterr().err
+    names = Checkpoint(folder).names_of(SPEC, load_config(folder))
+    said = capsys.readouterr().err
+    assert BIAS not in names and BIAS in said and "1 tensors" in said
+    assert set(names) == Checkpoint(teacher).files.keys()
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight"])
+def test_missing_and_misshapen_tensors_are_refused_before_compressing(teacher, tmp_path, name):
+    checkpoint, config = Checkpoint(teacher), load_config(teacher)
+    del checkpoint.stored[name], checkpoint.files[name]
+    with refused(name, "missing"):
+        checkpoint.names_of(SPEC, config)
+    folder = edited(teacher, tmp_path / "model", {name: torch.ones(7)})
+    with refused(name, "(7,)"):
+        Checkpoint(folder).names_of(SPEC, config)
+
+
+def test_tied_weights_that_differ_are_refused(teacher, tmp_path):
+    assert load_config(teacher).tie_word_embeddings
+    same = Checkpoint(teacher).tensor("model.embed_tokens.weight")
+    load_model(edited(teacher, tmp_path / "tied", {"lm_head.weight": same}), torch.float32)
+    with refused("tie_word_embeddings", "lm_head.weight"):
+        load_model(edited(teacher, tmp_path / "model", {"lm_head.weight": same + 1}), torch.float32)
+
+
+QUANTIZED = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False}
+ODD = {
+    "pad_token_id": 400,
+    "rope_parameters": {"rope_type": "yarn"},
+    "hidden_act": "swishy",
+    "hidden_size": "32",
+    "dtype": "float9",
+    "attn_implementation": "flash_attention_2",
+    "quantization_config": QUANTIZED,
+    "transformers_weights": "other.safetensors",
+}
+
+
+@pytest.mark.parametrize("entry", ODD)
+def test_odd_configs_are_one_line_that_names_the_folder(teacher, tmp_path, entry):
+    folder = edited(teacher, tmp_path / "model", **{entry: ODD[entry]})
+    with refused(folder) as error:
+        load_model(folder, torch.float32)
+    assert "\n" not in str(error.value)
+
+
+def test_a_quantization_config_is_refused_where_raw_tensors_are_read(teacher, tmp_path):
+    folder = edited(teacher, tmp_path / "model", quantization_config=QUANTIZED)
+    with refused(folder, "gptq", "compress needs float weights"):
+        check_unquantized(folder, load_config(folder), "compress")
+    check_unquantized(teacher, load_config(teacher), "compress")
