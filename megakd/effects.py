@@ -47,6 +47,10 @@ def _live(config: RunConfig) -> bool:
     return config.objective.kind != "cached"
 
 
+def _is_folder(model: str) -> bool:
+    return model == "demo" or (Path(model) / "config.json").exists()
+
+
 RULES: tuple[Rule, ...] = (
     Rule(("sar",), lambda c: c.objective.kind != "sar", "objective.kind=sar alone reads this section"),
     Rule(("online",), lambda c: c.objective.kind != "online", "objective.kind=online alone reads this section"),
@@ -144,8 +148,13 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         ("model.revision",),
-        lambda c: c.model.teacher == "demo" or (Path(c.model.teacher) / "config.json").exists(),
+        lambda c: _is_folder(c.model.teacher),
         "the teacher is a folder; hub ids alone have revisions",
+    ),
+    Rule(
+        ("model.student_revision",),
+        lambda c: c.model.student is None or _is_folder(c.model.student),
+        "model.student is no hub id, which alone has revisions",
     ),
 )
 

@@ -199,7 +199,8 @@ def ranks(config: RunConfig) -> Any:
 
 def offloaded(config: RunConfig) -> bool:
     """Whether the teacher's layers go to CPU memory."""
-    with mock.patch.multiple(assemble, **dict.fromkeys(("load_model", "build", "offload", "tokenizers"), mock.DEFAULT)):
+    names: dict[str, Any] = dict.fromkeys(("load_model", "build", "offload"), mock.DEFAULT)
+    with mock.patch.multiple(assemble, tokenizers=lambda *_: (None, None), **names):
         assemble.build_objective(config, Path("student"), mock.MagicMock())
         return assemble.offload.called  # type: ignore[attr-defined]
 
@@ -232,6 +233,9 @@ FIELDS: dict[str, Seen | Listed] = {
     "seed": Seen(3, order),
     "model.teacher": Listed("x/y", VERB, T + "test_cli.py::test_logits_of_another_teacher"),
     "model.revision": Listed("main", "resolve() downloads it; refused for a folder", beside={"model.teacher": "x/y"}),
+    "model.student_revision": Listed(
+        "main", "resolve() downloads it; refused for a folder", beside={"model.student": "x/y"}
+    ),
     "model.student": Listed(
         "x", VERB, T + "test_run.py::test_training_starts_at_the_given_student_or_the_compressed_one"
     ),
