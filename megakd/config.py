@@ -95,14 +95,19 @@ class CompressConfig(Section):
 class DataConfig(Section):
     """Where text comes from and how it is packed; see `megakd.data.documents` for what `source` may be.
 
+    revision: branch, tag or commit of a source on the hub; tokenize records the commit and stays at it.
+    bos: whether documents begin with the tokenizer's BOS token. auto: as tokenizer("text") itself begins; always: also
+    where it does not; never.
     workers: processes that tokenize, 0: the one that reads.
     """
 
     source: str = "HuggingFaceFW/fineweb"
+    revision: str | None = None
     subset: str | None = None
     split: str = "train"
     text_field: str = "text"
     streaming: bool = True
+    bos: Literal["auto", "always", "never"] = "auto"
     sequence_length: Count = Field(2048, ge=2, le=65535)
     tokens: Count = Field(int(2e9), ge=1)
     holdout_fraction: float = Field(0.001, gt=0, lt=1)

@@ -4,15 +4,17 @@ It is the same whatever the number of ranks, and where training goes on.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple
+
+import torch
 
 from megakd.config import RunConfig
 from megakd.data.align import pair
 from megakd.data.batches import Reader, collate
-from megakd.data.records import IGNORED, Batch, Sample
-from megakd.data.shards import ShardSet
+from megakd.data.records import IGNORED, Batch, Paired, Sample
+from megakd.data.shards import BLANK, ShardSet
 from megakd.data.stream import Stream, share
 from megakd.dist import World
 from megakd.engine.checkpoint import Progress
@@ -47,7 +49,7 @@ def stage_data(
     def batch_of(samples: list[Sample]) -> Batch:
         if teacher is None:
             return collate(samples, length)
-        paired = pair(samples, student, teacher, length, length + length // 4)
+        paired = without_blanks(pair(samples, student, teacher, length, length + length // 4), samples)
         return Batch(*paired.student[:3], paired=paired)
 
     try:
@@ -64,6 +66,19 @@ def stage_data(
             yield Step(batches, tokens, [reader.damaged[i] for i in bad], lost, own)
     finally:
         reader.close()
+
+
+def without_blanks(paired: Paired, samples: Sequence[Sample]) -> Paired:
+    """Blank samples, which stand for damaged ones, have no spans: no loss may compare what they hold."""
+    blank_B = torch.tensor([sample.key == BLANK for sample in samples])
+    student, teacher = (
+        side._replace(
+            spans=side.spans.masked_fill(blank_B[:, None], -1),
+            label_spans=side.label_spans.masked_fill(blank_B[:, None], -1),
+        )
+        for side in (paired.student, paired.teacher)
+    )
+    return Paired(student, teacher, paired.span_count.masked_fill(blank_B, 0))
 
 
 def wait_for(dataset: ShardSet, indices: list[int], world: World) -> Iterator[None]:

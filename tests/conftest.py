@@ -18,7 +18,8 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 import psutil
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast, Qwen3MoeForCausalLM
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3MoeForCausalLM
 
 from megakd.cli import run_verb
 from megakd.data.documents import python_documents
@@ -239,3 +240,13 @@ def run_ranks(ranks: int, *argv: object) -> str:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+def begin_texts_with_bos(folder: Path, name: str = "<s>") -> int:
+    """Give the tokenizer of a folder a token of its own that it puts before every text; returns its id."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"bos_token": name})
+    id = int(tokenizer.convert_tokens_to_ids(name))
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{name} $A", special_tokens=[(name, id)])
+    tokenizer.save_pretrained(folder)
+    return id

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from megakd.commands.train import launch
+from megakd.errors import UserError
+from megakd.run import Run
 from tests.conftest import ROOT, files, megakd
 
 SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), *sorted((ROOT / "launch").glob("*.sbatch")), ROOT / ".ci" / "run"]
@@ -64,3 +67,97 @@ def test_tasks_compress_together(recipe, prepared, tmp_path):
     script = str(ROOT / "launch" / "compress.sbatch")
     subprocess.run(["bash", script, str(run)], env=environment, check=True, capture_output=True)
     assert files(run / "student-0") == files(prepared / "student-0")
+
+
+@pytest.fixture
+def train_sh(tmp_path: Path):
+    """train_sh(HOSTFILE=…): the exit code of launch/train.sh, and its error or the launcher's arguments."""
+    stub = tmp_path / "python"
+    stub.write_text('#!/bin/sh\n[ "$1" = -c ] && echo 12345 || echo "$@"\n')
+    stub.chmod(stat.S_IRWXU)
+
+    def start(**variables: str) -> tuple[int, str]:
+        environment = {name: os.environ[name] for name in ("PATH", "HOME")} | {"PYTHON": str(stub)} | variables
+        done = subprocess.run(
+            ["bash", str(ROOT / "launch" / "train.sh"), "runs/a"], capture_output=True, text=True, env=environment
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    return start
+
+
+def test_hostfile_that_is_not_there_or_names_no_hosts_does_not_train_here(train_sh, tmp_path):
+    code, said = train_sh(HOSTFILE=str(tmp_path / "typo"))
+    assert code == 2 and f"HOSTFILE={tmp_path / 'typo'}: no such file" in said and said.count("\n") == 1
+    assert train_sh(HOSTFILE=str(tmp_path))[0] == 2
+    hosts = tmp_path / "hosts"
+    for text, words in {
+        "# nothing\n\n": "no host in it",
+        "n1 slots=8\nn2\n": "line 2: expected HOST slots=N, got: n2",
+        "n1 slots=0\n": "line 1: expected",
+        "n1 slots=1\nn1 slots=1\n": "line 2: host n1 is named twice",
+    }.items():
+        hosts.write_text(text)
+        code, said = train_sh(HOSTFILE=str(hosts))
+        assert code == 2 and words in said and said.count("\n") == 1, said
+
+
+def test_hostfile_of_one_other_host_does_not_train_here(train_sh, tmp_path):
+    hosts = tmp_path / "hosts"
+    for text, forced in {"n1 slots=2\n": True, "n1 slots=1\nn2 slots=1\n": True, "localhost slots=2\n": False}.items():
+        hosts.write_text(text)
+        code, said = train_sh(HOSTFILE=str(hosts))
+        assert code == 0 and f"--hostfile {hosts} --master_port 29500" in said, said
+        assert ("--force_multi" in said) == forced
+
+
+def test_variables_of_the_launch_are_checked(train_sh, tmp_path):
+    (tmp_path / "hosts").write_text("n1 slots=2\n")
+    for variables, words in (
+        ({"RANKS": "two"}, "RANKS=two: expected a whole number"),
+        ({"RANKS": "0"}, "RANKS=0: expected a whole number"),
+        ({"MASTER_PORT": "x"}, "MASTER_PORT=x"),
+        ({"PYTHON": "/nowhere/python"}, "PYTHON=/nowhere/python: no such program"),
+        ({"HOSTFILE": str(tmp_path / "hosts"), "RANKS": "2"}, "unset one"),
+        ({"HOSTFILE": str(tmp_path / "hosts"), "DS_ENV_FILE": "nowhere"}, "DS_ENV_FILE=nowhere: no such file"),
+    ):
+        code, said = train_sh(**variables)
+        assert code == 2 and words in said and said.count("\n") == 1, said
+    assert "--master_port 12345 --num_gpus 2 --log_level" in train_sh(RANKS="2")[1]
+
+
+def test_train_does_not_ignore_a_hostfile(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOSTFILE", "hosts")
+    with pytest.raises(UserError, match="HOSTFILE=hosts: megakd train starts ranks on this machine alone"):
+        launch(Run(tmp_path, None))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "variables, words",
+    [
+        ({}, "no job array"),
+        ({"ID": "1", "MAX": "4", "MIN": "1", "COUNT": "4"}, "an array of 4 tasks up to number 4"),  # --array=1-4
+        ({"ID": "1", "MAX": "1", "MIN": "1", "COUNT": "1"}, "an array of 1 tasks up to number 1"),  # --array=1
+        ({"ID": "0", "MAX": "14", "MIN": "0", "STEP": "2", "COUNT": "8"}, "an array of 8 tasks"),  # --array=0-15:2
+    ],
+)
+def test_array_with_gaps_does_not_leave_shards_out(tmp_path, variables, words):
+    code, said = array_job(tmp_path, {f"SLURM_ARRAY_TASK_{name}": value for name, value in variables.items()})
+    assert code == 2 and words in said and said.count("\n") == 1, said
+
+
+def test_tasks_of_one_array_job_do_not_capture_the_same_shards(tmp_path):
+    array = {"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_TASK_MAX": "1", "SLURM_ARRAY_TASK_COUNT": "2"}
+    assert array_job(tmp_path, array) == (0, "0 2\n")
+    code, said = array_job(tmp_path, {**array, "SLURM_NTASKS": "4"})
+    assert code == 2 and "--ntasks=4" in said
+
+
+def array_job(folder: Path, variables: dict[str, str]) -> tuple[int, str]:
+    """generate_logits.sbatch with an srun that prints the rank; its exit code and output."""
+    (folder / "srun").write_text('#!/bin/sh\necho "$RANK $WORLD_SIZE"\n')
+    (folder / "srun").chmod(stat.S_IRWXU)
+    environment = {"PATH": f"{folder}:{os.environ['PATH']}", **variables}
+    script = str(ROOT / "launch" / "generate_logits.sbatch")
+    done = subprocess.run(["bash", script, "runs/a"], capture_output=True, text=True, env=environment)
+    return done.returncode, done.stdout + done.stderr

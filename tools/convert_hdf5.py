@@ -38,7 +38,7 @@ from foreign import convert, exported, one_line_errors, sorted_head, two_ways
 from foreign_rows import Names, Row
 
 from megakd.data.shards import ShardSet
-from megakd.errors import UserError
+from megakd.errors import UserError, listed
 from megakd.files import publishing, sha256
 from megakd.log import Progress
 from megakd.terminal import accept_any_encoding
@@ -163,7 +163,7 @@ class Hdf5Source:
         if found is None:
             held: list[str] = []
             self.file.visititems(lambda name, item: held.append(name) if isinstance(item, h5py.Dataset) else None)
-            raise UserError(f"{self.path}: no dataset {name}; it holds {', '.join(held) or 'none'}")
+            raise UserError(f"{self.path}: no dataset {name}; it holds {listed(held) or 'none'}")
         return found
 
     def _check(self) -> None:

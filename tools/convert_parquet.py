@@ -40,9 +40,9 @@ from foreign_rows import Names, Row
 
 from megakd.data.records import Sample
 from megakd.data.shards import ShardSet
-from megakd.errors import UserError
+from megakd.errors import UserError, listed
 from megakd.files import digest, publishing, sha256
-from megakd.log import Progress
+from megakd.log import Progress, say
 from megakd.terminal import accept_any_encoding
 
 NAMES = Names("input_ids", "topk_ids", "topk_logprobs", "starts", "tail_logprob", "label_nll")
@@ -141,7 +141,7 @@ class ParquetSource:
 
     def __init__(self, path: Path):
         self.path = path
-        files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+        files = _visible(path) if path.is_dir() else [path]
         if not files:
             raise UserError(f"{path}: no *.parquet in it")
         self.parts: list[_Part] = []
@@ -254,6 +254,15 @@ def _line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
+def _visible(folder: Path) -> list[Path]:
+    """The parquet files of a folder; hidden ones are copies that file managers leave, and are counted aloud."""
+    files = sorted(folder.glob("*.parquet"))
+    hidden = [file.name for file in files if file.name.startswith((".", "_"))]
+    if hidden:
+        say(f"{folder}: {len(hidden)} hidden files are not read: {listed(hidden)}")
+    return [file for file in files if file.name not in hidden]
+
+
 def _check_columns(path: Path, schema: pa.Schema) -> None:
     whole, real = (pa.types.is_integer, "integers"), (pa.types.is_floating, "floating-point numbers")
     depth = {NAMES.tokens: (1, whole), NAMES.ids: (2, whole), NAMES.values: (2, real), NAMES.starts: (1, whole)}
@@ -261,7 +270,7 @@ def _check_columns(path: Path, schema: pa.Schema) -> None:
     for name, (lists, (fits, what)) in depth.items():
         if name not in schema.names:
             if name in (NAMES.tokens, NAMES.ids, NAMES.values):
-                raise UserError(f"{path}: no column {name}; it holds {', '.join(schema.names)}")
+                raise UserError(f"{path}: no column {name}; it holds {listed(schema.names)}")
             continue
         kind: Any = schema.field(name).type
         for _ in range(lists):

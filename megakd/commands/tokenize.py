@@ -1,8 +1,10 @@
 """Stream documents, tokenize and pack them: RUN/data/tokens/train and RUN/data/tokens/holdout.
 
-Documents are assigned to the hold-out by a hash of their text, so that no run ever trains on them. Killed and started
-again, it goes on after the last finished shard and writes what an undisturbed pass would have written. So it does with
-another number of workers: they tokenize, this process reads and packs in the order of the documents.
+Documents are assigned to the hold-out by a hash of their text, so that no run ever trains on them. They begin with the
+tokenizer's BOS token where the tokenizer's own texts do (data.bos) and end with its end token. Killed and started
+again, it goes on after the last finished shard and writes what an undisturbed pass would have written: it reads again
+the documents that are packed, and refuses to go on when they have changed. The number of workers may differ: they
+tokenize, this process reads and packs in the order of the documents.
 
 examples:
   megakd tokenize runs/a
@@ -12,14 +14,14 @@ examples:
 import argparse
 import hashlib
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from megakd.config import DataConfig
-from megakd.data.documents import held_out, iter_documents, source_files
+from megakd.data.documents import SUFFIXES, find_files, held_out, hub_commit, iter_documents, source_files
 from megakd.data.records import Sample
 from megakd.data.shards import (
     MANIFEST,
@@ -33,7 +35,7 @@ from megakd.data.shards import (
     write_shard,
 )
 from megakd.data.tokenizing import tokenized
-from megakd.data.tokens import load_tokenizer, pack, tokenizer_facts
+from megakd.data.tokens import bos_of, bos_words, load_tokenizer, pack, tokenizer_facts
 from megakd.errors import UserError
 from megakd.files import read_sealed, resolve, settle
 from megakd.log import Progress, say, short
@@ -64,21 +66,92 @@ def main(run: Run, args: argparse.Namespace) -> None:
     else:
         folder = resolve(model.teacher, model.revision, weights=False)
     tokenizer = load_tokenizer(folder)
-    for part, budget in (("holdout", run.config.data.holdout_tokens), ("train", run.config.data.tokens)):
-        _tokenize_part(run, part, budget, tokenizer, folder)
+    data = run.config.data
+    commit = _commit(run)
+    say(f"tokenize: documents begin {bos_words(tokenizer, bos_of(tokenizer, data.bos))} (data.bos={data.bos})")
+    for part, budget in (("holdout", data.holdout_tokens), ("train", data.tokens)):
+        _tokenize_part(run, part, budget, tokenizer, folder, commit)
 
 
-def token_facts(data: DataConfig, part: str, tokenizer: dict[str, Any]) -> dict[str, Any]:
-    """What a folder of token shards says of itself: everything its content depends on; `files` if there are any."""
+def token_facts(
+    data: DataConfig, part: str, tokenizer: dict[str, Any], bos: list[int], commit: str | None = None
+) -> dict[str, Any]:
+    """What a folder of token shards says of itself: everything its content depends on; `files` if there are any.
+
+    bos: the ids that documents begin with. commit: of a source on the hub.
+    """
     names = ("source", "subset", "split", "text_field", "sequence_length", "shard_tokens", "holdout_fraction")
-    facts = {"part": part, "tokenizer": tokenizer, **{name: getattr(data, name) for name in names}}
+    facts = {"part": part, "tokenizer": tokenizer, "bos": bos, **{name: getattr(data, name) for name in names}}
     files = source_files(data.source)
-    return {**facts, "files": files} if files else facts
+    return {**facts, **({"files": files} if files else {}), **({"commit": commit} if commit else {})}
 
 
-def _tokenize_part(run: Run, part: str, budget: int, tokenizer: Any, tokenizer_folder: Path) -> None:
+def recorded_facts(folder: Path) -> dict[str, Any] | None:
+    """The facts of the shards that are in a folder; None when there are none that can be read."""
+    for name, kind in (("manifest", MANIFEST), (shard_name(0), SIDECAR)):
+        with suppress(UserError):  # missing or damaged: it is written again
+            return read_sealed(folder / f"{name}.json", kind, VERSION)["facts"]
+    return None
+
+
+def _commit(run: Run) -> str | None:
+    """The commit of the hub at which text is read: that of shards that are there, else the one of now; None for files.
+
+    Says which files or which commit it is.
+    """
+    data = run.config.data
+    try:
+        found = find_files(data.source)
+    except UserError:  # a finished part needs its source no more; one that is not says what is missing
+        return None
+    if found.taken:
+        say(f"data.source {data.source}: {found.counts(SUFFIXES)}{found.passed_over()}")
+    if found.taken or data.source == "python-docs":
+        return None
+    recorded = [recorded_facts(run.path("data", "tokens", part)) or {} for part in ("holdout", "train")]
+    known = [facts["commit"] for facts in recorded if "commit" in facts and facts["source"] == data.source]
+    commit = known[0] if known else hub_commit(data.source, data.revision)
+    at = f"read at commit {commit}" if commit else "its commit is unknown, for the hub cannot be asked"
+    say(f"data.source {data.source}: {at}")
+    return commit
+
+
+def _agreed(folder: Path, now: dict[str, Any]) -> dict[str, Any]:
+    """The facts to go on with in a folder that may hold shards.
+
+    UserError when they are of other files of this source: documents have moved. They stand as they are where one side
+    names no files or commit: a finished part needs its source no more. Those without `bos` were made before there was
+    that fact, and have none. Shards that differ otherwise are made again.
+    """
+    before = recorded_facts(folder)
+    if before is None:
+        return now
+    names = {name for name in before.keys() | now.keys() if before.get(name) != now.get(name)}
+    if names - {"files", "commit"} == {"bos"} and "bos" not in before:
+        if now["bos"]:
+            say(
+                f"{folder}: documents there begin without a BOS token, as it was made before data.bos; a new run has it"
+            )
+        names -= {"bos"}
+    if names - {"files", "commit"}:
+        say(f"{folder}: shards there differ in {', '.join(sorted(names))} and are made again")
+        return now
+    was, has = before.get("files"), now.get("files")
+    if was == has or not was or not has:
+        return before
+    was, has = (f"{files['count']} files of {files['bytes']:,} bytes ({files['digest']})" for files in (was, has))
+    raise UserError(
+        f"{folder}: was made from {was}, data.source {now['source']} has {has} now; restore those, or delete "
+        f"{folder.parent} and run this again"
+    )
+
+
+def _tokenize_part(
+    run: Run, part: str, budget: int, tokenizer: Any, tokenizer_folder: Path, commit: str | None = None
+) -> None:
     data, folder = run.config.data, run.path("data", "tokens", part)
-    facts = _same_files(folder, token_facts(data, part, tokenizer_facts(tokenizer)))
+    bos = bos_of(tokenizer, data.bos)
+    facts = _agreed(folder, token_facts(data, part, tokenizer_facts(tokenizer), bos, commit))
     if known_manifest(folder, facts):
         say(f"tokenize {part}: finished")
         return
@@ -91,7 +164,7 @@ def _tokenize_part(run: Run, part: str, budget: int, tokenizer: Any, tokenizer_f
         shards.append(summary_of(shard_name(len(shards)), found))
         state = State(**found["state"])
     progress = Progress(f"tokenize {part}", budget, "tokens", done=state.windows * data.sequence_length)
-    with closing(_Windows(data, part, tokenizer, tokenizer_folder, state)) as windows:
+    with closing(_Windows(data, facts, tokenizer, tokenizer_folder, state)) as windows:
         while windows.state.windows < limit:
             samples = windows.take(min(per_shard, limit - windows.state.windows), progress)
             first = next(samples, None)
@@ -106,36 +179,16 @@ def _tokenize_part(run: Run, part: str, budget: int, tokenizer: Any, tokenizer_f
             f"data.source: {data.source} gives no {part} document (data.holdout_fraction is {data.holdout_fraction}, "
             f"{windows.read} documents were read)"
         )
+    if part == "holdout" and not state.documents:
+        raise UserError(
+            f"data.holdout_tokens: {budget:,} tokens end inside the first document of the hold-out, which has "
+            f"{windows.after.text_tokens:,}; evaluate needs a whole one; set at least as many in a new run"
+        )
     write_manifest(folder, facts, shards, complete=True, **asdict(state))
     progress.close(f"{state.documents} documents, {short(state.text_bytes)}B of text, {len(shards)} shards")
     if state.windows < limit:
         say(f"tokenize {part}: the source ended after {state.windows} of {limit} windows")
     run.record("tokenize", part=part, documents=state.documents, windows=state.windows, wanted=limit)
-
-
-def _same_files(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
-    """The facts to go on with; UserError when shards are there of other files of this source: documents have moved.
-
-    Shards stand as they are where one side names no files: a finished part needs its source no more.
-    """
-    for name, kind in (("manifest", MANIFEST), (shard_name(0), SIDECAR)):
-        try:
-            found = read_sealed(folder / f"{name}.json", kind, VERSION)["facts"]
-        except UserError:  # missing or damaged: it is written again
-            continue
-        before, now = found.get("files"), facts.get("files")
-        if before == now or {**found, "files": None} != {**facts, "files": None}:
-            continue
-        if not before or not now:
-            return found
-        was, has = (
-            f"{files['count']} files of {files['bytes']:,} bytes ({files['digest']})" for files in (before, now)
-        )
-        raise UserError(
-            f"{folder}: was made from {was}, data.source {facts['source']} has {has} now; restore those, or delete "
-            f"{folder.parent} and run this again"
-        )
-    return facts
 
 
 def _chain(first: Sample, rest: Iterator[Sample]) -> Iterator[Sample]:
@@ -146,9 +199,9 @@ def _chain(first: Sample, rest: Iterator[Sample]) -> Iterator[Sample]:
 class _Windows:
     """The samples of one part from a State on; `state` is always what a resume after the last sample needs."""
 
-    def __init__(self, data: DataConfig, part: str, tokenizer: Any, tokenizer_folder: Path, state: State):
-        self.data, self.part, self.tokenizer, self.tokenizer_folder = data, part, tokenizer, tokenizer_folder
-        self.before = self.after = self.state = state
+    def __init__(self, data: DataConfig, facts: dict[str, Any], tokenizer: Any, tokenizer_folder: Path, state: State):
+        self.data, self.facts, self.tokenizer, self.tokenizer_folder = data, facts, tokenizer, tokenizer_folder
+        self.begin = self.before = self.after = self.state = state
         self.read = state.document
         self.windows = pack(self._documents(), data.sequence_length, state.token)
 
@@ -166,29 +219,54 @@ class _Windows:
             yield Sample(f"{index:09d}", window.tokens, window.starts)
 
     def _documents(self) -> Iterator[tuple[int, list[int]]]:
-        """(index in the source, tokens with the end token) of this part's documents; keeps the counts around each."""
-        found = tokenized(self._texts(), self.tokenizer, self.tokenizer_folder, self.data.workers)
-        for index, text, ids in found:
-            tokens = [*ids, self.tokenizer.eos_token_id]
+        """(index in the source, tokens with BOS and end) of this part's documents; keeps the counts around each."""
+        bos, end = self.facts.get("bos", []), self.tokenizer.eos_token_id
+        for index, text, ids in tokenized(self._texts(), self.tokenizer, self.tokenizer_folder, self.data.workers):
+            tokens = [*bos, *ids, end]
             self.before = replace(self.after, document=index)
             content = text.encode()
             self.after = State(
                 document=index + 1,
                 documents=self.before.documents + 1,
                 text_bytes=self.before.text_bytes + len(content),
-                text_tokens=self.before.text_tokens + len(tokens),
+                text_tokens=self.before.text_tokens
+                + len(ids)
+                + 1,  # no BOS: it stands for no bytes, and is not predicted
                 text_hash=_add_hashes(self.before.text_hash, hashlib.sha256(content).hexdigest()),
             )
             yield index, tokens
 
     def _texts(self) -> Iterator[tuple[int, str]]:
-        """(index in the source, text) of this part's documents."""
-        data, skip = self.data, self.state.document
-        texts = iter_documents(data.source, data.subset, data.split, data.text_field, data.streaming, skip)
-        for index, text in enumerate(texts, skip):
+        """(index in the source, text) of this part's documents from `begin` on, when those before it are the same."""
+        data, begin = self.data, self.begin
+        if begin.document:
+            say(f"tokenize {self.facts['part']}: reads {begin.document:,} documents again, which are packed already")
+        packed = "0"
+        texts = iter_documents(
+            data.source, data.subset, data.split, data.text_field, data.streaming,
+            revision=self.facts.get("commit", data.revision),
+        )  # fmt: skip
+        index = -1
+        for index, text in enumerate(texts):
+            mine = held_out(text, data.holdout_fraction) == (self.facts["part"] == "holdout")
+            if index < begin.document:
+                packed = _add_hashes(packed, hashlib.sha256(text.encode()).hexdigest()) if mine else packed
+                continue
+            if index == begin.document:
+                self._check_packed(packed)
             self.read = index + 1
-            if held_out(text, data.holdout_fraction) == (self.part == "holdout"):
+            if mine:
                 yield index, text
+        if index < begin.document:
+            self._check_packed(packed if index + 1 == begin.document else "")
+
+    def _check_packed(self, text_hash: str) -> None:
+        """UserError when the documents before `begin` are not those that the finished shards hold."""
+        if text_hash != self.begin.text_hash:
+            raise UserError(
+                f"data.source: {self.data.source} has changed: its first {self.begin.document:,} documents are not "
+                "those that the finished shards hold; restore it, or delete RUN/data/tokens and run this again"
+            )
 
 
 def _add_hashes(total: str, more: str) -> str:

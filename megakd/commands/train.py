@@ -311,6 +311,11 @@ def launch(run: Run) -> int:
 
     DeepSpeed's launchers would end at the first signal and leave the ranks behind, or kill them before they saved.
     """
+    if os.environ.get("HOSTFILE"):
+        raise UserError(
+            f"HOSTFILE={os.environ['HOSTFILE']}: megakd train starts ranks on this machine alone; for its "
+            f"hosts run launch/train.sh {run.folder}, or unset HOSTFILE"
+        )
     accelerator = os.environ.get("DS_ACCELERATOR") or ("cuda" if torch.cuda.is_available() else "cpu")
     own = {"PYTHON": sys.executable, "RANKS": str(run.config.engine.ranks), "DS_ACCELERATOR": accelerator}
     environment = {**os.environ, **own}

@@ -1,16 +1,18 @@
 """Documents, one string each, from the hub, parquet, jsonl, txt, or the text that every CPython carries."""
 
 import ast
+import codecs
 import glob
 import gzip
 import hashlib
 import io
 import json
 import os
+import re
 import sysconfig
-import zlib
+import time
 from collections.abc import Iterator
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,20 @@ import pyarrow
 import pyarrow.parquet
 import zstandard
 
-from megakd.errors import UserError
+from megakd.data.folders import Listing, data_files, sort_out
+from megakd.errors import UserError, foreign, listed, reason
 from megakd.files import digest
+from megakd.log import say
 
-SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt")
+SUFFIXES = (".parquet", ".jsonl.gz", ".jsonl.zst", ".jsonl", ".txt")  # of one file in several, the first is read
+BOM = "\ufeff"
+OTHER_ENCODINGS = {  # the longer marks first: that of UTF-16 begins that of UTF-32
+    codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16",
+}  # fmt: skip
+WAITS = (1, 2, 4, 8, 16)  # seconds before each new attempt to go on with rows of the hub
+# what another attempt would meet again: the data is like that, or nobody may read it
+LASTING = (ValueError, TypeError, LookupError, ArithmeticError, NotImplementedError, FileNotFoundError, PermissionError)
 
 
 def iter_documents(
@@ -31,19 +43,60 @@ def iter_documents(
     text_field: str = "text",
     streaming: bool = True,
     skip: int = 0,
+    revision: str | None = None,
 ) -> Iterator[str]:
     """The documents of `source` in a fixed order, without the first `skip`.
 
     source: `python-docs` (no network), a file, folder or glob of parquet / jsonl[.gz|.zst] / txt files
-    (a txt file is one document a paragraph separated by two blank lines), else a data set on the hub,
-    streamed (`HuggingFaceFW/fineweb`). Raises UserError naming the file, line or field that is wrong.
+    (a txt file is one document a paragraph separated by two blank lines), else a data set on the hub at `revision`,
+    streamed (`HuggingFaceFW/fineweb`). Rows, lines and paragraphs without text are no documents: `skip` does not count
+    them. Raises UserError naming the file, line or field that is wrong.
     """
     if source == "python-docs":
         return islice(python_documents(), skip, None)
-    files = _files(source)
+    files = find_files(source).taken
     if files:
         return islice(_from_files(files, text_field), skip, None)
-    return _from_hub(source, subset, split, text_field, streaming, skip)
+    return _from_hub(source, subset, split, text_field, streaming, skip, revision)
+
+
+def find_files(source: str) -> Listing:
+    """The files that a source consists of, in the order in which they are read, and those that were passed over.
+
+    None at all: the source is no path. UserError when it is one and names no file that can be read.
+    """
+    if source == "python-docs":
+        return Listing([], {})
+    path = Path(source).expanduser()
+    if path.is_dir():
+        found = data_files(path, SUFFIXES)
+        if not found.taken:
+            raise UserError(
+                f"data.source: the folder {path} holds no file ending in {', '.join(SUFFIXES)}{found.passed_over()}"
+            )
+        return found
+    if path.is_file():
+        _check_suffixes([path])
+        return Listing([path], {})
+    matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
+    if not matches and (
+        path.suffix in (".parquet", ".jsonl", ".txt", ".gz", ".zst") or source.startswith(("/", ".", "~"))
+    ):
+        raise UserError(f"data.source: no file at {source}")
+    _check_suffixes(matches)
+    literal = list(takewhile(lambda part: not glob.has_magic(part), path.parts))
+    found = sort_out(Path(*literal), matches, SUFFIXES)
+    if matches and not found.taken:
+        raise UserError(f"data.source: {source} matches no file of text{found.passed_over()}")
+    return found
+
+
+def _check_suffixes(files: list[Path]) -> None:
+    for file in files:
+        if file.is_dir():
+            raise UserError(f"data.source: {file} is a folder; a pattern must name files: {file}/*{file.suffix}")
+        if not file.name.endswith(SUFFIXES):
+            raise UserError(f"data.source: {file} is none of {', '.join(SUFFIXES)}")
 
 
 def source_files(source: str) -> dict[str, Any] | None:
@@ -52,7 +105,7 @@ def source_files(source: str) -> dict[str, Any] | None:
     None: it is given by name, or nothing is there (any more). Names are those below the folder that holds all files.
     """
     try:
-        files = [] if source == "python-docs" else _files(source)
+        files = find_files(source).taken
     except UserError:  # iter_documents says it when it is asked for them
         files = []
     if not files:
@@ -103,62 +156,72 @@ def _new_docstrings(path: Path, seen: set[str]) -> Iterator[str]:
                 yield docstring
 
 
-def _files(source: str) -> list[Path]:
-    path = Path(source).expanduser()
-    if path.is_dir():
-        # Spark's data sets are folders named like files
-        files = sorted(f for f in path.rglob("*") if f.name.endswith(SUFFIXES) and not f.is_dir())
-        if not files:
-            raise UserError(f"data.source: the folder {path} holds no file ending in {', '.join(SUFFIXES)}")
-        return files
-    files = [path] if path.is_file() else sorted(Path(f) for f in glob.glob(str(path), recursive=True))
-    if not files and (
-        path.suffix in (".parquet", ".jsonl", ".txt", ".gz", ".zst") or source.startswith(("/", ".", "~"))
-    ):
-        raise UserError(f"data.source: no file at {source}")
-    for file in files:
-        if file.is_dir():
-            raise UserError(f"data.source: {file} is a folder; a pattern must name files: {file}/*{file.suffix}")
-        if not file.name.endswith(SUFFIXES):
-            raise UserError(f"data.source: {file} is none of {', '.join(SUFFIXES)}")
-    return files
-
-
 def _from_files(files: list[Path], text_field: str) -> Iterator[str]:
     for path in files:
-        try:
+        with foreign(f"{path}: cannot be read to its end"):
             yield from _from_file(path, text_field)
-        except (EOFError, OSError, UnicodeDecodeError, zlib.error, zstandard.ZstdError, pyarrow.ArrowInvalid) as error:
-            raise UserError(f"{path}: cannot be read to its end: {error}") from error
 
 
 def _from_file(path: Path, text_field: str) -> Iterator[str]:
     if path.name.endswith(".parquet"):
         return _from_parquet(path, text_field)
     if path.name.endswith(".txt"):
-        return (part for part in path.read_text(encoding="utf-8").split("\n\n\n") if part.strip())
+        return _from_text(path)
     return _from_jsonl(path, text_field)
 
 
 def _from_parquet(path: Path, text_field: str) -> Iterator[str]:
-    table = pyarrow.parquet.ParquetFile(path)
-    if text_field not in table.schema_arrow.names:
-        names = ", ".join(table.schema_arrow.names)
-        raise UserError(f"{path}: no column {text_field!r}; data.text_field may be {names}")
-    kind = table.schema_arrow.field(text_field).type
-    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-        raise UserError(f"{path}: column {text_field!r} holds {kind}, not text")
-    for batch in table.iter_batches(batch_size=256, columns=[text_field]):
-        yield from (_encodable(text) for text in batch.column(0).to_pylist() if text)
+    with pyarrow.parquet.ParquetFile(path) as table:
+        names = table.schema_arrow.names
+        if text_field not in names:
+            raise UserError(f"{path}: no column {text_field!r}; data.text_field may be {listed(names, 30)}")
+        if names.count(text_field) > 1:
+            raise UserError(f"{path}: {names.count(text_field)} columns are named {text_field!r}; rename all but one")
+        kind = table.schema_arrow.field(text_field).type
+        if not _is_text(kind):
+            raise UserError(f"{path}: column {text_field!r} holds {kind}, not text")
+        for batch in table.iter_batches(batch_size=256, columns=[text_field]):
+            yield from (_encodable(text) for text in batch.column(0).to_pylist() if text)
+
+
+def _is_text(kind: pyarrow.DataType) -> bool:
+    """Whether a column's values are strings, however it stores them."""
+    types = pyarrow.types
+    if types.is_dictionary(kind):
+        kind = kind.value_type  # type: ignore[attr-defined]
+    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+
+
+def _from_text(path: Path) -> Iterator[str]:
+    """Paragraphs between two blank lines, the newlines before the next one left out; never a file at once."""
+    lines: list[str] = []
+    newlines = 0  # at the end of `lines`
+    with _open_text(path) as file:
+        for line in file:
+            line = line.removeprefix(BOM)  # files that were put together have one before each
+            lines.append(line)
+            newlines = newlines + 1 if line == "\n" else int(line.endswith("\n"))
+            if newlines == 3:
+                yield from _if_text("".join(lines)[:-3])
+                lines, newlines = [], 0
+        yield from _if_text("".join(lines))
+
+
+def _if_text(document: str) -> Iterator[str]:
+    if document.strip():
+        yield document
 
 
 def _from_jsonl(path: Path, text_field: str) -> Iterator[str]:
     with _open_text(path) as lines:
         for number, line in enumerate(lines, 1):
+            line = line.removeprefix(BOM)
             if not line.strip():
                 continue
             try:
                 text = json.loads(line)[text_field]
+            except RecursionError as error:
+                raise UserError(f"{path}:{number}: a JSON value nested too deeply") from error
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{path}:{number}: not a JSON object with a field {text_field!r}") from error
             if text is not None and not isinstance(text, str):
@@ -173,11 +236,20 @@ def _encodable(text: str) -> str:
 
 
 def _open_text(path: Path) -> Any:
+    """A file of text, unpacked; UserError when its first bytes show that it is not UTF-8."""
     if path.name.endswith(".gz"):
-        return gzip.open(path, "rt", encoding="utf-8")
-    if path.name.endswith(".zst"):
-        return io.TextIOWrapper(io.BufferedReader(_WholeZstd(path)), encoding="utf-8")
-    return path.open(encoding="utf-8")
+        file: Any = gzip.open(path, "rb")  # noqa: SIM115 (its caller closes it)
+    elif path.name.endswith(".zst"):
+        file = io.BufferedReader(_WholeZstd(path))
+    else:
+        file = path.open("rb")
+    head = file.peek(4096)[:4096]
+    mark = next((mark for mark in OTHER_ENCODINGS if head.startswith(mark)), None)
+    if mark or b"\0" in head:
+        file.close()
+        what = f"text in {OTHER_ENCODINGS[mark]}" if mark else "no text, or text in UTF-16: it has bytes of value 0"
+        raise UserError(f"{path}: {what}; convert it to UTF-8")
+    return io.TextIOWrapper(file, encoding="utf-8")
 
 
 class _WholeZstd(io.RawIOBase):
@@ -214,20 +286,75 @@ class _WholeZstd(io.RawIOBase):
 
 
 def _from_hub(
-    source: str, subset: str | None, split: str, text_field: str, streaming: bool, skip: int
+    source: str,
+    subset: str | None,
+    split: str,
+    text_field: str,
+    streaming: bool,
+    skip: int,
+    revision: str | None = None,
 ) -> Iterator[str]:
-    import datasets
+    """The documents of a data set on the hub without the first `skip`; rows without text are none."""
+    texts = _hub_texts(source, subset, split, text_field, streaming, revision)
+    return islice((_encodable(text) for text in texts if text), skip, None)
 
-    try:
-        rows = datasets.load_dataset(source, subset, split=split, streaming=streaming)
-    except Exception as error:  # the hub's own errors are many; every one of them means: this source cannot be read
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"data.source: cannot open {source!r} as a file or a hub data set: {reason}") from error
-    row: Any
-    for row in rows.skip(skip):
+
+def _hub_texts(
+    source: str, subset: str | None, split: str, text_field: str, streaming: bool, revision: str | None
+) -> Iterator[str | None]:
+    """What each row of a hub data set holds in its text field."""
+    for number, row in enumerate(_hub_rows(source, subset, split, streaming, revision), 1):
         if text_field not in row:
             raise UserError(
-                f"data.source: {source} has no column {text_field!r}; data.text_field may be {', '.join(row)}"
+                f"data.source: {source} has no column {text_field!r}; data.text_field may be {listed(row, 30)}"
             )
-        if row[text_field]:
-            yield _encodable(row[text_field])
+        text = row[text_field]
+        if text is not None and not isinstance(text, str):
+            raise UserError(
+                f"data.source: {source}: row {number}: column {text_field!r} holds {type(text).__name__}, not text"
+            )
+        yield text
+
+
+def _hub_rows(
+    source: str, subset: str | None, split: str, streaming: bool, revision: str | None
+) -> Iterator[dict[str, Any]]:
+    """The rows of a hub data set in order.
+
+    When reading fails, it begins again behind the last row that it gave, after 1, 2, 4, 8 and 16 seconds; the fifth
+    attempt in a row without a new row is the last one. UserError then, or when another attempt cannot help.
+    """
+    import datasets
+
+    with foreign(f"data.source: cannot open {source!r} as a file or a hub data set"):
+        rows = datasets.load_dataset(source, subset, split=split, streaming=streaming, revision=revision)
+    given = attempts = 0
+    while True:
+        try:
+            for row in rows.skip(given) if given else rows:
+                given, attempts = given + 1, 0
+                yield dict(row)
+            return
+        except Exception as error:
+            place = f"data.source: {source}: reading broke off after {given:,} rows: {reason(error)}"
+            if isinstance(error, LASTING) or attempts == len(WAITS):
+                again = "" if isinstance(error, LASTING) else "; the same command goes on after the last finished shard"
+                raise UserError(place + again) from error
+            say(f"{place}; trying again in {WAITS[attempts]} s")
+        time.sleep(WAITS[attempts])
+        attempts += 1
+
+
+def hub_commit(source: str, revision: str | None) -> str | None:
+    """The commit at which a branch or tag of a hub data set is (None: its main branch).
+
+    None when the hub cannot be asked, for there is no network or no such data set; reading it says which.
+    """
+    if revision and re.fullmatch("[0-9a-f]{40}", revision):
+        return revision
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().dataset_info(source, revision=revision, timeout=30).sha
+    except Exception:  # every class of error there means the same here
+        return None

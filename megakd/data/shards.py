@@ -36,6 +36,7 @@ Members = dict[str, bytes]  # what a tar holds of a sample, by suffix: mkd, or t
 # numpy reads a header by ast.literal_eval, at which Python 3.11 fails now and then when threads do so at once:
 # SystemError: AST constructor recursion depth mismatch
 PARSING = Lock()
+BLANK = "blank"  # key of the sample that stands for a damaged one
 
 
 class DamagedSample(UserError):
@@ -303,7 +304,7 @@ class ShardSet:
             ids.repeat(top_k, 1), np.zeros((1, top_k), np.float32), np.zeros((1, columns), np.float32),
             ids.repeat(draws, 1), np.zeros((1, draws), np.float32), zeros, zeros,
         )  # fmt: skip
-        return Sample("blank", np.zeros(2, np.int32), np.array([0, 1], np.int32), targets if layout else None)
+        return Sample(BLANK, np.zeros(2, np.int32), np.array([0, 1], np.int32), targets if layout else None)
 
     def verify(self) -> None:
         """Re-read everything: the sha256 of every tar, then every sample; raises UserError at the first fault."""

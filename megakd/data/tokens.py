@@ -72,6 +72,39 @@ def tokenizer_facts(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
     }
 
 
+def bos_of(tokenizer: "PreTrainedTokenizerBase", rule: str = "auto") -> list[int]:
+    """The ids that every document begins with (usually one or none) by `data.bos`.
+
+    auto: those that tokenizer(text) puts before the ids of the text itself; always: the same, or its BOS token where
+    there are none; never: none. UserError when `always` finds no BOS token, or `auto` not the text.
+    """
+    if rule == "never":
+        return []
+    text = "A text"
+    own, plain = (tokenizer(text, add_special_tokens=special)["input_ids"] for special in (True, False))
+    before = [at for at in range(len(own) - len(plain) + 1) if own[at : at + len(plain)] == plain]
+    if not before:
+        raise UserError(
+            f"data.bos: {tokenizer.name_or_path}: with special tokens {text!r} is {own}, without {plain}: what it "
+            "begins texts with cannot be told; set data.bos=never"
+        )
+    if before[0]:
+        return own[: before[0]]
+    if rule == "auto":
+        return []
+    if tokenizer.bos_token_id is None:
+        raise UserError(
+            f"data.bos=always: the tokenizer of {tokenizer.name_or_path} has no BOS token; use auto or never"
+        )
+    return [int(tokenizer.bos_token_id)]  # type: ignore[arg-type]
+
+
+def bos_words(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> str:
+    """`with '<s>' (id 1)`, or `without a BOS token`."""
+    names = (f"{tokenizer.convert_ids_to_tokens(i)!r} (id {i})" for i in ids)
+    return f"with {' '.join(names)}" if ids else "without a BOS token"
+
+
 def vocabulary_size(tokenizer: "PreTrainedTokenizerBase") -> int:
     """The largest id + 1: rows that a table needs. len(tokenizer) counts entries, and ids may have gaps."""
     return 1 + max(tokenizer.get_vocab().values())

@@ -78,6 +78,8 @@ def gap_weights(gap_BT: Tensor, counted_BT: Tensor, strength: float) -> Tensor:
     gap: how far teacher and student are apart at a position, in nats; below 0 is 0. strength 0: 1 each. The factor of
     the focal loss (Lin et al. 2017, section 3.2) with a gap in the place of 1 - p, and a sum that stays the same.
     """
+    if not gap_BT.shape[-1]:  # windows of no spans
+        return wide(gap_BT)
     log_BT = strength * (wide(gap_BT).clamp(min=0) + GAP_FLOOR).log()
     log_BT = torch.where(counted_BT, log_BT, -torch.inf)
     # over the largest: a power alone may leave float32

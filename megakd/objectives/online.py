@@ -217,7 +217,9 @@ class OnlineHead(nn.Module):
         # a span's gap, in equal parts, is that of the tokens whose labels are its own
         spans = paired.teacher.label_spans
         sizes_BS = span_sizes(spans, gap_BS.shape[1]).clamp(min=1)
-        return total, named, (spans >= 0, (gap_BS / sizes_BS).gather(1, spans.clamp(min=0))[spans >= 0])
+        inside_BU = spans >= 0
+        rows_N = torch.arange(len(spans), device=spans.device)[:, None].expand_as(spans)[inside_BU]
+        return total, named, (inside_BU, (gap_BS / sizes_BS)[rows_N, spans[inside_BU]])
 
 
 class Units(NamedTuple):

@@ -13,20 +13,23 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
+import datasets
 import psutil
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 from megakd.commands import tokenize
+from megakd.data.batches import collate
 from megakd.data.documents import held_out, python_documents
 from megakd.data.records import Sample
 from megakd.data.shards import ShardSet
 from megakd.data.tokens import load_tokenizer
 from megakd.errors import UserError
+from megakd.files import write_sealed
 from megakd.models.tiny import END_OF_DOCUMENT, train_tokenizer
 from megakd.run import Run
-from tests.conftest import command, files, megakd
+from tests.conftest import begin_texts_with_bos, command, files, megakd
 
 FRACTION = 0.1
 
@@ -88,8 +91,11 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, recipe_of_text: Path) 
     return run
 
 
-def documents_of(shards: ShardSet, end: int) -> Iterator[list[int]]:
-    """The documents that windows were cut from: one that goes on begins the next window with its last token."""
+def documents_of(shards: ShardSet, end: int, cut: bool = False) -> Iterator[list[int]]:
+    """The documents that windows were cut from: one that goes on begins the next window with its last token.
+
+    cut: the last one may lack its end.
+    """
     document: list[int] = []
     for sample in (shards[i] for i in range(len(shards))):
         bounds = [*sample.starts.tolist(), len(sample.tokens)]
@@ -101,7 +107,7 @@ def documents_of(shards: ShardSet, end: int) -> Iterator[list[int]]:
             if document[-1] == end:
                 yield document
                 document = []
-    assert not document
+    assert cut or not document
 
 
 def test_shards_hold_every_document_of_fineweb_once_with_its_end(undisturbed, texts):
@@ -123,9 +129,9 @@ def test_shards_hold_every_document_of_fineweb_once_with_its_end(undisturbed, te
 
 
 def test_the_budget_gives_the_first_windows_of_the_whole(undisturbed, recipe_of_text, tmp_path):
-    run = Run.create(recipe_of_text, ["data.tokens=7000", "data.holdout_tokens=64"], tmp_path / "run")
+    run = Run.create(recipe_of_text, ["data.tokens=7000", "data.holdout_tokens=128"], tmp_path / "run")
     tokenize.main(run, Namespace())
-    for part, windows in (("train", 110), ("holdout", 1)):
+    for part, windows in (("train", 110), ("holdout", 2)):
         whole, less = (ShardSet(r.path("data", "tokens", part)) for r in (undisturbed, run))
         assert len(less) == windows
         for i in range(windows):
@@ -271,3 +277,141 @@ def test_a_finished_part_needs_its_source_no_more(fineweb, recipe_of_text, tmp_p
     (run.path("data", "tokens", "train") / "shard-00001.json").unlink()
     with pytest.raises(UserError, match=f"no file at {source}"):
         tokenize.main(run, Namespace())
+
+
+def test_a_source_whose_packed_documents_changed_is_refused(recipe_of_text, texts, tmp_path, monkeypatch):
+    """Same name, same size: only reading again what was packed shows it."""
+    source = tmp_path / "text.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:60]))
+    run = Run.create(recipe_of_text, [f"data.source={source}"], tmp_path / "run")
+    interrupted(monkeypatch, run, "shard-00001")
+    before, content = files(run.path("data", "tokens")), source.read_text()
+    source.write_text(content.replace("assert", "asserT", 1))
+    with pytest.raises(UserError, match=rf"{source} has changed: its first \d+ documents are not those that"):
+        tokenize.main(run, Namespace())
+    source.write_text(content)
+    tokenize.main(run, Namespace())
+    assert before.items() <= files(run.path("data", "tokens")).items()
+
+
+def interrupted(monkeypatch: pytest.MonkeyPatch, run: Run, shard: str) -> None:
+    """Tokenize as if killed when the train part begins that shard."""
+    write_shard = tokenize.write_shard
+
+    def dies(folder: Path, name: str, *rest: Any, **named: Any) -> Any:
+        if (folder.name, name) == ("train", shard):
+            raise KeyboardInterrupt
+        return write_shard(folder, name, *rest, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenize, "write_shard", dies)
+        with pytest.raises(KeyboardInterrupt):
+            tokenize.main(run, Namespace())
+
+
+def test_a_hub_set_with_empty_rows_is_resumed_at_its_commit(recipe_of_text, texts, tmp_path, monkeypatch, capsys):
+    """Rows counted as documents repeated 40 documents; a moved branch would have mixed two data sets."""
+    rows = [{"text": value} for text in texts[:60] for value in (text, "", None)]
+    asked: list[Any] = []
+
+    def load_dataset(*_: Any, revision: Any, **__: Any) -> Any:
+        asked.append(revision)
+        return datasets.Dataset.from_list(rows).to_iterable_dataset()
+
+    commits = iter(["a" * 40, "a" * 40, "b" * 40])
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(tokenize, "hub_commit", lambda source, revision: next(commits))
+    whole = Run.create(recipe_of_text, ["data.source=some/set"], tmp_path / "whole")
+    tokenize.main(whole, Namespace())
+    run = Run.create(recipe_of_text, ["data.source=some/set"], tmp_path / "run")
+    interrupted(monkeypatch, run, "shard-00002")
+    tokenize.main(run, Namespace())
+    assert files(run.path("data", "tokens")) == files(whole.path("data", "tokens"))
+    assert set(asked) == {"a" * 40} and next(commits) == "b" * 40  # shards that are there say which
+    assert ShardSet(run.path("data", "tokens", "train")).facts["commit"] == "a" * 40
+    assert f"data.source some/set: read at commit {'a' * 40}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", '{"text": ""}\n', '{"text": "x"}\n'])
+def test_a_source_too_small_for_both_parts_is_one_line(recipe_of_text, tmp_path, content):
+    (tmp_path / "text").mkdir()
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / "text" / name).write_text(content)
+    run = Run.create(recipe_of_text, [f"data.source={tmp_path / 'text'}"], tmp_path / "run")
+    with pytest.raises(UserError, match=r"gives no (holdout|train) document"):
+        tokenize.main(run, Namespace())
+    assert not list(run.path("data").rglob("*.tar")) and not list(run.path("data").rglob("manifest.json"))
+
+
+def test_a_hold_out_that_ends_inside_its_first_document_is_refused(recipe_of_text, tmp_path):
+    run = Run.create(recipe_of_text, ["data.holdout_tokens=64"], tmp_path / "run")
+    with pytest.raises(
+        UserError, match=r"64 tokens end inside the first document of the hold-out, which has 86; .* set"
+    ):
+        tokenize.main(run, Namespace())
+    assert not run.path("data", "tokens", "holdout", "manifest.json").exists()
+    enough = Run.create(recipe_of_text, ["data.holdout_tokens=86", "data.tokens=64"], tmp_path / "enough")
+    tokenize.main(enough, Namespace())
+    assert ShardSet(enough.path("data", "tokens", "holdout")).manifest["documents"] == 1
+
+
+@pytest.fixture(scope="module")
+def with_bos(tmp_path_factory: pytest.TempPathFactory, recipe_of_text: Path) -> Path:
+    """The recipe with a tokenizer that puts a token of its own before every text, as Llama's and Gemma's do."""
+    folder = tmp_path_factory.mktemp("with-bos")
+    value = json.loads(recipe_of_text.read_text())
+    shutil.copytree(value["model"]["teacher"], folder / "teacher")
+    begin_texts_with_bos(folder / "teacher")
+    value["model"]["teacher"] = str(folder / "teacher")
+    value["data"] |= {"tokens": 20000, "holdout_tokens": 5000}
+    (folder / "recipe.json").write_text(json.dumps(value))
+    return folder / "recipe.json"
+
+
+def test_documents_begin_as_the_tokenizers_own_texts_do(with_bos, texts, tmp_path, capsys):
+    run = Run.create(with_bos, [], tmp_path / "run")
+    tokenize.main(run, Namespace())
+    assert "tokenize: documents begin with '<s>' (id 600) (data.bos=auto)" in capsys.readouterr().err
+    tokenizer = load_tokenizer(Path(run.config.model.teacher))
+    assert tokenizer("x")["input_ids"][0] == 600
+    shards = ShardSet(run.path("data", "tokens", "holdout"))
+    mine = [text for text in texts if held_out(text, FRACTION)]
+    expected = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in mine]
+    assert list(documents_of(shards, tokenizer.eos_token_id, cut=True)) == expected[: shards.manifest["documents"]]
+    assert shards.facts["bos"] == [600]
+    # what bits per byte are computed with: the tokens of the text, each predicted once
+    whole = expected[: shards.manifest["documents"]]
+    assert shards.manifest["text_tokens"] == sum(map(len, whole)) - len(whole)
+    # position 0 of a document is BOS, and no position has BOS as its label
+    for sample in (shards[i] for i in range(len(shards))):
+        labels = collate([sample], 64).labels
+        assert 600 not in labels and (sample.tokens[sample.starts[1:]] == 600).all()
+
+
+@pytest.mark.parametrize(("rule", "bos"), [("never", []), ("always", [600]), ("auto", [600])])
+def test_the_rule_of_bos_is_stated_in_the_manifest(with_bos, tmp_path, rule, bos):
+    run = Run.create(with_bos, [f"data.bos={rule}", "data.tokens=640"], tmp_path / "run")
+    tokenize.main(run, Namespace())
+    shards = ShardSet(run.path("data", "tokens", "train"))
+    assert shards.facts["bos"] == bos and int((shards[0].tokens == 600).sum()) == len(shards[0].starts) * len(bos)
+
+
+def test_shards_from_before_bos_was_a_fact_stay_without_it(with_bos, tmp_path, capsys):
+    """A run of an older version: neither config nor shards name BOS; the second half must be as the first."""
+    run = Run.create(with_bos, ["data.bos=never"], tmp_path / "run")
+    tokenize.main(run, Namespace())
+    whole = files(run.path("data", "tokens"))
+    for path in run.path("data", "tokens").rglob("*.json"):
+        value = json.loads(path.read_text())
+        del value["facts"]["bos"], value["seal"]
+        write_sealed(path, value)
+    old = files(run.path("data", "tokens"))
+    config = json.loads((run.folder / "config.json").read_text())
+    del config["data"]["bos"], config["data"]["revision"]
+    (run.folder / "config.json").write_text(json.dumps(config))
+    for name in ("manifest.json", "shard-00003.json"):
+        run.path("data", "tokens", "train", name).unlink()
+    tokenize.main(Run.open(run.folder), Namespace())
+    assert files(run.path("data", "tokens")) == old
+    assert {name: content for name, content in old.items() if name.endswith(".tar")}.items() <= whole.items()
+    assert "documents there begin without a BOS token, as it was made before data.bos" in capsys.readouterr().err

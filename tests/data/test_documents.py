@@ -1,20 +1,25 @@
+import codecs
 import gzip
 import json
 import os
 import subprocess
 import sys
+import time
+import tracemalloc
 from collections import Counter
+from collections.abc import Sequence
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
 from pydoc_data import topics
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
 
-from megakd.data.documents import held_out, iter_documents, python_documents, source_files
+from megakd.data.documents import _from_hub, held_out, iter_documents, python_documents, source_files
 from megakd.errors import UserError
 from megakd.files import digest
 
@@ -236,6 +241,158 @@ def test_a_lone_surrogate_does_not_get_as_far_as_the_hash(tmp_path):
         assert len(documents) == 2 and all(isinstance(held_out(d, 0.5), bool) for d in documents)
 
 
+MARK = codecs.BOM_UTF8
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.zst", "txt"])
+def test_byte_order_marks_are_no_part_of_the_text(tmp_path, kind):
+    """At the beginning, and in the middle of files that were put together."""
+    parts = [write(tmp_path, kind.split(".")[0], TEXTS).read_bytes() for _ in range(2)]
+    content = MARK + (b"\n\n\n" + MARK if kind == "txt" else MARK).join(parts)
+    path = tmp_path / f"marked.{kind}"
+    path.write_bytes({"gz": gzip.compress, "zst": zstandard.compress}.get(kind[6:], bytes)(content))
+    assert list(iter_documents(str(path))) == TEXTS * 2
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-16-le", "utf-32"])
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "txt"])
+def test_text_in_utf16_is_refused_by_that_name(tmp_path, kind, encoding):
+    """Without a mark every second byte of English is 0, which UTF-8 would take for a character."""
+    path = tmp_path / f"a.{kind}"
+    content = '{"text": "one"}\n'.encode(encoding)
+    path.write_bytes(gzip.compress(content) if kind.endswith("gz") else content)
+    expected = "UTF-32" if encoding == "utf-32" else "UTF-16"
+    assert expected in error_of(path) and "convert it to UTF-8" in error_of(path)
+
+
+def test_a_text_file_is_cut_as_one_string_would_be(tmp_path):
+    """Against str.split of the whole file, which read all of it at once."""
+    for number, text in enumerate(
+        ["a\n\n\nb", "\n\n\n\na\n\n\n\n\nb\n", "a\n\nb", "", "\n\n\n", "a\n \n\n\nb\n\n\n\n\n\nc"]
+    ):
+        (tmp_path / f"{number}.txt").write_text(text)
+        expected = [part for part in text.split("\n\n\n") if part.strip()]
+        assert list(iter_documents(str(tmp_path / f"{number}.txt"))) == expected
+
+
+def test_a_text_file_is_never_in_memory_as_a_whole(tmp_path):
+    with (tmp_path / "a.txt").open("w") as file:
+        for _ in range(200):
+            file.write("x" * 50_000 + "\n\n\n")
+    tracemalloc.start()
+    count = sum(1 for _ in iter_documents(str(tmp_path / "a.txt")))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 200 and peak < 1e6  # of 10 MB
+
+
+@pytest.mark.parametrize("column", ["string_view", "dictionary", "large_string"])
+def test_parquet_text_is_read_however_it_is_stored(tmp_path, column):
+    texts = pyarrow.array([*TEXTS, None, ""])
+    kinds = {"string_view": pyarrow.string_view(), "large_string": pyarrow.large_string()}
+    stored = texts.dictionary_encode() if column == "dictionary" else texts.cast(kinds[column])
+    pyarrow.parquet.write_table(pyarrow.table({"text": stored}), tmp_path / "a.parquet")
+    assert list(iter_documents(str(tmp_path / "a.parquet"))) == TEXTS
+
+
+def test_two_parquet_columns_of_one_name_are_refused(tmp_path):
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert "a.parquet: 2 columns are named 'text'" in error_of(tmp_path / "a.parquet")
+
+
+def test_a_line_nested_too_deeply_is_named_with_its_number(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"text": "x", "y": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
+    assert "a.jsonl:2: a JSON value nested too deeply" in error_of(tmp_path / "a.jsonl")
+
+
+def test_whatever_a_library_raises_names_the_file(tmp_path, monkeypatch):
+    path = write(tmp_path, "parquet", TEXTS)
+
+    def strange(*_: object, **__: object) -> None:
+        raise pyarrow.ArrowKeyError("a fault of a class that no list has")
+
+    monkeypatch.setattr(pyarrow.parquet.ParquetFile, "iter_batches", strange)
+    assert error_of(path).startswith(f"{path}: cannot be read to its end: ") and "no list has" in error_of(path)
+
+
+class Hub:
+    """`datasets.load_dataset` of rows in memory, whose reading fails at the given rows, each time once."""
+
+    def __init__(self, rows: list[dict[str, object]], fails: list[int], error: Exception):
+        self.rows, self.fails, self.error = rows, fails, error
+        self.asked: list[object] = []
+        self.waits: list[float] = []
+
+    def load_dataset(self, *_: object, revision: object = None, **__: object) -> datasets.IterableDataset:
+        self.asked.append(revision)
+        return datasets.IterableDataset.from_generator(self.generate)
+
+    def generate(self):
+        for number, row in enumerate(self.rows):
+            if number in self.fails:
+                self.fails.remove(number)
+                raise self.error
+            yield row
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    def make(rows: list[dict[str, object]], fails: Sequence[int] = (), error: Exception | None = None) -> Hub:
+        made = Hub(rows, list(fails), error or ConnectionError("Connection broken: IncompleteRead"))
+        monkeypatch.setattr(datasets, "load_dataset", made.load_dataset)
+        monkeypatch.setattr(time, "sleep", made.waits.append)
+        return made
+
+    return make
+
+
+EMPTY_ROWS = [{"text": text} for i in range(12) for text in (f"document {i}", "", None)]
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_rows_without_text_are_not_counted_when_a_hub_source_is_resumed(tmp_path, streaming):
+    (tmp_path / "data").mkdir()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(EMPTY_ROWS), tmp_path / "data" / "train-00000.parquet")
+    for skip in (0, 3, 7, 12, 13):
+        found = list(_from_hub(str(tmp_path), None, "train", "text", streaming, skip))
+        assert found == [f"document {i}" for i in range(skip, 12)]
+
+
+def test_a_connection_that_breaks_loses_and_repeats_no_row(hub, capsys):
+    made = hub(EMPTY_ROWS, fails=[0, 5, 5, 5, 5, 5, 31], error=ConnectionError("broken"))
+    assert list(iter_documents("some/set", skip=2)) == [f"document {i}" for i in range(2, 12)]
+    assert made.waits == [1, 1, 2, 4, 8, 16, 1]  # begins anew after every row that came
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 7 and said[1].endswith("some/set: reading broke off after 5 rows: broken; trying again in 1 s")
+
+
+def test_a_hub_that_stays_away_is_one_line_after_five_attempts(hub):
+    made = hub(EMPTY_ROWS, fails=[5] * 9)
+    with pytest.raises(UserError, match=r"broke off after 5 rows: Connection broken: .*; the same command goes on"):
+        list(iter_documents("some/set"))
+    assert made.waits == [1, 2, 4, 8, 16]
+
+
+@pytest.mark.parametrize("error", [ValueError("no such feature"), PermissionError("gated"), KeyError("text")])
+def test_what_another_attempt_cannot_help_is_not_tried_again(hub, error):
+    made = hub(EMPTY_ROWS, fails=[5], error=error)
+    with pytest.raises(UserError, match=r"broke off after 5 rows: .*(no such feature|gated|text)"):
+        list(iter_documents("some/set"))
+    assert made.waits == []
+
+
+@pytest.mark.parametrize("value", [["a"], [{"role": "user", "content": "hi"}], 7, b"bytes", {"a": "b"}])
+def test_a_hub_column_that_holds_no_text_is_named_with_its_row(hub, value):
+    hub([{"text": value}, {"text": value}])
+    assert "some/set: row 1: column 'text' holds" in error_of("some/set")
+
+
+def test_a_hub_source_is_read_at_its_revision(hub):
+    made = hub([{"text": "x"}])
+    assert list(iter_documents("some/set", revision="v2")) == ["x"] and made.asked == ["v2"]
+
+
 def test_hub_source_that_cannot_be_reached_is_one_line():
     """In a process of its own: the hub's client reads HF_HUB_OFFLINE when it is imported."""
     program = """if True:
@@ -259,11 +416,6 @@ def test_hub_source_that_cannot_be_reached_is_one_line():
 
 def test_hub_data_sets_stream_through_datasets(tmp_path, monkeypatch):
     """The hub's own reader on a folder in its layout: `load_dataset(streaming=True)`, with and without a skip."""
-    import pyarrow
-    import pyarrow.parquet
-
-    from megakd.data.documents import _from_hub
-
     (tmp_path / "data").mkdir()
     texts = [f"document {i}" for i in range(7)]
     pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "data" / "train-00000.parquet")
