@@ -17,7 +17,8 @@ from megakd.errors import UserError
 class Rule(NamedTuple):
     """`fields` (paths, or a whole section) have no effect where `when` holds of a stage's configuration, because `why`.
 
-    replaced: something else takes their place, as recipes may well say it; that is said, not refused.
+    replaced: something else takes their place, as recipes may well say it, or a mutable field may bring them into force
+    later; that is said, not refused.
     """
 
     fields: tuple[str, ...]
@@ -134,6 +135,20 @@ RULES: tuple[Rule, ...] = (
         lambda c: c.engine.kind == "local",
         "engine.kind=local reads no DeepSpeed file",
     ),
+    Rule(("guard.window",), lambda c: c.guard.spike is None, "guard.spike is off", replaced=True),
+    Rule(
+        ("guard.rollback",),
+        lambda c: c.guard.spike is None and c.guard.nonfinite == "stop" and c.model.dtype != "float16",
+        "no update is ever skipped: guard.spike is off, and guard.nonfinite=stop ends the run",
+        replaced=True,
+    ),
+    Rule(
+        ("eval.task_folder", "eval.limit", "eval.few_shot", "eval.task_batch_size"),
+        lambda c: not c.eval.tasks,
+        "eval.tasks names no tasks; evaluate --tasks may",
+        replaced=True,
+    ),
+    Rule(("log.wandb_project",), lambda c: c.log.wandb == "disabled", "log.wandb=disabled", replaced=True),
     Rule(
         ("data.subset", "data.split", "data.streaming"),
         lambda c: c.data.source == "python-docs" or Path(c.data.source).expanduser().exists(),
