@@ -24,5 +24,7 @@ check: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
 
+# of demo/ only what `make demo` put there
 clean:
-	rm -rf .venv demo
+	rm -rf .venv demo/kd demo/ce
+	rmdir demo 2>/dev/null || true

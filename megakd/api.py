@@ -7,6 +7,7 @@ from pathlib import Path
 from megakd.cli import run_verb
 from megakd.engine.checkpoint import published
 from megakd.errors import UserError
+from megakd.names import as_text
 from megakd.run import Run
 
 RECIPE = "qwen3-30b-a3b-r64"  # its stages and rates; teacher, student and data are always given
@@ -25,11 +26,11 @@ def setup_distillation_pipeline(
     teacher: a folder or hub id. student_or_rank: a model too, or the rank that `compress` makes one of.
     data: what `data.source` may be. overrides: "section.key=value", after those.
     """
-    given = [f"model.teacher={teacher}", f"data.source={data}", "data.subset=null"]
+    given = [f"model.teacher={as_text(teacher)}", f"data.source={as_text(data)}", "data.subset=null"]
     if isinstance(student_or_rank, int):
         given.append(f"compress.rank={student_or_rank}")
     else:  # the recipe's stages are about what `compress` makes
-        given += [f"model.student={student_or_rank}", 'stages=[{"name": "all", "epochs": 1}]']
+        given += [f"model.student={as_text(student_or_rank)}", 'stages=[{"name": "all", "epochs": 1}]']
     return Run.create(recipe, [*given, *overrides], folder)
 
 

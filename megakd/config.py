@@ -4,11 +4,13 @@ import difflib
 import json
 import math
 import operator
+import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -21,7 +23,8 @@ from pydantic import (
 from pydantic_core import PydanticCustomError, PydanticKnownError
 
 from megakd.errors import UserError
-from megakd.files import digest, read_json, shipped
+from megakd.files import digest, read_json
+from megakd.names import find_deepspeed
 
 # 2e9 is how people write token counts; JSON reads it as a float.
 Count = Annotated[int, BeforeValidator(lambda v: int(v) if isinstance(v, float) and v.is_integer() else v)]
@@ -292,6 +295,20 @@ class LrRule(Section):
     lr_multiplier: float = Field(ge=0)
 
 
+LONGEST_NAME = 200  # bytes; file systems take 255, and names of files get endings
+
+
+def _folder_name(name: str) -> str:
+    """A stage's name, which is that of the folder of its checkpoints; ValueError for one that would be lost there."""
+    if name.startswith("."):
+        raise ValueError("a stage is a folder of checkpoints, whose name must not begin with a dot; try all")
+    if ".tmp-" in name or name == "best.json":  # of folders half written, and of the best checkpoint
+        raise ValueError("this name has a meaning of its own among the checkpoints; give another, like all")
+    if len(name.encode()) > LONGEST_NAME:
+        raise ValueError(f"too long for a folder: {len(name.encode())} bytes, at most {LONGEST_NAME}")
+    return name
+
+
 class StageConfig(Section):
     """A stretch of training with its own length and rules; the first rule that matches a parameter counts.
 
@@ -301,7 +318,7 @@ class StageConfig(Section):
     Adam's moments and fp32 masters of parameters that a stage goes on training come from the stage before.
     """
 
-    name: str = Field(pattern=r"^[\w.-]+$")
+    name: Annotated[str, AfterValidator(_folder_name)] = Field(pattern=r"^[\w.-]+$")
     tokens: Count | None = Field(None, ge=1)
     steps: Count | None = Field(None, ge=1)
     epochs: float | None = Field(None, gt=0)
@@ -483,11 +500,21 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
     if any(item.startswith("engine.config=") for item in overrides) and isinstance(raw.get("engine"), dict):
         raw["engine"] = {k: v for k, v in raw["engine"].items() if k != "deepspeed"}  # the copy that it replaces
     config = parse(apply_overrides(raw, overrides), str(path))
-    names = [stage.name for stage in config.stages]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"{path}: stages: two stages are named {name!r}; checkpoints need distinct names")
+    _check_distinct([stage.name for stage in config.stages], path)
     return _with_deepspeed(config, path.parent)
+
+
+def _check_distinct(names: list[str], path: Path) -> None:
+    """UserError for two stages of one name, as file systems see it: some take "All" and "all" for one."""
+    seen: dict[str, str] = {}
+    for name in names:
+        key = unicodedata.normalize("NFC", name).casefold()
+        if key in seen:
+            both = f"two stages are named {name!r}"
+            if seen[key] != name:
+                both = f"the names {seen[key]!r} and {name!r} differ in case or accents' form alone"
+            raise UserError(f"{path}: stages: {both}; checkpoints need distinct names")
+        seen[key] = name
 
 
 def parse(raw: dict[str, Any], source: str) -> RunConfig:
@@ -599,12 +626,7 @@ def _with_deepspeed(config: RunConfig, folder: Path) -> RunConfig:
 
 
 def _deepspeed_file(name: str, folder: Path, key: str) -> dict[str, Any]:
-    path = shipped("ds_configs", f"{name}.json")
-    if not path.exists():
-        path = Path(name) if Path(name).exists() else folder / name
-    if not path.exists():
-        known = ", ".join(sorted(p.stem for p in shipped("ds_configs", "").glob("*.json")))
-        raise UserError(f"{key}: {name!r} is neither a file nor one of {known}")
+    path = find_deepspeed(name, folder, key)
     content = read_json(path)
     if not isinstance(content, dict):
         raise UserError(f"{path}: a DeepSpeed file is a JSON object, not {type(content).__name__}")

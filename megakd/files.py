@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from megakd.errors import UserError
+from megakd.names import expand, holds_run, may_be_hub_id, model_folder
 
 CANNOT_WRITE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOSPC}
 CANNOT_WRITE |= {errno.EDQUOT, errno.ENAMETOOLONG}
@@ -262,32 +263,25 @@ def digest(value: Any) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
-def shipped(kind: str, name: str) -> Path:
-    """A file that comes with MegaKD: `ds_configs/zero3.json`, `launch/recipes/demo.json`, …
+def resolve(name: str | Path, revision: str | None = None, weights: bool = True) -> Path:
+    """The folder of a model: shipped, local, or a download of a hub id, as `megakd.names` tells them apart.
 
-    In a checkout these folders stand beside the package, in an installed wheel inside it.
+    UserError when it is none. weights: False downloads configuration and tokenizer alone.
     """
-    package = Path(__file__).parent
-    inside, beside = package / kind / name, package.parent / kind / name
-    return inside if inside.exists() else beside
-
-
-def resolve(name: str, revision: str | None = None, weights: bool = True) -> Path:
-    """The folder of a model: itself, the shipped `demo`, or a download of a hub id. UserError when it is none.
-
-    weights: False downloads configuration and tokenizer alone.
-    """
-    if name == "demo":
-        return shipped("assets", "demo-teacher")
-    if (Path(name) / "config.json").exists():
-        return Path(name)
-    if Path(name).exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        raise UserError(f"{name}: not a model folder (no config.json)")
+    path = expand(name)
+    if model_folder(name) is None and not path.exists():
+        settle(path.parent, path.name)
+    if (folder := model_folder(name)) is not None:
+        return folder
+    why = f"the folder {path} holds a run, no model" if holds_run(path) else "not a model folder (no config.json)"
+    if not may_be_hub_id(name):
+        raise UserError(f"{name}: {why}")
     from huggingface_hub import snapshot_download
 
     try:
         patterns = ["*.json", "*.txt", "*.model", "*.jinja", "README.md", *(["*.safetensors"] if weights else [])]
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(str(name), revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub's errors are many; each means that this model cannot be had
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"{name}: neither a folder nor a model the hub gives: {reason}") from error
+        also = f"; locally: {why}" if path.exists() else ""
+        raise UserError(f"{name}: neither a folder nor a model the hub gives: {reason}{also}") from error

@@ -1,7 +1,6 @@
 """Refuse a run that cannot train as asked, before any rank starts: data, student, rules, ranks, checkpoint."""
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from megakd.log import say
 from megakd.models.hub import check_unquantized, empty_model, load_config
 from megakd.models.spec import check_preset
 from megakd.models.tables import check_tables
+from megakd.names import expand
 from megakd.objectives.build import build
 from megakd.run import Run
 
@@ -150,7 +150,7 @@ def open_dataset(run: Run) -> ShardSet:
     stream = run.config.stream
     if (stream.follow or stream.scratch) and not stream.lanes:
         raise UserError(f"{run.folder}: stream.follow and stream.scratch need lanes; set stream.lanes=8 in a new run")
-    scratch = Path(stream.scratch) if stream.scratch else None
+    scratch = expand(stream.scratch) if stream.scratch else None
     if scratch and not scratch.is_dir():
         raise UserError(f"stream.scratch: {scratch} is no folder")
     tolerant = stream.on_damage == "skip"

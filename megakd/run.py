@@ -10,8 +10,9 @@ from typing import Any
 from megakd.config import RunConfig, apply_overrides, flatten, is_live, load_recipe, parse, parse_frozen
 from megakd.effects import check, idle_fields
 from megakd.errors import UserError
-from megakd.files import append_json, read_json, read_json_lines, resolve, settle, shipped, write_json
+from megakd.files import append_json, read_json, read_json_lines, resolve, settle, write_json
 from megakd.launcher import read_launcher
+from megakd.names import expand, find_recipe, may_be_hub_id
 
 # What a sibling run may take over from the run it was made from, and the sections each thing depends on.
 ARTIFACTS = {
@@ -34,10 +35,10 @@ class Run:
 
         From a run's folder, the student and data that the changed sections do not touch are linked, not made again.
         """
-        folder, overrides = Path(folder), list(overrides)
+        folder, overrides = expand(folder), list(overrides)
         if (folder / "config.json").exists():
             raise UserError(f"{folder}: already a run; choose another folder or open it with any other verb")
-        source = _recipe_file(recipe)
+        source = find_recipe(recipe)
         config = load_recipe(source, overrides)
         check(config, str(source))
         run = cls(folder, config)
@@ -50,7 +51,7 @@ class Run:
     @classmethod
     def open(cls, folder: str | Path, overrides: Iterable[str] = ()) -> "Run":
         """Open a run; overrides may touch live fields only and are recorded (by rank 0)."""
-        folder, overrides = Path(folder), list(overrides)
+        folder, overrides = expand(folder), list(overrides)
         settle(folder)  # like a student or an export that a killed verb was about to replace
         file = folder / "config.json"
         if not file.exists():
@@ -99,9 +100,8 @@ class Run:
         student = self.config.model.student
         if not student:
             return self.path("student-0")
-        # a hub's id is like owner/name; what looks like a folder is one, there or not
-        folder = student.startswith(("/", ".", "~")) or student.count("/") != 1 or Path(student).exists()
-        return Path(student) if folder else resolve(student, self.config.model.student_revision)
+        revision = self.config.model.student_revision
+        return resolve(student, revision) if may_be_hub_id(student) else expand(student)
 
     def _link_from(self, other: "Run") -> None:
         linked = []
@@ -116,16 +116,3 @@ class Run:
                 self.path(name).symlink_to(os.path.relpath(theirs.resolve(), self.path(name).parent.resolve()))
                 linked.append(name)
         self.record("link", run=str(other.folder), linked=linked)
-
-
-def _recipe_file(recipe: str | Path) -> Path:
-    path = Path(recipe)
-    if path.is_dir():
-        return path / "config.json"
-    if not path.exists():
-        named = shipped("launch/recipes", f"{recipe}.json")
-        if named.exists():
-            return named
-        known = ", ".join(sorted(p.stem for p in shipped("launch/recipes", "").glob("*.json")))
-        raise UserError(f"{recipe}: no such recipe; give a JSON file, a run's folder, or one of {known}")
-    return path

@@ -10,7 +10,9 @@ from tests.conftest import ROOT
 # Downward only: a layer sees those before it and itself; names in one tuple entry's set do not see each other.
 ORDER: tuple[set[str], ...] = (
     {"errors"},
+    {"names"},
     {"files", "launcher", "terminal"},
+    {"outputs"},
     {"config"},
     {"effects"},
     {"run", "dist", "log"},

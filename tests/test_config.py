@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from megakd.config import RunConfig, apply_overrides, flatten, is_live, load_recipe, parse
 from megakd.errors import UserError
-from megakd.files import shipped
+from megakd.names import shipped
 
 LIVE = {
     "data.workers",
@@ -383,3 +383,21 @@ def test_a_stage_lays_its_own_settings_over_the_runs(tmp_path):
 def test_wrong_stages_are_named(tmp_path, stage, words):
     message = error_of(tmp_path, {"stages": [{"name": "a", **stage}]})
     assert words.lower() in message.lower(), message
+
+
+@pytest.mark.parametrize(
+    "name", [".", "..", ".hidden", "best.json", "a.tmp-0123456789ab", "x" * 201, "é" * 101, "a/b", ""]
+)
+def test_a_stage_is_never_a_folder_where_nobody_looks(tmp_path, name):
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps({"stages": [{"name": name, "steps": 1}], "engine": {"kind": "local"}}))
+    with pytest.raises(UserError, match=r"recipe\.json: stages\.0\.name: "):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize("names", [("all", "All"), ("caf\u00e9", "cafe\u0301"), ("STRASSE", "straße"), ("a", "a")])
+def test_stages_do_not_share_a_folder_on_any_file_system(tmp_path, names):
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps({"stages": [{"name": n, "steps": 1} for n in names], "engine": {"kind": "local"}}))
+    with pytest.raises(UserError, match="checkpoints need distinct names"):
+        load_recipe(path)

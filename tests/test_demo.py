@@ -3,11 +3,14 @@
 import hashlib
 import json
 import re
+import shutil
 
 import pytest
 
+import megakd.commands.demo as module
+from megakd.cli import run_verb
 from megakd.files import resolve
-from tests.conftest import megakd
+from tests.conftest import in_process, megakd
 
 SHORT = ["data.tokens=80000", "data.shard_tokens=20000", "data.holdout_tokens=8000", "optim.warmup_steps=4"]
 SHORT += ["stages.0.tokens=65536", "stages.1.tokens=49152", "compress.sweeps=5", "log.wandb=disabled"]
@@ -45,3 +48,54 @@ def test_demo_ends_with_a_table_in_which_distillation_wins(tmp_path):
         json.loads(line)["event"] for line in (tmp_path / "demo" / "kd" / "history.jsonl").read_text().splitlines()
     ]
     assert events.count("train") == 1 and "checkpoint" in events
+
+
+@pytest.fixture
+def demo(tmp_path, monkeypatch):
+    """demo(*argv): the verb in a folder of its own, which makes runs and only names the other verbs; what it named."""
+    monkeypatch.chdir(tmp_path)
+    row = {"kl": 1.0, "nll": 2.0, "tokens": 3}
+    rows = [{**row, "kl": 0.0, "nll": 1.0}, row, {**row, "kl": 0.5, "nll": 1.5}]
+    monkeypatch.setattr(module, "evaluate", lambda run: rows)
+    monkeypatch.setattr(module, "quality_table", lambda rows, names: "table")
+    monkeypatch.setattr(module, "_train", lambda run: None)
+
+    def start(*argv: str, code: int = 0) -> tuple[list[str], str]:
+        named: list[str] = []
+
+        def verb(argv: list[str]) -> None:
+            named.append(argv[0])
+            if argv[0] == "new":
+                run_verb(argv)
+
+        monkeypatch.setattr(module, "run_verb", verb)
+        return named, in_process("demo", *argv, code=code)
+
+    return start
+
+
+def test_a_second_demo_goes_on_in_the_folder_of_the_first(demo, tmp_path):
+    """Its folder has the name of the recipe, `demo`, and lies in the working directory."""
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "thesis.txt").write_text("mine")
+    named, said = demo()
+    assert named.count("new") == 2 and "goes on" not in said
+    named, said = demo()
+    assert "new" not in named and named[0] == "tokenize" and "goes on in demo" in said
+    assert (tmp_path / "demo" / "thesis.txt").read_text() == "mine"
+    shutil.rmtree(tmp_path / "demo" / "ce")  # as after a kill
+    assert demo()[0].count("new") == 1
+    for changes in (["seed=3"], ["--teacher", "org/other"]):
+        assert "name another --folder" in demo(*changes, code=2)[1]
+
+
+def test_a_demo_never_takes_foreign_folders(demo, tmp_path):
+    for name, inside in (("kd", "thesis.txt"), ("ce", "config.json")):
+        file = tmp_path / name / name / inside
+        file.parent.mkdir(parents=True)
+        file.write_text('{"model_type": "llama"}')
+        named, said = demo("--folder", name, code=2)
+        assert f"{name}/{name}: exists already and is no run of the demo" in said and named == []
+        assert [path for path in (tmp_path / name).rglob("*") if path.is_file()] == [file]
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in demo("--folder", "file", code=2)[1]

@@ -27,10 +27,10 @@ from megakd.files import (
     remove,
     settle,
     sha256,
-    shipped,
     write_json,
     write_sealed,
 )
+from megakd.names import shipped
 
 SETTLE = """if True:
     import sys

@@ -41,13 +41,16 @@ from megakd.config import LrRule, OnlineConfig, RunConfig, SarConfig, flatten, i
 from megakd.data.tokens import load_tokenizer, vocabulary_size
 from megakd.effects import idle_fields
 from megakd.errors import UserError
-from megakd.files import publishing, read_json_lines, resolve, shipped, write_json
+from megakd.files import publishing, read_json_lines, resolve, write_json
 from megakd.log import clock, say, table
+from megakd.names import expand, find_recipe
+from megakd.outputs import check_file
 from megakd.run import Run
 from megakd.terminal import accept_any_encoding
 
 SETS, BASE = ("sar", "online"), "base"
 QUIET = ("log.wandb=disabled", "log.tensorboard=false")
+MARK = "made by tools/ablate.py"
 EVENT = "ablation"  # in a run's history.jsonl: what was measured of it at its end
 MEASURED = ("nll", "tokens", "teacher_nll")  # fields of a Result
 WEIGHT = 0.01  # of the terms of `sar` that are off by default, where they are switched on
@@ -114,7 +117,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("recipe", metavar="RECIPE", help="a recipe, the name of a shipped one, or a run's folder")
     add(
-        "--folder", type=Path, default=Path("ablation"), metavar="DIR", help="where the runs are (default: %(default)s)"
+        "--folder",
+        type=expand,
+        default=Path("ablation"),
+        metavar="DIR",
+        help="where the runs are (default: %(default)s)",
     )
     add("--seeds", type=int, default=3, metavar="N", help="the recipe's seed and those after it (default: %(default)s)")
     add("--set", nargs="+", default=[], metavar="NAME", help=f"of variants: {', '.join(SETS)}")
@@ -122,14 +129,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--list", action="store_true", help="print the variants and what they change, and end")
     size = f"a dense student with random weights and the teacher's tokenizer, HIDDEN a multiple of {HEAD_FEATURES}"
     add("--student", metavar="HIDDENxLAYERS", help=size)
-    add("--json", type=Path, metavar="FILE", help="write the rows there too")
-    add("--plot", type=Path, metavar="FILE", help="draw the differences there (PNG)")
+    add("--json", type=expand, metavar="FILE", help="write the rows there too")
+    add("--plot", type=expand, metavar="FILE", help="draw the differences there (PNG)")
     add("overrides", nargs="*", metavar="section.key=value", help="of the recipe")
 
 
 def ablate(args: argparse.Namespace) -> None:
     """Train and measure what is missing, then compare."""
-    recipe, overrides = recipe_file(args.recipe), [*QUIET, *args.overrides]
+    recipe, overrides = find_recipe(args.recipe), [*QUIET, *args.overrides]
+    written, drawn = (file and check_file(file, MARK) for file in (args.json, args.plot))
     config = load_recipe(recipe, overrides)
     plan = planned(args, config)
     overrides.append("objective.kind=sar")  # for all sets: a cached run's text is cut by the teacher's tokenizer
@@ -168,17 +176,10 @@ def ablate(args: argparse.Namespace) -> None:
         say(f"ablate: {index + 1}/{len(jobs)} {name}/{variant} seed {seed}: NLL {found['nll']:.4f} | {eta}")
     rows = [row for name, found in results.items() for row in compared(name, found, plan[name])]
     print(shown(rows, teacher))
-    if args.json:
-        write_json(args.json, {"teacher_nll": teacher, "rows": [row._asdict() for row in rows]})
-    if args.plot:
-        plot(rows, args.plot)
-
-
-def recipe_file(name: str) -> Path:
-    path, named = Path(name), shipped("launch/recipes", f"{name}.json")
-    if not path.exists() and not named.exists():
-        raise UserError(f"{name}: no such recipe; give a JSON file, a run's folder, or the name of a shipped recipe")
-    return named if not path.exists() else path / "config.json" if path.is_dir() else path
+    if written:
+        write_json(written, {"made_by": MARK, "teacher_nll": teacher, "rows": [row._asdict() for row in rows]})
+    if drawn:
+        plot(rows, drawn)
 
 
 def planned(args: argparse.Namespace, config: RunConfig) -> dict[str, dict[str, list[str]]]:
@@ -449,7 +450,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         axis.set_yticks(range(len(panel)), [row.variant for row in panel])
         axis.set_title(f"{name}: hold-out NLL minus the base's, 95 % intervals", fontsize=10)
     with publishing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110, metadata={"Software": None})
+        figure.savefig(temporary, format="png", dpi=110, metadata={"Software": None, "Title": MARK})
     plt.close(figure)
 
 

@@ -23,6 +23,8 @@ from megakd.files import publishing, resolve
 from megakd.identity import INDEX, fingerprint_like
 from megakd.models.hub import write_weights
 from megakd.models.router_update import FACTS, UPDATE, TeacherRouters, read_facts, read_update
+from megakd.names import expand
+from megakd.outputs import check_folder
 from megakd.terminal import accept_any_encoding
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -32,13 +34,12 @@ def main(argv: list[str] | None = None) -> None:
     accept_any_encoding()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("teacher", help="a model folder, or a hub id")
-    parser.add_argument("update", type=Path, help="router_update.safetensors, router_update.pt, or their folder")
-    parser.add_argument("out", type=Path, help="the folder to make")
+    parser.add_argument("update", type=expand, help="router_update.safetensors, router_update.pt, or their folder")
+    parser.add_argument("out", type=expand, help="the folder to make")
     parser.add_argument("--revision", help="of a hub id (default: the one that router_update.json names)")
     args = parser.parse_args(argv)
     try:
-        if args.out.exists():
-            raise UserError(f"{args.out}: exists already; remove it or name another")
+        args.out = check_folder(args.out)
         update = args.update
         if update.is_dir():
             inside = update / UPDATE if (update / UPDATE).is_dir() else update  # an export's folder, or its own

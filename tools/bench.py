@@ -21,10 +21,8 @@ examples:
 """
 
 import argparse
-import json
 import os
 import sys
-from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # speeds are those of one core
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -40,6 +38,9 @@ from bench_step import bench_step
 from bench_store import bench_store
 
 from megakd.errors import UserError
+from megakd.files import write_json
+from megakd.names import expand
+from megakd.outputs import check_file
 from megakd.terminal import accept_any_encoding
 
 
@@ -49,12 +50,12 @@ def main() -> None:
     parser.add_argument("bench", choices=["store", "experts", "fit", "live", "loss", "step"])
     parser.add_argument("--quick", action="store_true", help="less of everything: within a minute on 2 cores")
     parser.add_argument(
-        "--real", type=Path, metavar="FOLDER", help="store: a model folder of tools/real_models.py smollm2"
+        "--real", type=expand, metavar="FOLDER", help="store: a model folder of tools/real_models.py smollm2"
     )
     parser.add_argument(
         "--device", default="cpu", help="experts, live, loss, step: cuda measures in 16 bits on a GPU (default: cpu)"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
+    parser.add_argument("--json", type=expand, metavar="FILE", help="write the rows there too")
     args = parser.parse_args()
     try:
         if args.real and args.bench != "store":
@@ -63,6 +64,7 @@ def main() -> None:
             raise UserError("--device is for experts, live, loss and step: the other benchmarks run on the CPU")
         if args.device != "cpu" and not torch.cuda.is_available():
             raise UserError(f"--device {args.device}: torch sees no GPU here")
+        rows_file = args.json and check_file(args.json, '"bench": ')
         benches = {"store": lambda quick: bench_store(quick, args.real), "fit": bench_fit}
         benches["experts"] = lambda quick: bench_experts(quick, args.device)
         benches["live"] = lambda quick: bench_live(quick, args.device)
@@ -73,8 +75,8 @@ def main() -> None:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
     print(show(rows))
-    if args.json:
-        args.json.write_text(json.dumps([row._asdict() for row in rows], indent=1) + "\n")
+    if rows_file:
+        write_json(rows_file, [row._asdict() for row in rows])
 
 
 if __name__ == "__main__":

@@ -36,10 +36,10 @@ from megakd.engine.local import LocalEngine
 from megakd.engine.optim import build_optimizer
 from megakd.errors import UserError
 from megakd.feed import Step, stage_data
-from megakd.files import shipped
 from megakd.models.shared_core import PROJECTIONS, Form
 from megakd.models.student import student_config
 from megakd.models.tiny import tiny_moe_config
+from megakd.names import shipped
 from megakd.objectives.cached import CachedDistillation
 
 ENTRIES, TEMPERATURES, TEMPERATURE = 64, (1.0, 2.0), 2.0

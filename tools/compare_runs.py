@@ -9,11 +9,11 @@ python tools/compare_runs.py runs/a runs/b --tolerance 0        # resumed agains
 import argparse
 import math
 import sys
-from pathlib import Path
 from typing import Any
 
 from megakd.files import read_json_lines
 from megakd.log import table
+from megakd.names import expand
 from megakd.terminal import accept_any_encoding
 
 NAMES = ("loss", "ce", "kl", "kl_t1", "lr")
@@ -22,8 +22,8 @@ NAMES = ("loss", "ce", "kl", "kl_t1", "lr")
 def main() -> None:
     accept_any_encoding()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path)
-    parser.add_argument("other", type=Path)
+    parser.add_argument("run", type=expand)
+    parser.add_argument("other", type=expand)
     parser.add_argument(
         "--tolerance", type=float, default=2e-5, help="largest absolute difference (default: %(default)s)"
     )

@@ -41,6 +41,7 @@ from megakd.data.shards import ShardSet
 from megakd.errors import UserError, listed
 from megakd.files import publishing, sha256
 from megakd.log import Progress
+from megakd.outputs import check_file
 from megakd.terminal import accept_any_encoding
 
 CHUNK_CACHE_BYTES = 1 << 30  # of a dataset whose chunks hold many windows, at most
@@ -65,8 +66,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def write_hdf5(shards: ShardSet, out: Path, level: int) -> None:
     """One window after the other; a row that no token follows holds one entry of log-probability 0."""
-    if out.exists():
-        raise UserError(f"{out}: exists already; remove it or name another")
+    out = check_file(out)
     facts = exported(shards)
     count, length = len(shards), facts["tokens"]["sequence_length"] + 1
     top_k, columns = facts["top_k"], len(facts["temperatures"]) if facts["tails"] else 0

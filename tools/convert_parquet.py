@@ -43,6 +43,7 @@ from megakd.data.shards import ShardSet
 from megakd.errors import UserError, listed
 from megakd.files import digest, publishing, sha256
 from megakd.log import Progress, say
+from megakd.outputs import check_file
 from megakd.terminal import accept_any_encoding
 
 NAMES = Names("input_ids", "topk_ids", "topk_logprobs", "starts", "tail_logprob", "label_nll")
@@ -62,8 +63,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def write_parquet(shards: ShardSet, out: Path) -> None:
     """A window a row, the most probable entries first, what is no entry left out; a row group at a time."""
-    if out.exists():
-        raise UserError(f"{out}: exists already; remove it or name another")
+    out = check_file(out)
     facts = exported(shards)
     schema = _schema(facts)
     progress = Progress("convert_parquet to", len(shards), "samples")

@@ -12,6 +12,7 @@ from megakd.data.book import Book, save_book
 from megakd.data.shards import finished, read_manifest, shard_name, summary_of, write_manifest
 from megakd.errors import UserError
 from megakd.log import Progress, say
+from megakd.outputs import check_place
 
 Item = TypeVar("Item")
 
@@ -81,7 +82,8 @@ def _begin(folder: Path, plan: Plan) -> bool:
 
 
 def check_free(folder: Path) -> None:
-    """UserError when something is there that no tool began to fill."""
+    """UserError when something is there that no tool began to fill, or another verb of a run is to write."""
+    check_place(folder, part="data")
     if not folder.exists() or (folder / "manifest.json").exists():
         return
     if not folder.is_dir() or any(".tmp-" not in path.name for path in folder.iterdir()):

@@ -24,6 +24,7 @@ from megakd.data.shards import ShardSet, layout_of, write_shard
 from megakd.data.tokens import load_tokenizer, tokenizer_facts
 from megakd.errors import UserError
 from megakd.log import say
+from megakd.names import expand
 
 BOOK_POSITIONS = 4096  # as in generate-logits
 PMIN, LEVELS, DTYPE = LogitsConfig().pmin, LogitsConfig().levels, LogitsConfig().dtype
@@ -51,10 +52,10 @@ def two_ways(doc: str | None, kind: str, out: str, source: str) -> tuple[argpars
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     to = commands.add_parser("to", help=f"shards → {kind}")
-    to.add_argument("shards", type=Path, help="a folder of logit shards")
-    to.add_argument("out", type=Path, metavar=out)
+    to.add_argument("shards", type=expand, help="a folder of logit shards")
+    to.add_argument("out", type=expand, metavar=out)
     back = commands.add_parser("from", help=f"{kind} → shards")
-    back.add_argument("source", type=Path, metavar=source)
+    back.add_argument("source", type=expand, metavar=source)
     _from_arguments(back)
     return parser, to, back
 
@@ -73,8 +74,8 @@ def _from_arguments(parser: argparse.ArgumentParser) -> None:
     """What must be said about a file that states no facts, and what may be said about any."""
     unknown = '(default: "unknown", which train refuses)'
     add = parser.add_argument
-    add("shards", type=Path, help="the folder to make; training reads RUN/data/logits/train")
-    add("--tokenizer", type=Path, metavar="FOLDER", help="whose ids these are (needed if the file states no facts)")
+    add("shards", type=expand, help="the folder to make; training reads RUN/data/logits/train")
+    add("--tokenizer", type=expand, metavar="FOLDER", help="whose ids these are (needed if the file states no facts)")
     add("--values", choices=("logprobs", "logits"), help="what the numbers are (needed if the file states no facts)")
     add("--teacher", metavar="ID", help=f"as RUN/student-0/compress.json names it {unknown}")
     add("--revision", help="of the teacher, from the same place (default: none)")

@@ -45,6 +45,8 @@ from megakd.errors import UserError
 from megakd.files import publishing, resolve, sha256
 from megakd.models.hub import Checkpoint, copy_side_files, load_config, write_config, write_weights
 from megakd.models.spec import SPECS
+from megakd.names import expand
+from megakd.outputs import check_file, check_folder
 from megakd.terminal import accept_any_encoding
 
 # accelerate: without it transformers reads no GGUF
@@ -72,10 +74,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("smollm2", help="SmolLM2-135M-Instruct as a Hugging Face folder")
-    command.add_argument("out", type=Path)
+    command.add_argument("out", type=expand)
     command = commands.add_parser("upcycle", help="a dense Llama folder as a Qwen3-MoE folder")
     command.add_argument("dense", help="a model folder, or a hub id")
-    command.add_argument("out", type=Path)
+    command.add_argument("out", type=expand)
     command.add_argument("--experts", type=int, default=4, help="default: %(default)s")
     command.add_argument("--top-k", type=int, default=2, help="experts a token passes (default: %(default)s)")
     command.add_argument(
@@ -84,14 +86,13 @@ def main(argv: list[str] | None = None) -> None:
     command.add_argument("--seed", type=int, default=0, help="of router and noise (default: %(default)s)")
     command = commands.add_parser("retokenize", help="a model folder behind GPT-NeoX's tokenizer")
     command.add_argument("model", help="a model folder, or a hub id")
-    command.add_argument("out", type=Path)
+    command.add_argument("out", type=expand)
     command = commands.add_parser("text", help='English from docstrings, a {"text": ...} a line')
-    command.add_argument("out", type=Path)
+    command.add_argument("out", type=expand)
     command.add_argument("--megabytes", type=float, default=4.0, help="at most, 10^6 bytes each (default: %(default)s)")
     args = parser.parse_args(argv)
     try:
-        if args.out.exists():
-            raise UserError(f"{args.out}: exists already; remove it or name another")
+        args.out = (check_file if args.command == "text" else check_folder)(args.out)
         if args.command == "smollm2":
             smollm2(args.out)
         elif args.command == "upcycle":

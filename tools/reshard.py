@@ -27,6 +27,7 @@ from megakd.data.shards import ShardSet, Stored, write_stored
 from megakd.errors import UserError
 from megakd.files import digest
 from megakd.log import Progress
+from megakd.names import expand
 from megakd.terminal import accept_any_encoding
 
 
@@ -34,20 +35,20 @@ def main(argv: list[str] | None = None) -> None:
     accept_any_encoding()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("sources", type=Path, nargs="+", metavar="SRC", help="folders of shards with equal facts")
-    add("out", type=Path, metavar="DST", help="the folder to make")
+    add("sources", type=expand, nargs="+", metavar="SRC", help="folders of shards with equal facts")
+    add("out", type=expand, metavar="DST", help="the folder to make")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--shard-tokens", type=float, help="tokens of a shard (default: what the facts say)")
     size.add_argument("--samples", type=int, help="samples of a shard")
     add("--count", type=float, metavar="N", help="use only the first N samples")
     add("--shuffle", type=int, metavar="SEED", help="a random order over all of them")
     add("--split", type=float, metavar="FRACTION", help="share of the windows that go to --split-to instead")
-    add("--split-to", type=Path, metavar="DST2")
+    add("--split-to", type=expand, metavar="DST2")
     args = parser.parse_args(argv)
     try:
         if (args.split is None) != (args.split_to is None):
             raise UserError("--split and --split-to: one needs the other")
-        if args.out == args.split_to:
+        if args.split_to is not None and args.out.resolve() == args.split_to.resolve():
             raise UserError(f"{args.out}: named twice; --split-to needs a folder of its own")
         reshard(args)
     except UserError as error:

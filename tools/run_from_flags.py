@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megakd.cli import run_verb
+from megakd.commands.export import MARK as EXPORTED
 from megakd.config import RunConfig, apply_overrides, flatten, is_live, parse
 from megakd.data.documents import source_files
 from megakd.data.tokens import load_tokenizer, tokenizer_facts
@@ -28,6 +29,8 @@ from megakd.errors import UserError
 from megakd.files import publishing, read_json, remove, resolve, write_json
 from megakd.log import say
 from megakd.models.router_update import UPDATE
+from megakd.names import expand, model_folder
+from megakd.outputs import RUN_PARTS, check_folder
 from megakd.run import Run
 
 RECIPE, STUDENT = "recipe.json", "student"
@@ -134,12 +137,13 @@ def model_place(name: str, label: str, found: bool = False) -> str:
         folder = resolve(name, weights=found)
     except UserError as error:
         raise UserError(f"{label} {error}") from error
-    return str(folder.resolve()) if found or Path(name).exists() else name
+    local = model_folder(name)
+    return str(folder.resolve()) if found or (local is not None and local == expand(name)) else name
 
 
 def data_place(name: str) -> str:
     """A data set as a run names it: files by their whole path."""
-    return str(Path(name).expanduser().absolute()) if source_files(name) else name
+    return str(expand(name).absolute()) if source_files(name) else name
 
 
 def subset_of(name: str, given: str | None = None) -> str | None:
@@ -178,6 +182,11 @@ def open_run(folder: Path, value: dict[str, Any]) -> Run:
         if not changes:
             return Run.open(folder)
         remove(folder / "config.json")  # nothing was made of it yet
+    taken = [name for name in (*sorted(RUN_PARTS), STUDENT) if (folder / name).exists()]
+    if taken or (file.exists() and read_json(file) != value):
+        raise UserError(
+            f"{folder}: holds {(taken or [RECIPE])[0]}, which this tool did not write; name another --output_dir"
+        )
     write_json(file, value)
     return Run.create(file, [], folder)
 
@@ -188,6 +197,7 @@ def to_the_end(run: Run, compares: bool, evaluate: bool = True) -> None:
     compares: whether evaluate can tell how far the student is from the teacher, which needs one tokenizer.
     """
     student = run.path(STUDENT)
+    check_folder(student, EXPORTED)
     verbs = [["tokenize"], ["train"], ["export", "--out", str(student)]]
     verbs += [*([["generate-logits"]] if compares else []), ["evaluate"]] if evaluate else []
     verbs = [[verb, str(run.folder), *more] for verb, *more in verbs]

@@ -36,6 +36,8 @@ from megakd.models.hub import Checkpoint, cast, copy_side_files, is_student, loa
 from megakd.models.shared_core import PROJECTIONS, Form, dense_weight
 from megakd.models.spec import MoESpec, spec_for
 from megakd.models.student import stock_config, student_config
+from megakd.names import expand
+from megakd.outputs import check_folder
 from megakd.terminal import accept_any_encoding
 
 WORST = 1e-3
@@ -48,8 +50,8 @@ def main(argv: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, dtype in (("to-seed", "float32"), ("from-seed", None)):
         command = commands.add_parser(name)
-        command.add_argument("source", type=Path)
-        command.add_argument("out", type=Path)
+        command.add_argument("source", type=expand)
+        command.add_argument("out", type=expand)
         command.add_argument(
             "--dtype",
             choices=("float32", "bfloat16", "float16"),
@@ -58,8 +60,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     args = parser.parse_args(argv)
     try:
-        if args.out.exists():
-            raise UserError(f"{args.out}: exists already; remove it or name another")
+        args.out = check_folder(args.out)
         (to_seed if args.command == "to-seed" else from_seed)(args.source, args.out, args.dtype)
     except UserError as error:
         sys.stderr.write(f"seed_form: {error}\n")

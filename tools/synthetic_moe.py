@@ -18,7 +18,6 @@ import hashlib
 import math
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +29,8 @@ from megakd.files import publishing
 from megakd.models.hub import copy_side_files, write_config, write_weights
 from megakd.models.shared_core import PROJECTIONS
 from megakd.models.spec import SPECS, MoESpec
+from megakd.names import expand
+from megakd.outputs import check_folder
 from megakd.terminal import accept_any_encoding
 
 SHARD_BYTES = 256 * 2**20
@@ -47,7 +48,7 @@ class Spectrum(NamedTuple):
 def main(argv: list[str] | None = None) -> None:
     accept_any_encoding()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=expand)
     parser.add_argument("--family", choices=list(SPECS), default="qwen3_moe", help="default: %(default)s")
     parser.add_argument("--layers", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--experts", type=int, default=128, help="default: %(default)s")
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--kv-heads", type=int, default=4, help="default: %(default)s")
     parser.add_argument("--head-dim", type=int, default=128, help="default: %(default)s")
     parser.add_argument("--vocabulary", type=int, help="default: the tokenizer's, else 151936")
-    parser.add_argument("--tokenizer", type=Path, help="a folder whose tokenizer is copied")
+    parser.add_argument("--tokenizer", type=expand, help="a folder whose tokenizer is copied")
     parser.add_argument("--common", type=float, default=Spectrum().common, help="default: %(default)s")
     parser.add_argument("--head", type=float, default=Spectrum().head, help="default: %(default)s")
     parser.add_argument("--decay", type=float, default=Spectrum().decay, help="default: %(default)s")
@@ -67,8 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     args = parser.parse_args(argv)
     try:
-        if args.folder.exists():
-            raise UserError(f"{args.folder}: exists already; remove it or name another")
+        args.folder = check_folder(args.folder)
         write(args)
     except UserError as error:
         sys.stderr.write(f"synthetic_moe: {error}\n")

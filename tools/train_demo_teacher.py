@@ -6,7 +6,8 @@
 The text: CPython's language reference and docstrings, three times, and once the docstrings of the packages of
 requirements.txt named below. Documents that `held_out` names are never trained on. OUT gets a Hugging Face folder
 in bfloat16 and `training.json` (command, seed, versions, sha256 of text and weights, held-out loss over steps).
-Killed and started again with the same OUT, it goes on from its last 200 steps.
+Killed and started again with the same OUT, it goes on from its last 200 steps, which OUT.resume.pt keeps. OUT is a new
+or empty folder, or one that this tool made.
 """
 
 import argparse
@@ -14,8 +15,8 @@ import hashlib
 import importlib.util
 import json
 import math
-import os
 import platform
+import sys
 import time
 from pathlib import Path
 
@@ -28,10 +29,15 @@ from megakd.data.batches import collate
 from megakd.data.documents import held_out, python_documents
 from megakd.data.records import IGNORED, Sample
 from megakd.data.tokens import pack, vocabulary_size
+from megakd.errors import UserError
+from megakd.files import publishing
 from megakd.models.tiny import END_OF_DOCUMENT, tiny_moe_config, train_tokenizer
+from megakd.names import expand
+from megakd.outputs import check_folder, producing
 from megakd.terminal import accept_any_encoding
 
 PACKAGES = ("torch", "transformers", "numpy", "sympy", "networkx", "scipy", "sklearn", "pandas", "matplotlib")
+MARK = "tools/train_demo_teacher.py"
 HOLDOUT, SEQUENCE, ROWS = 0.05, 256, 16
 PEAK_LR, WARMUP, AUX = 2e-3, 100, 0.01
 
@@ -39,11 +45,15 @@ PEAK_LR, WARMUP, AUX = 2e-3, 100, 0.01
 def main(argv: list[str] | None = None) -> None:
     accept_any_encoding()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
+    parser.add_argument("out", type=expand)
     parser.add_argument("--steps", type=int, default=4500)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        out = check_folder(args.out, MARK)
+    except UserError as error:
+        sys.stderr.write(f"train_demo_teacher: {error}\n")
+        sys.exit(2)
     torch.manual_seed(args.seed)
 
     own = list(python_documents())
@@ -64,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=PEAK_LR, betas=(0.9, 0.95), fused=True)
     history, first = [], 0
-    state = args.out / "resume.pt"
+    state = out.with_name(f"{out.name}.resume.pt")
     if state.exists():
         saved = torch.load(state, weights_only=True)
         model.load_state_dict(saved["model"])
@@ -84,25 +94,26 @@ def main(argv: list[str] | None = None) -> None:
             print(f"step {done} held-out loss {history[-1][1]:.4f}", flush=True)
         if done % 200 == 0:
             saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "history": history, "step": done}
-            torch.save(saved, state.with_suffix(".tmp"))
-            os.replace(state.with_suffix(".tmp"), state)
-    model.bfloat16().save_pretrained(args.out)
-    tokenizer.save_pretrained(args.out)
+            with publishing(state) as temporary:
+                torch.save(saved, temporary)
+    with producing(out, MARK) as folder:
+        model.bfloat16().save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        report = {
+            "command": f"python tools/train_demo_teacher.py OUT --steps {args.steps} --seed {args.seed}",
+            "seed": args.seed,
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+            "text_sha256": hashlib.sha256("\n".join(train_text + more).encode()).hexdigest(),
+            "tokens": args.steps * ROWS * SEQUENCE,
+            "held_out_loss": history,
+            "weights_sha256": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
+        }
+        (folder / "training.json").write_text(json.dumps(report, indent=1) + "\n")
     state.unlink(missing_ok=True)
-    report = {
-        "command": f"python tools/train_demo_teacher.py OUT --steps {args.steps} --seed {args.seed}",
-        "seed": args.seed,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "text_sha256": hashlib.sha256("\n".join(train_text + more).encode()).hexdigest(),
-        "tokens": args.steps * ROWS * SEQUENCE,
-        "held_out_loss": history,
-        "weights_sha256": hashlib.sha256((args.out / "model.safetensors").read_bytes()).hexdigest(),
-    }
-    (args.out / "training.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
 def shuffled(documents: list[str], rng: np.random.Generator) -> list[str]:

@@ -55,6 +55,7 @@ from megakd.errors import UserError
 from megakd.files import resolve
 from megakd.log import say
 from megakd.models.hub import load_config
+from megakd.names import expand
 from megakd.terminal import accept_any_encoding
 
 SCHEDULER, WARMUP_STEPS = "cosine", 100
@@ -85,7 +86,7 @@ def build_parser() -> Parser:
     held_out = "held out for evaluate (default: %(default)s)"
     add("--eval_tokens", type=count, default=HOLDOUT["holdout_tokens"], metavar="N", help=held_out)
     add("--block_size", type=count, default=1024, metavar="N", help="tokens of a window (default: %(default)s)")
-    add("--output_dir", type=Path, default=Path("outputs/sar_kd"), metavar="DIR", help="default: %(default)s")
+    add("--output_dir", type=expand, default=Path("outputs/sar_kd"), metavar="DIR", help="default: %(default)s")
 
     add = parser.add_argument_group("optimization").add_argument
     add("--per_device_batch_size", type=count, default=1, metavar="N", help="windows at once (default: %(default)s)")

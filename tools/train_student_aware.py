@@ -52,6 +52,7 @@ from megakd.files import digest, publishing, read_json, resolve
 from megakd.log import say
 from megakd.models.hub import empty_model
 from megakd.models.routing import describe, find_routers
+from megakd.names import expand
 from megakd.terminal import accept_any_encoding
 
 COMMENTS = ("_comment", "comment")
@@ -156,7 +157,7 @@ def main(argv: list[str] | None = None) -> None:
     with one_line("train_student_aware"):
         args = build_parser().read(argv, greedy="datasets")
         settings = read_settings(args)
-        folder = args.output_dir or Path(settings.checkpoint_dir).expanduser()
+        folder = args.output_dir or expand(settings.checkpoint_dir)
         names = args.datasets or [DATASET]
         value = settled(recipe(settings, folder, names[0], args.seed), args.overrides, "online", str(args.config))
         config = parse(value, str(args.config))
@@ -175,7 +176,7 @@ def main(argv: list[str] | None = None) -> None:
 def build_parser() -> Parser:
     parser = Parser(__doc__, epilog=explained())
     add = parser.add_argument
-    add("--config", type=Path, required=True, metavar="FILE", help="JSON with the keys below")
+    add("--config", type=expand, required=True, metavar="FILE", help="JSON with the keys below")
     add("--batch-size", type=count, metavar="N", help="instead of batch_size")
     add("--epochs", type=positive, metavar="N", help="instead of num_epochs")
     add("--learning-rate", type=positive, metavar="LR", help="instead of learning_rate")
@@ -184,7 +185,7 @@ def build_parser() -> Parser:
     add("--resume", metavar="PATH", help="no effect: a run goes on from its own last checkpoint by itself")
     add("--skip-eval", action="store_true", help="end with the export")
     add("--seed", type=whole, default=42, metavar="N", help="default: %(default)s")
-    add("--output_dir", type=Path, metavar="DIR", help="the run's folder, instead of checkpoint_dir")
+    add("--output_dir", type=expand, metavar="DIR", help="the run's folder, instead of checkpoint_dir")
     add("overrides", nargs="*", metavar="section.key=value", help="of the recipe, for what has no key")
     return parser
 

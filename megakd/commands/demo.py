@@ -2,7 +2,8 @@
 
 tokenize → compress → generate-logits → train in two stages under DeepSpeed ZeRO-3 on 2 ranks → the same training with
 cross entropy alone → evaluate → export → report. Every number of the table it ends with is measured in this run.
-Started again on the same folder, it goes on where it stopped.
+Started again on the same folder, it goes on where it stopped, and says so; delete the folder to begin anew. A folder
+that holds other things keeps them; kd/ and ce/ in it must be the demo's two runs, or are refused.
 
 examples:
   megakd demo
@@ -17,13 +18,17 @@ from pathlib import Path
 
 from megakd.cli import run_verb
 from megakd.commands.evaluate import evaluate, quality_table
+from megakd.config import flatten, is_live, load_recipe
 from megakd.errors import UserError
 from megakd.log import clock, say
+from megakd.names import expand, find_recipe, holds_run, model_folder
 from megakd.run import Run
+
+RECIPE = "demo"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--folder", type=Path, default=Path("demo"), help="where runs go (default: demo)")
+    parser.add_argument("--folder", type=expand, default=Path("demo"), help="where runs go (default: demo)")
     parser.add_argument("--teacher", default="demo", help="a Qwen3-MoE folder of your own")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes of the recipe")
 
@@ -31,13 +36,19 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     kd, ce = args.folder / "kd", args.folder / "ce"
-    teacher = str(Path(args.teacher).resolve()) if Path(args.teacher).exists() else args.teacher
-    if not (kd / "config.json").exists():
-        _verb("new", str(kd), "--from", "demo", f"model.teacher={teacher}", *_fewer_ranks(), *args.overrides)
+    own = args.teacher != "demo" and model_folder(args.teacher)
+    teacher = str(own.absolute()) if own else args.teacher
+    settings = [f"model.teacher={teacher}", *_fewer_ranks(), *args.overrides]
+    alone = ["objective.alpha=0", "name=ce-alone"]
+    begun = _begun(kd, settings), _begun(ce, [*settings, *alone])
+    if any(begun):
+        say(f"demo: goes on in {args.folder}, where what is finished stays; to begin anew, delete that folder")
+    if not begun[0]:
+        _verb("new", str(kd), "--from", RECIPE, *settings)
     for verb in ("tokenize", "compress", "generate-logits"):
         _verb(verb, str(kd))
-    if not (ce / "config.json").exists():
-        _verb("new", str(ce), "--from", str(kd), "objective.alpha=0", "name=ce-alone")
+    if not begun[1]:
+        _verb("new", str(ce), "--from", str(kd), *alone)
     for run in (kd, ce):
         _train(run)
     rows = evaluate(Run.open(kd)), evaluate(Run.open(ce))
@@ -57,6 +68,25 @@ def main(args: argparse.Namespace) -> None:
         f"(CE alone: {(shown[1]['nll'] - shown[3]['nll']) / gap:.0%}), at {shown[2]['tokens']:,} tokens each.\n"
         f"{clock(time.perf_counter() - start)} in all; look at {kd / 'report.html'}"
     )
+
+
+def _begun(folder: Path, settings: list[str]) -> bool:
+    """Whether `folder` holds the run that the recipe and `settings` make; UserError when it holds anything else."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    if not holds_run(folder):
+        raise UserError(f"{folder}: exists already and is no run of the demo; name another --folder")
+    now, asked = (
+        dict(flatten(each.model_dump(mode="json")))
+        for each in (Run.open(folder).config, load_recipe(find_recipe(RECIPE), settings))
+    )
+    for key in sorted(now.keys() | asked.keys()):
+        if not is_live(key) and now.get(key) != asked.get(key):
+            raise UserError(
+                f"{folder}: {key} of the run that is there is {now.get(key)}, asked for is {asked.get(key)}; "
+                "name another --folder, or delete this one to begin anew"
+            )
+    return True
 
 
 def _fewer_ranks() -> list[str]:

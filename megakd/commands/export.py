@@ -13,6 +13,7 @@ examples:
   megakd export runs/a
   megakd export runs/a --dense
   megakd export runs/a --checkpoint best        the one that `megakd watch` keeps
+  megakd export runs/a --out models/a           a new or empty folder, or one that export wrote
 """
 
 import argparse
@@ -26,7 +27,7 @@ from torch import Tensor
 from megakd.engine.checkpoint import BESIDE, best_weights, published
 from megakd.errors import UserError
 from megakd.evals.model_card import write_card
-from megakd.files import publishing, read_json, read_json_lines, resolve
+from megakd.files import read_json, read_json_lines, resolve
 from megakd.identity import fingerprint, fingerprint_like
 from megakd.log import say, short
 from megakd.models.hub import (
@@ -42,33 +43,38 @@ from megakd.models.router_update import UPDATE, TeacherRouters, read_update, wri
 from megakd.models.shared_core import PROJECTIONS, dense_weight
 from megakd.models.spec import spec_for
 from megakd.models.student import stock_config
+from megakd.names import expand, model_folder
 from megakd.objectives.sar import SEPARATOR
+from megakd.outputs import producing
 from megakd.run import Run
+
+MARK = "megakd export"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dense", action="store_true", help="expand to the stock architecture")
-    parser.add_argument(
-        "--checkpoint", type=Path, help="a checkpoint folder, or best (default: the last one, else student-0)"
-    )
-    parser.add_argument("--out", type=Path, help="where to write (default: RUN/export or RUN/export-dense)")
+    parser.add_argument("--checkpoint", help="a checkpoint folder, or best (default: the last one, else student-0)")
+    parser.add_argument("--out", type=expand, help="where to write (default: RUN/export or RUN/export-dense)")
+    parser.add_argument("--force", action="store_true", help="replace a model that export did not write, too")
 
 
 def main(run: Run, args: argparse.Namespace) -> None:
     saved = published(run.path("checkpoints"))
     source = saved[-1].weights if saved else run.student_folder
     if args.checkpoint:
-        best = args.checkpoint == Path("best")
-        source = best_weights(run.path("checkpoints")) if best else args.checkpoint / "weights"
+        best = args.checkpoint == "best"
+        source = best_weights(run.path("checkpoints")) if best else expand(args.checkpoint) / "weights"
     if not (source / "config.json").exists():
         raise UserError(
             f"{source}: no model here; give --checkpoint RUN/checkpoints/STAGE/step-N, "
             f"or run: megakd compress {run.folder}"
         )
-    target = args.out or run.path("export-dense" if args.dense else "export")
+    own = run.path("export-dense" if args.dense else "export")
+    target = args.out or own
+    check_inputs(run, source, target)
     config = load_config(source)
     dtype = getattr(torch, run.config.model.dtype)
-    with publishing(target) as temporary:
+    with producing(target, MARK, args.force, own) as temporary:
         if args.dense:
             if not is_student(config):
                 raise UserError(f"{source}: model type {config.model_type!r} is stock already; export without --dense")
@@ -90,6 +96,14 @@ def main(run: Run, args: argparse.Namespace) -> None:
         say(f"{target / UPDATE}: {routers} routers that learned, for {run.config.model.teacher}")
 
 
+def check_inputs(run: Run, source: Path, target: Path) -> None:
+    """UserError where an export would replace a model that it, or its run, is made from."""
+    student = Path(run.student_folder)
+    for used in (source, student, model_folder(run.config.model.teacher)):
+        if used is not None and target.resolve() == used.resolve():
+            raise UserError(f"{target}: is a model that {run.folder} is made from; name another place")
+
+
 def describe(run: Run, source: Path, folder: Path) -> None:
     """Write the model card of a finished export."""
     report = run.student_folder / "compress.json"
@@ -101,7 +115,7 @@ def describe(run: Run, source: Path, folder: Path) -> None:
         read_json(report) if report.exists() else None,
         read_json_lines(run.path("evals.jsonl")),
         measured,
-        (run.student_folder, Path(run.config.model.teacher)),
+        (run.student_folder, model_folder(run.config.model.teacher) or Path(run.config.model.teacher)),
     )
 
 
@@ -125,7 +139,7 @@ def write_routers(run: Run, source: Path, folder: Path) -> int:
     facts = {
         # a folder's name alone: where it lies is nobody else's business
         "teacher": {
-            "id": source.resolve().name if Path(model.teacher).exists() else model.teacher,
+            "id": expand(model.teacher).name if model_folder(model.teacher) else model.teacher,
             "revision": model.revision,
             "weights": fingerprint(source),
         },

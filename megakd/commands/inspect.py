@@ -36,6 +36,7 @@ from megakd.log import short, table
 from megakd.models.hub import Checkpoint, empty_model, load_config, load_model
 from megakd.models.spec import SPECS
 from megakd.models.teacher import Teacher, batch_targets
+from megakd.names import expand, holds_run, model_folder
 from megakd.run import Run
 
 CHECKED_SAMPLES = 8
@@ -43,7 +44,7 @@ MOST_NLL_DIFFERENCE = 0.2  # nats; rounding costs 0.02 to 0.05 in float32, other
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", type=Path)
+    parser.add_argument("path", help="a run, shards, a checkpoint or a model folder; demo: the shipped teacher")
     parser.add_argument(
         "--verify", action="store_true", help="shards: check every byte, and the teacher's NLL of labels"
     )
@@ -54,20 +55,20 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--shares", metavar="1/8,1/4,1/2", help="--experts: of the parameters (default: these)")
     parser.add_argument(
-        "--plot", type=Path, metavar="FILE.png", help="--experts: draw spectra and errors (.svg, .pdf too)"
+        "--plot", type=expand, metavar="FILE.png", help="--experts: draw spectra and errors (.svg, .pdf too)"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="--experts: write all that was measured")
+    parser.add_argument("--json", type=expand, metavar="FILE", help="--experts: write all that was measured")
 
 
 def main(args: argparse.Namespace) -> None:
-    path: Path = resolve("demo") if str(args.path) == "demo" and not args.path.exists() else args.path
+    path = model_folder(args.path) or expand(args.path)
     if args.experts:
         print(experts_text(survey(path, args.layers, args.shares, args.plot, args.json)))
         return
     for option in ("layers", "shares", "plot", "json"):
         if getattr(args, option) is not None:
             raise UserError(f"--{option} is for --experts; add it")
-    if (path / "history.jsonl").exists():
+    if holds_run(path):
         text = describe_run(Run.open(path))
     elif (path / "manifest.json").exists():
         shards = ShardSet(path)

@@ -10,21 +10,23 @@ examples:
 """
 
 import argparse
-from pathlib import Path
 
 from megakd.errors import UserError
-from megakd.evals.report import evaluation_panels, render_report, training_panels, write_png
+from megakd.evals.report import PNG_MARK, evaluation_panels, render_report, training_panels, write_png
 from megakd.files import publishing, read_json, read_json_lines
 from megakd.log import say
+from megakd.names import expand
+from megakd.outputs import check_file
 from megakd.run import Run
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--baseline", type=Path, metavar="RUN2", help="another run to draw beside this one")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="write all curves there as one picture")
+    parser.add_argument("--baseline", type=expand, metavar="RUN2", help="another run to draw beside this one")
+    parser.add_argument("--png", type=expand, metavar="FILE", help="write all curves there as one picture")
 
 
 def main(run: Run, args: argparse.Namespace) -> None:
+    png = args.png and check_file(args.png, PNG_MARK)
     compressed = run.path("student-0", "compress.json")
     baseline = None
     if args.baseline:
@@ -44,10 +46,10 @@ def main(run: Run, args: argparse.Namespace) -> None:
     with publishing(run.path("report.html")) as temporary:
         temporary.write_text(page, encoding="utf-8")
     say(f"report: {run.path('report.html')}")
-    if args.png:
+    if png:
         curves = {"this run": evals, **dict([baseline] if baseline else [])}
         panels = [*training_panels(metrics), *evaluation_panels({name: rows for name, rows in curves.items() if rows})]
         if not panels:
             raise UserError(f"{run.folder}: no training step was recorded yet, so there are no curves")
-        write_png(args.png, panels)
+        write_png(png, panels)
         say(f"report: {args.png}")

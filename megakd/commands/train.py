@@ -45,9 +45,10 @@ from megakd.engine.guard import GRADIENT, Health, after_step, wrong_with
 from megakd.engine.optim import schedule
 from megakd.errors import UserError
 from megakd.feed import Step, stage_data
-from megakd.files import locked, shipped
+from megakd.files import locked
 from megakd.log import MetricLog, StageWatch, say, wandb_id
 from megakd.models.hub import copy_side_files, load_config, write_config
+from megakd.names import shipped
 from megakd.preflight import check, check_world, live_teacher, student_identity, was_launched
 from megakd.run import Run
 

@@ -21,7 +21,10 @@ from megakd.models.hub import Checkpoint, load_config
 from megakd.models.predict import Candidate, measure, spread
 from megakd.models.shared_core import PROJECTIONS, SHAPES
 from megakd.models.spec import MoESpec, spec_for
+from megakd.names import holds_model
+from megakd.outputs import check_file
 
+MARK = "made by megakd inspect --experts"
 SHOWN_LAYERS = 3  # without --layers
 SPECTRA = 8  # experts whose singular values are computed
 TOP = (16, 8, 4)  # the largest 16th, 8th, 4th of singular values
@@ -42,8 +45,11 @@ def survey(
     for file in (plot, written):
         if file is not None and not file.parent.is_dir():
             raise UserError(f"{file}: {file.parent} is no folder")
+        if file is not None:
+            check_file(file, MARK)
     hidden, inner = spec.sizes(config)
     result: dict[str, Any] = {
+        "made_by": MARK,
         "model": str(folder),
         "model_type": config.model_type,
         "moe_layers": len(spec.moe_layers(config)),
@@ -71,7 +77,7 @@ def survey(
         result["layers"].append(found)
     progress.close()
     if written is not None:
-        write_json(written, result)
+        write_json(written.resolve(), result)
     if plot is not None:
         plot_experts(result, plot)
     return result
@@ -259,14 +265,14 @@ def plot_experts(result: dict[str, Any], file: Path) -> None:
         for one in axes[:, 2]:
             one.legend(fontsize=8, frameon=False)
     figure.suptitle(f"experts of {result['model']}", fontsize=12)
-    with publishing(file) as temporary:
-        figure.savefig(temporary, dpi=120, format=file.suffix[1:])
+    with publishing(file.resolve()) as temporary:
+        figure.savefig(temporary, dpi=120, format=file.suffix[1:], metadata={"Title": MARK})
     plt.close(figure)
 
 
 def _moe_model(folder: Path) -> tuple[Any, MoESpec, Checkpoint]:
     """Config, spec and tensors of a model folder of a known family that has experts; UserError for all else."""
-    if not (folder / "config.json").exists() or (folder / "history.jsonl").exists():
+    if not holds_model(folder):
         raise UserError(f"{folder}: --experts measures a model folder (config.json and safetensors)")
     config = load_config(folder)
     spec = spec_for(config, str(folder))

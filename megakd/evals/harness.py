@@ -16,7 +16,8 @@ import numpy as np
 
 from megakd.config import EvalConfig
 from megakd.errors import UserError
-from megakd.log import Progress
+from megakd.log import Progress, say
+from megakd.names import expand
 
 os.environ.setdefault("DISABLE_MULTIPROC", "1")  # else lm-eval forks this process, which has threads, to resample
 # Resamples for the standard error of what is no mean; lm-eval's 100,000 take minutes where questions are thousands.
@@ -33,7 +34,7 @@ class Harness:
         with _only_errors(), _no_bars():
             manager = _manager(names, config.task_folder)
             if config.task_folder:
-                _locate(manager, config.task_folder)
+                _locate(manager, names, expand(config.task_folder))
             for name in names:
                 self.tasks[name] = _open(manager, name)
         for name in names:
@@ -87,19 +88,20 @@ def _manager(names: Sequence[str], folder: str | None) -> Any:
     """lm-eval's index of tasks; its own 14,000, which take 12 s to read, only when a name is not in the folder."""
     from lm_eval.tasks import TaskManager
 
-    if folder is not None:
-        if not Path(folder).is_dir():
+    place = None if folder is None else expand(folder)
+    if place is not None:
+        if not place.is_dir():
             raise UserError(f"eval.task_folder: {folder} is no folder")
-        own = TaskManager(include_path=folder, include_defaults=False)
+        own = TaskManager(include_path=place, include_defaults=False)
         if all(name in own.task_index for name in names):
             return own
-    manager = TaskManager(include_path=folder)
+    manager = TaskManager(include_path=place)
     for name in names:
         if name not in manager.task_index:
             near = difflib.get_close_matches(name, manager.all_tasks, n=3)
-            place = f"below {folder}" if folder else "(eval.task_folder is not set)"
+            where = f"below {folder}" if folder else "(eval.task_folder is not set)"
             raise UserError(
-                f"eval.tasks: lm-eval knows no task {name!r}, nor is there one {place}"
+                f"eval.tasks: lm-eval knows no task {name!r}, nor is there one {where}"
                 + (f"; did you mean {' or '.join(near)}?" if near else "")
             )
     return manager
@@ -114,23 +116,57 @@ def _open(manager: Any, name: str) -> Any:
         raise UserError(f"eval.tasks: {name} cannot be opened: {type(error).__name__}: {reason}") from error
 
 
-def _locate(manager: Any, folder: str) -> None:
-    """Name data files of tasks in `folder` from their YAML files on, wherever this process runs.
+def _locate(manager: Any, names: Sequence[str], folder: Path) -> None:
+    """Name data files of the requested tasks in `folder` from their YAML files on, wherever this process runs.
 
-    lm-eval would look from the working directory on, and a folder of tasks could not be moved.
+    lm-eval would look from the working directory on, and a folder of tasks could not be moved. Tasks that nobody
+    requested are not loaded: their `!function` would run code.
     """
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    for entry in manager.task_index.values():
+    for name in _requested(manager, names):
+        entry = manager.task_index[name]
         file: Any = entry.yaml_path
-        if file is None or not Path(file).resolve().is_relative_to(Path(folder).resolve()):
+        if file is None or not Path(file).resolve().is_relative_to(folder.resolve()):
             continue
+        if "!function" in Path(file).read_text(encoding="utf-8", errors="replace"):
+            say(f"eval.tasks: {name} runs Python code that {file} names")
         if ((entry.cfg or {}).get("dataset_kwargs") or {}).get("data_files"):
-            with contextlib.suppress(Exception):  # opening it, if it is asked for, says what is wrong
+            with contextlib.suppress(Exception):  # opening it says what is wrong
                 task = load_yaml(file)
                 files = _below(Path(file).parent.resolve(), task["dataset_kwargs"]["data_files"])
                 entry.cfg = {**task, "dataset_kwargs": {**task["dataset_kwargs"], "data_files": files}}
                 entry.yaml_path = None  # else lm-eval reads it again
+
+
+def _requested(manager: Any, names: Iterable[str]) -> set[str]:
+    """The registered names that lm-eval opens for `names`: tasks, and what groups and tags hold, through all levels."""
+    found: set[str] = set()
+    waiting = list(names)
+    while waiting:
+        name = waiting.pop()
+        if name in found or name not in manager.task_index:
+            continue
+        found.add(name)
+        entry = manager.task_index[name]
+        if entry.kind.name == "TAG":
+            waiting += entry.tags
+        elif entry.kind.name == "GROUP":
+            waiting += _members(entry.cfg or {})
+    return found
+
+
+def _members(group: dict[str, Any]) -> list[str]:
+    """The names in a group's `task`; of groups that it defines itself, theirs."""
+    members = group.get("task")
+    names = []
+    for item in members if isinstance(members, list) else [members]:
+        if isinstance(item, dict):
+            names += [each for each in (item.get("group"), item.get("task")) if isinstance(each, str)]
+            names += _members(item) if isinstance(item.get("task"), list) else []
+        elif isinstance(item, str):
+            names.append(item)
+    return names
 
 
 def _below(folder: Path, files: Any) -> Any:

@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from megakd.evals.harness import flat
 from megakd.files import publishing
 
+PNG_MARK = "made by megakd report --png"
 PANEL = (5.6, 3.2)  # inches
 # of metrics.jsonl: what of it is drawn, in this order
 TERMS = {
@@ -167,7 +168,7 @@ def write_png(path: Path, panels: Sequence[Panel]) -> None:
     for place, panel in zip(axes.flat, panels, strict=False):
         _fill(place, panel)
     with publishing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=80)
+        figure.savefig(temporary, format="png", dpi=80, metadata={"Title": PNG_MARK})
     plt.close(figure)
 
 

@@ -19,6 +19,7 @@ from megakd.files import write_json
 from megakd.identity import INDEX, WEIGHTS, stored_tensors, tensor_hash
 from megakd.log import say
 from megakd.models.spec import MoESpec, outside
+from megakd.outputs import MARKER
 
 SHARD_BYTES = 2 * 2**30
 CODE = ("shared_core.py", "student.py")  # what a student's folder needs to be loaded without MegaKD
@@ -281,7 +282,7 @@ def _parts(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[dict[s
 
 def copy_side_files(source: Path, target: Path) -> None:
     """Copy tokenizer and generation files (everything small but config and weights) into a model folder."""
-    skipped = ("config.json", INDEX, "training.json", "compress.json")
+    skipped = ("config.json", INDEX, "training.json", "compress.json", MARKER)
     for path in sorted(source.iterdir()):
         if path.is_file() and path.suffix in (".json", ".txt", ".model", ".jinja") and path.name not in skipped:
             shutil.copyfile(path, target / path.name)

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from megakd.files import read_json, read_json_lines, write_json
 from megakd.identity import fingerprint
-from megakd.models.hub import CODE, load_model
-from tests.conftest import in_process
+from megakd.models.hub import CODE, copy_side_files, load_model
+from tests.conftest import files, in_process
 from tests.objectives.sar import sar_recipe
 
 STOCK = """
@@ -203,3 +203,40 @@ def test_routers_of_another_teacher_than_then_are_refused(sar, teacher, tmp_path
     said = in_process("export", tmp_path / "run", code=2)
     assert "the trained routers: model.layers.1.mlp.gate.weight has shape (4, 32)" in said
     assert not (tmp_path / "run" / "export").exists()
+
+
+def test_an_export_never_replaces_a_run_or_foreign_files(trained, tmp_path):
+    """Refused before anything is written, whatever the flags, and everything is as it was."""
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("years of work")
+    (tmp_path / "notes.txt").write_text("megakd export")
+    weights = trained / "checkpoints" / "all" / "step-000010" / "weights"
+    places = [
+        trained,
+        trained / "student-0",
+        trained / "data",
+        weights,
+        trained / "report.html",
+        trained / "export-dense",
+    ]
+    before = files(trained), files(tmp_path)
+    for place in (*places, tmp_path / "precious", tmp_path / "notes.txt", tmp_path):
+        for flags in ([], ["--force"]):
+            in_process("export", trained, "--out", place, *flags, code=2)
+    assert (files(trained), files(tmp_path)) == before
+
+
+def test_an_export_replaces_its_own_product_and_others_by_force(trained, teacher, tmp_path):
+    for place in (tmp_path / "mine", trained / "export"):
+        for _ in range(2):
+            in_process("export", trained, "--out", place)
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    for flags in ([], ["--force"]):
+        assert "holds thesis.txt" in in_process("export", trained, "--out", tmp_path / "mine", *flags, code=2)
+    shutil.copytree(teacher, tmp_path / "model")
+    assert "add --force" in in_process("export", trained, "--out", tmp_path / "model", code=2)
+    in_process("export", trained, "--out", tmp_path / "model", "--force")
+    assert read_json(tmp_path / "model" / "megakd.json")["made_by"] == "megakd export"
+    assert "is made from" in in_process("export", trained, "--out", teacher, "--force", code=2)
+    copy_side_files(tmp_path / "model", tmp_path)
+    assert (tmp_path / "tokenizer.json").exists() and not (tmp_path / "megakd.json").exists()

@@ -8,7 +8,7 @@ import pytest
 from megakd.config import load_recipe, parse
 from megakd.engine.ds_json import OWNED, deepspeed_config
 from megakd.errors import UserError
-from megakd.files import shipped
+from megakd.names import shipped
 
 SHIPPED = sorted(path.stem for path in shipped("ds_configs", "").glob("*.json"))
 DECIDED = {

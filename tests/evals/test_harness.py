@@ -259,3 +259,18 @@ def test_shipped_tasks_read_files_of_their_packages_schema(name, place, columns,
     assert found["acc,none"] == sum(right) / 2 and found["samples"] == 2
     instances = harness.tasks[name]["tasks"][name].instances
     assert [i.resps[0][0] for i in instances] == pytest.approx([x for s in scores for x in s], rel=1e-4)
+
+
+def test_code_of_tasks_that_nobody_requested_is_not_run(folder, tmp_path, capfd):
+    """A folder of tasks may hold anybody's YAML, whose `!function` runs Python code when it is loaded."""
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef text(doc): return doc['text']\n")
+    value = yaml.safe_dump({**TASKS[1], "task": "coded", "doc_to_text": "TEXT"})
+    (folder / "coded.yaml").write_text(value.replace("TEXT", "!function code.text"))
+    (folder / "group.yaml").write_text(yaml.safe_dump({"group": "coded_group", "task": [{"task": "coded"}]}))
+    Harness(["tiny_choice"], EvalConfig(task_folder=str(folder)))
+    assert not (tmp_path / "ran").exists() and "code" not in capfd.readouterr().err
+    for name in ("coded", "coded_group"):
+        Harness([name], EvalConfig(task_folder=str(folder)))
+        assert (
+            tmp_path / "ran"
+        ).exists() and f"coded runs Python code that {folder / 'coded.yaml'} names" in capfd.readouterr().err
