@@ -21,13 +21,14 @@ from transformers import (
 from megakd import cli
 from megakd.commands.inspect import tensor_sizes
 from megakd.errors import UserError
-from megakd.evals.expert_report import measure_projection, norms_and_cosines, singular_values
+from megakd.evals.expert_report import MARK, measure_projection, norms_and_cosines, singular_values
 from megakd.files import read_json, write_json
 from megakd.models.hub import INDEX, WEIGHTS, Checkpoint, write_config, write_weights
 from megakd.models.predict import measure
 from megakd.models.shared_core import PROJECTIONS, SHAPES
 from megakd.models.spec import SPECS
 from megakd.models.tiny import tiny_moe_config
+from megakd.outputs import check_file
 
 COMMON: dict[str, Any] = {"vocab_size": 64, "hidden_size": 20, "num_attention_heads": 4, "num_key_value_heads": 2}
 COMMON |= {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}
@@ -210,6 +211,12 @@ def test_plots_are_drawn(suffix, magic, tmp_path, capsys):
     plot = tmp_path / f"experts{suffix}"
     inspect(capsys, folder, "--experts", "--plot", plot)
     assert plot.read_bytes().startswith(magic) and plot.stat().st_size > 10_000
+    check_file(plot, MARK)  # it may be drawn again
+    plot.write_bytes(magic)  # somebody else's
+    for option in ("--plot", "--json"):
+        with pytest.raises(UserError, match="exists already"):
+            inspect(capsys, folder, "--experts", option, plot)
+    assert plot.read_bytes() == magic
     assert sorted(p.name for p in tmp_path.iterdir()) == [plot.name, "model"]  # no leftovers of writing
 
 
@@ -348,5 +355,6 @@ def test_json_is_json(tmp_path, capsys):
     write_weights(tmp_path, [(n, torch.zeros(shapes[p])) for n in names for p in PROJECTIONS if f"{p}_proj" in n])
     write_config(tmp_path, config)
     inspect(capsys, tmp_path, "--experts", "--json", tmp_path / "found.json", "--plot", tmp_path / "found.png")
+    check_file(tmp_path / "found.json", MARK)
     text = (tmp_path / "found.json").read_text()
     json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} in JSON"))

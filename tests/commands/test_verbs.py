@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megakd.data.shards import ShardSet
-from tests.conftest import in_process
+from tests.conftest import files, in_process
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +75,14 @@ def test_evaluate_measures_once_and_knows_the_teacher(trained):
 
 def test_report_has_all_parts(trained, tmp_path):
     in_process("evaluate", trained)
-    in_process("report", trained, "--png", tmp_path / "curves.png")
+    for _ in range(2):
+        in_process("report", trained, "--png", tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes()[1:4] == b"PNG"
+    (tmp_path / "notes.txt").write_text("megakd report")
+    for place in (tmp_path / "notes.txt", trained / "config.json", trained / "report.html", tmp_path):
+        before = files(tmp_path), (trained / "config.json").read_bytes()
+        in_process("report", trained, "--png", place, code=2)
+        assert (files(tmp_path), (trained / "config.json").read_bytes()) == before
     page = (trained / "report.html").read_text()
     assert page.count("data:image/svg+xml;base64,") >= 9
     for text in ("held-out", "experts", "sequence_length", "Compression", "all/step-000010"):
