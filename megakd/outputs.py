@@ -1,9 +1,10 @@
 """What may be replaced where a user wants output: one rule for every verb and every tool that writes where it is told.
 
-Free is a place where nothing is, and for verbs that know their products an empty folder. Replaced is an earlier product of the same verb: a folder whose
-megakd.json names the verb and lists every file in it, or a file with the mark of the verb. Everything else is refused.
---force, where a verb has it, also replaces a folder whose files are those of a model and no others. A run, a place in
-a run that belongs to another verb, foreign files and the working directory are never replaced.
+Free is a place where nothing is, and for verbs that know their products an empty folder. Replaced is an earlier product
+of the same verb: a folder whose megakd.json names the verb and lists every file in it, or a file with the mark of the
+verb. Everything else is refused. --force, where a verb has it, also replaces a folder whose files are those of a model
+and no others. A run, a place in a run that belongs to another verb, foreign files and the working directory are never
+replaced.
 """
 
 import json
