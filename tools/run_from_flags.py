@@ -182,13 +182,19 @@ def open_run(folder: Path, value: dict[str, Any]) -> Run:
         if not changes:
             return Run.open(folder)
         remove(folder / "config.json")  # nothing was made of it yet
-    taken = [name for name in (*sorted(RUN_PARTS), STUDENT) if (folder / name).exists()]
-    if taken or (file.exists() and read_json(file) != value):
-        raise UserError(
-            f"{folder}: holds {(taken or [RECIPE])[0]}, which this tool did not write; name another --output_dir"
-        )
+    else:
+        _check_foreign(folder, value)
     write_json(file, value)
     return Run.create(file, [], folder)
+
+
+def _check_foreign(folder: Path, value: dict[str, Any]) -> None:
+    """UserError where a new run would write over files that are none of its recipe's."""
+    taken = [name for name in (*sorted(RUN_PARTS), STUDENT) if (folder / name).exists()]
+    if (folder / RECIPE).exists() and read_json(folder / RECIPE) != value:
+        taken.append(RECIPE)
+    if taken:
+        raise UserError(f"{folder}: holds {taken[0]}, which this tool did not write; name another --output_dir")
 
 
 def to_the_end(run: Run, compares: bool, evaluate: bool = True) -> None:

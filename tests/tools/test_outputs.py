@@ -1,7 +1,6 @@
 """No tool replaces what it did not make: the rule of megakd/outputs.py at every place where a tool is told to write."""
 
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -70,7 +69,8 @@ def test_a_run_from_flags_takes_no_foreign_folder(tmp_path):
         assert files(folder) == before
     for _ in range(2):  # and again, as after a kill between recipe and run
         assert module.open_run(tmp_path / "new", value).config.stages[0].name == "a"
-        Path(tmp_path / "new" / "config.json").unlink()
+        for name in ("config.json", "history.jsonl"):
+            (tmp_path / "new" / name).unlink()
 
 
 def test_a_shipped_model_is_no_folder_of_the_working_directory(tmp_path, monkeypatch):
