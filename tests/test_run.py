@@ -108,6 +108,19 @@ def test_override_that_changes_nothing_is_not_recorded(made):
     assert len(history(made)) == 1 and made.path("config.json").read_bytes() == before
 
 
+def test_one_task_of_srun_alone_writes_the_configuration(made, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    task = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS": "4"}
+    for name, value in task.items():
+        monkeypatch.setenv(name, value)
+    for number in (3, 1, 0):
+        monkeypatch.setenv("SLURM_PROCID", str(number))
+        monkeypatch.setenv("SLURM_LOCALID", str(number))
+        assert Run.open(made.folder, ["optim.micro_batch=4"]).config.optim.micro_batch == 4
+        assert len([event for event in history(made) if event["event"] == "change"]) == (number == 0)
+
+
 def test_only_rank_0_writes(made, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
