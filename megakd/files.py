@@ -237,17 +237,24 @@ def _drop_cut_line(file: BinaryIO) -> None:
         file.truncate(file.read().rfind(b"\n") + 1)
 
 
-def read_json_lines(path: Path) -> list[Any]:
-    """Every line of a JSON-lines file; a last line that a kill cut short is left out."""
+def read_json_lines(path: Path, *needed: str) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file, each with the keys `needed`; a last line that a kill cut short is left out.
+
+    UserError with the line's number where a line is no such object. No file: no lines.
+    """
     if not path.exists():
         return []
     lines = path.read_bytes().split(b"\n")
-    rows = []
+    rows: list[dict[str, Any]] = []
     for number, line in enumerate(lines[:-1], 1):  # what follows the last newline was cut short
         try:
             rows.append(json.loads(line))
         except ValueError as error:
             raise UserError(f"{path}:{number}: not valid JSON ({error})") from error
+        if not isinstance(rows[-1], dict):
+            raise UserError(f"{path}:{number}: not a JSON object; delete the line")
+        if missing := [key for key in needed if rows[-1].get(key) is None]:
+            raise UserError(f"{path}:{number}: no {missing[0]!r} in this line; delete it")
     return rows
 
 

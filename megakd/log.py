@@ -72,7 +72,7 @@ class MetricLog:
 
     def __init__(self, folder: Path, config: LogConfig, name: str, run_id: str, frozen: dict[str, Any], step: int):
         self.file = folder / "metrics.jsonl"
-        rows = read_json_lines(self.file)
+        rows = read_json_lines(self.file, "step")
         if any(row["step"] > step for row in rows):
             with publishing(self.file) as temporary:
                 temporary.write_text("".join(json.dumps(r) + "\n" for r in rows if r["step"] <= step), encoding="utf-8")
@@ -86,9 +86,9 @@ class MetricLog:
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         # JSON has no NaN: what is not finite is written as null, and on no curve
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
-        append_json(self.file, {"step": step, **finite})
-        numbers = {k: v for k, v in finite.items() if isinstance(v, int | float)}
+        written = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+        append_json(self.file, {"step": step, **written})
+        numbers = {k: v for k, v in written.items() if isinstance(v, int | float)}
         if self.board is not None:
             for key, value in numbers.items():
                 self.board.add_scalar(f"train/{key}", value, step)
@@ -129,7 +129,8 @@ def log_evaluation(folder: Path, config: RunConfig, step: int, numbers: dict[str
 
         with SummaryWriter(str(folder / "tensorboard" / "eval")) as board:
             for name, value in numbers.items():
-                board.add_scalar(f"eval/{name}", value, step)
+                if finite(value) is not None:
+                    board.add_scalar(f"eval/{name}", value, step)
     if config.log.wandb != "disabled":
         frozen = config.model_dump(mode="json")
         place = folder / "watch"
@@ -224,6 +225,18 @@ def short(number: float) -> str:
         if abs(number) >= limit * 0.9995:
             return f"{number / limit:.3g}{suffix}"
     return f"{number:.3g}"
+
+
+def finite(value: Any) -> float | None:
+    """A number that can be compared, drawn and formatted; None for null, NaN, infinity, and what is no number."""
+    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return value if good else None
+
+
+def cell(row: Mapping[str, Any], name: str, form: str, scale: float = 1) -> str:
+    """A cell of a table: the number `name` of a row times `scale`, "-" where it is missing or not finite."""
+    value = finite(row.get(name))
+    return "-" if value is None else format(value * scale if scale != 1 else value, form)
 
 
 def clock(seconds: float) -> str:

@@ -92,7 +92,7 @@ class Run:
 
     def events(self, event: str) -> list[dict[str, Any]]:
         """What `record` wrote of one kind of event, oldest first."""
-        return [row for row in read_json_lines(self.path("history.jsonl")) if row["event"] == event]
+        return [row for row in read_json_lines(self.path("history.jsonl"), "event") if row["event"] == event]
 
     @cached_property
     def student_folder(self) -> Path:

@@ -2,6 +2,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import select
 import shutil
 import subprocess
@@ -526,3 +527,21 @@ def test_locked_can_refuse_instead_of_waiting(tmp_path):
 def test_shipped_files_are_found():
     assert read_json(shipped("ds_configs", "zero3.json"))["zero_optimization"]["stage"] == 3
     assert shipped("launch/recipes", "demo.json").is_file() and not shipped("ds_configs", "none.json").exists()
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("null", ":2: not a JSON object"),
+        ("[1]", ":2: not a JSON object"),
+        ('{"a": 1}', ":2: no 'step'"),
+        ('{"step": null}', ":2: no 'step'"),
+    ],
+)
+def test_line_that_is_no_record_is_named_with_its_number(tmp_path, line, words):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1}}\n{line}\n')
+    with pytest.raises(UserError, match=f"{re.escape(str(path))}{words}"):
+        read_json_lines(path, "step")
+    path.write_text("")
+    assert read_json_lines(path, "step") == []

@@ -42,7 +42,7 @@ from megakd.data.tokens import load_tokenizer, vocabulary_size
 from megakd.effects import idle_fields
 from megakd.errors import UserError
 from megakd.files import publishing, read_json_lines, resolve, write_json
-from megakd.log import clock, say, table
+from megakd.log import clock, finite, say, table
 from megakd.names import expand, find_recipe
 from megakd.outputs import check_file
 from megakd.run import Run
@@ -364,13 +364,17 @@ def make_student(folder: Path, size: str, config: RunConfig, seed: int) -> Path:
 
 def measured(folder: Path) -> dict[str, Any]:
     """What a run's history says was measured at its end; empty before that."""
-    rows = [row for row in read_json_lines(folder / "history.jsonl") if row["event"] == EVENT]
+    rows = [row for row in read_json_lines(folder / "history.jsonl", "event") if row["event"] == EVENT]
     return {key: rows[-1][key] for key in MEASURED if key in rows[-1]} if rows else {}
 
 
 def teacher_nll(run: Run) -> float:
     """The teacher's own NLL on the run's hold-out, as it was; measured once."""
-    known = [row for row in read_json_lines(run.path("evals.jsonl")) if row["model"] == "teacher"]
+    known = [
+        row
+        for row in read_json_lines(run.path("evals.jsonl"), "model")
+        if row["model"] == "teacher" and finite(row.get("nll"))
+    ]
     return (known or evaluate(run, "teacher"))[-1]["nll"]
 
 

@@ -29,7 +29,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     mine, theirs = (
-        {row["step"]: row for row in read_json_lines(run / "metrics.jsonl")} for run in (args.run, args.other)
+        {row["step"]: row for row in read_json_lines(run / "metrics.jsonl", "step")} for run in (args.run, args.other)
     )
     steps = sorted(mine.keys() & theirs.keys())
     worst = {name: largest([(mine[step], theirs[step]) for step in steps], name) for name in NAMES}
@@ -43,9 +43,17 @@ def main() -> None:
 
 
 def largest(pairs: list[tuple[dict[str, Any], dict[str, Any]]], name: str) -> float | None:
-    """The largest difference of a metric over rows of the same step; infinite where one row lacks it or holds NaN."""
-    found = [abs(a.get(name, math.nan) - b.get(name, math.nan)) for a, b in pairs if name in a or name in b]
-    return max((math.inf if math.isnan(each) else each for each in found), default=None)
+    """The largest difference of a metric over rows of the same step; infinite where one row lacks it or holds NaN.
+
+    Null, which training writes for what was not finite, equals null alone.
+    """
+    found = []
+    for mine, theirs in ((a.get(name, math.nan), b.get(name, math.nan)) for a, b in pairs if name in a or name in b):
+        if mine is None or theirs is None:
+            found.append(0.0 if mine is theirs else math.inf)
+        else:
+            found.append(math.inf if math.isnan(mine - theirs) else abs(mine - theirs))
+    return max(found, default=None)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from megakd.evals.follow import Follower
 from megakd.evals.harness import flat
 from megakd.evals.measure import Meter, Subject, checkpoint_subject
 from megakd.files import append_json, read_json_lines, resolve
-from megakd.log import say, table
+from megakd.log import cell, finite, say, table
 from megakd.run import Run
 
 
@@ -47,7 +47,7 @@ def evaluate(run: Run, only: str | None = None, tasks: Sequence[str] | None = No
     chosen = None if only is None else [named(run, only)]
     meter = Meter(run, tasks)
     lines = run.path("evals.jsonl")
-    known = {row["model"]: row for row in read_json_lines(lines)}
+    known = {row["model"]: row for row in read_json_lines(lines, "model")}
     rows = []
     for subject in chosen or [named(run, "teacher"), named(run, "student-0")]:
         if only is None and subject.name in known and not meter.lacks(known[subject.name]):
@@ -98,16 +98,11 @@ def quality_table(rows: list[dict[str, Any]], names: list[str] | None = None) ->
     headers += [*(["attention"] if attends else []), "parameters", "MB", "tokens/s"]
     lines = []
     for name, row in zip(names or [row["model"] for row in rows], rows, strict=True):
-        numbers = [
-            f"{row['perplexity']:.2f}",
-            f"{row['bits_per_byte']:.3f}",
-            f"{row['kl']:.4f}" if "kl" in row else "-",
-            f"{row['top1']:.1%}" if "top1" in row else "-",
-            f"{row['topk']:.1%}" if "topk" in row else "-",
-        ]
+        numbers = [cell(row, "perplexity", ".2f"), cell(row, "bits_per_byte", ".3f"), cell(row, "kl", ".4f")]
+        numbers += [cell(row, "top1", ".1%"), cell(row, "topk", ".1%")]
         if attends:
-            numbers.append(f"{row['attention']:.4f}" if "attention" in row else "-")
-        size = [f"{row['parameters']:,}", f"{row['bytes'] / 1e6:.1f}", f"{row['tokens_per_second']:,.0f}"]
+            numbers.append(cell(row, "attention", ".4f"))
+        size = [cell(row, "parameters", ","), cell(row, "bytes", ".1f", 1e-6), cell(row, "tokens_per_second", ",.0f")]
         lines.append([name, *numbers, *size])
     return table(headers, lines)
 
@@ -116,8 +111,13 @@ def ratio_table(teacher: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """Size and speed of models as parts and multiples of the teacher's."""
     lines = []
     for row in rows:
-        ratios = [row[name] / teacher[name] for name in ("parameters", "bytes", "tokens_per_second")]
-        lines.append([row["model"], f"{ratios[0]:.1%}", f"{ratios[1]:.1%}", f"{ratios[2]:.2f}x"])
+        ratios = {
+            name: value / of
+            for name in ("parameters", "bytes", "tokens_per_second")
+            if (value := finite(row.get(name))) is not None and (of := finite(teacher.get(name)))
+        }
+        speed = cell(ratios, "tokens_per_second", ".2f")
+        lines.append([row["model"], cell(ratios, "parameters", ".1%"), cell(ratios, "bytes", ".1%"), f"{speed}x"])
     return table(["of the teacher's", "parameters", "MB", "tokens/s"], lines)
 
 
@@ -126,7 +126,7 @@ def teacher_table(rows: list[dict[str, Any]]) -> str:
     lines = []
     for row in rows:
         own = row["model"] == "teacher"
-        kl, perplexity = (row.get(name if own else f"teacher_{name}") for name in ("kl", "perplexity"))
+        prefix = "" if own else "teacher_"
         routers = row.get("teacher_routers", {}).values()
         chosen = ["-"] * 3
         if routers:
@@ -134,7 +134,7 @@ def teacher_table(rows: list[dict[str, Any]]) -> str:
             idle = sum(each["idle"] for each in routers)
             chosen = [f"{entropy:.1%}", f"{max(each['busiest'] for each in routers):.2f}x", str(idle)]
         name = "its own" if own else row["model"]
-        lines.append([name, f"{perplexity:.2f}", "-" if kl is None else f"{kl:.4f}", *chosen])
+        lines.append([name, cell(row, f"{prefix}perplexity", ".2f"), cell(row, f"{prefix}kl", ".4f"), *chosen])
     headers = [
         "teacher with the routers of",
         "perplexity",

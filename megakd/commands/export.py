@@ -113,7 +113,7 @@ def describe(run: Run, source: Path, folder: Path) -> None:
         folder,
         run.config.name,
         read_json(report) if report.exists() else None,
-        read_json_lines(run.path("evals.jsonl")),
+        read_json_lines(run.path("evals.jsonl"), "model"),
         measured,
         (run.student_folder, model_folder(run.config.model.teacher) or Path(run.config.model.teacher)),
     )

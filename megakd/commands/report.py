@@ -33,9 +33,10 @@ def main(run: Run, args: argparse.Namespace) -> None:
         other = Run.open(args.baseline)
         baseline = (
             other.config.name,
-            [r for r in read_json_lines(other.path("evals.jsonl")) if r["model"] != "teacher"],
+            [r for r in read_json_lines(other.path("evals.jsonl"), "model", "step") if r["model"] != "teacher"],
         )
-    metrics, evals = (read_json_lines(run.path(f"{name}.jsonl")) for name in ("metrics", "evals"))
+    metrics = read_json_lines(run.path("metrics.jsonl"), "step", "stage")
+    evals = read_json_lines(run.path("evals.jsonl"), "model", "step")
     page = render_report(
         run.config.model_dump(mode="json"),
         metrics,

@@ -112,7 +112,7 @@ class Follower:
 
     def lines(self) -> dict[str, dict[str, Any]]:
         """The last line of each checkpoint in evals.jsonl; but one that lacks what can be measured by now is none."""
-        rows = read_json_lines(self.run.path("evals.jsonl"))
+        rows = read_json_lines(self.run.path("evals.jsonl"), "model", "step")
         found = {row["model"]: row for row in rows if row.get("stage") is not None}
         return {name: row for name, row in found.items() if not (self.meter.lacks(row) and self._is_there(name))}
 

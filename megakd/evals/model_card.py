@@ -11,6 +11,7 @@ from typing import Any
 from safetensors import safe_open
 
 from megakd.files import read_json
+from megakd.log import cell
 
 CARD = "README.md"
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # a folder of the teacher is nobody else's
@@ -148,10 +149,10 @@ def _quality(evals: list[dict[str, Any]], measured: str | None, expanded: bool) 
     rows = [
         [
             titles.get(name, name),
-            f"{row['tokens']:,}",
-            f"{row['perplexity']:.3f}",
-            f"{row['bits_per_byte']:.4f}",
-            *(f"{row[key]:{form}}" if key in row else "–" for key, form in compared.items()),
+            cell(row, "tokens", ","),
+            cell(row, "perplexity", ".3f"),
+            cell(row, "bits_per_byte", ".4f"),
+            *(cell(row, key, form) for key, form in compared.items()),
         ]
         for name in names
         for row in [last[name]]
@@ -159,8 +160,8 @@ def _quality(evals: list[dict[str, Any]], measured: str | None, expanded: bool) 
     headers = ["", "tokens trained on", "perplexity", "bits/byte", "KL to teacher", "top-1", "top-k"]
     headers += ["attention"] if "attention" in compared else []
     note = (
-        f"On {last[measured]['positions']:,} held-out tokens. KL in nats over the teacher's stored tokens; top-1 and "
-        "top-k: agreement with the teacher's first token, and with those stored."
+        f"On {cell(last[measured], 'positions', ',')} held-out tokens. KL in nats over the teacher's stored tokens; "
+        "top-1 and top-k: agreement with the teacher's first token, and with those stored."
         + (" Attention: overlap of its rows with the teacher's." if "attention" in compared else "")
     ) + (" Measured before the experts were multiplied out." if expanded else "")
     return f"{_table(headers, rows)}\n\n{note}"

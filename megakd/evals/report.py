@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 
 from megakd.evals.harness import flat
 from megakd.files import publishing
+from megakd.log import cell, finite
 
 PNG_MARK = "made by megakd report --png"
 PANEL = (5.6, 3.2)  # inches
@@ -113,29 +114,16 @@ def _quality(curves: dict[str, list[dict[str, Any]]]) -> str:
     for name, evals in curves.items():
         for row in sorted(evals, key=lambda row: row["step"]):
             label = row["model"] if name == "this run" else f"{name}: {row['model']}"
-            numbers = [
-                f"{row['tokens']:,}",
-                f"{row['perplexity']:.2f}",
-                f"{row['bits_per_byte']:.3f}",
-                _cell(row, "kl", ".4f"),
-            ]
-            numbers += [
-                _cell(row, "top1", ".1%"),
-                _cell(row, "topk", ".1%"),
-                f"{row['parameters']:,}",
-                f"{row['bytes'] / 1e6:.1f}",
-                f"{row['tokens_per_second']:,.0f}",
-            ]
+            numbers = [cell(row, "tokens", ","), cell(row, "perplexity", ".2f"), cell(row, "bits_per_byte", ".3f")]
+            numbers += [cell(row, "kl", ".4f"), cell(row, "top1", ".1%"), cell(row, "topk", ".1%")]
+            numbers += [cell(row, "parameters", ","), cell(row, "bytes", ".1f", 1e-6)]
+            numbers.append(cell(row, "tokens_per_second", ",.0f"))
             if attends:
-                numbers.append(_cell(row, "attention", ".4f"))
+                numbers.append(cell(row, "attention", ".4f"))
             if taught:
-                numbers += [_cell(row, "teacher_perplexity", ".2f"), _cell(row, "teacher_kl", ".4f")]
+                numbers += [cell(row, "teacher_perplexity", ".2f"), cell(row, "teacher_kl", ".4f")]
             rows.append([label, *numbers])
     return _table(headers, rows)
-
-
-def _cell(row: dict[str, Any], name: str, form: str) -> str:
-    return format(row[name], form) if name in row else "-"
 
 
 def _tasks(curves: dict[str, list[dict[str, Any]]]) -> str:
@@ -190,15 +178,16 @@ def evaluation_panels(curves: dict[str, list[dict[str, Any]]]) -> list[Panel]:
             # the last line of each model; several processes may have written them in any order
             trained = {row["model"]: row for row in evals if row["model"] != "teacher"}.values()
             for title, value in lines.items():
-                points = sorted((row[x], y) for row in trained if (y := value(row)) is not None)
+                pairs = ((finite(row.get(x)), finite(value(row))) for row in trained)
+                points = sorted((at, y) for at, y in pairs if at is not None and y is not None)
                 text = name if len(lines) == 1 else f"{name}: {title}" if len(curves) > 1 else title
                 if points:
                     axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=text)
         teacher = next((row for rows in curves.values() for row in rows if row["model"] == "teacher"), None)
-        if teacher and reference in teacher:
-            axes.axhline(teacher[reference], linestyle="--", color="gray", label="teacher")
+        if teacher and reference and (level := finite(teacher.get(reference))) is not None:
+            axes.axhline(level, linestyle="--", color="gray", label="teacher")
 
-    if not any(row["tokens"] for rows in curves.values() for row in rows):
+    if not any(row.get("tokens") for rows in curves.values() for row in rows):
         return []
     # measure: title, and the measure of the teacher itself that stands beside it
     titles = {
@@ -213,7 +202,7 @@ def evaluation_panels(curves: dict[str, list[dict[str, Any]]]) -> list[Panel]:
     panels = [
         Panel(title, lambda axes, key=key, own=own: draw(axes, {key: lambda row: row.get(key)}, own), label)
         for key, (title, own) in titles.items()
-        if any(key in line for line in trained)
+        if any(finite(line.get(key)) is not None for line in trained)
     ]
     measured = [flat(row.get("tasks", {})) for row in trained]
     names = list(dict.fromkeys(name for numbers in measured for name in numbers))
@@ -228,11 +217,16 @@ def evaluation_panels(curves: dict[str, list[dict[str, Any]]]) -> list[Panel]:
 
 
 def training_panels(metrics: list[dict[str, Any]]) -> list[Panel]:
-    """A panel for each term that some step logged: every step, and over noise its mean over a tenth of the stage."""
+    """A panel for each term that some step logged: every step, and over noise its mean over a tenth of the stage.
+
+    Steps without a finite value (null in metrics.jsonl) are on no curve; the panel's title says how many there are.
+    """
 
     def draw(axes: Axes, key: str) -> None:
         for stage in dict.fromkeys(row["stage"] for row in metrics):
-            found = [(row["step"], row[key]) for row in metrics if row["stage"] == stage and key in row]
+            found = [
+                (row["step"], y) for row in metrics if row["stage"] == stage and (y := finite(row.get(key))) is not None
+            ]
             steps, values = np.array(found).reshape(-1, 2).T
             (line,) = axes.plot(steps, values, linewidth=1, label=stage)
             if (size := len(values) // 10) > 1 and key not in NOT_NOISY:
@@ -240,10 +234,14 @@ def training_panels(metrics: list[dict[str, Any]]) -> list[Panel]:
                 mean = np.convolve(values, np.full(size, 1 / size), "valid")
                 axes.plot(steps[size - 1 :], mean, linewidth=1.5, color=line.get_color())
 
-    logged = {key for row in metrics for key in row}
-    return [
-        Panel(title, lambda axes, key=key: draw(axes, key), "step") for key, title in TERMS.items() if key in logged
-    ]
+    panels = []
+    for key, title in TERMS.items():
+        logged = [finite(row[key]) for row in metrics if key in row]
+        lost = sum(value is None for value in logged)
+        title += f" ({lost} of {len(logged)} steps: not finite)" if lost else ""
+        if logged:
+            panels.append(Panel(title, lambda axes, key=key: draw(axes, key), "step"))
+    return panels
 
 
 def _compression(compress: dict[str, Any] | None) -> str:

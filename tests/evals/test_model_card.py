@@ -74,7 +74,7 @@ def test_attention_is_in_a_card_where_it_was_measured(folder):
     measured = [*EVALS[:2], {**EVALS[3], "attention": 0.71875}]
     text = model_card(folder, "tiny", None, measured, "all/step-000010")
     assert "| top-k | attention |" in text and "| 12.346 | 0.9123 | 0.5000 | 50.0% | 25.0% | 0.7188 |" in text
-    assert "| 25.0% | – |" in text and "Attention: overlap" in text
+    assert "| 25.0% | - |" in text and "Attention: overlap" in text
     assert "ttention" not in model_card(folder, "tiny", None, EVALS, "all/step-000010").split("## Quality")[1]
 
 

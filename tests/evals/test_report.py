@@ -7,6 +7,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pytest
 
+from megakd.commands.evaluate import quality_table, ratio_table, teacher_table
 from megakd.config import RunConfig, parse
 from megakd.evals.report import TERMS, evaluation_panels, plot, render_report, training_panels, write_png
 
@@ -288,10 +289,40 @@ def test_metrics_that_some_steps_lack():
     rows = metrics(["all"])
     del rows[2]["kl_t1"]
     rows[3]["loss"] = float("nan")
-    assert list(Page(render_report(config(), rows, [], None)).images) == TRAINING
+    titles = ["loss (1 of 6 steps: not finite)", *TRAINING[1:]]
+    assert list(Page(render_report(config(), rows, [], None)).images) == titles
 
 
 def test_plot_escapes_its_title_and_shows_a_legend_of_labels():
     image = Page(plot("<a> & b", lambda axes: axes.plot([1, 2], [3, 4], label="line"), "x axis")).images
     assert list(image) == ["<a> & b"]
     assert {"line", "x axis"} <= drawn(image["<a> & b"])
+
+
+def test_steps_without_a_finite_value_end_no_report():
+    """Each float16 run whose loss scaler skipped a step has a null in metrics.jsonl, which no mean can be taken of."""
+    rows = [{"step": step, "stage": "all", "loss": 1.0 / step, "grad_norm": 1.0} for step in range(1, 41)]
+    rows[3]["grad_norm"], rows[7]["grad_norm"], rows[9]["loss"] = None, float("inf"), float("nan")
+    del rows[11]["loss"]
+    titles = [panel.title for panel in training_panels(rows)]
+    assert titles == ["loss (1 of 39 steps: not finite)", "gradient norm (2 of 40 steps: not finite)"]
+    images = Page(render_report(config(), rows, [], None)).images
+    assert set(titles) <= images.keys() and all("nan" not in svg.lower() for svg in images.values())
+
+
+@pytest.mark.parametrize("rows", [[], [{"step": 1, "stage": "all", "loss": None}], [{"step": 1, "stage": "all"}]])
+def test_one_row_or_no_number_ends_no_report(rows):
+    assert "nan" not in Page(render_report(config(), rows, [], None)).text.get("p", "")
+
+
+def test_evaluation_without_a_number_ends_no_report():
+    good = evaluation("student-0", 0, 30.0)
+    lost = {**evaluation("all/step-2", 100, 20.0), "perplexity": None, "kl": float("nan")}
+    bare = {"model": "all/step-4", "step": 4}
+    rows = [evaluation("teacher", 0, 5.0) | {"kl": None, "perplexity": None}, good, lost, bare]
+    cells = {row[0]: row[1:] for row in Page(render_report(config(), [], rows, None)).rows}
+    assert cells["all/step-2"][1] == "-" and cells["all/step-2"][3] == "-"
+    assert set(cells["all/step-4"]) == {"-"} and cells["student-0"][1] == "30.00"
+    shown = quality_table(rows)
+    assert "nan" not in shown and "None" not in shown and "30.00" in shown
+    assert "nan" not in ratio_table(rows[0] | {"bytes": 0, "parameters": None}, rows) and teacher_table(rows)

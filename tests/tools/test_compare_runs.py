@@ -58,3 +58,12 @@ def test_a_metric_of_one_run_alone_or_without_a_number_is_a_difference(tmp_path)
         assert done.returncode == 1 and cell(done.stdout, "kl_t1") == "inf"
     broken = write(tmp_path / "d", [{**row, "loss": float("nan")}] * 3)
     assert cell(compare(first, broken).stdout, "loss") == "inf" and compare(broken, broken).returncode == 1
+
+
+def test_value_that_was_not_finite_in_both_runs_is_equal(tmp_path):
+    """Training writes null for it: a step that the loss scaler skipped has no gradient norm in either run."""
+    row = {"loss": 2.0, "ce": 1.0, "kl": 0.5, "lr": 1e-3}
+    first, same = (write(tmp_path / name, [row, {**row, "loss": None}]) for name in "ab")
+    assert compare(first, same).returncode == 0
+    done = compare(first, write(tmp_path / "c", [row, row]))
+    assert done.returncode == 1 and cell(done.stdout, "loss") == "inf"
