@@ -24,7 +24,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from megakd.config import LrRule, ObjectiveConfig, OptimConfig
 from megakd.data.batches import collate
-from megakd.data.records import IGNORED, Batch, Sample, TeacherTargets
+from megakd.data.records import IGNORED, Batch, Rows, Sample, TeacherTargets, with_rows
 from megakd.data.shards import ShardSet
 from megakd.data.tokens import tokenizer_facts
 from megakd.dist import sum_over_ranks
@@ -109,8 +109,8 @@ class DistillationCollator:
     sequence_length: int
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        batch = collate(samples, self.sequence_length)
-        return dict(zip(("input_ids", "labels", "position_ids", "targets"), batch[:4], strict=True))
+        batch = with_rows(collate(samples, self.sequence_length))
+        return dict(zip(("input_ids", "labels", "position_ids", "targets", "counted"), batch[:5], strict=True))
 
 
 class Answering(nn.Module):
@@ -126,8 +126,10 @@ class Answering(nn.Module):
         super().__init__()
         self.objective = objective
 
-    def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor, targets: TeacherTargets) -> LossReport:
-        return self.objective(Batch(input_ids, labels, position_ids, targets))
+    def forward(
+        self, input_ids: Tensor, labels: Tensor, position_ids: Tensor, targets: TeacherTargets, counted: Rows
+    ) -> LossReport:
+        return self.objective(Batch(input_ids, labels, position_ids, targets, counted))
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -16,7 +16,7 @@ import torch
 
 from megakd.assemble import build_engine
 from megakd.config import CompressConfig, RunConfig, StageConfig
-from megakd.data.records import Batch, Paired, Side
+from megakd.data.records import Batch, Paired, Rows, Side
 from megakd.data.tokens import load_tokenizer, tokenizer_facts
 from megakd.dist import World
 from megakd.engine.base import MOMENTS
@@ -368,12 +368,15 @@ def _name(live: LiveBytes, objective: Any, engine: Any, teacher: Any, offload_te
 def full_batch(size: int, length: int, paired: bool = False) -> Batch:
     """`size` windows that count at every position; paired: for a teacher that makes a quarter more tokens of them."""
 
-    def side(length: int) -> Side:
-        return Side(*(torch.zeros(size, length, dtype=torch.int64) for _ in range(5)))
+    def every(length: int) -> Rows:
+        return Rows(torch.arange(size * length), (length,) * size, length)
 
-    batch = Batch(*side(length)[:3])
+    def side(length: int) -> Side:
+        return Side(*(torch.zeros(size, length, dtype=torch.int64) for _ in range(5)), every(length))
+
+    batch = Batch(*side(length)[:3], counted=every(length))
     if not paired:
         return batch
+    own, theirs = Side(*batch[:3], *side(length)[3:]), side(length + length // 4)
     # every token a span of its own: the most there can be
-    both = Paired(Side(*batch[:3], *side(length)[3:]), side(length + length // 4), torch.tensor([length]))
-    return batch._replace(paired=both)
+    return batch._replace(paired=Paired(own, theirs, torch.tensor([length]), every(length), every(length)))

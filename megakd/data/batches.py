@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from megakd.data.records import IGNORED, Batch, Sample, TeacherTargets
+from megakd.data.records import IGNORED, Batch, Sample, TeacherTargets, with_rows
 from megakd.data.shards import DamagedSample, ShardSet
 
 Item = TypeVar("Item")
@@ -93,13 +93,17 @@ def prefetch(items: Iterable[Item], depth: int = 2) -> Generator[Item, None, Non
     """The same items, made in a background thread up to `depth` ahead; an error in it is raised here.
 
     Close it (contextlib.closing) where leaving early is possible: a thread that still runs at exit aborts the process.
+    The thread has the caller's current GPU; CUDA would give it the first one, whatever the rank.
     """
+    gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
     queue: Queue = Queue(depth)
     stop = Event()
     end = object()
 
     def fill() -> None:
         try:
+            if gpu is not None:
+                torch.cuda.set_device(gpu)
             for item in items:
                 queue.put((item, None))
                 if stop.is_set():
@@ -128,11 +132,11 @@ def prefetch(items: Iterable[Item], depth: int = 2) -> Generator[Item, None, Non
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with every tensor on `device`."""
+    """The batch with every tensor on `device`, and with its `Rows`, which are made before it is moved."""
 
     def moved(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return type(value)(*map(moved, value))
-        return value if value is None else value.to(device, non_blocking=True)
+        if isinstance(value, torch.Tensor):
+            return value.to(device, non_blocking=True)
+        return type(value)(*map(moved, value)) if hasattr(value, "_fields") else value
 
-    return moved(batch)
+    return moved(with_rows(batch))

@@ -46,12 +46,39 @@ class Sample(NamedTuple):
     targets: TeacherTargets | None = None
 
 
+class Rows(NamedTuple):
+    """Which entries of a [B, L] array count, as places: a boolean mask would make a GPU's CPU wait for their number.
+
+    Made on the CPU, before the batch goes to a device (`with_rows`).
+    flat: places in the flattened array, ascending, [N] int64. sizes: how many are in each of the B rows. length: L.
+    """
+
+    flat: "torch.Tensor"
+    sizes: tuple[int, ...]
+    length: int
+
+    def pick(self, values: "torch.Tensor") -> "torch.Tensor":
+        """[B, L, ..] → [N, ..]; the same as values[mask], and so is its gradient."""
+        return values.flatten(0, 1).index_select(0, self.flat)
+
+    def place(self, values_N: "torch.Tensor") -> "torch.Tensor":
+        """[N] → [B, L], 0 elsewhere."""
+        shape = len(self.sizes), self.length
+        return values_N.new_zeros(shape[0] * shape[1]).index_copy(0, self.flat, values_N).view(shape)
+
+
+def rows_of(mask_BL: "torch.Tensor") -> Rows:
+    """The places where a boolean mask is true; waits for a GPU when the mask is on one."""
+    return Rows(mask_BL.flatten().nonzero()[:, 0], tuple(mask_BL.sum(1).tolist()), mask_BL.shape[1])
+
+
 class Side(NamedTuple):
     """One model's view of a batch, shifted once like a Batch; all [B, L] int64.
 
     tokens, labels, position_ids: as in Batch; padding is a document without labels
     spans:       the span that tokens[b, t] belongs to, counted from 0 in its row; -1 in padding
     label_spans: the span of the label at t, token t+1; -1 where the label is IGNORED or its span cannot be scored
+    counted:     the positions with a label; see `labelled`
     """
 
     tokens: "torch.Tensor"
@@ -59,14 +86,21 @@ class Side(NamedTuple):
     position_ids: "torch.Tensor"
     spans: "torch.Tensor"
     label_spans: "torch.Tensor"
+    counted: Rows | None = None
 
 
 class Paired(NamedTuple):
-    """Both sides of a batch; their spans have the same numbers. span_count: [B] int64, spans in each row."""
+    """Both sides of a batch; their spans have the same numbers. span_count: [B] int64, spans in each row.
+
+    shared, scored: of [B, S], S the most spans of a row: those with tokens on both sides, and those whose labels can be
+    scored; see `shared_spans` and `scored_spans`.
+    """
 
     student: Side
     teacher: Side
     span_count: "torch.Tensor"
+    shared: Rows | None = None
+    scored: Rows | None = None
 
 
 class Batch(NamedTuple):
@@ -74,6 +108,7 @@ class Batch(NamedTuple):
 
     position_ids restart at every document: with no attention mask, transformers turns them into
     block-diagonal causal attention (see tests/data/test_batches.py).
+    counted: the positions with a label; see `labelled`.
     paired: the same text for a teacher with another tokenizer; its student side is this batch.
     """
 
@@ -81,4 +116,38 @@ class Batch(NamedTuple):
     labels: "torch.Tensor"
     position_ids: "torch.Tensor"
     targets: TeacherTargets | None = None
+    counted: Rows | None = None
     paired: Paired | None = None
+
+
+def labelled(batch: Batch | Side) -> Rows:
+    """The positions with a label, [B, T]: those that came with the batch, else found here."""
+    return rows_of(batch.labels != IGNORED) if batch.counted is None else batch.counted
+
+
+def shared_spans(paired: Paired) -> Rows:
+    """The spans that have tokens on both sides, [B, S]: those that came with the pair, else found here."""
+    if paired.shared is not None:
+        return paired.shared
+    return rows_of(_present(paired.student.spans, paired) & _present(paired.teacher.spans, paired))
+
+
+def scored_spans(paired: Paired) -> Rows:
+    """The spans whose labels can be scored, [B, S]: those that came with the pair, else found here."""
+    return rows_of(_present(paired.student.label_spans, paired)) if paired.scored is None else paired.scored
+
+
+def with_rows(batch: Batch) -> Batch:
+    """The batch with all of its `Rows`; call it while the batch is on the CPU and nothing of it changes any more."""
+    paired = batch.paired
+    if paired is not None:
+        student, teacher = (side._replace(counted=labelled(side)) for side in paired[:2])
+        paired = Paired(student, teacher, paired.span_count, shared_spans(paired), scored_spans(paired))
+    return batch._replace(counted=labelled(batch), paired=paired)
+
+
+def _present(spans_BL: "torch.Tensor", paired: Paired) -> "torch.Tensor":
+    """Which spans have a token, [B, S]; -1, no span, has a column of its own that is dropped."""
+    count = int(paired.span_count.max()) if len(paired.span_count) else 0
+    found = spans_BL.new_zeros(len(spans_BL), count + 1)
+    return found.scatter_(1, spans_BL.clamp(min=-1) + 1, 1)[:, 1:] > 0

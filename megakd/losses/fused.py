@@ -213,7 +213,8 @@ def _run(
         hidden_cD = hidden_ND[chunk].to(job.compute)
         if not rounded:
             hidden_cD = hidden_cD * factor
-        raw, values = raw_cV[: len(hidden_cD)], work_cV[: len(hidden_cD)]
+        raw = raw_cV[: len(hidden_cD)]
+        values = raw if work_cV is raw_cV else work_cV[: len(hidden_cD)]
         torch.mm(hidden_cD, real_VD.T, out=raw)
         part = _Chunk(raw, values, factor if rounded else 1.0, job, for_hidden or for_weight)
         sums += part.sparse(chunk) if isinstance(job.teacher, SparseTeacher) else part.dense(chunk)
@@ -266,7 +267,7 @@ class _Chunk:
         self.raw_cV, self.x_cV, self.factor, self.job, self.differentiate = raw_cV, x_cV, factor, job, differentiate
         self.rows = max(_budget(BLOCK_BYTES, raw_cV.device) // (x_cV.element_size() * raw_cV.shape[1]), 1)
         self.scratch = torch.empty_like(x_cV[: self.rows])
-        self.in_place = x_cV.data_ptr() == raw_cV.data_ptr()
+        self.in_place = x_cV is raw_cV
         self.left_c1: Tensor | None = None
         if not self.in_place:
             for x, raw in self._blocks(raw_cV):

@@ -11,7 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from megakd.losses.hidden import feature_loss, wide
+from megakd.data.records import Rows
+from megakd.losses.hidden import as_rows, feature_loss, wide
 
 # Taken off every span's log-probability: at probability 1 the slope towards a surer student would be infinite.
 NEVER_CERTAIN = 1e-6
@@ -44,7 +45,7 @@ def span_attention(attention_BHTT: Tensor, spans_BT: Tensor, count: int) -> Tens
     return means_B1ST @ (seen_BHTT @ belongs_B1TS)
 
 
-def span_feature_loss(student_BSD: Tensor, teacher_BSD: Tensor, there_BS: Tensor) -> Tensor:
+def span_feature_loss(student_BSD: Tensor, teacher_BSD: Tensor, there_BS: Tensor | Rows) -> Tensor:
     """`feature_loss` of spans: sum over those where both sides have tokens (there_BS), mean over features."""
     return feature_loss(student_BSD, teacher_BSD, there_BS)
 
@@ -57,12 +58,12 @@ def span_logprobs(logprobs_BT: Tensor, label_spans_BT: Tensor, count: int) -> tu
     return _span_sums(logprobs_BT, label_spans_BT, count)
 
 
-def span_likelihood_loss(student_BS: Tensor, teacher_BS: Tensor, there_BS: Tensor, temperature: float) -> Tensor:
+def span_likelihood_loss(student_BS: Tensor, teacher_BS: Tensor, there_BS: Tensor | Rows, temperature: float) -> Tensor:
     """The sum of `span_likelihoods`."""
     return span_likelihoods(student_BS, teacher_BS, there_BS, temperature).sum()
 
 
-def span_likelihoods(student_BS: Tensor, teacher_BS: Tensor, there_BS: Tensor, temperature: float) -> Tensor:
+def span_likelihoods(student_BS: Tensor, teacher_BS: Tensor, there_BS: Tensor | Rows, temperature: float) -> Tensor:
     """Of each span (there_BS) a log(a / b) + (1 - a) log((1 - a) / (1 - b)), a = p^(1/T), b = q^(1/T); [N].
 
     p, q: the span's probability, from log-probabilities of the teacher and of the student (span_logprobs).
@@ -72,7 +73,8 @@ def span_likelihoods(student_BS: Tensor, teacher_BS: Tensor, there_BS: Tensor, t
     with 1 / T^2 as that of logits does, for 1 - b itself is near -log q / T. T times the loss has a limit,
     |log p| log(log p / log q) - |log p| + |log q|, so a weight that grows with T holds its strength; T^2 would not.
     """
-    log_a, log_b = (_tempered(side[there_BS], temperature) for side in (teacher_BS, student_BS))
+    rows = as_rows(there_BS)
+    log_a, log_b = (_tempered(rows.pick(side), temperature) for side in (teacher_BS, student_BS))
     return log_a.exp() * (log_a - log_b) - log_a.expm1() * (log1mexp(log_a) - log1mexp(log_b))
 
 
@@ -91,11 +93,14 @@ def _tempered(logprobs: Tensor, temperature: float) -> Tensor:
 
 def _span_sums(values: Tensor, spans_BT: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Sums over the tokens of each span [B, S, ..] of values [B, T, ..], and how many there are [B, S]."""
-    # one that is too large would land in the next window
-    assert bool((spans_BT < count).all()), (int(spans_BT.max()), count)
     windows, inside_BT = len(spans_BT), spans_BT >= 0
-    index_N = (torch.arange(windows, device=spans_BT.device)[:, None] * count + spans_BT)[inside_BT]
-    picked = wide(values[inside_BT])
-    sums = picked.new_zeros(windows * count, *picked.shape[1:]).index_add(0, index_N, picked)
-    sizes = index_N.new_zeros(windows * count).index_add(0, index_N, torch.ones_like(index_N))
+    # by places alone: what belongs to no span goes to one that is dropped, and a number that is too large ends the run
+    # (`index_add` on either device), for it would land in the next window
+    number_BT = torch.where(spans_BT < count, spans_BT, windows * count + 1)
+    places_BT = torch.arange(windows, device=spans_BT.device)[:, None] * count + number_BT
+    index_N = torch.where(inside_BT, places_BT, windows * count).flatten()
+    inside = inside_BT.view(*inside_BT.shape, *(1,) * (values.ndim - 2))
+    picked = wide(torch.where(inside, values, 0.0)).flatten(0, 1)
+    sums = picked.new_zeros(windows * count + 1, *picked.shape[1:]).index_add(0, index_N, picked)[:-1]
+    sizes = index_N.new_zeros(windows * count + 1).index_add(0, index_N, torch.ones_like(index_N))[:-1]
     return sums.view(windows, count, *picked.shape[1:]), sizes.view(windows, count)

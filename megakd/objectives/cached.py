@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from megakd.config import ObjectiveConfig
-from megakd.data.records import IGNORED, Batch, TeacherTargets
+from megakd.data.records import Batch, TeacherTargets, labelled
 from megakd.effects import check_targets
 from megakd.errors import UserError
 from megakd.losses.distill import Stored
@@ -36,14 +36,13 @@ class CachedDistillation(Objective):
             raise UserError("the samples carry no teacher targets; run: megakd generate-logits RUN")
         decoder = self.student.get_decoder()
         hidden = decoder(batch.tokens, position_ids=batch.position_ids, use_cache=False).last_hidden_state
-        counted = batch.labels != IGNORED
-        targets = TeacherTargets(*(field[counted] for field in batch.targets))
+        counted = labelled(batch)
+        targets = TeacherTargets(*map(counted.pick, batch.targets))
         config = self.config
         teacher = SparseTeacher(targets, self.stored, config.tail)
         # a batch without labels passes through too: 0 with a live graph, so that every rank takes part in the backward
-        terms = self.head(
-            hidden[counted], batch.labels[counted], teacher, self.alpha, self.temperature, self.divergence
-        )
+        rows = counted.pick(hidden), counted.pick(batch.labels)
+        terms = self.head(*rows, teacher, self.alpha, self.temperature, self.divergence)
         named = {"ce": terms.ce, "kl": terms.kl, "kl_t1": terms.kl_t1}
         if self.stored.head:
             named["stored_mass"] = targets.logprobs.double().exp().sum()
@@ -76,8 +75,8 @@ def _decoder(student: Any) -> Any:
 def _same_logits(student: Any, head: FusedHead) -> bool:
     """Whether the student makes of random hidden states the logits that `head` does; its decoder is not run."""
     weight, decoder = head.weight, _decoder(student)
-    generator = torch.Generator(weight.device).manual_seed(0)
-    hidden = torch.randn(1, 2, weight.shape[1], generator=generator, dtype=weight.dtype, device=weight.device)
+    generator = torch.Generator().manual_seed(0)  # on the CPU, so that every device is asked the same
+    hidden = torch.randn(1, 2, weight.shape[1], generator=generator, dtype=weight.dtype).to(weight.device)
     tokens = torch.zeros(1, 2, dtype=torch.int64, device=weight.device)
     setattr(student, student.base_model_prefix, _Answer(hidden))
     try:

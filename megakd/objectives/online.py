@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from megakd.config import ObjectiveConfig, OnlineConfig
-from megakd.data.records import IGNORED, Batch, Paired, Side
+from megakd.data.records import IGNORED, Batch, Paired, Rows, Side, labelled, shared_spans
 from megakd.dist import sum_over_ranks
 from megakd.losses.fused import FusedHead
 from megakd.losses.hidden import attention_loss, contrastive_loss, feature_loss, gap_weights, layer_map
@@ -118,7 +118,7 @@ class OnlineDistillation(Objective):
         teacher, teacher_head = self.held
         online, units = self.online, units_of(batch)
         own = self._ask(self.student, batch)
-        with torch.no_grad(), weighed(self.found, self._factors()) as chosen:
+        with torch.no_grad(), weighed(self.found, self._factors(batch.tokens.device)) as chosen:
             theirs = self._ask(teacher, batch if batch.paired is None else batch.paired.teacher)
         total, named, gap = self.head(self, own.last_hidden_state, theirs.last_hidden_state, batch, teacher_head)
         if gap is not None and online.importance:
@@ -152,21 +152,21 @@ class OnlineDistillation(Objective):
         wanted = {"output_hidden_states": self.online.layers > 0, "output_attentions": self.online.attention > 0}
         return model.get_decoder()(batch.tokens, position_ids=batch.position_ids, use_cache=False, **wanted)
 
-    def _factors(self) -> list[Tensor] | None:
-        """What each router's experts count, [E] each."""
+    def _factors(self, device: torch.device) -> list[Tensor] | None:
+        """What each router's experts count, [E] each; all in one copy to the device."""
         if not self.online.importance:
             return None
-        importance = torch.tensor(self.memory["importance"]).clamp(min=1e-6)
+        importance = torch.tensor(self.memory["importance"]).to(device, non_blocking=True).clamp(min=1e-6)
         return [part**self.online.importance for part in importance.split([router.experts for router in self.found])]
 
-    def _add_gap(self, chosen: list[tuple[Tensor, Tensor]], counted: Tensor, gap_N: Tensor) -> None:
+    def _add_gap(self, chosen: list[tuple[Tensor, Tensor]], counted_BU: Tensor, gap_BU: Tensor) -> None:
         """Add up each expert's share of the gap: sum over the teacher's counted tokens of gap times routing weight."""
+        counted_M1, gap_M1 = counted_BU.flatten()[:, None], gap_BU.flatten()[:, None]
         sums = []
         for router, (weights, experts) in zip(self.found, chosen, strict=True):
-            weights, experts = weights[counted.flatten()], experts[counted.flatten()]
             share = weights.float() / weights.float().sum(-1, keepdim=True).clamp(min=1e-12)
-            found = share.new_zeros(router.experts)
-            sums.append(found.index_add(0, experts.flatten(), (share * gap_N[:, None]).flatten()))
+            part = torch.where(counted_M1, share * gap_M1, 0.0)
+            sums.append(share.new_zeros(router.experts).index_add(0, experts.flatten(), part.flatten()))
         found = torch.cat(sums)
         self.gap_sums = found if self.gap_sums is None else self.gap_sums + found
 
@@ -183,17 +183,17 @@ class OnlineHead(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor, Tensor] | None]:
         """CE and divergence weighted by the gap, named sums, and the gap where something asks for it.
 
-        The gap: which of the teacher's tokens count [B, U], and the KL at T = 1 of each of these.
+        The gap: which of the teacher's tokens count, and the KL at T = 1 of each, both [B, U].
         """
         if batch.paired is not None:
             return self._over_spans(online, hidden, taught, batch.paired, teacher)
-        counted, settings = batch.labels != IGNORED, online.online
-        hidden_ND, taught_NG, labels_N = hidden[counted], taught[counted], batch.labels[counted]
+        counted, rows, settings = batch.labels != IGNORED, labelled(batch), online.online
+        hidden_ND, taught_NG, labels_N = map(rows.pick, (hidden, taught, batch.labels))
         weights_N = gap = None
         if settings.gap or settings.importance:
             gap_N = kl_each(teacher, taught_NG, self.head, hidden_ND)
-            gap_BT = gap_N.new_zeros(counted.shape).masked_scatter(counted, gap_N)
-            weights_N, gap = gap_weights(gap_BT, counted, settings.gap)[counted], (counted, gap_N)
+            gap_BT = rows.place(gap_N)
+            weights_N, gap = rows.pick(gap_weights(gap_BT, counted, settings.gap)), (counted, gap_BT)
         terms = live_loss(
             self.head, teacher, hidden_ND, taught_NG, labels_N, online.alpha, online.temperature, weights_N,
             settings.kl, online.divergence,
@@ -205,11 +205,11 @@ class OnlineHead(nn.Module):
         self, online: OnlineDistillation, hidden: Tensor, taught: Tensor, paired: Paired, teacher: FusedHead
     ) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor, Tensor]]:
         scores, settings = span_scores(self.head, teacher, hidden, taught, paired), online.online
-        sides = scores.student_BS, scores.teacher_BS, scores.there_BS
+        sides, there = (scores.student_BS, scores.teacher_BS, scores.there), scores.there
         with torch.no_grad():
             gap_N = span_likelihoods(*sides, 1.0)
-            gap_BS = gap_N.new_zeros(scores.there_BS.shape).masked_scatter(scores.there_BS, gap_N)
-        weights_N = gap_weights(gap_BS, scores.there_BS, settings.gap)[scores.there_BS]
+            gap_BS = there.place(gap_N)
+        weights_N = there.pick(gap_weights(gap_BS, there.place(torch.ones_like(gap_N)) > 0, settings.gap))
         likelihood = (weights_N * span_likelihoods(*sides, online.temperature)).sum()
         total = (1 - online.alpha) * scores.ce + online.alpha * settings.kl * online.temperature * likelihood
         named = {"ce": scores.ce.detach(), "span_kl": likelihood.detach(), "span_kl_t1": gap_N.sum()}
@@ -217,19 +217,20 @@ class OnlineHead(nn.Module):
         # a span's gap, in equal parts, is that of the tokens whose labels are its own
         spans = paired.teacher.label_spans
         sizes_BS = span_sizes(spans, gap_BS.shape[1]).clamp(min=1)
-        inside_BU = spans >= 0
-        rows_N = torch.arange(len(spans), device=spans.device)[:, None].expand_as(spans)[inside_BU]
-        return total, named, (inside_BU, (gap_BS / sizes_BS)[rows_N, spans[inside_BU]])
+        # a column of zeros for tokens of no span, and for windows without spans
+        gap_BR = nn.functional.pad(gap_BS / sizes_BS, (0, 1))
+        gap_BU = gap_BR.gather(1, torch.where(spans >= 0, spans, gap_BS.shape[1]))
+        return total, named, (spans >= 0, gap_BU)
 
 
 class Units(NamedTuple):
     """What the parts compare: positions, or spans of text where the teacher has another tokenizer.
 
-    counted: which of them count, [B, N]. own, theirs: student's and teacher's hidden states of tokens to those of
+    counted: which of them count, of [B, N]. own, theirs: student's and teacher's hidden states of tokens to those of
     units; own_maps, their_maps: the same for attention maps.
     """
 
-    counted: Tensor
+    counted: Rows
     own: Callable[[Tensor], Tensor]
     theirs: Callable[[Tensor], Tensor]
     own_maps: Callable[[Tensor], Tensor]
@@ -239,11 +240,11 @@ class Units(NamedTuple):
 def units_of(batch: Batch) -> Units:
     """Positions with a label; spans that have tokens on both sides."""
     if batch.paired is None:
-        return Units(batch.labels != IGNORED, *[lambda values: values] * 4)
-    count = int(batch.paired.span_count.max())
-    own, theirs = (side.spans for side in batch.paired[:2])
+        return Units(labelled(batch), *[lambda values: values] * 4)
+    shared = shared_spans(batch.paired)
+    count, own, theirs = shared.length, *(side.spans for side in batch.paired[:2])
     return Units(
-        (span_sizes(own, count) > 0) & (span_sizes(theirs, count) > 0),
+        shared,
         *(partial(_means, spans, count) for spans in (own, theirs)),
         *(partial(span_attention, spans_BT=spans, count=count) for spans in (own, theirs)),
     )

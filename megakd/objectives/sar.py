@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from megakd.config import ObjectiveConfig, SarConfig
-from megakd.data.records import IGNORED, Batch, Paired, Side
+from megakd.data.records import IGNORED, Batch, Paired, Side, labelled, shared_spans
 from megakd.dist import sum_over_ranks
 from megakd.errors import UserError
 from megakd.losses.fused import FusedHead
@@ -100,22 +100,23 @@ class SarDistillation(Objective):
     def forward(self, batch: Batch) -> LossReport:
         teacher, _ = self.held
         theirs = batch if batch.paired is None else batch.paired.teacher  # what the teacher reads
-        counted, counted_there = batch.labels != IGNORED, theirs.labels != IGNORED
+        rows, rows_there, counted_there = labelled(batch), labelled(theirs), theirs.labels != IGNORED
+        tokens_B = (batch.labels != IGNORED).sum(1)
         hidden = last_hidden(self.student, batch)
         with choices(self.found) as chosen:
             taught = last_hidden(teacher, theirs)
         if batch.paired is None:
-            terms = self.head(self, hidden[counted], taught[counted], batch.labels[counted])
+            terms = self.head(self, *map(rows.pick, (hidden, taught, batch.labels)))
             named = {"ce": terms.ce, "kl": terms.kl, "kl_t1": terms.kl_t1, "teacher_ce": terms.teacher_ce}
             total = terms.total
         else:
             total, named = self.head(self, hidden, taught, batch.labels, batch.paired)
-        for name, weight, value in self._router_terms(chosen, counted_there, counted.sum(1)):
+        for name, weight, value in self._router_terms(chosen, counted_there, tokens_B):
             total = total + weight * value
             named[name] = value.detach()
         if self.sar.drift_steps and self.step % self.sar.drift_steps == 0:
-            alike = hidden[counted].detach() if batch.paired is None else None
-            named |= self._drift(theirs, counted_there, alike, taught[counted_there].detach(), counted.sum(1))
+            alike = rows.pick(hidden).detach() if batch.paired is None else None
+            named |= self._drift(theirs, alike, rows_there.pick(taught).detach(), tokens_B)
         return LossReport(total, named)
 
     def _router_terms(self, chosen: list[Choice], counted: Tensor, tokens_B: Tensor) -> list[tuple[str, float, Tensor]]:
@@ -129,26 +130,34 @@ class SarDistillation(Objective):
         windows = [load_balance(c.logits.view(*shape, -1), c.experts.view(*shape, -1), counted) for c in chosen]
         balance = (torch.stack(windows).mean(0) * tokens_B).sum()
         weights: list[Any] = [module.weight for module in self.routers.values()]
-        moved = anchor(weights, [module.weight.to(weights[0].device) for module in self.initial])  # type: ignore
+        moved = anchor(weights, self._initial_weights(weights[0].device))
         return [
             ("router_anchor", self.sar.anchor, moved * tokens_B.sum()),
             ("router_certainty", self.sar.entropy, certainty),
             ("router_balance", self.sar.balance, balance),
         ]
 
+    def _initial_weights(self, device: torch.device) -> list[Tensor]:
+        """The routers' weights as they were; of an offloaded teacher they come to the device in the first step."""
+        found: list[Any] = [module.weight for module in self.initial]
+        for weight in found:
+            if weight.device != device:
+                weight.data = weight.data.to(device)
+        return found
+
     @torch.no_grad()
     def _drift(
-        self, theirs: Batch | Side, counted: Tensor, hidden_ND: Tensor | None, taught_NG: Tensor, tokens_B: Tensor
+        self, theirs: Batch | Side, hidden_ND: Tensor | None, taught_NG: Tensor, tokens_B: Tensor
     ) -> dict[str, Tensor]:
         """KL(teacher as it was || student) and KL(teacher as it was || teacher as it is) at T = 1.
 
         A window's mean counts for each of the student's tokens in it (tokens_B). hidden_ND: None for a student with
         another tokenizer, which no KL compares with.
         """
-        teacher, head = self.held
+        (teacher, head), rows = self.held, labelled(theirs)
         with in_place_of(self.found, self.initial):
-            before_NG = last_hidden(teacher, theirs)[counted]
-        share_N = per_token(counted, tokens_B)[counted]
+            before_NG = rows.pick(last_hidden(teacher, theirs))
+        share_N = rows.pick(per_token(theirs.labels != IGNORED, tokens_B))
         named = {"teacher_drift": (share_N * kl_each(head, before_NG, head, taught_NG)).sum()}
         if hidden_ND is not None:
             named["kl_frozen"] = (share_N * kl_each(head, before_NG, self.head.head, hidden_ND)).sum()
@@ -197,14 +206,14 @@ class LiveHead(nn.Module):
         self, sar: SarDistillation, hidden_BTD: Tensor, taught_BUG: Tensor, paired: Paired
     ) -> tuple[Tensor, dict[str, Tensor]]:
         scores = span_scores(self.head, sar.held[1], hidden_BTD, taught_BUG, paired)
-        likelihood = span_likelihood_loss(scores.student_BS, scores.teacher_BS, scores.there_BS, sar.temperature)
+        likelihood = span_likelihood_loss(scores.student_BS, scores.teacher_BS, scores.there, sar.temperature)
         divergence = sar.sar.likelihood * sar.temperature * likelihood
         named = {"ce": scores.ce, "span_kl": likelihood, "teacher_ce": scores.teacher_ce}
         if sar.sar.features:
-            count = int(paired.span_count.max())
-            student_BSD, sizes_BS = span_means(hidden_BTD, paired.student.spans, count)
-            teacher_BSG, there_BS = span_means(taught_BUG, paired.teacher.spans, count)
-            features = span_feature_loss(sar.projector(student_BSD), teacher_BSG, (sizes_BS > 0) & (there_BS > 0))
+            there = shared_spans(paired)
+            student_BSD, _ = span_means(hidden_BTD, paired.student.spans, there.length)
+            teacher_BSG, _ = span_means(taught_BUG, paired.teacher.spans, there.length)
+            features = span_feature_loss(sar.projector(student_BSD), teacher_BSG, there)
             divergence = divergence + sar.sar.features * features
             named["features"] = features
         total = (1 - sar.alpha) * scores.ce + sar.alpha * divergence

@@ -190,6 +190,16 @@ def test_prefetch_ends_its_thread_when_the_reader_leaves(depth, taken):
     assert not threads[0].is_alive()
 
 
+def test_prefetch_works_on_the_gpu_of_its_caller(monkeypatch):
+    """CUDA gives every new thread the first GPU: there ranks > 0 gathered their teacher's weights."""
+    taken: list[tuple[str, int]] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda gpu: taken.append((threading.current_thread().name, gpu)))
+    assert list(prefetch([1, 2])) == [1, 2]
+    assert taken == [("prefetch", 3)]
+
+
 class Slow:
     """A data set whose samples take the longer the earlier they are; remembers which threads read it."""
 

@@ -136,7 +136,7 @@ def test_windows_do_not_know_of_each_other():
     singles = [span_means(hidden[i : i + 1], spans[i : i + 1], 5) for i in range(3)]
     for found, expected in zip(span_means(hidden, spans, 5), zip(*singles, strict=True), strict=True):
         assert torch.equal(found, torch.cat(expected))
-    with pytest.raises(AssertionError):
+    with pytest.raises((IndexError, RuntimeError), match="out of"):
         span_means(hidden, spans.clamp(min=5), 5)  # it would land in the next window
 
 

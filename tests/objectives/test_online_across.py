@@ -82,7 +82,7 @@ def reference(objective: OnlineDistillation, paired: Paired) -> dict[str, float]
         ("ce", "teacher_ce", "span_kl", "span_kl_t1", "feature", "contrastive", "layers", "attention"), 0.0
     )
     for b in range(len(paired.span_count)):
-        sides = [Side(*(field[b : b + 1] for field in side)) for side in paired[:2]]
+        sides = [Side(*(field[b : b + 1] for field in side[:5])) for side in paired[:2]]
         with torch.no_grad():
             outs = [asked(model, Batch(*side[:3])) for model, side in zip(models, sides, strict=True)]
         spans = [s for s in range(paired.span_count[b]) if all((side.spans == s).any() for side in sides)]
@@ -149,7 +149,7 @@ def test_padding_has_no_say_and_windows_count_alone(made, batch):
     assert any(not torch.equal(a.tokens, b.tokens) for a, b in zip(sides, paired[:2], strict=True))
     alone = []
     for b in range(3):
-        rows = [Side(*(field[b : b + 1] for field in side)) for side in paired[:2]]
+        rows = [Side(*(field[b : b + 1] for field in side[:5])) for side in paired[:2]]
         alone.append(objective(Batch(*rows[0][:3], paired=Paired(*rows, paired.span_count[b : b + 1]))))
     objective.gap_sums = None
     whole = objective(batch)
