@@ -62,7 +62,7 @@ def join_world() -> World:
     """read_world, then the process group of all ranks through DeepSpeed (NCCL on GPUs, gloo on CPUs)."""
     world = read_world()
     _set_meeting_point(world)
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if world.device.type == "cuda" else "cpu")
+    os.environ["DS_ACCELERATOR"] = world.device.type  # set but empty, it would end DeepSpeed
     # On CPUs DeepSpeed maps 69 MB a rank in /dev/shm for an op that training never calls, and never unlinks it; the
     # launcher sets LOCAL_SIZE, so it is overwritten. The op's build is skipped too: a killed build leaves a lock that
     # hangs every later run.
@@ -75,7 +75,13 @@ def join_world() -> World:
 
     logger.setLevel("WARNING")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # type: ignore[index]
+    take_device(world)  # before NCCL, which goes by the current device
     deepspeed.init_distributed(verbose=False)
+    return world
+
+
+def take_device(world: World) -> World:
+    """Make the world's GPU the current one: kernels that are no operators of torch's own start there."""
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     return world

@@ -119,6 +119,18 @@ def test_gpus_that_are_not_there_are_refused(alone, tmp_path):
         dist.read_world()
 
 
+def test_a_rank_takes_its_gpu_before_it_meets_the_others(alone):
+    """NCCL goes by the current device, which is the first GPU until a rank takes another."""
+    order: list[str] = []
+    alone.setattr(dist, "read_world", lambda: dist.World(0, 1, torch.device("cuda", 1)))
+    alone.setattr(torch.cuda, "set_device", lambda device: order.append(str(device)))
+    alone.setattr("deepspeed.init_distributed", lambda **_: order.append("met"))
+    for name, value in (("DS_ACCELERATOR", "cpu"), ("LOCAL_SIZE", "0")):
+        alone.setenv(name, value)
+    dist.join_world()
+    assert order == ["cuda:1", "met"]
+
+
 def test_host_without_a_gpu_runs_on_the_cpu_whatever_a_launcher_numbered(alone):
     alone.setattr(dist, "NVIDIA_DRIVER", Path("/nowhere"))
     alone.setattr(torch.cuda, "is_available", lambda: False)

@@ -29,7 +29,7 @@ from transformers.activations import ACT2FN
 from megakd.data.batches import collate
 from megakd.data.shards import ShardSet, read_manifest
 from megakd.data.tokens import load_tokenizer, tokenizer_facts
-from megakd.dist import read_world
+from megakd.dist import read_world, take_device
 from megakd.errors import UserError
 from megakd.evals.compression_plot import plot_errors
 from megakd.evals.model_card import write_card
@@ -129,7 +129,9 @@ def open_job(run: Run) -> Job:
     if settings.budget is None and settings.rank > smallest:
         raise UserError(f"{run.folder}: compress.rank={settings.rank} exceeds the experts' smaller side, {smallest}")
     names = checkpoint.names_of(spec, config)
-    job = Job(run, folder, config, checkpoint, spec, names, layers, run.path("compress"), read_world().device)
+    job = Job(
+        run, folder, config, checkpoint, spec, names, layers, run.path("compress"), take_device(read_world()).device
+    )
     if settings.calibration_tokens and not run.path("data", "tokens", "train", "manifest.json").exists():
         raise UserError(
             f"{run.folder}: compress.calibration_tokens={settings.calibration_tokens} needs the run's tokens; "

@@ -47,7 +47,7 @@ from megakd.data.shards import (
     write_shard,
 )
 from megakd.data.tokens import load_tokenizer, tokenizer_facts
-from megakd.dist import World, barrier, close_world, join_world, read_world, sum_over_ranks
+from megakd.dist import World, barrier, close_world, join_world, read_world, sum_over_ranks, take_device
 from megakd.errors import UserError
 from megakd.files import locked, read_sealed, resolve, settle
 from megakd.identity import fingerprint, fingerprint_like
@@ -83,7 +83,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(run: Run, args: argparse.Namespace) -> None:
-    world = join_world() if run.config.logits.parallel != "replica" else read_world()
+    world = join_world() if run.config.logits.parallel != "replica" else take_device(read_world())
     worker = _worker(args.part, world)
     if args.max_tokens is not None and not args.max_tokens > 0:
         raise UserError(f"--max-tokens {args.max_tokens:g}: expected a number above 0, like 1e8")

@@ -29,7 +29,7 @@ from megakd.config import StageConfig
 from megakd.data.batches import prefetch, to_device
 from megakd.data.shards import ShardSet
 from megakd.data.stream import shards_digest
-from megakd.dist import StopSignals, World, close_world, join_world, read_world, seed_step, sum_over_ranks
+from megakd.dist import StopSignals, World, close_world, join_world, read_world, seed_step, sum_over_ranks, take_device
 from megakd.effects import notices
 from megakd.engine.base import Carried, Engine, StepReport
 from megakd.engine.checkpoint import (
@@ -59,7 +59,7 @@ def main(run: Run, args: argparse.Namespace) -> None:
     dataset = check(run)
     if run.config.engine.kind == "deepspeed" and run.config.engine.ranks > 1 and not was_launched():
         sys.exit(launch(run))
-    world = join_world() if run.config.engine.kind == "deepspeed" else read_world()
+    world = join_world() if run.config.engine.kind == "deepspeed" else take_device(read_world())
     check_world(run.config, world)
     # ranks outlive a launcher that was killed: a second training in the same folder must not start beside them
     alone = locked(run.path("train.lock"), "is being trained by another process; wait for it or stop it")
