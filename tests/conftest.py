@@ -13,6 +13,7 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported, which reads it once
 os.environ["OMP_NUM_THREADS"] = "1"  # inherited by every process that a test starts
+CARDS = os.environ.get("CUDA_VISIBLE_DEVICES")  # for tests marked gpu, in processes of their own
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import psutil
@@ -24,6 +25,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3MoeForCaus
 from megakd.cli import run_verb
 from megakd.data.documents import python_documents
 from megakd.data.shards import ShardSet
+from megakd.dist import NVIDIA_DRIVER
 from megakd.errors import UserError
 from megakd.models.tiny import tiny_moe_config, train_tokenizer
 from megakd.run import Run
@@ -45,6 +47,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             order[item.path], *(marks.index(m.name) for m in item.iter_markers() if m.name in marks), 9
         )
     items.sort(key=lambda item: order[item.path])
+
+
+@pytest.fixture
+def on_card() -> dict[str, str]:
+    """The environment of a process that may use this machine's GPU; skips where there is none."""
+    if not NVIDIA_DRIVER.exists() or CARDS == "":
+        pytest.skip("no NVIDIA GPU on this machine, or CUDA_VISIBLE_DEVICES hides it")
+    environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    return environment if CARDS is None else {**environment, "CUDA_VISIBLE_DEVICES": CARDS}
 
 
 @pytest.fixture(scope="session")
