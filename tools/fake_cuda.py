@@ -62,7 +62,10 @@ class Waits(RuntimeError):
 
 
 class NoCopies(TorchDispatchMode):
-    """Refuses copies between the devices, but for the layers of an offloaded teacher: those are pinned."""
+    """Refuses copies between the devices that wait.
+
+    The layers of an offloaded teacher are pinned, and a number on its way to the GPU travels with the kernel's launch.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # torch's own form for fake tensors knows bfloat16 alone
@@ -70,7 +73,9 @@ class NoCopies(TorchDispatchMode):
         out: Any = call(*args, **(kwargs or {}))
         copies = func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
         source = args[1] if func is torch.ops.aten.copy_.default else args[0] if copies else None
-        if isinstance(source, Tensor) and source.device != out.device and not (kwargs or {}).get("non_blocking"):
+        if not isinstance(source, Tensor) or source.device == out.device or (kwargs or {}).get("non_blocking"):
+            return out
+        if source.ndim or source.device == DEVICE:
             raise Waits(f"copy from {source.device} to {out.device}, {list(source.shape)}")
         return out
 
