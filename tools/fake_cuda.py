@@ -98,7 +98,7 @@ def to_fake(module: nn.Module, mode: FakeTensorMode, stays: Callable[[Tensor], b
     """Give a module (and models that it holds in tuples) fake parameters and buffers on DEVICE; tied ones stay tied."""
     made: dict[int, tuple[Tensor, Tensor]] = {}  # with the original, whose id must stay its own
 
-    def fake(tensor: Tensor) -> Tensor:
+    def fake(tensor: Tensor) -> Any:
         if id(tensor) not in made:
             with _real():
                 whole = tensor.detach()

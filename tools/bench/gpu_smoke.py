@@ -68,7 +68,8 @@ def experts(device: Any, folder: Path) -> dict[str, Any]:
         weight, expert = torch.rand(37, SHAPE["num_experts"], dtype=torch.float64).softmax(-1).topk(2)
         results = []
         for call, place, kind in ((naive_experts, "cpu", torch.float64), (None, device, dtype)):
-            block.to(place, kind), core.to(place, kind)
+            for module in (block, core):
+                module.to(place, kind)
             rows = x.to(place, kind).requires_grad_()
             arguments = rows, expert.to(place), weight.to(place, kind)
             out = block(*arguments) if call is None else call(block, *arguments)
@@ -86,7 +87,7 @@ def loss(device: Any, folder: Path) -> dict[str, Any]:
 
     from megakd.config import LogitsConfig
     from megakd.data.records import TeacherTargets
-    from megakd.losses.distill import Stored, distill_loss
+    from megakd.losses.distill import Stored, Tail, distill_loss
     from megakd.losses.fused import FusedHead, SparseTeacher
     from megakd.losses.live import live_loss
     from megakd.models.teacher import targets_from_logits
@@ -97,6 +98,9 @@ def loss(device: Any, folder: Path) -> dict[str, Any]:
     theirs, labels = torch.randn(tokens, vocabulary).double() * 3, torch.randint(vocabulary, (tokens,))
     other, other_weight = torch.randn(tokens, 48).double(), torch.randn(vocabulary, 48).double() * 0.4
     found: dict[str, float] = {}
+    tails_of: dict[str, tuple[Tail, ...]] = {
+        "topk": ("ghost", "truncated"), "sampled": ("sampled",), "hybrid": ("hybrid",),
+    }  # fmt: skip
 
     def compare(name: str, dtype: torch.dtype, call: Callable[..., Any], reference: Callable[..., Any], *sides: Any):
         results = []
@@ -115,7 +119,7 @@ def loss(device: Any, folder: Path) -> dict[str, Any]:
         return module
 
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for profile, tails in (("topk", ("ghost", "truncated")), ("sampled", ("sampled",)), ("hybrid", ("hybrid",))):
+        for profile, tails in tails_of.items():
             kept = LogitsConfig(profile=profile, top_k=32, draws=16, temperatures=(1.0, 2.0), draw_temperature=2.0)  # type: ignore
             targets = targets_from_logits(theirs.float(), labels, kept, torch.rand(tokens))
             stored = Stored(profile != "sampled", (1.0, 2.0) if profile != "sampled" else (), 2.0)
