@@ -6,6 +6,7 @@ import os
 import sys
 
 from megakd.errors import UserError
+from megakd.files import CANNOT_WRITE
 from megakd.launcher import read_launcher
 from megakd.terminal import accept_any_encoding
 
@@ -56,7 +57,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run_verb(argv: list[str]) -> None:
-    """Run one command line; raises UserError for a user's mistake."""
+    """Run one command line; raises UserError for a user's mistake, and where files cannot be written."""
+    try:
+        _run_verb(argv)
+    except OSError as error:
+        if error.errno not in CANNOT_WRITE or not error.filename:
+            raise
+        raise UserError(f"{error.filename}: {(error.strerror or 'cannot be written').lower()}") from error
+
+
+def _run_verb(argv: list[str]) -> None:
     verb = build_parser().parse_args(argv[:1] or ["--help"]).verb
     line, opens_run = VERBS[verb]
     command = importlib.import_module(f"megakd.commands.{verb.replace('-', '_')}")

@@ -41,6 +41,8 @@ def publishing(path: Path) -> Iterator[Path]:
             yield new
             for file in [new, *new.rglob("*")] if new.is_dir() else [new]:
                 sync(file)
+            if new.is_dir() and path.exists() and not path.is_dir():
+                raise UserError(f"{path}: is a file, where a folder belongs; move it away")
             swap(new, path, staging / OLD)
             sync(path.parent)
     except OSError as error:

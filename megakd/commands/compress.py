@@ -100,6 +100,8 @@ def main(run: Run, args: argparse.Namespace) -> None:
         discard(run.path("compress"))  # a kill came between the student and this
         say(f"{target}: finished")
         return
+    if target.exists():
+        raise UserError(f"{target}: exists already, and compress did not make it (no compress.json); move it away")
     started = time.perf_counter()
     job = open_job(run)
     own = run_tasks("compress", tasks(job), finished, job.parts / "locks")

@@ -17,7 +17,8 @@ examples:
 """
 
 import argparse
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +79,12 @@ def main(run: Run, args: argparse.Namespace) -> None:
         if args.dense:
             if not is_student(config):
                 raise UserError(f"{source}: model type {config.model_type!r} is stock already; export without --dense")
-            write_weights(temporary, dense_tensors(Checkpoint(source), config, dtype))
+            write_weights(temporary, finite(dense_tensors(Checkpoint(source), config, dtype), source))
             config = stock_config(config)
         else:
             checkpoint = Checkpoint(source)
             tensors = ((name, cast(name, checkpoint.tensor(name), dtype)) for name in checkpoint.files)
-            write_weights(temporary, tensors)
+            write_weights(temporary, finite(tensors, source))
         config.dtype = dtype
         write_config(temporary, config)
         copy_side_files(source, temporary)
@@ -94,6 +95,19 @@ def main(run: Run, args: argparse.Namespace) -> None:
     say(f"{target}: {(config.architectures or ['?'])[0]}, {short(size)}B, from {source}")
     if routers:
         say(f"{target / UPDATE}: {routers} routers that learned, for {run.config.model.teacher}")
+
+
+def finite(tensors: Iterable[tuple[str, Tensor]], source: Path) -> Iterator[tuple[str, Tensor]]:
+    """The same (name, tensor) pairs; UserError at the first tensor that holds NaN or infinity in its new dtype."""
+    for name, tensor in tensors:
+        # NaN if an entry is; a sum over isfinite takes 50 times as long
+        if tensor.is_floating_point() and not all(map(math.isfinite, torch.aminmax(tensor))):
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(
+                f"{source}: {name} holds NaN or infinite values as {kind}; export another checkpoint (--checkpoint), "
+                "or try model.dtype=bfloat16 in a new run if they are too large for float16"
+            )
+        yield name, tensor
 
 
 def check_inputs(run: Run, source: Path, target: Path) -> None:
