@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from megakd.errors import UserError
 from megakd.files import read_json, write_json
+from megakd.models.tiny import train_tokenizer
 from megakd.preflight import check_models, check_student, student_identity
 from megakd.run import Run
 from tests.conftest import VOCABULARY, in_process
@@ -43,11 +44,31 @@ def test_a_student_of_fewer_rows_than_ids_is_told_by_plan_and_tokenize(verb, rec
     assert "ids go up to 399, the embedding has 399 rows" in said and not run.path("data").exists()
 
 
+def test_a_student_of_fewer_rows_than_ids_is_refused_by_train_and_evaluate(recipe, prepared, student, tmp_path):
+    """Its shards were there already; the embedding was an IndexError, under CUDA an assertion on the device."""
+    run = run_with(recipe, tmp_path / "run", f"model.student={student}")
+    run.path("data").symlink_to(prepared / "data")
+    resized = LlamaForCausalLM.from_pretrained(student)
+    resized.resize_token_embeddings(VOCABULARY - 1)
+    resized.save_pretrained(student)
+    for verb in (["train", run.folder], ["evaluate", run.folder, "--model", student]):
+        assert "the embedding has 399 rows" in in_process(*verb, code=2)
+
+
+def test_compress_refuses_tokens_of_another_tokenizer(recipe, prepared, teacher, documents, tmp_path):
+    """Calibration would look up other ids, or ids beyond the embedding."""
+    folder = Path(shutil.copytree(teacher, tmp_path / "copy"))
+    train_tokenizer(documents, 300).save_pretrained(folder)
+    run = run_with(recipe, tmp_path / "run", f"model.teacher={folder}", "compress.calibration_tokens=500")
+    run.path("data").symlink_to(prepared / "data")
+    assert "tokenized with another tokenizer" in in_process("compress", run.folder, code=2)
+
+
 @pytest.mark.parametrize("verb", ["plan", "tokenize"])
 def test_positions_beyond_the_trained_ones_are_said_by_plan_and_tokenize(verb, recipe, teacher, tmp_path):
     folder = Path(shutil.copytree(teacher, tmp_path / "copy"))
     edited(folder, max_position_embeddings=16)
-    run = run_with(recipe, tmp_path / "run", f"model.teacher={folder}", "data.tokens=600", "data.holdout_tokens=200")
+    run = run_with(recipe, tmp_path / "run", f"model.teacher={folder}", "data.tokens=600")
     assert "max_position_embeddings is 16, sequences have 32" in in_process(verb, run.folder)
 
 
@@ -63,8 +84,6 @@ def test_a_quantization_config_is_told_before_anything_is_made(recipe, teacher, 
 
 
 def test_a_student_with_another_tokenizer_is_told_before_a_capture(recipe, student, documents, tmp_path):
-    from megakd.models.tiny import train_tokenizer
-
     train_tokenizer(documents, 300).save_pretrained(student)
     with pytest.raises(UserError, match="cached targets need one tokenizer"):
         check_models(run_with(recipe, tmp_path / "run", f"model.student={student}"))

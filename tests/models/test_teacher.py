@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import Qwen3MoeForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeForCausalLM
+from transformers.modeling_outputs import BaseModelOutput
 
 from megakd.config import LogitsConfig
 from megakd.data.batches import collate
@@ -422,3 +423,24 @@ def test_the_check_adds_no_parameters():
     teacher = Teacher(model, CONFIGS[0], REAL)
     assert {id(p) for p in teacher.parameters()} == {id(p) for p in model.parameters()}
     assert teacher.state_dict().keys() == model.state_dict().keys()
+
+
+class Constant(nn.Module):
+    """A decoder that gives one hidden state at every position."""
+
+    def forward(self, tokens_BT: Tensor, **_: Any) -> BaseModelOutput:
+        return BaseModelOutput(last_hidden_state=torch.ones(*tokens_BT.shape, 8, device=tokens_BT.device))  # type: ignore[arg-type]
+
+
+def test_chunks_are_sized_on_any_kind_of_device():
+    """Only cpu and cuda had a size: any other accelerator was a KeyError. "meta" stands for one here."""
+    config = LlamaConfig(
+        vocab_size=PADDED, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
+    )
+    with torch.device("meta"):
+        answering = Teacher(LlamaForCausalLM(config), LogitsConfig(top_k=4, temperatures=(1.0,)), REAL)
+        answering.unchecked.clear()  # what compares numbers
+        answering.model = Constant()
+        whole = torch.zeros(2, 6, dtype=torch.int64)
+        targets = answering(whole, whole, whole, torch.zeros(2, 6))
+    assert targets.ids.shape == (2, 6, 4) and targets.ids.device.type == "meta"
