@@ -14,6 +14,7 @@ from megakd.engine.optim import build_optimizer
 from megakd.files import resolve
 from megakd.log import say
 from megakd.models.hub import load_model
+from megakd.models.isolation import check_model
 from megakd.models.offload import offload
 from megakd.objectives.base import Objective
 from megakd.objectives.build import build
@@ -36,6 +37,10 @@ def build_objective(config: RunConfig, folder: Path, dataset: ShardSet, device: 
             teacher.to(device)
     other = None if config.objective.kind == "cached" else tokenizers(config, dataset.facts)[1]
     objective = build(config, student, teacher, dataset.facts, None if other is None else vocabulary_size(other))
+    # after `build`, which chooses how they attend
+    check_model(student, str(folder), config.data.packing)
+    if teacher is not None:
+        check_model(teacher, config.model.teacher, config.data.packing)
     for name, parameter in objective.named_parameters():
         if not name.startswith("student."):  # not the buffers: a router's correction bias stays as exact as it is
             parameter.data = parameter.data.to(device, dtype)

@@ -101,6 +101,9 @@ class DataConfig(Section):
     revision: branch, tag or commit of a source on the hub; tokenize records the commit and stays at it.
     bos: whether documents begin with the tokenizer's BOS token. auto: as tokenizer("text") itself begins; always: also
     where it does not; never.
+    packing: packed fills every sequence with documents, separated by position_ids; a model that does not separate them
+    so (recurrent and convolutional layers, masks that ignore position_ids) is refused. documents puts one document, or
+    a piece of one, into each sequence, shorter where the document is: right for every model, padded in batches.
     workers: processes that tokenize, 0: the one that reads.
     """
 
@@ -112,6 +115,7 @@ class DataConfig(Section):
     streaming: bool = True
     bos: Literal["auto", "always", "never"] = "auto"
     sequence_length: Count = Field(2048, ge=2, le=65535)
+    packing: Literal["packed", "documents"] = "packed"
     tokens: Count = Field(int(2e9), ge=1)
     holdout_fraction: float = Field(0.001, gt=0, lt=1)
     holdout_tokens: Count = Field(int(1e6), ge=1)

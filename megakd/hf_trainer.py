@@ -32,6 +32,7 @@ from megakd.engine.optim import assign_rules, build_optimizer
 from megakd.errors import UserError, foreign
 from megakd.log import say
 from megakd.models.hub import copy_code, is_student, load_model
+from megakd.models.isolation import check_config, check_model, packing_of
 from megakd.models.tables import check_tables
 from megakd.objectives.base import LossReport
 from megakd.objectives.cached import CachedDistillation, stored_in
@@ -398,6 +399,10 @@ def _check_data(student: Any, train: DistillationDataset, evaluation: Any, token
     facts = train.facts
     place = f"{student.name_or_path or type(student).__name__} (student of {train.folder})"
     check_tables(student, place, facts["vocab_size"], facts["tokens"]["sequence_length"])
+    packing, weight = packing_of(facts), student.get_output_embeddings().weight
+    check_config(student.config, place, packing)
+    if not hasattr(weight, "ds_id"):  # in pieces over ranks it has no weights to run with
+        check_model(student, place, packing)
     if tokenizer is not None:
         mine, theirs = tokenizer_facts(tokenizer), facts["tokens"]["tokenizer"]
         if mine != theirs:
@@ -423,6 +428,7 @@ def _check_alike(train: DistillationDataset, other: Any) -> None:
     for what, mine, theirs in (
         ("teacher", train.facts["teacher"], other.facts["teacher"]),
         ("tokenizer", train.facts["tokens"]["tokenizer"], other.facts["tokens"]["tokenizer"]),
+        ("packing", packing_of(train.facts), packing_of(other.facts)),
         ("sequence length", *(each.facts["tokens"]["sequence_length"] for each in (train, other))),
         ("capture", stored_in(train.facts), stored_in(other.facts)),
     ):

@@ -1,6 +1,7 @@
 """Refuse a run that cannot train as asked, before any rank starts: data, student, rules, ranks, checkpoint."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from megakd.config import RunConfig, SarConfig
 from megakd.data.shards import ShardSet
 from megakd.data.stream import shards_digest
 from megakd.data.tokens import load_tokenizer, tokenizer_facts, vocabulary_size
-from megakd.dist import World
+from megakd.dist import World, read_world
 from megakd.effects import check_stages, idle_fields
 from megakd.engine.checkpoint import check_ranks, check_shards, published
 from megakd.engine.ds_json import deepspeed_config
@@ -20,6 +21,7 @@ from megakd.identity import ModelIdentity, difference, fingerprint, fingerprint_
 from megakd.launcher import read_launcher
 from megakd.log import say
 from megakd.models.hub import check_unquantized, empty_model, load_config
+from megakd.models.isolation import Packing, check_config, packing_of
 from megakd.models.spec import check_preset
 from megakd.models.tables import check_tables
 from megakd.names import expand
@@ -40,6 +42,8 @@ def check(run: Run) -> ShardSet:
     dataset = open_dataset(run)
     _check_data(run, dataset)
     check_unquantized(student, load_config(student), "training")
+    if read_world().first:
+        check_isolation(run)
     skeleton, teacher = empty_model(student), None
     _, other = tokenizers(config, dataset.facts)
     if other is None and not saved:
@@ -145,6 +149,29 @@ def check_models(run: Run) -> None:
         check_preset(skeleton.config.model_type, folder)
 
 
+def check_isolation(run: Run) -> None:
+    """UserError when the config of teacher or student is of a model that the run's packing is wrong for."""
+    model, packing = run.config.model, run.config.data.packing
+    folders = [resolve(model.teacher, model.revision, weights=False)]
+    if model.student:
+        folders.append(resolve(model.student, model.student_revision, weights=False))
+    for folder in folders if packing == "packed" else []:
+        config = load_config(folder)
+        if not check_config(config, str(folder), packing):
+            say(
+                f"{folder}: a small {config.model_type} cannot be made from its config to see whether packed documents "
+                "are separated; this is checked when its weights are loaded"
+            )
+
+
+def check_packing(facts: dict[str, Any], packing: Packing, place: Path) -> None:
+    """UserError when sequences were not made as `data.packing` says."""
+    if (made := packing_of(facts)) != packing:
+        raise UserError(
+            f"{place}: its sequences are {made}, data.packing is {packing}; run: megakd tokenize in a new run"
+        )
+
+
 def open_dataset(run: Run) -> ShardSet:
     """The training samples as the run's stream section wants them read."""
     stream = run.config.stream
@@ -175,6 +202,7 @@ def _check_data(run: Run, dataset: ShardSet) -> None:
         raise UserError(
             f"{dataset.folder}: windows of {tokens['sequence_length']} tokens, data.sequence_length is {length}"
         )
+    check_packing(tokens, config.data.packing, dataset.folder)
     for stage in config.stages:
         if (batch := config.at(stage).optim.batch_tokens) % length:
             raise UserError(f"optim.batch_tokens: {batch} is no multiple of data.sequence_length {length}")

@@ -62,6 +62,7 @@ from megakd.models.shared_core import (
 )
 from megakd.models.spec import MoESpec, spec_for
 from megakd.models.student import student_config
+from megakd.preflight import check_isolation, check_packing
 from megakd.run import Run
 from megakd.tasks import Task, run_tasks
 
@@ -143,6 +144,7 @@ def open_job(run: Run) -> Job:
         tokens = run.path("data", "tokens", "train")
         if read_manifest(tokens)["facts"]["tokenizer"] != tokenizer_facts(load_tokenizer(folder)):
             raise UserError(f"{tokens}: tokenized with another tokenizer than {folder} has; tokenize in a new run")
+        check_isolation(run)
     _same_teacher(job)
     return job
 
@@ -425,10 +427,15 @@ def _runner(job: Job, tokens: int) -> LayerRunner:
     """Over windows spread evenly through the run's training tokens."""
     length = job.run.config.data.sequence_length
     shards = ShardSet(job.run.path("data", "tokens", "train"))
-    count = min(-(-tokens // length), len(shards))
-    batch = collate([shards[len(shards) * i // count] for i in range(count)], length)
+    packing = job.run.config.data.packing
+    check_packing(shards.facts, packing, shards.folder)
+    # sequences of one document are shorter than `length`
+    count = min(-(-tokens // (length if packing == "packed" else max(shards.tokens // len(shards), 1))), len(shards))
+    samples = [shards[len(shards) * i // count] for i in range(count)]
+    batch = collate(samples, length)
     shards.close()
-    return LayerRunner(job.checkpoint, job.spec, job.config, batch.tokens, batch.position_ids, job.device)
+    lengths = torch.tensor([len(sample.tokens) - 1 for sample in samples])
+    return LayerRunner(job.checkpoint, job.spec, job.config, batch.tokens, batch.position_ids, job.device, lengths)
 
 
 def _assemble(job: Job) -> None:

@@ -56,6 +56,7 @@ from megakd.models.hub import empty_model, load_model
 from megakd.models.spec import check_preset
 from megakd.models.tables import check_tables
 from megakd.models.teacher import Teacher, batch_targets
+from megakd.preflight import check_isolation, check_packing
 from megakd.run import Run
 
 BOOK_POSITIONS = 4096  # of the training set; from 1024 on they save 2 bytes a token, beyond 4096 0.2
@@ -97,6 +98,7 @@ def main(run: Run, args: argparse.Namespace) -> None:
     for tokens in sets.values():
         if tokens.facts["tokenizer"] != tokenizer:
             raise UserError(f"{tokens.folder}: tokenized with another tokenizer than {folder} has; {advice}")
+        check_packing(tokens.facts, run.config.data.packing, tokens.folder)
     if run.config.logits.top_k > tokenizer["vocab_size"]:
         raise UserError(f"logits.top_k: {run.config.logits.top_k} exceeds the vocabulary of {tokenizer['vocab_size']}")
     if live:
@@ -321,8 +323,11 @@ class _Capture:
 
     def _load(self, config: LogitsConfig) -> Any:
         def build() -> Teacher:
-            return Teacher(load_model(self.folder, getattr(torch, config.dtype)), config, self.vocab_size)
+            model = load_model(self.folder, getattr(torch, config.dtype))
+            return Teacher(model, config, self.vocab_size, self.run.config.data.packing)
 
+        if self.world.first:
+            check_isolation(self.run)
         if config.parallel == "replica":
             loaded: Any = build().eval().to(self.world.device)
         else:

@@ -15,8 +15,10 @@ from unittest import mock
 import torch
 
 from megakd.assemble import build_engine
+from megakd.commands.tokenize import padding_share
 from megakd.config import CompressConfig, RunConfig, StageConfig
 from megakd.data.records import Batch, Paired, Rows, Side
+from megakd.data.shards import read_manifest
 from megakd.data.tokens import load_tokenizer, tokenizer_facts
 from megakd.dist import World
 from megakd.engine.base import MOMENTS
@@ -32,7 +34,7 @@ from megakd.models.routing import scheduled
 from megakd.models.shared_core import PROJECTIONS, Form, SharedCoreExperts, stored_parameters
 from megakd.models.spec import spec_for
 from megakd.objectives.build import build
-from megakd.preflight import check_models
+from megakd.preflight import check_isolation, check_models
 from megakd.run import Run
 
 # Measured (docs/benchmarks.md): a sweep over one matrix at rank 64, its time taken as proportional to size and rank;
@@ -45,7 +47,7 @@ CARDS, SHARE, GIB = (8, 12, 16), 0.9, 2**30
 
 def main(run: Run, args: argparse.Namespace) -> None:
     check_models(run)
-    print(table(["plan", ""], [*sizes(run), *compression(run), *lengths(run), *memory(run)], left=True))
+    print(table(["plan", ""], [*sizes(run), *compression(run), *packing(run), *lengths(run), *memory(run)], left=True))
 
 
 def sizes(run: Run) -> list[list[str]]:
@@ -154,9 +156,32 @@ def fit_costs(
     return sweeps * SWEEP_SECONDS * size * rank / (MATRIX * RANK), memory
 
 
+def packing(run: Run) -> list[list[str]]:
+    """How sequences are made, whether that is right for teacher and student, and how much of a batch is padding."""
+    if run.config.data.packing == "packed":
+        try:
+            check_isolation(run)
+        except UserError as error:
+            return [["packing", f"refused: {error}"]]
+        return [["packing", "packed: teacher and student separate the documents of a sequence"]]
+    made = tokenized(run)
+    padding = "tokenize says how much of a batch is padding"
+    if made is not None:
+        share = padding_share(made["shards"], run.config.data.sequence_length)
+        padding = f"{share:.0%} of a batch is padding, which is computed and counts for nothing"
+    return [["packing", f"one document per sequence; {padding}"]]
+
+
+def tokenized(run: Run) -> dict[str, Any] | None:
+    """The manifest of the training tokens, once they are made."""
+    folder = run.path("data", "tokens", "train")
+    return read_manifest(folder) if (folder / "manifest.json").exists() else None
+
+
 def lengths(run: Run) -> list[list[str]]:
     """Tokens, bytes and steps of the passes."""
-    config = run.config
+    config, made = run.config, tokenized(run)
+    windows = sum(shard["samples"] for shard in made["shards"]) if made else None
     data, stored = config.data, config.data.tokens + config.data.holdout_tokens
     logits = config.logits
     # measured, docs/data-format.md: about 12 bits an entry of the head, 16 a distinct draw
@@ -171,8 +196,8 @@ def lengths(run: Run) -> list[list[str]]:
     if cached:
         rows.append(["cache on disk", f"at most about {short(stored * upper)}B ({upper:.0f} bytes a token)"])
     for stage in config.stages:
-        steps, batch = config.steps_of(stage), config.at(stage).optim.batch_tokens
-        passes = steps * batch / data.tokens
+        steps, batch = config.steps_of(stage, windows), config.at(stage).optim.batch_tokens
+        passes = steps * batch / (windows * data.sequence_length if windows else data.tokens)
         rows.append(
             [
                 f"stage {stage.name}",

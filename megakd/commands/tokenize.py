@@ -13,10 +13,9 @@ examples:
 
 import argparse
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ from megakd.data.tokens import bos_of, bos_words, load_tokenizer, pack, tokenize
 from megakd.errors import UserError
 from megakd.files import read_sealed, resolve, settle
 from megakd.log import Progress, say, short
-from megakd.preflight import check_models, student_identity
+from megakd.preflight import check_isolation, check_models, student_identity
 from megakd.run import Run
 
 
@@ -66,6 +65,7 @@ def main(run: Run, args: argparse.Namespace) -> None:
     else:
         folder = resolve(model.teacher, model.revision, weights=False)
     tokenizer = load_tokenizer(folder)
+    check_isolation(run)
     data = run.config.data
     commit = _commit(run)
     say(f"tokenize: documents begin {bos_words(tokenizer, bos_of(tokenizer, data.bos))} (data.bos={data.bos})")
@@ -80,7 +80,8 @@ def token_facts(
 
     bos: the ids that documents begin with. commit: of a source on the hub.
     """
-    names = ("source", "subset", "split", "text_field", "sequence_length", "shard_tokens", "holdout_fraction")
+    names = ("source", "subset", "split", "text_field", "sequence_length", "packing", "shard_tokens")
+    names += ("holdout_fraction",)
     facts = {"part": part, "tokenizer": tokenizer, "bos": bos, **{name: getattr(data, name) for name in names}}
     files = source_files(data.source)
     return {**facts, **({"files": files} if files else {}), **({"commit": commit} if commit else {})}
@@ -121,12 +122,13 @@ def _agreed(folder: Path, now: dict[str, Any]) -> dict[str, Any]:
 
     UserError when they are of other files of this source: documents have moved. They stand as they are where one side
     names no files or commit: a finished part needs its source no more. Those without `bos` were made before there was
-    that fact, and have none. Shards that differ otherwise are made again.
+    that fact, and have none; those without `packing` are packed. Shards that differ otherwise are made again.
     """
     before = recorded_facts(folder)
     if before is None:
         return now
-    names = {name for name in before.keys() | now.keys() if before.get(name) != now.get(name)}
+    older = {"packing": "packed", **before}
+    names = {name for name in older.keys() | now.keys() if older.get(name) != now.get(name)}
     if names - {"files", "commit"} == {"bos"} and "bos" not in before:
         if now["bos"]:
             say(
@@ -156,23 +158,26 @@ def _tokenize_part(
         say(f"tokenize {part}: finished")
         return
     settle(folder)
-    limit = -(-budget // data.sequence_length)
-    per_shard = max(data.shard_tokens // data.sequence_length, 1)
+    length = data.sequence_length
+    limit = -(-budget // length) * length  # whole windows of tokens
+    per_shard = max(data.shard_tokens // length, 1) * length
     shards: list[dict[str, Any]] = []
     state = State()
     while found := finished(folder, shard_name(len(shards)), facts):
         shards.append(summary_of(shard_name(len(shards)), found))
         state = State(**found["state"])
-    progress = Progress(f"tokenize {part}", budget, "tokens", done=state.windows * data.sequence_length)
+    done = sum(shard["tokens"] for shard in shards)
+    progress = Progress(f"tokenize {part}", budget, "tokens", done=done)
     with closing(_Windows(data, facts, tokenizer, tokenizer_folder, state)) as windows:
-        while windows.state.windows < limit:
-            samples = windows.take(min(per_shard, limit - windows.state.windows), progress)
+        while done < limit:
+            samples = windows.take(min(per_shard, limit - done), progress)
             first = next(samples, None)
             if first is None:
                 break
             name = shard_name(len(shards))
             written = write_shard(folder, name, _chain(first, samples), facts, state=lambda: asdict(windows.state))
             shards.append(summary_of(name, written))
+            done += written["tokens"]
     state = windows.state
     if not shards:
         raise UserError(
@@ -186,9 +191,18 @@ def _tokenize_part(
         )
     write_manifest(folder, facts, shards, complete=True, **asdict(state))
     progress.close(f"{state.documents} documents, {short(state.text_bytes)}B of text, {len(shards)} shards")
-    if state.windows < limit:
-        say(f"tokenize {part}: the source ended after {state.windows} of {limit} windows")
-    run.record("tokenize", part=part, documents=state.documents, windows=state.windows, wanted=limit)
+    if done < limit:
+        say(f"tokenize {part}: the source ended after {done:,} of {limit:,} tokens")
+    padding = padding_share(shards, length)
+    if data.packing == "documents":
+        say(f"tokenize {part}: {state.windows:,} sequences of one document each; {padding:.0%} of a batch is padding")
+    run.record("tokenize", part=part, documents=state.documents, windows=state.windows, tokens=done, wanted=limit)
+
+
+def padding_share(shards: Sequence[Mapping[str, Any]], length: int) -> float:
+    """The share of a batch's positions without a token: 1 - tokens / (sequences * length), of a manifest's shards."""
+    tokens, windows = (sum(shard[key] for shard in shards) for key in ("tokens", "samples"))
+    return 1 - tokens / max(windows * length, 1)
 
 
 def _chain(first: Sample, rest: Iterator[Sample]) -> Iterator[Sample]:
@@ -203,14 +217,16 @@ class _Windows:
         self.data, self.facts, self.tokenizer, self.tokenizer_folder = data, facts, tokenizer, tokenizer_folder
         self.begin = self.before = self.after = self.state = state
         self.read = state.document
-        self.windows = pack(self._documents(), data.sequence_length, state.token)
+        self.windows = pack(self._documents(), data.sequence_length, state.token, data.packing == "documents")
 
     def close(self) -> None:
         """End the workers; without it they would end with this process."""
         self.windows.close()
 
-    def take(self, count: int, progress: Progress) -> Iterator[Sample]:
-        for window in islice(self.windows, count):
+    def take(self, tokens: int, progress: Progress) -> Iterator[Sample]:
+        """The next samples until they predict so many tokens, or the source ends."""
+        while tokens > 0 and (window := next(self.windows, None)) is not None:
+            tokens -= len(window.tokens) - 1
             index = self.state.windows
             document, token = window.after
             base = self.before if document == self.before.document else self.after

@@ -30,13 +30,14 @@ class Window(NamedTuple):
 
 
 def pack(
-    documents: Iterable[tuple[int, list[int]]], sequence_length: int, skip_tokens: int = 0
+    documents: Iterable[tuple[int, list[int]]], sequence_length: int, skip_tokens: int = 0, apart: bool = False
 ) -> Generator[Window, None, None]:
     """Concatenate (index, tokens) documents and cut windows of `sequence_length` + 1 tokens.
 
     A document cut by a window's end goes on in the next window from its last token, so every token but the first
     of a document is predicted exactly once. The last window is shorter; no token is dropped.
     skip_tokens: leave out that many tokens of the first document: packing resumed at `after` gives the same windows.
+    apart: end a window where its document ends; one of a single token, which predicts nothing, has no window.
     """
     buffer: list[int] = []
     starts: list[int] = []
@@ -52,6 +53,10 @@ def pack(
                 position -= position < len(tokens)
                 yield Window(np.array(buffer, np.int32), np.array(starts, np.int32), Cursor(index, position))
                 buffer, starts = [], []
+        if apart:
+            if len(buffer) > 1:
+                yield Window(np.array(buffer, np.int32), np.array(starts, np.int32), Cursor(index + 1, 0))
+            buffer, starts = [], []
     if len(buffer) > 1:
         yield Window(np.array(buffer, np.int32), np.array(starts, np.int32), Cursor(index + 1, 0))
 

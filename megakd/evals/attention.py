@@ -17,6 +17,7 @@ from megakd.data.shards import ShardSet
 from megakd.errors import UserError
 from megakd.log import Progress
 from megakd.losses.hidden import attention_rows, layer_map
+from megakd.models.isolation import check_model, packing_of
 
 
 @torch.no_grad()
@@ -32,6 +33,8 @@ def attention_overlap(
     progress = Progress(f"attention of {name}", windows, "windows")
     total, count = 0.0, 0
     with _eager(student), _eager(teacher):
+        for model, place in ((student, name), (teacher, "the teacher")):  # eager masks are not the others'
+            check_model(model, place, packing_of(holdout.facts))
         for index in range(windows):
             sample = holdout[index]
             batch = to_device(collate([sample], len(sample.tokens) - 1)._replace(targets=None), device)

@@ -27,6 +27,7 @@ from megakd.evals.routers import RouterStatistics
 from megakd.files import digest, read_json, resolve, write_json
 from megakd.log import say
 from megakd.models.hub import load_model
+from megakd.models.isolation import check_config, check_model, packing_of
 from megakd.models.routing import Router, choices, copies, find_routers, in_place_of
 from megakd.models.tables import check_tables
 from megakd.objectives.sar import SEPARATOR
@@ -145,7 +146,18 @@ class Meter:
             raise
         except Exception as error:  # what is wrong inside a config or a file of weights has no kind of its own
             raise Unusable(f"{subject.folder}: cannot be loaded: {type(error).__name__}: {error}") from error
-        return model.eval().to(self.device)
+        model = model.eval().to(self.device)
+        try:
+            self._check_isolation(model, str(subject.folder))
+        except UserError as error:
+            raise Unusable(str(error)) from error
+        return model
+
+    def _check_isolation(self, model: Any, place: str) -> None:
+        """UserError when packed documents of the hold-out change each other's numbers."""
+        packing = packing_of(self.holdout.facts)
+        check_config(model.config, place, packing)
+        check_model(model, place, packing)
 
     def _quality(self, subject: Subject, model: Any) -> dict[str, Any]:
         if subject.name != "teacher":
@@ -209,6 +221,7 @@ class Meter:
         """
         folder = resolve(self.config.model.teacher, self.config.model.revision)
         teacher = load_model(folder, getattr(torch, self.config.model.dtype)).eval().to(self.device)
+        self._check_isolation(teacher, str(folder))
         learns = self.config.objective.kind == "sar"
         routers = find_routers(teacher, str(folder), self.config.sar.router_patterns) if learns else []
         return teacher, routers, copies(routers)

@@ -56,6 +56,8 @@ class LayerRunner:
 
     tokens, position_ids: [W, T]; positions restart at 0 where a packed document begins, as in training.
     batch: windows through attention at a time; results depend on it by rounding alone.
+    lengths: [W] the tokens of each window, the rest of it is padding: never measured, and without experts' outputs,
+    which nothing before it sees. None: no padding.
     Held out is every fourth window, the first among them; of a single window, the second half.
     """
 
@@ -67,6 +69,7 @@ class LayerRunner:
         tokens: Tensor,
         position_ids: Tensor,
         device: torch.device | str = "cpu",
+        lengths: Tensor | None = None,
         batch: int | None = None,
     ):
         assert tokens.shape == position_ids.shape and tokens.ndim == 2, (tokens.shape, position_ids.shape)
@@ -74,7 +77,12 @@ class LayerRunner:
         self.device = torch.device(device)
         self.tokens, self.position_ids = tokens, position_ids.to(self.device)
         self.batch = batch or max(BATCH_TOKENS // tokens.shape[1], 1)
-        self.held_N = held_out(*tokens.shape).flatten().to(self.device)
+        self.held_N, self.real_N = held_out(*tokens.shape).flatten().to(self.device), None
+        if lengths is not None and int(lengths.min()) < tokens.shape[1]:
+            real = torch.arange(tokens.shape[1]) < lengths[:, None]
+            held = held_out(*tokens.shape) if len(tokens) > 1 else held_out(1, int(lengths[0]))
+            self.real_N = real.flatten().nonzero()[:, 0].to(self.device)
+            self.held_N = (held[real] if len(tokens) > 1 else held[0]).to(self.device)
         self.act_fn = ACT2FN[config.hidden_act]
         self.model = _skeleton(config, self.device)
         self.layers = list(self.model.layers)  # on the meta device but while they run
@@ -152,7 +160,7 @@ class LayerRunner:
 
     def _add_experts(self, index: int, called: "_Recorder", out_ND: Tensor, measure: bool) -> Measured | None:
         """Add the experts' answers to what they were called with, in place; the measurements."""
-        x_ND, expert_NA, weight_NA = called.noted
+        x_ND, expert_NA, weight_NA = (part if self.real_N is None else part[self.real_N] for part in called.noted)
         found = self._measured(x_ND, expert_NA, weight_NA) if measure else None
         weights = [self.checkpoint.experts(self.spec, self.config, index, p) for p in ("gate", "up", "down")]
         for expert, (token, weight) in enumerate(routed(expert_NA, weight_NA, self.spec.num_experts(self.config))):
@@ -165,7 +173,7 @@ class LayerRunner:
                 activated = self.act_fn(g)
                 h = activated * u
                 y = h @ down.T
-                out_ND.index_add_(0, row, y * w)
+                out_ND.index_add_(0, row if self.real_N is None else self.real_N[row], y * w)
                 if found is not None:
                     found.peaks[expert] = torch.maximum(found.peaks[expert], y.abs().max())
                     h, held = h * w, self.held_N[row]
@@ -181,7 +189,8 @@ class LayerRunner:
                 for rows in (found.gate_rows, found.up_rows):
                     rows[expert].mul_(down.square().sum(0) / own)
         if found is not None:
-            found.stream.copy_(torch.linalg.vector_norm(out_ND, dim=1).median().square())
+            norms_N = torch.linalg.vector_norm(out_ND if self.real_N is None else out_ND[self.real_N], dim=1)
+            found.stream.copy_(norms_N.median().square())
         return found
 
     def _measured(self, x_ND: Tensor, expert_NA: Tensor, weight_NA: Tensor) -> Measured:

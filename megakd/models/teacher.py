@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from megakd.config import LogitsConfig
 from megakd.data.records import IGNORED, Batch, TeacherTargets
 from megakd.errors import UserError
+from megakd.models.isolation import Packing, check_model
 
 # Of one [chunk, V] buffer in float32. On CPUs below what glibc returns to the system at once: 16 MB (27 positions at
 # 152k) is several times as fast as 128 MB; elsewhere large enough for the head's matrix product (440 positions).
@@ -23,13 +24,15 @@ class Teacher(nn.Module):
 
     An nn.Module with all of the work inside forward, because ZeRO-3 gathers weights only while a module runs; its parts
     are named as in a Hugging Face causal LM, which is how DeepSpeed finds experts.
-    vocab_size: real entries; a padded vocabulary is cut before normalising.
+    vocab_size: real entries; a padded vocabulary is cut before normalising. packing: how the batches' sequences are
+    made; the first batch is refused where documents of packed ones change each other's answers (models/isolation.py).
     """
 
-    def __init__(self, model: Any, kept: LogitsConfig, vocab_size: int):
+    def __init__(self, model: Any, kept: LogitsConfig, vocab_size: int, packing: Packing = "packed"):
         super().__init__()
         self.model, self.lm_head = getattr(model, model.base_model_prefix), model.get_output_embeddings()
         self.config, self.kept, self.vocab_size = model.config, kept, vocab_size
+        self.packing: Packing = packing
         self.unchecked = [model]  # in a list: no child of its own
 
     @torch.no_grad()
@@ -64,6 +67,7 @@ class Teacher(nn.Module):
                 f"{self.config.model_type}: logits are not the output embeddings times the last hidden state; "
                 "this family cannot be captured yet"
             )
+        check_model(self.model, getattr(whole, "name_or_path", "") or self.config.model_type, self.packing)
 
 
 def batch_targets(teacher: Any, batch: Batch, offsets_BT: Tensor, device: torch.device) -> TeacherTargets:

@@ -269,3 +269,17 @@ def test_loading_asks_nobody_on_the_network(tmp_path, teacher, documents, monkey
     monkeypatch.setattr(socket.socket, "connect", refuse)
     load_tokenizer(teacher)
     load_tokenizer(sentencepiece_folder(tmp_path, documents, "LlamaTokenizer", "llama"))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_documents_apart_have_windows_of_their_own(seed):
+    """Each window is a piece of one document, all pairs are predicted once, and packing goes on after any window."""
+    length = 7
+    documents = random_documents(seed, length)
+    windows = list(pack(enumerate(documents), length, apart=True))
+    expected = [pair for document in documents for pair in pairwise(document)]
+    assert [pair for window in windows for pair in pairs_within_documents(window)] == expected
+    assert all(window.starts.tolist() == [0] and 2 <= len(window.tokens) <= length + 1 for window in windows)
+    for number, window in enumerate(windows):
+        rest = ((i, document) for i, document in enumerate(documents) if i >= window.after.document)
+        assert same(pack(rest, length, window.after.token, apart=True), windows[number + 1 :])

@@ -22,6 +22,7 @@ from megakd.models.hub import WEIGHTS, Checkpoint, load_config
 from megakd.models.shared_core import PROJECTIONS, SHAPES, make_form
 from megakd.models.spec import spec_for
 from megakd.models.student import STUDENTS, student_config
+from tests.models.students import make_model
 
 COMMON: dict[str, Any] = {"vocab_size": 96, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4}
 COMMON |= {"num_key_value_heads": 2, "num_experts_per_tok": 2, "max_position_embeddings": 64}
@@ -82,7 +83,7 @@ def windows(packed: bool = True) -> tuple[Tensor, Tensor]:
 
 def runner(path: Path, tokens: Tensor, positions: Tensor, batch: int | None = None) -> LayerRunner:
     config = load_config(path)
-    return LayerRunner(Checkpoint(path), spec_for(config, "here"), config, tokens, positions, "cpu", batch)
+    return LayerRunner(Checkpoint(path), spec_for(config, "here"), config, tokens, positions, "cpu", batch=batch)
 
 
 @torch.no_grad()
@@ -320,3 +321,30 @@ def test_a_random_model_has_no_super_experts(folder):
         if found is not None:
             peaks[index] = found.peaks
     assert list(peaks) == [0, 2] and find_super_experts(peaks) == {}
+
+
+@pytest.mark.parametrize("lengths", [[5, 12, 3, 12, 9], [7]])
+def test_padding_is_not_measured(lengths, tmp_path):
+    """As if every window were run alone at its own length; whatever ids padding has."""
+    model = make_model("qwen3_moe")
+    model.save_pretrained(tmp_path)
+    config, checkpoint = load_config(tmp_path), Checkpoint(tmp_path)
+    sizes = torch.tensor(lengths)
+    tokens = torch.randint(1, 61, (len(lengths), 12))
+    real = torch.arange(12) < sizes[:, None]
+    other = torch.where(real, tokens, 7)
+    positions = torch.arange(12).expand(len(lengths), -1)
+    found = []
+    for ids in (tokens, other):
+        runner = LayerRunner(checkpoint, spec_for(config, "here"), config, ids, positions, "cpu", sizes)
+        found.append(runner.layer(0, runner.embed(), measure=True))
+    (out, measured), (again, same) = found
+    assert measured is not None and same is not None
+    assert torch.equal(out[real], again[real])
+    assert all(torch.equal(left, right) for left, right in zip(measured, same, strict=True))
+    assert int(measured.counts.sum()) == sum(lengths) * config.num_experts_per_tok
+    for row, size in enumerate(lengths):
+        alone = LayerRunner(
+            checkpoint, spec_for(config, "here"), config, tokens[row : row + 1, :size], positions[row : row + 1, :size]
+        )
+        torch.testing.assert_close(out[row, :size], alone.layer(0, alone.embed())[0][0], atol=1e-6, rtol=1e-5)
