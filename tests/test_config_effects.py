@@ -284,7 +284,14 @@ FIELDS: dict[str, Seen | Listed] = {
         "body", TOKENIZE, T + "data/test_documents.py::test_other_columns_and_fields_can_be_the_text"
     ),
     "data.streaming": Listed(False, TOKENIZE, T + "data/test_documents.py::test_hub_data_sets_stream_through_datasets"),
+    "data.bos": Listed(
+        "never", TOKENIZE, T + "commands/test_tokenize.py::test_the_rule_of_bos_is_stated_in_the_manifest"
+    ),
+    "data.revision": Listed("a", TOKENIZE, T + "data/test_documents.py::test_a_hub_source_is_read_at_its_revision"),
     "data.sequence_length": Seen(1024, batches),
+    "data.packing": Listed(
+        "documents", TOKENIZE, T + "models/test_isolation.py::test_leaking_student_trains_on_one_document_a_sequence"
+    ),
     "data.tokens": Seen(2**24, passes, {"stages": [{"name": "a", "epochs": 1}]}),
     "data.holdout_fraction": Listed(
         0.5, TOKENIZE, T + "data/test_documents.py::test_held_out_depends_on_the_text_alone"
