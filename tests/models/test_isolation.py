@@ -217,6 +217,7 @@ def test_loaded_models_are_probed_too(given, leaking, teacher, monkeypatch):
     with pytest.raises(UserError, match="lfm2 does not separate"):
         assemble.build_objective(run.config, run.student_folder, dataset)
     run = given(teacher=leaking, student=teacher)
+    shutil.rmtree(run.path("data", "logits"))
     capture = generate_logits._Capture(run, leaking, World(0, 1, torch.device("cpu")), VOCABULARY)
     with pytest.raises(UserError, match="lfm2 does not separate"):
         next(capture.targets(ShardSet(run.path("data", "tokens", "train")), [("book", range(1))], run.config.logits))
