@@ -118,6 +118,13 @@ def loss(device: Any, folder: Path) -> dict[str, Any]:
         module.weight = w  # a leaf of the comparison, not of the module
         return module
 
+    def cached(targets: TeacherTargets, there: TeacherTargets, stored: Stored, tail: Tail) -> list[Callable[..., Any]]:
+        """The fused loss with targets on the device, and its reference with those on the CPU."""
+        return [
+            lambda h, w: head(w)(h, labels.to(device), SparseTeacher(there, stored, tail), 0.7, 2.0).total,
+            lambda h, w: distill_loss(h @ w[:vocabulary].T, labels, targets, stored, 0.7, 2.0, tail).total,
+        ]
+
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for profile, tails in tails_of.items():
             kept = LogitsConfig(profile=profile, top_k=32, draws=16, temperatures=(1.0, 2.0), draw_temperature=2.0)  # type: ignore
@@ -125,14 +132,7 @@ def loss(device: Any, folder: Path) -> dict[str, Any]:
             stored = Stored(profile != "sampled", (1.0, 2.0) if profile != "sampled" else (), 2.0)
             there = TeacherTargets(*(field.to(device) for field in targets))
             for tail in tails:
-                compare(
-                    f"cached, {tail}", dtype,
-                    lambda h, w, there=there, stored=stored, tail=tail: head(w)(
-                        h, labels.to(device), SparseTeacher(there, stored, tail), 0.7, 2.0).total,
-                    lambda h, w, targets=targets, stored=stored, tail=tail: distill_loss(
-                        h @ w[:vocabulary].T, labels, targets, stored, 0.7, 2.0, tail).total,
-                    hidden, weight,
-                )  # fmt: skip
+                compare(f"cached, {tail}", dtype, *cached(targets, there, stored, tail), hidden, weight)
         compare(
             "live", dtype,
             lambda h, t, w, v: live_loss(head(w), head(v), h, t, labels.to(device), 0.7, 2.0).total,
