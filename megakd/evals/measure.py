@@ -137,8 +137,8 @@ class Meter:
         try:
             model = load_model(subject.folder, getattr(torch, self.config.model.dtype))
             facts = self.holdout.facts.get("tokens", self.holdout.facts)
-            reads_other_tokens = self.tokenizers is not None and subject.name == "teacher"
-            size = vocabulary_size(self.tokenizers.model) if reads_other_tokens else facts["tokenizer"]["vocab_size"]
+            other = self.tokenizers if subject.name == "teacher" else None
+            size = vocabulary_size(other.model) if other else facts["tokenizer"]["vocab_size"]
             check_tables(model, subject.folder, size, facts["sequence_length"])
         except UserError as error:
             raise Unusable(str(error)) from error
