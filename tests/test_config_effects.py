@@ -199,7 +199,7 @@ def ranks(config: RunConfig) -> Any:
 
 def offloaded(config: RunConfig) -> bool:
     """Whether the teacher's layers go to CPU memory."""
-    names: dict[str, Any] = dict.fromkeys(("load_model", "build", "offload"), mock.DEFAULT)
+    names: dict[str, Any] = dict.fromkeys(("load_model", "build", "offload", "check_model"), mock.DEFAULT)
     with mock.patch.multiple(assemble, tokenizers=lambda *_: (None, None), **names):
         assemble.build_objective(config, Path("student"), mock.MagicMock())
         return assemble.offload.called  # type: ignore[attr-defined]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megakd.config import ObjectiveConfig, OnlineConfig, OptimConfig, SarConfig
-from megakd.data.batches import collate
+from megakd.data.batches import collate, to_device
 from megakd.engine.local import LocalEngine
 from megakd.engine.norms import grad_squares, update_squares
 from megakd.engine.optim import build_optimizer
@@ -94,6 +94,7 @@ def test_a_micro_batch_waits_for_nothing(waits, kind, teacher, dataset):
         else:
             online = OnlineConfig(gap=1.0, importance=0.5, routing="capacity", initial_top_k=2)
             objective = OnlineDistillation(dense_student(), frozen, config, online, VOCABULARY)
+    batch = to_device(batch, CPU)  # as the loop gives it: which positions count is known
     engine, found = engine_of(objective), []
     for step, micro in enumerate((1, 3, 1)):
         objective.at(0.5, step)
