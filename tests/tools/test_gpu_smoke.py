@@ -44,6 +44,8 @@ def test_the_report_names_what_was_skipped_and_why(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(done.stdout)
     assert json.loads((tmp_path / "out" / "gpu_smoke.json").read_text()) == report
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"gpu_smoke.json", "gpu_smoke.log"}
+    assert "===== benches" in (tmp_path / "out" / "gpu_smoke.log").read_text()
     assert report["kind"] == "cpu" and report["versions"]["torch"] == torch.__version__
     zero3, benches = report["parts"]["zero3"], report["parts"]["benches"]
     assert zero3["state"] == "ok" and "skipped" in zero3["result"]["float16"] and zero3["seconds"] > 0

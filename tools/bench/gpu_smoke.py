@@ -436,7 +436,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cpu", action="store_true", help="on the CPU; what needs a GPU is skipped")
     parser.add_argument("--only", default=",".join(PARTS), help=f"parts, separated by commas: {', '.join(PARTS)}")
-    parser.add_argument("--out", type=Path, help="folder for gpu_smoke.json and one log per part")
+    parser.add_argument("--out", type=Path, help="folder for gpu_smoke.json and gpu_smoke.log")
     parser.add_argument("--limit", type=float, default=TOTAL, help=f"seconds for all parts (default: {TOTAL})")
     for hidden in ("--part", "--device", "--folder"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
@@ -459,7 +459,10 @@ def main() -> int:
         report["parts"] = parts = {}
         for name in names:
             left = args.limit - (time.perf_counter() - started)
-            parts[name] = start_part(name, device, out / f"{name}.log", min(PARTS[name].seconds, left))
+            log = Path(scratch) / f"{name}.log"
+            parts[name] = start_part(name, device, log, min(PARTS[name].seconds, left))
+            with (out / "gpu_smoke.log").open("a" if name != names[0] else "w") as whole:
+                whole.write(f"===== {name}\n{log.read_text(errors='replace') if log.exists() else ''}\n")
             print(f"{name}: {parts[name]['state']}", file=sys.stderr, flush=True)
             report["seconds"] = round(time.perf_counter() - started, 1)
             (out / "gpu_smoke.json").write_text(json.dumps(report, indent=1) + "\n")  # after each: a kill keeps it
