@@ -5,6 +5,7 @@
   experts  a layer of shared-core experts against the naive form and the dense experts, Qwen3-30B-A3B's sizes, one core
   loss     the loss behind the student's head against three matrix products, dense forms, TRL and Liger; V 151,936
   live     a step beside a teacher that is asked while training, against the loop one writes by hand
+  evaluate the hold-out measured through the chunked head, against a plain forward pass and stored logits; V 151,936
   step     an optimizer step against cross entropy alone, what a run waits for data, DeepSpeed on one rank and on two
 
 Prints a table; --json writes rows {"bench", "case", "metric", "value", "unit"}; --quick takes less than a minute.
@@ -18,6 +19,7 @@ examples:
   OMP_NUM_THREADS=1 python tools/bench.py loss
   OMP_NUM_THREADS=1 python tools/bench.py step
   OMP_NUM_THREADS=1 python tools/bench.py live
+  OMP_NUM_THREADS=1 python tools/bench.py evaluate
 """
 
 import argparse
@@ -29,6 +31,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which counts bytes, says each start and stop
 
 import torch
+from bench_evaluate import bench_evaluate
 from bench_experts import bench_experts
 from bench_fit import bench_fit
 from bench_live import bench_live
@@ -47,26 +50,31 @@ from megakd.terminal import accept_any_encoding
 def main() -> None:
     accept_any_encoding()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bench", choices=["store", "experts", "fit", "live", "loss", "step"])
+    parser.add_argument("bench", choices=["store", "evaluate", "experts", "fit", "live", "loss", "step"])
     parser.add_argument("--quick", action="store_true", help="less of everything: within a minute on 2 cores")
     parser.add_argument(
         "--real", type=expand, metavar="FOLDER", help="store: a model folder of tools/real_models.py smollm2"
     )
     parser.add_argument(
-        "--device", default="cpu", help="experts, live, loss, step: cuda measures in 16 bits on a GPU (default: cpu)"
+        "--device",
+        default="cpu",
+        help="evaluate, experts, live, loss, step: cuda measures in 16 bits on a GPU (default: cpu)",
     )
     parser.add_argument("--json", type=expand, metavar="FILE", help="write the rows there too")
     args = parser.parse_args()
     try:
         if args.real and args.bench != "store":
             raise UserError("--real is for store: the other benchmarks need no model")
-        if args.device != "cpu" and args.bench not in ("experts", "live", "loss", "step"):
-            raise UserError("--device is for experts, live, loss and step: the other benchmarks run on the CPU")
+        if args.device != "cpu" and args.bench not in ("evaluate", "experts", "live", "loss", "step"):
+            raise UserError(
+                "--device is for evaluate, experts, live, loss and step: the other benchmarks run on the CPU"
+            )
         if args.device != "cpu" and not torch.cuda.is_available():
             raise UserError(f"--device {args.device}: torch sees no GPU here")
         rows_file = args.json and check_file(args.json, '"bench": ')
         benches = {"store": lambda quick: bench_store(quick, args.real), "fit": bench_fit}
         benches["experts"] = lambda quick: bench_experts(quick, args.device)
+        benches["evaluate"] = lambda quick: bench_evaluate(quick, args.device)
         benches["live"] = lambda quick: bench_live(quick, args.device)
         benches["loss"] = lambda quick: bench_loss(quick, args.device)
         benches["step"] = lambda quick: bench_step(quick, args.device)

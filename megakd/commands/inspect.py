@@ -27,6 +27,7 @@ from megakd.data.batches import collate
 from megakd.data.records import TeacherTargets
 from megakd.data.shards import ShardSet
 from megakd.data.tokens import load_tokenizer
+from megakd.dist import read_world
 from megakd.engine.optim import assign_rules
 from megakd.errors import UserError
 from megakd.evals.expert_report import experts_text, survey
@@ -149,17 +150,16 @@ def verify_teacher(shards: ShardSet, where: str | None) -> str:
         return f"not compared with the teacher: {made_by['id']} is not here (say where with --teacher)"
     if (now := fingerprint_like(made_by["weights"], folder)) != made_by["weights"]:
         raise UserError(f"{shards.folder}: made by a teacher of fingerprint {made_by['weights']}, {folder} has {now}")
-    keep = LogitsConfig(top_k=1, temperatures=(1.0,))
-    teacher = Teacher(
-        load_model(folder, getattr(torch, shards.facts["dtype"])).eval(), keep, shards.facts["vocab_size"]
-    )
+    keep, device = LogitsConfig(top_k=1, temperatures=(1.0,)), read_world().device
+    model = load_model(folder, getattr(torch, shards.facts["dtype"])).eval().to(device)
+    teacher = Teacher(model, keep, shards.facts["vocab_size"])
     indices = sorted({len(shards) * i // CHECKED_SAMPLES for i in range(CHECKED_SAMPLES)})
     differences = []
     for index in indices:
         sample = shards[index]
         count = len(sample.tokens) - 1
         batch = collate([sample._replace(targets=None)], count)
-        found = batch_targets(teacher, batch, torch.zeros(1, count), torch.device("cpu")).label_nll[0].numpy()
+        found = batch_targets(teacher, batch, torch.zeros(1, count), device).label_nll[0].numpy()
         assert sample.targets is not None
         differences.append(float(np.abs(found - sample.targets.label_nll).mean()))
         if differences[-1] > MOST_NLL_DIFFERENCE:

@@ -31,25 +31,26 @@ def attention_overlap(
     """
     windows = min(windows, len(holdout))
     progress = Progress(f"attention of {name}", windows, "windows")
-    total, count = 0.0, 0
+    total, count = torch.zeros((), dtype=torch.float64, device=device), 0
     with _eager(student), _eager(teacher):
         for model, place in ((student, name), (teacher, "the teacher")):  # eager masks are not the others'
             check_model(model, place, packing_of(holdout.facts))
         for index in range(windows):
             sample = holdout[index]
-            batch = to_device(collate([sample], len(sample.tokens) - 1)._replace(targets=None), device)
+            batch = collate([sample], len(sample.tokens) - 1)._replace(targets=None)
             counted_BT = (batch.labels != IGNORED) & (batch.position_ids > 0)
+            count += int(counted_BT.sum())
+            batch, counted_BT = to_device(batch, device), counted_BT.to(device)
             own, theirs = _maps(student, batch, name), _maps(teacher, batch, "the teacher")
             for mine, layer in zip(own, layer_map(len(own), len(theirs)), strict=True):
-                total += row_overlap(mine(), theirs[layer](), counted_BT).item() / len(own)
-            count += int(counted_BT.sum())
+                total += row_overlap(mine(), theirs[layer](), counted_BT).double() / len(own)
             progress.update(1)
     progress.close()
     if not count:
         raise UserError(
             f"eval.attention: no labelled position of the first {windows} windows sees two keys; ask for more"
         )
-    return total / count
+    return total.item() / count
 
 
 def row_overlap(student_BHTT: Tensor, teacher_BGTT: Tensor, counted_BT: Tensor) -> Tensor:

@@ -1,8 +1,14 @@
-"""How good a model is on the hold-out: perplexity, bits per byte, KL to the teacher, agreement, size, speed."""
+"""How good a model is on the hold-out: perplexity, bits per byte, KL to the teacher, agreement, size, speed.
+
+B sequences, T positions, N labelled ones of a batch, n of a chunk, K stored tokens of the teacher, V real vocabulary.
+
+Logits exist a chunk at a time, on the model's device. Peak memory beyond the model's activations and its hidden states
+[B, T, D]: one [n, V] of CHUNK_BYTES (three where the family caps or scales its logits) and some of BLOCK_BYTES.
+"""
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from typing import Any, NamedTuple
 
@@ -14,8 +20,18 @@ from megakd.data.batches import collate, prefetch
 from megakd.data.records import IGNORED, Batch
 from megakd.data.shards import ShardSet
 from megakd.data.tokens import vocabulary_size
-from megakd.log import Progress
-from megakd.losses.distill import topk_kl
+from megakd.errors import UserError
+from megakd.log import Progress, say
+from megakd.losses.distill import KL, student_buckets, teacher_buckets
+from megakd.losses.divergence import divergence_terms
+from megakd.losses.fused import CHUNK_BYTES
+from megakd.losses.hidden import wide
+from megakd.objectives.heads import streamed_head
+
+# Of the rows that are compared at once: what they need stays in the caches of one core (220 rows at once take 2.5 times
+# as long as 7), and keeps a GPU busy.
+BLOCK_BYTES = {"cpu": 1 << 22, "cuda": 1 << 26}
+MOST_NLL = 709.0  # of which a float still holds the exponential
 
 
 class Tokenizers(NamedTuple):
@@ -58,10 +74,11 @@ def evaluate_model(
     tokenizers: Tokenizers | None = None,
     after: Callable[[Batch], None] | None = None,
 ) -> Quality:
-    """Run `model` over a hold-out, with the teacher's targets or without; tokens_per_second: of forward passes alone.
+    """Run `model` over a hold-out, with the teacher's targets or without; UserError where nothing is labelled.
 
     tokenizers: where the model's is not the hold-out's. Then positions are those of its own tokens, and there are no
     targets; bits per byte are of the same text. after: called with each batch when the model has read it.
+    tokens_per_second: of forward passes alone, the head's product included. What is not finite is inf or NaN here.
     """
     model = model.eval().to(device)
     stored, facts = holdout.layout is not None, holdout.facts
@@ -69,30 +86,39 @@ def evaluate_model(
     vocab_size = facts["vocab_size"] if stored else facts["tokenizer"]["vocab_size"]
     vocab_size = vocabulary_size(tokenizers.model) if tokenizers else vocab_size
     length = (facts["tokens"] if stored else facts)["sequence_length"]
-    batches = _batches(holdout, batch_size, length, tokenizers)
     progress = Progress(f"evaluate {name}", len(holdout), "windows")
-    sums, seconds, tokens, text_tokens = torch.zeros(5, dtype=torch.float64), 0.0, 0, 0
-    with closing(prefetch(batches)) as prepared:  # a signal may end it early
+    sums, forward, head = torch.zeros(4, dtype=torch.float64), Stopwatch(device), None
+    tokens = positions = text_tokens = 0
+    with closing(prefetch(_batches(holdout, batch_size, length, tokenizers))) as prepared:  # a signal may end it early
         for batch, labels in prepared:
-            start = time.perf_counter()
-            logits = model(batch.tokens.to(device), position_ids=batch.position_ids.to(device), use_cache=False).logits
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds += time.perf_counter() - start
+            inputs = batch.tokens.to(device), batch.position_ids.to(device)
+            if head is None:
+                head = streamed_head(model, vocab_size, *inputs)
+                if head.own:
+                    say(f"{name}: the logits of {model.config.model_type} are made by its own code, a chunk at a time")
+            with forward:
+                hidden_BTD = head.decoder(inputs[0], position_ids=inputs[1], use_cache=False).last_hidden_state
             if after:
                 after(batch)
+            sums += batch_sums(head.logits, hidden_BTD, batch, vocab_size, forward).cpu()  # the batch's one transfer
             tokens += batch.tokens.numel()
+            positions += int((batch.labels != IGNORED).sum())
             text_tokens += labels
-            sums += batch_sums(logits[..., :vocab_size].cpu(), batch)
+            forward.seconds()  # frees the events; the sums were waited for
             progress.update(len(batch.tokens))
     progress.close()
-    nll, *compared, positions = *(sums / sums[4]).tolist()[:4], int(sums[4])
+    if not positions:
+        raise UserError(f"{holdout.folder}: no position of the hold-out has a label; raise data.holdout_tokens")
+    nll, *compared = (sums / positions).tolist()
+    if math.isnan(nll):  # an order of logits among which are NaN says nothing
+        compared = [math.nan] * 3
     kl, top1, topk = compared if stored else (None, None, None)
+    perplexity = math.exp(nll) if nll < MOST_NLL else nll * math.inf
     bits_per_byte = nll / math.log(2) * tokens_per_byte * (positions / text_tokens)
     parameters = {p.data_ptr(): p for p in model.parameters()}.values()
     return Quality(
-        math.exp(nll), bits_per_byte, kl, top1, topk, nll, positions,
-        sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters), tokens / seconds,
+        perplexity, bits_per_byte, kl, top1, topk, nll, positions, sum(p.numel() for p in parameters),
+        sum(p.numel() * p.element_size() for p in parameters), tokens / forward.seconds(),
     )  # fmt: skip
 
 
@@ -111,26 +137,108 @@ def _batches(
         yield batch, int((labels.labels != IGNORED).sum())
 
 
-def batch_sums(logits: Tensor, batch: Batch) -> Tensor:
-    """Sums over labelled positions of (NLL, KL at T = 1, top-1 agreement, top-k overlap, 1), float64 [5].
+def batch_sums(
+    logits: Callable[[Tensor], Tensor], hidden_BTD: Tensor, batch: Batch, vocab_size: int, forward: "Stopwatch"
+) -> Tensor:
+    """Sums over labelled positions of (NLL, KL at T = 1, top-1 agreement, top-k overlap), float64 [4].
 
-    Without targets the three in the middle are 0.
+    logits: makes those of some hidden states, [n, V] of [n, D]; forward: is told how long that takes. The batch is on
+    the CPU, the sums are on the model's device. Without targets the last three are 0.
     """
-    counted = batch.labels != IGNORED
-    logits_NV, labels_N, targets = logits[counted].float(), batch.labels[counted], batch.targets
-    nll = torch.nn.functional.cross_entropy(logits_NV, labels_N, reduction="sum")
-    if targets is None:
-        zero = nll.new_zeros((), dtype=torch.float64)
-        return torch.stack([nll.double(), zero, zero, zero, counted.sum().double()])
-    ids_NK, logprobs_NK = targets.ids[counted].long(), targets.logprobs[counted]
-    kl = topk_kl(logits_NV, ids_NK, logprobs_NK, targets.log_tails[..., 0][counted], 1.0, "ghost").sum()
-    mine_NK = logits_NV.topk(ids_NK.shape[-1]).indices
-    first_NK = logprobs_NK == logprobs_NK.amax(1, keepdim=True)
-    top1 = ((ids_NK == mine_NK[:, :1]) & first_NK).any(1).sum()
-    kept_NK = logprobs_NK > -torch.inf
-    kept_N1 = kept_NK.sum(1, keepdim=True)
+    device = hidden_BTD.device
+    rows_N = (batch.labels.flatten() != IGNORED).nonzero()[:, 0]  # on the CPU: a mask on the GPU would be waited for
+    targets = batch.targets
+
+    def labelled(values: Tensor) -> Tensor:
+        return values.flatten(0, 1)[rows_N].to(device, non_blocking=True)
+
+    fields = [labelled(batch.labels)]
+    if targets is not None:
+        fields += [labelled(targets.ids), labelled(targets.logprobs), labelled(targets.log_tails[..., 0])]
+    hidden_ND = hidden_BTD.flatten(0, 1)[rows_N.to(device)]
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    most = max(_of(CHUNK_BYTES, device) // (4 * vocab_size), 1)
+    chunk = -(-len(rows_N) // max(-(-len(rows_N) // most), 1))  # equal ones: the product of a short one is slow
+    if not chunk:
+        return sums
+    for hidden_nD, *parts in zip(*(values.split(chunk) for values in (hidden_ND, *fields)), strict=True):
+        with forward:
+            logits_nV = logits(hidden_nD)
+        sums += _chunk_sums(logits_nV, parts)
+        del logits_nV  # before the next one is made
+    return sums
+
+
+def _chunk_sums(logits_nV: Tensor, fields: Sequence[Tensor]) -> Tensor:
+    """Of a chunk, some rows at a time."""
+    rows = max(_of(BLOCK_BYTES, logits_nV.device) // (4 * logits_nV.shape[1]), 1)
+    parts = zip(*(values.split(rows) for values in (logits_nV, *fields)), strict=True)
+    return torch.stack([_row_sums(*part) for part in parts]).sum(0)
+
+
+def _row_sums(
+    logits_nV: Tensor,
+    labels_n: Tensor,
+    ids_nK: Tensor | None = None,
+    logprobs_nK: Tensor | None = None,
+    log_tail_n: Tensor | None = None,
+) -> Tensor:
+    logits_nV = wide(logits_nV)
+    if ids_nK is None or logprobs_nK is None or log_tail_n is None:
+        nll_n = torch.nn.functional.cross_entropy(logits_nV, labels_n, reduction="none")
+        return torch.nn.functional.pad(nll_n.double().sum()[None], (0, 3))
+    ids_nK = ids_nK.long()
+    kept_nK = logprobs_nK > -torch.inf
+    first_nK = logprobs_nK == logprobs_nK.amax(1, keepdim=True)
+    values_nK, mine_nK = logits_nV.topk(ids_nK.shape[1])
+    logits_nV = logits_nV - values_nK[:, :1]  # so that float32 keeps the digits of logarithms near 0
+    log_q_nB, log_z_n = student_buckets(logits_nV, ids_nK, kept_nK)
+    nll_n = log_z_n - logits_nV.gather(1, labels_n[:, None])[:, 0]
+    log_p_nB = teacher_buckets(wide(logprobs_nK), log_tail_n, 1.0, "ghost", KL)
+    kl_n = divergence_terms(KL, log_p_nB, log_q_nB).sum(-1)
+    top1_n = ((ids_nK == mine_nK[:, :1]) & first_nK).any(1)
+    kept_n1 = kept_nK.sum(1, keepdim=True)
     # as many of the model's first as the teacher has stored at the position
-    counted_NK = (torch.arange(ids_NK.shape[1]) < kept_N1).to(logits_NV.dtype)
-    among_NK = torch.zeros_like(logits_NV).scatter(1, mine_NK, counted_NK).gather(1, ids_NK)
-    overlap = ((among_NK * kept_NK).sum(1) / kept_N1[:, 0]).sum()
-    return torch.stack([nll.double(), kl.double(), top1.double(), overlap.double(), counted.sum().double()])
+    counted_nK = (torch.arange(ids_nK.shape[1], device=ids_nK.device) < kept_n1).to(logits_nV.dtype)
+    among_nK = torch.zeros_like(logits_nV).scatter(1, mine_nK, counted_nK).gather(1, ids_nK)
+    overlap_n = (among_nK * kept_nK).sum(1) / kept_n1[:, 0]
+    return torch.stack([each.double().sum() for each in (nll_n, kl_n, top1_n, overlap_n)])
+
+
+def _of(sizes: dict[str, int], device: torch.device) -> int:
+    return sizes["cpu" if device.type == "cpu" else "cuda"]
+
+
+class Stopwatch:
+    """Adds up how long the work takes that is asked for inside `with`; on a GPU by events, which nothing waits for."""
+
+    def __init__(self, device: torch.device):
+        self.events: list[Any] | None = [] if device.type == "cuda" else None
+        self.taken = self.start = 0.0
+
+    def __enter__(self) -> None:
+        if self.events is None:
+            self.start = time.perf_counter()
+        else:
+            self.events.append(self._event())
+
+    def __exit__(self, *error: object) -> None:
+        if self.events is None:
+            self.taken += time.perf_counter() - self.start
+        else:
+            self.events.append(self._event())
+
+    def seconds(self) -> float:
+        """Of all that was measured so far; waits for the GPU."""
+        if self.events:
+            torch.cuda.synchronize()
+            pairs = zip(self.events[::2], self.events[1::2], strict=True)
+            self.taken += sum(start.elapsed_time(end) for start, end in pairs) / 1e3
+            self.events.clear()
+        return self.taken
+
+    @staticmethod
+    def _event() -> Any:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event

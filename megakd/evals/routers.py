@@ -17,25 +17,31 @@ class RouterStatistics:
 
     def __init__(self, routers: Sequence[Router], chosen: list[Choice]):
         self.routers, self.chosen = routers, chosen
-        self.entropy, self.tokens = [0.0] * len(routers), 0
-        self.rows_E = [torch.zeros(router.experts, dtype=torch.int64) for router in routers]
+        self.tokens = 0
+        devices = [router.module.weight.device for router in routers]
+        self.entropy = [torch.zeros((), dtype=torch.float64, device=device) for device in devices]
+        self.rows_E = [
+            torch.zeros(router.experts, dtype=torch.int64, device=device)
+            for router, device in zip(routers, devices, strict=True)
+        ]
 
     def add(self, batch: Batch) -> None:
-        """What was chosen in the forward pass of this batch."""
-        counted_N = (batch.labels != IGNORED).flatten()
-        self.tokens += int(counted_N.sum())
-        for index, (logits_NE, experts_Nk) in enumerate(self.chosen):
-            own_N = counted_N.to(logits_NE.device)
-            self.entropy[index] += routing_entropy(logits_NE[own_N]).sum().item()
-            rows = experts_Nk[own_N].flatten().cpu()
-            self.rows_E[index] += torch.bincount(rows, minlength=len(self.rows_E[index]))
+        """What was chosen in the last forward pass, which was of this batch; nothing waits for a GPU."""
+        rows_N = (batch.labels.flatten() != IGNORED).nonzero()[:, 0]
+        self.tokens += len(rows_N)
+        last = self.chosen[-len(self.routers) :] if self.routers else []
+        for (logits_NE, experts_Nk), entropy, rows_E in zip(last, self.entropy, self.rows_E, strict=True):
+            own_N = rows_N.to(logits_NE.device)
+            entropy += routing_entropy(logits_NE[own_N]).double().sum()
+            experts = experts_Nk[own_N].flatten().long()
+            rows_E.scatter_add_(0, experts, torch.ones_like(experts))
         self.chosen.clear()
 
     def found(self) -> dict[str, dict[str, float]]:
         """By a router's name: entropy over log E, E times the share of the busiest expert, and how many get nothing."""
         return {
             router.name: {
-                "entropy": entropy / self.tokens,
+                "entropy": entropy.item() / self.tokens,
                 "busiest": (rows_E.max() / rows_E.sum()).item() * router.experts,
                 "idle": int((rows_E == 0).sum()),
             }

@@ -123,18 +123,24 @@ def topk_kl(
     log_tail_N: log of the sum over tokens outside the head of p^(1/T). Entries of log-probability -inf are no entries;
     their id repeats one of the row.
     """
-    ids_NK = ids_NK.long()
     scaled_NV = logits_NV / temperature
-    kept_NK = logprobs_NK > -torch.inf
     log_p_NB = teacher_buckets(logprobs_NK.to(scaled_NV.dtype), log_tail_N, temperature, tail, divergence)
+    log_q_NB, _ = student_buckets(scaled_NV, ids_NK.long(), logprobs_NK > -torch.inf)
+    return divergence_terms(divergence, log_p_NB, log_q_NB).sum(-1)
+
+
+def student_buckets(scaled_NV: Tensor, ids_NK: Tensor, kept_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """log Q of the K entries and of one bucket for all others, [N, K + 1], and the logsumexp of each row, [N].
+
+    scaled_NV: logits / T. kept_NK: False where an entry is none and its id repeats another one's: -inf there.
+    """
     log_rest_N1 = scaled_NV.scatter(-1, ids_NK, -torch.inf).logsumexp(-1, keepdim=True)
     scaled_NB = torch.cat([scaled_NV.gather(-1, ids_NK), log_rest_N1], -1)
     # a bucket that the student does not have either (a repeated id, the tail where K = V) gets no gradient
     exists_NB = torch.cat([kept_NK, log_rest_N1 > -torch.inf], -1)
     # the normaliser from its parts: one pass over the vocabulary, not two
     log_z_N1 = scaled_NB.masked_fill(~exists_NB, -torch.inf).logsumexp(-1, keepdim=True)
-    log_q_NB = (scaled_NB - log_z_N1).masked_fill(~exists_NB, -torch.inf)
-    return divergence_terms(divergence, log_p_NB, log_q_NB).sum(-1)
+    return (scaled_NB - log_z_N1).masked_fill(~exists_NB, -torch.inf), log_z_N1[:, 0]
 
 
 def teacher_buckets(

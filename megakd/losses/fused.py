@@ -94,9 +94,11 @@ class FusedHead(nn.Module):
         known = dense or knows_kl_t1(teacher.stored, temperature, teacher.tail, divergence)
         return DistillTerms(total, ce, kl, kl_t1 if known else None)
 
-    def logits(self, hidden_ND: Tensor) -> Tensor:
-        """The dense logits, [N, V]: what the loss never stores."""
-        logits_NV = hidden_ND @ self.weight[: self.vocab_size].T * self.scale
+    def logits(self, hidden_ND: Tensor, out: Tensor | None = None) -> Tensor:
+        """The dense logits, [N, V]: what the loss never stores. out: where their product may go, without gradients."""
+        logits_NV = torch.matmul(hidden_ND, self.weight[: self.vocab_size].T, out=out)
+        if self.scale != 1:  # else a pass over the vocabulary, and a second buffer, for nothing
+            logits_NV = logits_NV * self.scale
         return logits_NV if self.softcap is None else self.softcap * (logits_NV / self.softcap).tanh()
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:

@@ -1,16 +1,22 @@
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from megakd.config import LogitsConfig
 from megakd.data.batches import collate
-from megakd.data.records import IGNORED, Batch, TeacherTargets
+from megakd.data.records import IGNORED, Batch, Sample, TeacherTargets
 from megakd.data.shards import ShardSet
-from megakd.evals.quality import Tokenizers, batch_sums, evaluate_model
+from megakd.errors import UserError
+from megakd.evals import quality as module
+from megakd.evals.quality import Stopwatch, Tokenizers, batch_sums, evaluate_model
+from megakd.losses.distill import topk_kl
 from megakd.models.hub import load_model
 from megakd.models.teacher import targets_from_logits
+from megakd.objectives.heads import streamed_head
 
 CPU = torch.device("cpu")
 
@@ -44,6 +50,36 @@ def reference_sums(logits: Tensor, batch: Batch) -> list[float]:
     return [nll, kl, top1, overlap, positions]
 
 
+def whole_sums(logits: Tensor, batch: Batch, dtype: torch.dtype = torch.float32) -> list[float]:
+    """[NLL, KL, top-1, overlap, positions] of stored logits: how they were made before the head was chunked."""
+    counted = batch.labels != IGNORED
+    logits_NV, labels_N, targets = logits[counted].float().to(dtype), batch.labels[counted], batch.targets
+    nll = torch.nn.functional.cross_entropy(logits_NV, labels_N, reduction="sum")
+    ids_NK, logprobs_NK = targets.ids[counted].long(), targets.logprobs[counted]
+    log_tail_N = targets.log_tails[..., 0][counted]
+    kl = topk_kl(logits_NV, ids_NK, logprobs_NK.to(dtype), log_tail_N.to(dtype), 1.0, "ghost").sum()
+    mine_NK = logits_NV.topk(ids_NK.shape[-1]).indices
+    first_NK = logprobs_NK == logprobs_NK.amax(1, keepdim=True)
+    top1 = ((ids_NK == mine_NK[:, :1]) & first_NK).any(1).sum()
+    kept_NK = logprobs_NK > -torch.inf
+    kept_N1 = kept_NK.sum(1, keepdim=True)
+    counted_NK = (torch.arange(ids_NK.shape[1]) < kept_N1).to(logits_NV.dtype)
+    among_NK = torch.zeros_like(logits_NV).scatter(1, mine_NK, counted_NK).gather(1, ids_NK)
+    overlap = ((among_NK * kept_NK).sum(1) / kept_N1[:, 0]).sum()
+    return [float(each) for each in (nll, kl, top1, overlap, counted.sum())]
+
+
+def sums_of(logits: Tensor, batch: Batch) -> list[float]:
+    """`batch_sums` where the head gives its input, and the positions."""
+    sums = batch_sums(lambda rows: rows, logits, batch, logits.shape[-1], Stopwatch(CPU))
+    return [*sums.tolist(), int((batch.labels != IGNORED).sum())]
+
+
+def small_chunks(monkeypatch: pytest.MonkeyPatch, vocabulary: int, rows: int, block: int) -> None:
+    for name, count in (("CHUNK_BYTES", rows), ("BLOCK_BYTES", block)):
+        monkeypatch.setattr(module, name, {"cpu": 4 * vocabulary * count})
+
+
 def random_batch(seed: int, noise: float, vocabulary: int = 30, top_k: int = 8) -> tuple[Tensor, Batch]:
     """A model's logits, and targets of a teacher that is like it; heads of 1 to 8 entries, shuffled, with fillers."""
     generator = torch.Generator().manual_seed(seed)
@@ -66,14 +102,14 @@ def random_batch(seed: int, noise: float, vocabulary: int = 30, top_k: int = 8) 
 def test_sums_of_unsorted_heads_with_adaptive_counts(seed):
     logits, batch = random_batch(seed, noise=0.3)
     expected = reference_sums(logits, batch)
-    assert batch_sums(logits, batch).tolist() == pytest.approx(expected, rel=1e-5)
+    assert sums_of(logits, batch) == pytest.approx(expected, rel=1e-5)
     assert expected[2] < expected[4] and expected[3] < expected[4]
 
 
 def test_a_model_equal_to_its_teacher_agrees_wholly():
     """Whatever the order of the head and the number of its entries."""
     logits, batch = random_batch(0, noise=0.0)
-    _, kl, top1, overlap, positions = batch_sums(logits, batch).tolist()
+    _, kl, top1, overlap, positions = sums_of(logits, batch)
     assert top1 == overlap == positions and abs(kl) < 1e-5
 
 
@@ -88,7 +124,7 @@ def test_any_of_the_tokens_that_rounding_made_equal_is_first():
     for token, agrees in ((7, 1), (5, 1), (3, 0), (0, 0)):
         logits = torch.zeros(1, 1, 9)
         logits[..., token] = 5
-        assert batch_sums(logits, batch)[2] == agrees
+        assert sums_of(logits, batch)[2] == agrees
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.5, 3.0])
@@ -98,7 +134,7 @@ def test_sums_are_those_of_the_reference(holdout, teacher, noise):
         logits = load_model(teacher, torch.float32).eval()(batch.tokens, position_ids=batch.position_ids).logits
     logits = logits + noise * torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))
     expected = reference_sums(logits, batch)
-    assert batch_sums(logits, batch).tolist() == pytest.approx(expected, rel=1e-4, abs=1e-3)
+    assert sums_of(logits, batch) == pytest.approx(expected, rel=1e-4, abs=1e-3)
     assert (expected[2] < 0.98 * expected[4]) if noise else (expected[2] == expected[4])
 
 
@@ -176,14 +212,14 @@ def test_without_targets_the_rest_is_the_same(holdout, tokens, teacher, padded):
     expected = evaluate_model(model, holdout, 0.25, 8, CPU, "teacher")
     found = evaluate_model(model, tokens, 0.25, 8, CPU, "teacher")
     assert (found.kl, found.top1, found.topk) == (None, None, None)
-    without = {"kl": None, "top1": None, "topk": None, "tokens_per_second": found.tokens_per_second}
-    assert found == expected._replace(**without)
+    rest = {"kl": 0.0, "top1": 0.0, "topk": 0.0, "tokens_per_second": 0.0}
+    assert found._replace(**rest) == pytest.approx(expected._replace(**rest), rel=1e-7)
 
 
 def test_a_batch_without_targets_has_sums_of_its_own():
     logits, batch = random_batch(0, noise=0.3)
-    whole = batch_sums(logits, batch).tolist()
-    assert batch_sums(logits, batch._replace(targets=None)).tolist() == [whole[0], 0, 0, 0, whole[4]]
+    whole = sums_of(logits, batch)
+    assert sums_of(logits, batch._replace(targets=None)) == [pytest.approx(whole[0], rel=1e-7), 0, 0, 0, whole[4]]
 
 
 def test_a_model_that_reads_the_text_in_its_own_tokens(tokens, teacher, tokenizer):
@@ -194,3 +230,112 @@ def test_a_model_that_reads_the_text_in_its_own_tokens(tokens, teacher, tokenize
     assert found.nll == pytest.approx(expected.nll, rel=0.02)
     assert found.bits_per_byte == pytest.approx(expected.bits_per_byte, rel=0.02)
     assert found.positions == pytest.approx(expected.positions, rel=0.02) and found.kl is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("rows, block", [(1, 1), (7, 3), (1000, 64)])
+def test_sums_are_those_of_stored_logits_whatever_the_chunks(rows, block, dtype, monkeypatch):
+    logits, batch = random_batch(1, noise=0.3)
+    small_chunks(monkeypatch, logits.shape[-1], rows, block)
+    expected = whole_sums(logits.to(dtype), batch, torch.float64)
+    assert sums_of(logits.to(dtype), batch) == pytest.approx(expected, rel=1e-6)
+    assert expected == pytest.approx(whole_sums(logits.to(dtype), batch), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_numbers_are_those_of_the_whole_models_logits(dtype, holdout, prepared, monkeypatch):
+    """The model called whole, all logits of the hold-out stored; chunks of 50 positions."""
+    model = load_model(prepared / "student-0", dtype).eval()
+    expected = [0.0] * 5
+    for i in range(len(holdout)):
+        batch = collate([holdout[i]], 32)
+        with torch.no_grad():
+            logits = model(batch.tokens, position_ids=batch.position_ids, use_cache=False).logits[..., :400]
+        expected = [a + b for a, b in zip(expected, whole_sums(logits, batch, torch.float64), strict=True)]
+    small_chunks(monkeypatch, 400, 50, 16)
+    found = evaluate_model(model, holdout, 0.25, 1, CPU, "student")
+    assert (found.nll, found.kl, found.top1, found.topk) == pytest.approx(
+        [x / expected[4] for x in expected[:4]], rel=1e-6
+    )
+    assert found.positions == expected[4]
+
+
+def test_no_more_positions_than_a_chunk_have_logits_at_once(holdout, teacher, monkeypatch):
+    model, heights = load_model(teacher, torch.float32), []
+    monkeypatch.setattr(module, "streamed_head", lambda *args: watched(streamed_head(*args), heights))
+    small_chunks(monkeypatch, 400, 50, 16)
+    whole = type(model).forward
+
+    def forward(self, *args, **named):
+        answer = whole(self, *args, **named)
+        heights.append(answer.logits.shape[1] * 1000)  # told from those of the head
+        return answer
+
+    monkeypatch.setattr(type(model), "forward", forward)
+    found = evaluate_model(model, holdout, 0.25, 8, CPU, "teacher")
+    by_whole = [height // 1000 for height in heights if height >= 1000]
+    by_head = [height for height in heights if height < 1000]
+    assert max(by_whole) <= 8  # some tokens of the first batch, to compare
+    assert max(by_head) <= 50 and sum(by_head) == found.positions
+
+
+def watched(head, heights):
+    return head._replace(logits=lambda rows: heights.append(len(rows)) or head.logits(rows))
+
+
+class Windows:
+    """A hold-out in memory."""
+
+    folder = Path("memory")
+
+    def __init__(self, samples: list[Sample], stored: bool):
+        self.samples, self.layout = samples, stored or None
+        tokens = {"sequence_length": 32, "tokenizer": {"vocab_size": 400}}
+        self.facts = {"vocab_size": 400, "tokens": tokens} if stored else tokens
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.samples[index]
+
+
+@pytest.mark.parametrize("stored", [True, False])
+@pytest.mark.parametrize("labels", [32, 1])
+def test_one_window_is_enough(labels, stored, holdout, teacher):
+    whole, model = holdout[3], load_model(teacher, torch.float32).eval()
+    sample = whole._replace(
+        tokens=whole.tokens[: labels + 1], starts=whole.starts[:1], targets=whole.targets if stored else None
+    )
+    found = evaluate_model(model, Windows([sample], stored), 0.25, 8, CPU, "teacher")  # type: ignore[arg-type]
+    batch = collate([whole._replace(tokens=sample.tokens, starts=sample.starts)], 32)
+    with torch.no_grad():
+        logits = model(batch.tokens, position_ids=batch.position_ids, use_cache=False).logits
+    expected = whole_sums(logits, batch, torch.float64)
+    assert found.positions == labels == expected[4]
+    assert found.nll == pytest.approx(expected[0] / labels, rel=1e-6)
+    assert found.kl == (pytest.approx(expected[1] / labels, rel=1e-3, abs=1e-6) if stored else None)
+
+
+@pytest.mark.parametrize("stored", [True, False])
+@pytest.mark.parametrize("windows", [0, 1])
+def test_a_holdout_without_a_label_is_one_line(windows, stored, holdout, teacher):
+    sample = holdout[0]._replace(tokens=holdout[0].tokens[:3], starts=np.arange(3))  # documents of one token
+    sample = sample if stored else sample._replace(targets=None)
+    model = load_model(teacher, torch.float32)
+    with pytest.raises(UserError, match=r"memory: no position of the hold-out has a label; raise data.holdout_tokens"):
+        evaluate_model(model, Windows([sample] * windows, stored), 0.25, 8, CPU, "teacher")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("scale, nll", [(torch.nan, torch.nan), (1e6, None), (torch.inf, torch.nan)])
+def test_logits_that_are_not_finite_are_said_and_stop_nothing(scale, nll, holdout, teacher):
+    """NaN says nothing at all, an NLL beyond 709 has no perplexity."""
+    model = load_model(teacher, torch.float32)
+    with torch.no_grad():
+        model.model.norm.weight *= scale
+    found = evaluate_model(model, holdout, 0.25, 8, CPU, "broken")
+    if nll is None:
+        assert found.perplexity == math.inf and 709 < found.nll < math.inf and 0 <= found.top1 <= 1
+    else:
+        assert all(math.isnan(x) for x in (found.perplexity, found.nll, found.kl, found.top1, found.topk))
+    assert found.positions > 0 and found.tokens_per_second > 0
