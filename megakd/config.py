@@ -385,6 +385,10 @@ class CheckpointConfig(Section):
     keep: int = live(0, ge=0)
 
 
+# Measures of the hold-out by which a checkpoint can be the best, and whether higher is better.
+HIGHER_IS_BETTER = {"kl": False, "perplexity": False, "bits_per_byte": False, "nll": False, "top1": True, "topk": True}
+
+
 class EvalConfig(Section):
     """What `evaluate` and `watch` measure beside the hold-out, and how (docs/evaluation.md).
 

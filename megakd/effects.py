@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megakd.config import ObjectiveConfig, RunConfig, Section
+from megakd.config import HIGHER_IS_BETTER, EvalConfig, ObjectiveConfig, RunConfig, Section
 from megakd.errors import UserError
 
 
@@ -223,6 +223,10 @@ def check(config: RunConfig, source: str) -> None:
         first, more = idle[0], f" (and {len(idle) - 1} more)" if idle[1:] else ""
         raise UserError(f"{source}: {first}; leave it out, or set {first.remedy}{more}")
     check_stages(config, source)
+    try:
+        check_evaluation(config.eval)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
     for place, pattern in _patterns(config):
         try:
             re.compile(pattern)
@@ -245,6 +249,18 @@ def check_stages(config: RunConfig, source: str) -> None:
                 f"{source}: stages.{index}.objective.kind: {kind}, but objective.kind is {config.objective.kind}; all "
                 "stages of a run have one kind: train the later one in a new run, from this run's export"
             )
+
+
+def check_evaluation(config: EvalConfig) -> None:
+    """UserError where `eval.best` can be no measure of a run with these tasks, or their folder is none."""
+    best, tasks = config.best, config.tasks
+    if best != "auto" and best not in HIGHER_IS_BETTER and not ("/" in best and best.partition("/")[0] in tasks):
+        known = ", ".join(["auto", *HIGHER_IS_BETTER])
+        raise UserError(
+            f"eval.best: {best!r} is not measured; give one of {known}, or TASK/METRIC of a task in eval.tasks"
+        )
+    if config.tasks and config.task_folder is not None and not Path(config.task_folder).is_dir():
+        raise UserError(f"eval.task_folder: {config.task_folder} is no folder")
 
 
 def notices(config: RunConfig) -> list[str]:

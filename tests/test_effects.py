@@ -77,6 +77,25 @@ def test_a_stage_that_cannot_train_is_told_before_anything_is_made(sections, sai
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        ({"best": "kld"}, "eval.best: 'kld' is not measured; give one of auto, kl, perplexity"),
+        (
+            {"best": "hellaswag/acc"},
+            "eval.best: 'hellaswag/acc' is not measured; .* TASK/METRIC of a task in eval.tasks",
+        ),
+        ({"tasks": ["mine"], "task_folder": "/no/such/folder"}, "eval.task_folder: /no/such/folder is no folder"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_is_told_before_anything_is_made(fields, said, tmp_path):
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps({"engine": {"kind": "local"}, "eval": fields}))
+    with pytest.raises(UserError, match=f"recipe.json: {said}"):
+        Run.create(recipe, [], tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def frozen_with(run: Run, **sections: dict[str, object]) -> None:
     """The config.json that an older version would have written."""
     path = run.path("config.json")

@@ -1,7 +1,8 @@
 """Measure models on the held-out documents, and on lm-eval tasks, and append a line each to RUN/evals.jsonl.
 
 Without --model: the teacher, the student before training and every published checkpoint, those that have no line yet.
-`megakd watch` does the same for checkpoints while they appear.
+`megakd watch` does the same for checkpoints while they appear. What cannot be measured is null in the line, which says
+why, and stops nothing else; the exit code is then 2.
 
 examples:
   megakd evaluate runs/a
@@ -18,7 +19,15 @@ from megakd.engine.checkpoint import Progress, best_weights, published
 from megakd.errors import UserError
 from megakd.evals.follow import Follower
 from megakd.evals.harness import flat
-from megakd.evals.measure import Meter, Subject, checkpoint_subject
+from megakd.evals.measure import (
+    Meter,
+    Subject,
+    Unmeasured,
+    Unusable,
+    checkpoint_subject,
+    failures,
+    raise_failures,
+)
 from megakd.files import append_json, read_json_lines, resolve
 from megakd.log import cell, finite, say, table
 from megakd.run import Run
@@ -26,51 +35,76 @@ from megakd.run import Run
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", help="teacher, student-0, last, best, or a model folder; measured again even if it has a line"
+        "--model",
+        help="teacher, student-0, last, best, STAGE/step-N, or a model folder; measured again even if it has a line",
     )
     parser.add_argument("--tasks", metavar="A,B", help="lm-eval tasks, instead of those of eval.tasks")
 
 
 def main(run: Run, args: argparse.Namespace) -> None:
-    rows = evaluate(run, args.model, None if args.tasks is None else [t for t in args.tasks.split(",") if t])
-    print(quality_table(rows))
-    if rows[0]["model"] == "teacher" and rows[1:]:
+    rows, failed = measure(run, args.model, None if args.tasks is None else [t for t in args.tasks.split(",") if t])
+    if rows:
+        print(quality_table(rows))
+    if rows and rows[0]["model"] == "teacher" and rows[1:]:
         print("\n" + ratio_table(rows[0], rows[1:]))
     if any("teacher_nll" in row for row in rows):
         print("\n" + teacher_table([row for row in rows if "teacher_nll" in row or row["model"] == "teacher"]))
     if any(row.get("tasks") for row in rows):
         print("\n" + task_table(rows))
+    raise_failures(failed)
 
 
 def evaluate(run: Run, only: str | None = None, tasks: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Measure what has no line yet (or `only`), append to evals.jsonl, return the lines of all that were asked for."""
-    chosen = None if only is None else [named(run, only)]
+    """The lines of all models, or of `only`, those that are missing measured; UserError when a number could not be."""
+    rows, failed = measure(run, only, tasks)
+    raise_failures(failed)
+    return rows
+
+
+def measure(
+    run: Run, only: str | None = None, tasks: Sequence[str] | None = None
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Measure what has no line yet (or `only`), each model on its own, and append to evals.jsonl.
+
+    The lines of all that were asked for and have one, and what could not be measured, with the reason.
+    """
+    chosen = None if only is None else named(run, only)
     meter = Meter(run, tasks)
     lines = run.path("evals.jsonl")
     known = {row["model"]: row for row in read_json_lines(lines, "model")}
-    rows = []
-    for subject in chosen or [named(run, "teacher"), named(run, "student-0")]:
-        if only is None and subject.name in known and not meter.lacks(known[subject.name]):
-            rows.append(known[subject.name])
-        else:
-            rows.append(meter.row(subject))
-            append_json(lines, rows[-1])
+    rows, failed = [], []
+    for name in ["teacher", "student-0"] if only is None else [only]:
+        if only is None and name in known and not meter.lacks(known[name]):
+            rows.append(known[name])
+            continue
+        try:
+            rows.append(meter.row(chosen or named(run, name)))
+        except (Unusable, Unmeasured) as error:
+            failed.append(f"{name}: {error}")
+            say(f"{name} cannot be evaluated: {error}")
+            continue
+        append_json(lines, rows[-1])
+    failed += [reason for row in rows for reason in failures(row)]
     if only is not None:
-        return rows
+        return rows, failed
     follower = Follower(run, meter, watching=False)
     follower.scan()
     for name in follower.pending():
         if not follower.take(name):
             say(f"evaluate: {name} is being evaluated by another process")
     found = follower.lines()
-    return rows + [found[name] for name in follower.published() if name in found]
+    return rows + [found[name] for name in follower.published() if name in found], failed + follower.failures()
 
 
 def named(run: Run, name: str) -> Subject:
     """The model that --model means."""
     checkpoints = run.path("checkpoints")
     if name == "teacher":
-        return Subject(name, resolve(run.config.model.teacher, run.config.model.revision), Progress())
+        try:
+            folder = resolve(run.config.model.teacher, run.config.model.revision)
+        except UserError as error:  # what it answered is stored: the students need it not
+            raise Unusable(str(error)) from error
+        return Subject(name, folder, Progress())
     if name == "student-0":
         return Subject(name, run.student_folder, Progress())
     if name == "best":
@@ -80,6 +114,8 @@ def named(run: Run, name: str) -> Subject:
         if saved is None:
             raise UserError(f"{run.folder}: no checkpoint yet; run: megakd train {run.folder}")
         return checkpoint_subject(run, saved.folder)
+    if (checkpoints / name / "progress.json").exists():
+        return checkpoint_subject(run, checkpoints / name)
     return Subject(name, resolve(name), Progress())
 
 
@@ -129,7 +165,7 @@ def teacher_table(rows: list[dict[str, Any]]) -> str:
         prefix = "" if own else "teacher_"
         routers = row.get("teacher_routers", {}).values()
         chosen = ["-"] * 3
-        if routers:
+        if routers and all(None not in each.values() for each in routers):
             entropy = sum(each["entropy"] for each in routers) / len(routers)
             idle = sum(each["idle"] for each in routers)
             chosen = [f"{entropy:.1%}", f"{max(each['busiest'] for each in routers):.2f}x", str(idle)]

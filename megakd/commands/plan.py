@@ -21,6 +21,7 @@ from megakd.data.records import Batch, Paired, Rows, Side
 from megakd.data.shards import read_manifest
 from megakd.data.tokens import load_tokenizer, tokenizer_facts
 from megakd.dist import World
+from megakd.effects import check_evaluation
 from megakd.engine.base import MOMENTS
 from megakd.errors import UserError
 from megakd.files import resolve
@@ -47,7 +48,8 @@ CARDS, SHARE, GIB = (8, 12, 16), 0.9, 2**30
 
 def main(run: Run, args: argparse.Namespace) -> None:
     check_models(run)
-    print(table(["plan", ""], [*sizes(run), *compression(run), *packing(run), *lengths(run), *memory(run)], left=True))
+    rows = [*sizes(run), *compression(run), *packing(run), *lengths(run), *memory(run), *tasks(run)]
+    print(table(["plan", ""], rows, left=True))
 
 
 def sizes(run: Run) -> list[list[str]]:
@@ -78,6 +80,18 @@ def sizes(run: Run) -> list[list[str]]:
             f"{short(student * 16)}B over all ranks (fp32 master, two Adam moments, gradient), before activations",
         ],
     ]
+
+
+def tasks(run: Run) -> list[list[str]]:
+    """The tasks of lm-eval, opened as `evaluate` will; UserError for an unknown one, or one whose data is missing."""
+    config = run.config.eval
+    check_evaluation(config)
+    if not config.tasks:
+        return []
+    from megakd.evals.harness import Harness  # lm-eval takes seconds to import
+
+    counts = Harness(config.tasks, config).questions()
+    return [["eval.tasks", ", ".join(f"{name}: {count:,} questions" for name, count in counts.items())]]
 
 
 def given_sizes(config: RunConfig, teacher: Path) -> list[list[str]]:

@@ -2,6 +2,7 @@
 
 Start it beside a training, on a device or machine of its own that sees the run's folder; start several, they share the
 work. Training never waits for it. It ends when the last checkpoint of the last stage has its line in RUN/evals.jsonl.
+What cannot be measured is null in the line, which says why, and stops nothing else; the exit code at the end is then 2.
 Killed at any moment and started again, it loses and repeats none. SIGTERM and SIGUSR1 end it with exit code 85.
 
 examples:
@@ -20,9 +21,10 @@ from contextlib import contextmanager
 from threading import Event, Thread
 from types import FrameType
 
+from megakd.effects import check_evaluation
 from megakd.engine.checkpoint import best_file
 from megakd.evals.follow import Follower
-from megakd.evals.measure import Meter, check_best
+from megakd.evals.measure import Meter, raise_failures
 from megakd.files import read_json
 from megakd.log import clock, say
 from megakd.preflight import open_dataset
@@ -44,8 +46,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def main(run: Run, args: argparse.Namespace) -> None:
     try:
         with raising_stopped():
-            check_best(run.config.eval.best, run.config.eval.tasks)
-            watch(run, Follower(run, Meter(run), watching=True), args.once, args.follow)
+            check_evaluation(run.config.eval)
+            follower = Follower(run, Meter(run), watching=True)
+            watch(run, follower, args.once, args.follow)
+            raise_failures(follower.failures())
     except Stopped:
         say(f"watch: stopped by a signal; megakd watch {run.folder} goes on from here")
         sys.exit(STOPPED)

@@ -23,7 +23,16 @@ from typing import Any
 
 from megakd.engine.checkpoint import BESIDE, best_file, checksum
 from megakd.errors import UserError
-from megakd.evals.measure import Meter, Unusable, checkpoint_subject, measure_of, numbers, rank
+from megakd.evals.measure import (
+    Meter,
+    Unmeasured,
+    Unusable,
+    checkpoint_subject,
+    failures,
+    measure_of,
+    numbers,
+    rank,
+)
 from megakd.files import (
     append_json,
     digest,
@@ -57,6 +66,7 @@ class Follower:
         self.locks = self.folder / "locks"
         self.locks.mkdir(parents=True, exist_ok=True)
         self.fingerprints: dict[tuple[str, int], str] = {}
+        self.unmeasured: dict[str, str] = {}  # the checkpoints that this process leaves to a later one, and why
         self.said = False
 
     def scan(self) -> None:
@@ -108,7 +118,7 @@ class Follower:
         found = [p for p in self.folder.glob("held/*/step-*") if STEP.fullmatch(p.name)]
         lines = self.lines() if found else {}
         names = sorted((_name(p) for p in found if (p / "checkpoint").exists() or _name(p) in lines), key=_step)
-        return {name: self.held(name) for name in names}
+        return {name: self.held(name) for name in names if name not in self.unmeasured}
 
     def lines(self) -> dict[str, dict[str, Any]]:
         """The last line of each checkpoint in evals.jsonl; but one that lacks what can be measured by now is none."""
@@ -121,9 +131,18 @@ class Follower:
         return any((folder / "progress.json").exists() for folder in folders)
 
     def settled(self) -> set[str]:
-        """Checkpoints that will have no line: recorded as bad, or as gone."""
+        """Checkpoints that will have no line: recorded as bad or as gone, or left to a later process."""
         lost = {name for event in self.run.events("evaluation_lost") for name in event["checkpoints"]}
-        return lost | {event["checkpoint"] for event in self.run.events("bad_checkpoint")}
+        bad = {event["checkpoint"] for event in self.run.events("bad_checkpoint")}
+        return lost | bad | self.unmeasured.keys()
+
+    def failures(self) -> list[str]:
+        """What could not be measured of the checkpoints, and why: whole ones, and single measures of a line."""
+        lines = self.lines()
+        bad = {event["checkpoint"]: event["reason"] for event in self.run.events("bad_checkpoint")} | self.unmeasured
+        whole = {name: f"{name}: {reason}" for name, reason in bad.items() if name not in lines}
+        single = [(name, reason) for name, row in lines.items() for reason in failures(row)]
+        return [reason for _, reason in sorted([*whole.items(), *single], key=lambda pair: _step(pair[0]))]
 
     def held(self, name: str) -> Path:
         return self.folder / "held" / name
@@ -155,6 +174,8 @@ class Follower:
             row = self.lines().get(name)
             if row is None and not self.is_bad(name, held / "checkpoint"):
                 row = self._measure(name, held)
+            if name in self.unmeasured:  # held, with what is finished, for a later process
+                return True
             if row is not None:
                 log_evaluation(self.run.folder, self.run.config, row["step"], numbers(row))
                 if self.watching:
@@ -163,7 +184,7 @@ class Follower:
         return True
 
     def _measure(self, name: str, held: Path) -> dict[str, Any] | None:
-        """The line, written; None for a bad checkpoint, which is recorded in history.jsonl."""
+        """The line, written; None for an unmeasured checkpoint, and for a bad one, recorded in history.jsonl."""
         start = time.perf_counter()
         try:
             check_weights(held / "checkpoint")
@@ -174,7 +195,13 @@ class Follower:
             content = self._content(name, held / "checkpoint")
             self.run.record("bad_checkpoint", checkpoint=name, content=content, reason=reason)
             return None
+        except Unmeasured as error:
+            self.unmeasured[name] = str(error)
+            say(f"{name} is left to a later evaluate or watch: {error}")
+            return None
         append_json(self.run.path("evals.jsonl"), row)
+        for reason in failures(row):
+            say(reason)
         say(f"{name}: {summary(row, self.best)} in {clock(time.perf_counter() - start)}")
         return row
 

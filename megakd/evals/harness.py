@@ -41,6 +41,14 @@ class Harness:
             for task in self.tasks[name]["tasks"].values():
                 _set_few_shot(task, config.few_shot)
 
+    def questions(self) -> dict[str, int]:
+        """How many each of the named tasks has, or those of eval.limit."""
+        limit = self.config.limit
+        counts = {
+            name: [len(task.eval_docs) for task in opened["tasks"].values()] for name, opened in self.tasks.items()
+        }
+        return {name: sum(min(each, limit or each) for each in found) for name, found in counts.items()}
+
     def measure(self, name: str, model: Any, tokenizer: Any, title: str) -> dict[str, dict[str, Any]]:
         """{task: {"acc,none": …, "acc_stderr,none": …}} as lm-eval names them; of a group the group and its tasks.
 
@@ -57,20 +65,20 @@ class Harness:
         return {task: _numbers(metrics, found, task) for task, metrics in found["results"].items()}
 
 
-def metric_value(tasks: dict[str, dict[str, Any]], name: str) -> tuple[float | None, bool]:
+def metric_value(tasks: dict[str, dict[str, Any] | None], name: str) -> tuple[float | None, bool]:
     """The value of TASK/METRIC in what `measure` gave (None: not measured), and whether higher is better."""
     task, _, metric = name.partition("/")
-    found = tasks.get(task, {})
+    found = tasks.get(task) or {}
     value = found.get(metric if "," in metric else f"{metric},none")
     return value, found.get("higher_is_better", {}).get(metric.partition(",")[0], True)
 
 
-def flat(tasks: dict[str, dict[str, Any]], kind: str = "") -> dict[str, float]:
+def flat(tasks: dict[str, dict[str, Any] | None], kind: str = "") -> dict[str, float]:
     """TASK/METRIC or TASK/METRIC_FILTER, the names that curves have: the values, or with "_stderr" their errors."""
     return {
         f"{task}/{key.replace('_stderr,', ',').removesuffix(',none').replace(',', '_')}": value
         for task, metrics in tasks.items()
-        for key, value in metrics.items()
+        for key, value in (metrics or {}).items()  # None: the task failed
         if "," in key and ("_stderr," in key) == bool(kind) and value is not None
     }
 

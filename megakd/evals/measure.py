@@ -1,5 +1,6 @@
 """Measure one model as a run's `eval` section says: the hold-out, then each lm-eval task; what is finished is kept.
 
+A measure that is not finite, or a task that fails, is null in the line, and `failed` says why; the others go on.
 Where training moves the routers of the teacher (objective.kind=sar) a checkpoint's line says how good that teacher is.
 """
 
@@ -14,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from megakd.config import HIGHER_IS_BETTER
 from megakd.data.records import Batch
 from megakd.data.shards import ShardSet, read_manifest
 from megakd.data.tokens import load_tokenizer, tokenizer_facts, vocabulary_size
@@ -30,11 +32,10 @@ from megakd.models.hub import load_model
 from megakd.models.isolation import check_config, check_model, packing_of
 from megakd.models.routing import Router, choices, copies, find_routers, in_place_of
 from megakd.models.tables import check_tables
+from megakd.objectives.heads import OtherLogits
 from megakd.objectives.sar import SEPARATOR
 from megakd.run import Run
 
-# measures of the hold-out by which a checkpoint can be the best, and whether higher is better
-HIGHER_IS_BETTER = {"kl": False, "perplexity": False, "bits_per_byte": False, "nll": False, "top1": True, "topk": True}
 COMPARING = ("kl", "top1", "topk")  # those of them that need the teacher's targets
 TEACHER = ("teacher_nll", "teacher_perplexity", "teacher_kl")  # of the teacher with a checkpoint's routers
 
@@ -53,7 +54,11 @@ class Subject(NamedTuple):
 
 
 class Unusable(UserError):
-    """A model that cannot be measured, today or any other day: it does not load, or answers with NaN."""
+    """A model that cannot be measured, today or any other day: it does not load."""
+
+
+class Unmeasured(UserError):
+    """A model that could not be measured now: memory ran out, or its code raised an error; worth another try."""
 
 
 def checkpoint_subject(run: Run, folder: Path, name: str | None = None) -> Subject:
@@ -104,34 +109,58 @@ class Meter:
         self.device = read_world().device
 
     def row(self, subject: Subject, pieces: Path | None = None) -> dict[str, Any]:
-        """A model's line of evals.jsonl.
+        """A model's line of evals.jsonl; `failed` says of what is null why, by its name.
 
         pieces: a folder that keeps what is finished, for a process that takes over from one that was killed.
+        Unusable or Unmeasured: there is no line. Any other UserError is no fault of this model.
         """
+        try:
+            return self._row(subject, pieces)
+        except UserError:
+            raise
+        except Exception as error:  # of PyTorch, of a device, of a model's code: the next model may do
+            raise Unmeasured(f"{subject.folder}: cannot be measured: {_reason(error)}") from error
+
+    def _row(self, subject: Subject, pieces: Path | None) -> dict[str, Any]:
         model = functools.cache(lambda: self._load(subject))
         against = {} if self.compares else {"targets": False}
-        quality = _piece(pieces, "holdout", against, lambda: self._quality(subject, model()))
+        found = [_piece(pieces, "holdout", against, lambda: self._quality(subject, model()))]
+        if self.attention and subject.name != "teacher":
+            windows = {"windows": self.attention}
+            found.append(_piece(pieces, "attention", windows, lambda: self._attention(subject, model())))
+        if subject.beside is not None:
+            found.append(_piece(pieces, "teacher", against, lambda: self._teacher_quality(subject)))
+        if self.harness is not None:
+            found.append(self._tasks(subject, model, pieces))
         row = {
             "model": subject.name,
             "step": subject.progress.step,
             "tokens": subject.progress.tokens,
             "stage": subject.stage,
-            **quality,
         }
-        if self.attention and subject.name != "teacher":
-            windows = {"windows": self.attention}
-            row |= _piece(pieces, "attention", windows, lambda: self._attention(subject, model()))
-        if subject.beside is not None:
-            row |= _piece(pieces, "teacher", against, lambda: self._teacher_quality(subject))
-        if self.harness is None:
-            return row
+        failed = {name: reason for part in found for name, reason in part.pop("failed", {}).items()}
+        for part in found:
+            row |= part
+        return row | ({"failed": failed} if failed else {})
+
+    def _tasks(self, subject: Subject, model: Callable[[], Any], pieces: Path | None) -> dict[str, Any]:
+        """The numbers of each task; null, with the reason, where lm-eval ends with an error."""
+        assert self.harness is not None
         harness, config, tokenizer = self.harness, self.config.eval, functools.cache(lambda: _tokenizer(subject.folder))
         tasks: dict[str, Any] = {}
+        failed: dict[str, str] = {}
         for name in self.tasks:
             settings = {"task": name, "limit": config.limit, "few_shot": config.few_shot}
             title = f"{name} on {subject.name}"
-            tasks |= _piece(pieces, "task", settings, lambda: harness.measure(name, model(), tokenizer(), title))  # noqa: B023 (called at once)
-        return {**row, "tasks": tasks}
+            try:
+                tasks |= _piece(pieces, "task", settings, lambda: harness.measure(name, model(), tokenizer(), title))  # noqa: B023 (called at once)
+            except UserError:
+                raise
+            except Exception as error:  # code of tasks and their metrics fails in its own ways
+                tasks[name] = None
+                failed[name] = _reason(error)
+                say(f"{title}: {failed[name]}; the other tasks go on")
+        return {"tasks": tasks, **({"failed": failed} if failed else {})}
 
     def _load(self, subject: Subject) -> Any:
         try:
@@ -142,10 +171,10 @@ class Meter:
             check_tables(model, subject.folder, size, facts["sequence_length"])
         except UserError as error:
             raise Unusable(str(error)) from error
-        except MemoryError:  # not the model's fault
+        except (MemoryError, torch.OutOfMemoryError):  # not the model's fault
             raise
         except Exception as error:  # what is wrong inside a config or a file of weights has no kind of its own
-            raise Unusable(f"{subject.folder}: cannot be loaded: {type(error).__name__}: {error}") from error
+            raise Unusable(f"{subject.folder}: cannot be loaded: {_reason(error)}") from error
         model = model.eval().to(self.device)
         try:
             self._check_isolation(model, str(subject.folder))
@@ -160,58 +189,47 @@ class Meter:
         check_model(model, place, packing)
 
     def _quality(self, subject: Subject, model: Any) -> dict[str, Any]:
-        if subject.name != "teacher":
-            return _given(self._measured(model, subject.name, str(subject.folder), None))
         place, config = str(subject.folder), self.config
+        if subject.name != "teacher":
+            return _finite(_given(self._measured(model, subject.name, None)), place)
         routers = find_routers(model, place, config.sar.router_patterns) if config.objective.kind == "sar" else []
-        quality, chosen = self._with_choices(model, routers, subject.name, place)
-        return _given(quality) | chosen
+        quality, chosen = self._with_choices(model, routers, subject.name)
+        return _finite(_given(quality) | chosen, place)
 
-    def _with_choices(self, model: Any, routers: list[Router], name: str, place: str) -> tuple[Quality, dict[str, Any]]:
+    def _with_choices(self, model: Any, routers: list[Router], name: str) -> tuple[Quality, dict[str, Any]]:
         """A teacher's quality, and what its routers choose."""
         with choices(routers) as chosen:
             statistics = RouterStatistics(routers, chosen)
-            quality = self._measured(model, name, place, self.tokenizers, statistics.add)
+            quality = self._measured(model, name, self.tokenizers, statistics.add)
         return quality, {"teacher_routers": statistics.found()} if routers else {}
 
     def _measured(
-        self,
-        model: Any,
-        name: str,
-        place: str,
-        tokenizers: Tokenizers | None,
-        after: Callable[[Batch], None] | None = None,
+        self, model: Any, name: str, tokenizers: Tokenizers | None, after: Callable[[Batch], None] | None = None
     ) -> Quality:
-        """Its quality on the hold-out; Unusable naming `place` when that is not finite."""
         batch_size = self.config.eval.batch_size
         try:
-            quality = evaluate_model(
+            return evaluate_model(
                 model, self.holdout, self.tokens_per_byte, batch_size, self.device, name, tokenizers, after
             )
-        except OverflowError as error:  # exp of an NLL beyond 709
-            raise Unusable(f"{place}: its perplexity on the hold-out is infinite") from error
-        if not all(map(math.isfinite, _given(quality).values())):
-            raise Unusable(f"{place}: its NLL on the hold-out is {quality.nll}, its KL {quality.kl}")
-        return quality
+        except OtherLogits as error:
+            raise Unusable(f"{name}: {error}") from error
 
     def _teacher_quality(self, subject: Subject) -> dict[str, Any]:
         """How good the teacher is with a checkpoint's routers, with as many experts a token as it was trained with."""
         assert subject.beside is not None, subject
         teacher, routers, _ = self._teacher
         set_routers(routers, subject.beside)
-        place = f"{subject.beside}: the teacher with these routers"
-        quality, chosen = self._with_choices(teacher, routers, f"the teacher of {subject.name}", place)
+        quality, chosen = self._with_choices(teacher, routers, f"the teacher of {subject.name}")
         found = {"teacher_nll": quality.nll, "teacher_perplexity": quality.perplexity, "teacher_kl": quality.kl}
-        return {name: value for name, value in found.items() if value is not None} | chosen
+        found = {name: value for name, value in found.items() if value is not None}
+        return _finite(found | chosen, f"{subject.beside}: the teacher with these routers")
 
-    def _attention(self, subject: Subject, model: Any) -> dict[str, float]:
+    def _attention(self, subject: Subject, model: Any) -> dict[str, Any]:
         """How alike it attends to the teacher as it was before training."""
         teacher, routers, originals = self._teacher
         with in_place_of(routers, originals):
             value = attention_overlap(model, teacher, self.holdout, self.attention, self.device, subject.name)
-        if not math.isfinite(value):
-            raise Unusable(f"{subject.folder}: its attention on the hold-out is {value}")
-        return {"attention": value}
+        return _finite({"attention": value}, str(subject.folder))
 
     @functools.cached_property
     def _teacher(self) -> tuple[Any, list[Router], list[nn.Module]]:
@@ -291,6 +309,41 @@ def _tokenizer(folder: Path) -> Any:
         raise Unusable(str(error)) from error
 
 
+def _finite(values: dict[str, Any], place: str) -> dict[str, Any]:
+    """The same with null where a number is not finite, which JSON cannot say, and under `failed` what it was."""
+    failed: dict[str, str] = {}
+
+    def finite(value: Any, name: str) -> Any:
+        if isinstance(value, dict):
+            return {key: finite(inner, name) for key, inner in value.items()}
+        if not isinstance(value, float) or math.isfinite(value):
+            return value
+        failed.setdefault(name, f"{place}: {name} on the hold-out is {'NaN' if math.isnan(value) else 'infinite'}")
+        return None
+
+    found = {name: finite(value, name) for name, value in values.items()}
+    return {**found, "failed": failed} if failed else found
+
+
+def _reason(error: Exception) -> str:
+    """An error of foreign code in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def failures(row: dict[str, Any]) -> list[str]:
+    """What could not be measured of a line's model, and why."""
+    return [f"{row['model']}: {name}: {reason}" for name, reason in row.get("failed", {}).items()]
+
+
+def raise_failures(found: Sequence[str]) -> None:
+    """UserError naming what could not be measured, when everything else was."""
+    if found:
+        raise UserError(
+            f"{len(found)} could not be measured, everything else was: {'; '.join(found)}; to measure one again: "
+            "megakd evaluate RUN --model NAME"
+        )
+
+
 def _piece(
     folder: Path | None, kind: str, settings: dict[str, Any], measure: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
@@ -301,16 +354,6 @@ def _piece(
     if not path.exists():
         write_json(path, {**settings, "found": measure()})
     return read_json(path)["found"]
-
-
-def check_best(name: str, tasks: Sequence[str]) -> None:
-    """UserError when `eval.best` can be no measure of a run with these tasks."""
-    if name == "auto" or name in HIGHER_IS_BETTER or ("/" in name and name.partition("/")[0] in tasks):
-        return
-    known = ", ".join(HIGHER_IS_BETTER)
-    raise UserError(
-        f"eval.best: {name!r} is not measured; give auto, one of {known}, or TASK/METRIC of a task in eval.tasks"
-    )
 
 
 def measure_of(row: dict[str, Any], name: str) -> tuple[float | None, bool]:
@@ -326,5 +369,6 @@ def rank(row: dict[str, Any], name: str) -> tuple[float] | None:
 
 def numbers(row: dict[str, Any]) -> dict[str, float]:
     """What curves are drawn of: the measures of the hold-out, and those of tasks under TASK/METRIC."""
-    measured = {name: row[name] for name in (*HIGHER_IS_BETTER, "attention", *TEACHER) if name in row}
+    names = (*HIGHER_IS_BETTER, "attention", *TEACHER)
+    measured = {name: row[name] for name in names if row.get(name) is not None}
     return {**measured, **flat(row.get("tasks", {}))}

@@ -145,6 +145,7 @@ def _quality(evals: list[dict[str, Any]], measured: str | None, expanded: bool) 
         return "This model was not evaluated."
     names = [name for name in ("teacher", "student-0") if name in last and name != measured] + [measured]
     compared = COMPARED | ({"attention": ".4f"} if any("attention" in last[name] for name in names) else {})
+    shown = ("perplexity", "bits_per_byte", *compared)
     titles = {"student-0": "student before training", measured: "**this model**"}
     rows = [
         [
@@ -163,6 +164,11 @@ def _quality(evals: list[dict[str, Any]], measured: str | None, expanded: bool) 
         f"On {cell(last[measured], 'positions', ',')} held-out tokens. KL in nats over the teacher's stored tokens; "
         "top-1 and top-k: agreement with the teacher's first token, and with those stored."
         + (" Attention: overlap of its rows with the teacher's." if "attention" in compared else "")
+        + (
+            " -: not measured, or not finite."
+            if any(last[name].get(key) is None for name in names for key in shown)
+            else ""
+        )
     ) + (" Measured before the experts were multiplied out." if expanded else "")
     return f"{_table(headers, rows)}\n\n{note}"
 

@@ -290,17 +290,19 @@ def spoil(checkpoint: Path, how: str) -> None:
         shutil.rmtree(checkpoint / "weights")
 
 
-@pytest.mark.parametrize("how", ["nan", "cut", "one bit", "nothing listed", "config", "progress", "nothing"])
+@pytest.mark.parametrize("how", ["cut", "one bit", "nothing listed", "config", "progress", "nothing"])
 def test_a_bad_checkpoint_is_named_and_left_out(how, run, capfd, trained):
     name = NAMES[1]
     spoil(run / "checkpoints" / name, how)
-    watch(run)
+    with pytest.raises(UserError, match=f"1 could not be measured, everything else was: {name}: "):
+        watch(run)
     assert names(run) == [n for n in NAMES if n != name] and not held(run)
     (event,) = Run.open(run).events("bad_checkpoint")
     assert event["checkpoint"] == name and event["reason"]
     assert f"{name} cannot be evaluated and is left out" in capfd.readouterr().err
-    watch(run)
-    run_verb(["evaluate", str(run)])
+    for verb in ("watch", "evaluate"):  # exit code 2 as long as it is so
+        with pytest.raises(UserError, match=name):
+            run_verb([verb, str(run)])
     assert len(Run.open(run).events("bad_checkpoint")) == 1 and "left out" not in capfd.readouterr().err
     shutil.rmtree(run / "checkpoints" / name)  # another content is tried
     shutil.copytree(trained / "checkpoints" / name, run / "checkpoints" / name)
@@ -310,8 +312,105 @@ def test_a_bad_checkpoint_is_named_and_left_out(how, run, capfd, trained):
 
 def test_the_last_checkpoint_may_be_the_bad_one(run):
     spoil(run / "checkpoints" / NAMES[-1], "cut")
-    watch(run)
+    with pytest.raises(UserError, match=NAMES[-1]):
+        watch(run)
     assert names(run) == NAMES[:-1]
+
+
+def test_nan_of_a_checkpoint_is_null_with_its_reason(run, capfd):
+    """It stops no other checkpoint, is never the best, and is not measured again."""
+    spoil(run / "checkpoints" / NAMES[1], "nan")
+    for verb in ("watch", "evaluate", "evaluate"):
+        with pytest.raises(UserError, match=f"{NAMES[1]}: nll: .*weights: nll on the hold-out is NaN"):
+            run_verb([verb, str(run)])
+    assert names(run) == [*NAMES, "teacher", "student-0"] and not held(run)
+    line = lines_of(run)[NAMES[1]]
+    measures = {"perplexity", "nll", "bits_per_byte", "kl", "top1", "topk"}
+    assert {name for name, value in line.items() if value is None} == measures == set(line["failed"])
+    assert line["positions"] > 0 and not any("failed" in lines_of(run)[name] for name in NAMES if name != NAMES[1])
+    assert best(run)["model"] != NAMES[1]
+    row = next(line for line in capfd.readouterr().out.splitlines() if NAMES[1] in line)
+    assert row.split()[1:6] == ["-"] * 5
+
+
+def test_an_unusable_student_stops_no_checkpoint(run, tmp_path):
+    """Its perplexity is infinite, its NLL is not."""
+    weights = run / "student-0" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.norm.weight"] *= 1e4
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"student-0: perplexity: .*student-0: perplexity on the hold-out is infinite"):
+        run_verb(["evaluate", str(run)])
+    assert names(run) == ["teacher", "student-0", *NAMES]
+    line = lines_of(run)["student-0"]
+    assert (
+        line["perplexity"] is None and line["nll"] > 709 and line["kl"] > 0 and list(line["failed"]) == ["perplexity"]
+    )
+    run_verb(["export", str(run), "--out", str(tmp_path / "export")])  # its card compares with student-0
+    assert "| student before training | 0 | - |" in (tmp_path / "export" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("model", ["teacher", "student-0"])
+def test_a_model_that_does_not_load_stops_no_other(model, run, monkeypatch):
+    original = Meter._load
+
+    def load(self: Meter, subject: Any) -> Any:
+        if subject.name == model:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(self, subject)
+
+    monkeypatch.setattr(Meter, "_load", load)
+    with pytest.raises(
+        UserError, match=f"1 could not be measured, .*: {model}: .*OutOfMemoryError: CUDA out of memory"
+    ):
+        run_verb(["evaluate", str(run)])
+    assert names(run) == [*({"teacher", "student-0"} - {model}), *NAMES]
+    monkeypatch.undo()
+    run_verb(["evaluate", str(run)])
+    assert names(run)[5:] == [model]
+
+
+def test_a_checkpoint_that_finds_no_memory_waits_for_another_process(run, monkeypatch):
+    """It is recorded as bad by none, and what is finished of it is kept."""
+    original = Meter._load
+
+    def load(self: Meter, subject: Any) -> Any:
+        if subject.name == NAMES[1]:
+            raise MemoryError("of this machine")
+        return original(self, subject)
+
+    monkeypatch.setattr(Meter, "_load", load)
+    with pytest.raises(UserError, match=f"{NAMES[1]}: .*MemoryError: of this machine"):
+        watch(run)
+    assert names(run) == [name for name in NAMES if name != NAMES[1]]
+    assert not Run.open(run).events("bad_checkpoint")
+    monkeypatch.undo()
+    watch(run)
+    assert NAMES[1] in names(run) and not held(run)
+
+
+def test_a_task_that_fails_stops_no_other(run, tmp_path, monkeypatch):
+    settings, original = with_tasks(tmp_path, "tiny_last", "tiny_choice"), Harness.measure
+
+    def measure(self: Harness, name: str, *args: Any) -> Any:
+        if name == "tiny_last":
+            raise ZeroDivisionError("of a metric")
+        return original(self, name, *args)
+
+    monkeypatch.setattr(Harness, "measure", measure)
+    with pytest.raises(UserError, match=f"{NAMES[0]}: tiny_last: ZeroDivisionError: of a metric"):
+        watch(run, *settings)
+    for line in lines(run):
+        assert line["tasks"]["tiny_last"] is None and line["tasks"]["tiny_choice"]["samples"] > 0
+        assert list(line["failed"]) == ["tiny_last"] and line["kl"] > 0
+    with pytest.raises(UserError, match="tiny_last"):
+        watch(run, *settings, "eval.best=tiny_last/acc")
+    assert names(run) == NAMES
+    monkeypatch.undo()
+    for name in NAMES:
+        run_verb(["evaluate", str(run), "--model", name])
+    assert all(line["tasks"]["tiny_last"] for line in lines_of(run).values())
+    watch(run)  # nothing is left to name
 
 
 def test_half_written_checkpoints_are_not_read(run):
@@ -383,7 +482,7 @@ def test_the_best_is_kept_by_the_measure_that_was_asked_for(run, tmp_path, capfd
         run_verb(["evaluate", str(run), "--model", "best"])
     with pytest.raises(UserError, match="no best checkpoint yet"):
         run_verb(["export", str(run), "--checkpoint", "best"])
-    with pytest.raises(UserError, match=r"eval.best: 'accuracy' is not measured; give auto, one of kl, perplexity"):
+    with pytest.raises(UserError, match=r"eval.best: 'accuracy' is not measured; give one of auto, kl, perplexity"):
         watch(run, "eval.best=accuracy")
     tasks = with_tasks(tmp_path / "tasks", "tiny_last")
     watch(run, "eval.best=kl", *tasks)

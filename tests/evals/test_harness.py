@@ -4,6 +4,7 @@ import functools
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -13,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+from megakd.commands import plan
 from megakd.config import EvalConfig
 from megakd.data.tokens import load_tokenizer
 from megakd.errors import UserError
@@ -213,6 +215,21 @@ def test_mistakes_are_named(folder, monkeypatch, tmp_path):
     (folder / "questions.jsonl").unlink()
     with pytest.raises(UserError, match="tiny_choice cannot be opened"):
         Harness(["tiny_choice"], config)
+
+
+def test_plan_opens_the_tasks_that_evaluate_will(folder):
+    def planned(**fields: Any) -> list[list[str]]:
+        evaluation = EvalConfig(task_folder=str(folder), **fields)
+        return plan.tasks(SimpleNamespace(config=SimpleNamespace(eval=evaluation)))  # type: ignore[arg-type]
+
+    assert planned() == []
+    rows = planned(tasks=("tiny_choice", "tiny_last"), limit=2)
+    assert rows == [["eval.tasks", "tiny_choice: 2 questions, tiny_last: 2 questions"]]
+    (folder / "questions.jsonl").unlink()
+    with pytest.raises(UserError, match=r"eval.tasks: tiny_choice cannot be opened"):
+        planned(tasks=("tiny_choice",))
+    with pytest.raises(UserError, match=r"eval.best: .accuracy. is not measured"):
+        planned(best="accuracy")
 
 
 PIQA = {

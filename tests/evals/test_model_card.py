@@ -78,6 +78,14 @@ def test_attention_is_in_a_card_where_it_was_measured(folder):
     assert "ttention" not in model_card(folder, "tiny", None, EVALS, "all/step-000010").split("## Quality")[1]
 
 
+def test_what_is_not_finite_is_a_dash_in_a_card(folder):
+    broken = {**EVALS[1], "perplexity": None, "kl": None, "failed": {"perplexity": "infinite"}}
+    text = model_card(folder, "tiny", None, [broken, EVALS[3]], "all/step-000010")
+    assert (
+        "| student before training | 0 | - | 0.9123 | - | 50.0% |" in text and "-: not measured, or not finite" in text
+    )
+
+
 def test_errors_of_outputs_where_there_are(folder):
     text = model_card(folder, "tiny", report("a/b", weighted=True), EVALS, "student-0")
     assert "| gate_proj | 0.1250 | 0.3000 (layer 1, expert 3) | 0.0125 | 0.0300 (layer 1, expert 3) |" in text
