@@ -110,12 +110,12 @@ class Follower:
 
     def published(self) -> dict[str, Path]:
         """Checkpoints that are there, oldest first."""
-        found = [p for p in self.run.path("checkpoints").glob("*/step-*") if STEP.fullmatch(p.name)]
+        found = _steps(self.run.path("checkpoints"))
         return {_name(p): p for p in sorted(found, key=lambda p: _step(_name(p))) if (p / "progress.json").exists()}
 
     def pending(self) -> dict[str, Path]:
         """Checkpoints that are held, oldest first: those to measure, and those that a kill left with their line."""
-        found = [p for p in self.folder.glob("held/*/step-*") if STEP.fullmatch(p.name)]
+        found = _steps(self.folder / "held")
         lines = self.lines() if found else {}
         names = sorted((_name(p) for p in found if (p / "checkpoint").exists() or _name(p) in lines), key=_step)
         return {name: self.held(name) for name in names if name not in self.unmeasured}
@@ -307,6 +307,12 @@ def summary(row: dict[str, Any], best: str) -> str:
     ours = [best, "kl", "perplexity", "teacher_perplexity", "teacher_kl"]
     shown = dict.fromkeys([*ours, *(name for name in found if "/" in name)])
     return "  ".join(f"{name} {found[name]:.4g}" for name in shown if name in found)
+
+
+def _steps(folder: Path) -> list[Path]:
+    """STAGE/step-N below a folder; Path.glob would raise where a temporary name goes meanwhile."""
+    found = [folder / path for path in glob.glob("*/step-*", root_dir=folder)]
+    return [path for path in found if STEP.fullmatch(path.name)]
 
 
 def _name(checkpoint: Path) -> str:

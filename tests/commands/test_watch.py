@@ -413,6 +413,24 @@ def test_a_task_that_fails_stops_no_other(run, tmp_path, monkeypatch):
     watch(run)  # nothing is left to name
 
 
+def test_a_name_that_goes_while_checkpoints_are_listed_ends_nothing(run, monkeypatch):
+    """A temporary folder beside the stages, of another process: listed, and gone before it is looked into."""
+    follower, gone = (
+        Follower(Run.open(run), Meter(Run.open(run)), watching=False),
+        run / "checkpoints" / "best.json.tmp-1",
+    )
+    gone.mkdir()
+    original = os.scandir
+
+    def scandir(path: Any = ".") -> Any:
+        if Path(os.fspath(path)).name == gone.name:
+            raise FileNotFoundError(path)
+        return original(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert list(follower.published()) == NAMES
+
+
 def test_half_written_checkpoints_are_not_read(run):
     """One being written, one being deleted, one put aside, one without its progress."""
     whole = run / "checkpoints" / NAMES[2]
