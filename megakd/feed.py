@@ -11,14 +11,16 @@ from typing import NamedTuple
 import torch
 
 from megakd.config import RunConfig
-from megakd.data.align import pair
+from megakd.data.align import pair, unaligned_labels
 from megakd.data.batches import Reader, collate
 from megakd.data.records import IGNORED, Batch, Paired, Sample
 from megakd.data.shards import BLANK, ShardSet
 from megakd.data.stream import Stream, share
 from megakd.dist import World
 from megakd.engine.checkpoint import Progress
+from megakd.files import resolve
 from megakd.log import say
+from megakd.models.hub import load_config
 from megakd.preflight import tokenizers
 
 
@@ -26,6 +28,7 @@ class Step(NamedTuple):
     """What one optimizer step needs: this rank's micro-batches, and the counted tokens of all ranks.
 
     own: this rank's counted tokens alone, where nobody knows those of the others (None: `tokens` is right).
+    unaligned: of `own`, those that the teacher has no tokens for, and what is lost of the samples' own labels.
     damaged: for each sample of this rank that was left out, what is wrong; lost: their tokens, still in `tokens`.
     """
 
@@ -34,6 +37,7 @@ class Step(NamedTuple):
     damaged: list[str]
     lost: int
     own: int | None = None
+    unaligned: int = 0
 
 
 def stage_data(
@@ -45,11 +49,12 @@ def stage_data(
     length = config.data.sequence_length
     windows = config.windows_per_step
     student, teacher = tokenizers(config, dataset.facts)
+    limit = None if teacher is None else teacher_positions(config)
 
     def batch_of(samples: list[Sample]) -> Batch:
         if teacher is None:
             return collate(samples, length)
-        paired = without_blanks(pair(samples, student, teacher, length, length + length // 4), samples)
+        paired = without_blanks(pair(samples, student, teacher, length, length + length // 4, limit), samples)
         return Batch(*paired.student[:3], paired=paired)
 
     try:
@@ -63,9 +68,21 @@ def stage_data(
             bad = [i for part in micro for i in part if i in reader.damaged]
             lost = sum(dataset.entry(i).labels for i in bad)
             own = None if teacher is None else sum(int((batch.labels != IGNORED).sum()) for batch in batches)
-            yield Step(batches, tokens, [reader.damaged[i] for i in bad], lost, own)
+            unaligned = 0
+            if own is not None:
+                labels = sum(dataset.entry(i).labels for part in micro for i in part) - lost
+                beyond = sum(int(unaligned_labels(b.paired.student).sum()) for b in batches if b.paired is not None)
+                unaligned = beyond + max(labels - own, 0)
+            yield Step(batches, tokens, [reader.damaged[i] for i in bad], lost, own, unaligned)
     finally:
         reader.close()
+
+
+def teacher_positions(config: RunConfig) -> int:
+    """How many tokens of a live teacher a sequence may become: its position limit, or no limit."""
+    settings = load_config(resolve(config.model.teacher, config.model.revision, weights=False)).get_text_config()
+    limit = getattr(settings, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) else 2**31
 
 
 def without_blanks(paired: Paired, samples: Sequence[Sample]) -> Paired:

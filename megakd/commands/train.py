@@ -165,6 +165,8 @@ def train_stage(
                     return not wrong_with(sums["total"] / tokens, health, config.guard)
 
                 report = engine.step(batches, tokens, factor, accept, show)
+                if step.own is not None:
+                    report.sums["unaligned"] = count_unaligned(run, step, progress.step + 1, tokens, world)
                 progress = progress._replace(health=judge(run, progress, report, tokens, world))
                 if report.left_out:
                     objective.forget_step()
@@ -296,6 +298,21 @@ def count_damage(run: Run, step: Step, world: World) -> tuple[int, int]:
     own = step.own or 0
     lost, damaged, counted = sum_over_ranks([step.lost, len(step.damaged), own], world.device)
     return int(counted) if step.own is not None else step.tokens - int(lost), int(damaged)
+
+
+def count_unaligned(run: Run, step: Step, number: int, tokens: int, world: World) -> float:
+    """The labels of a step, over all ranks, that a teacher of another tokenizer has no tokens for; said once.
+
+    They count for the cross entropy alone: the teacher's side of the text is longer than its position limit.
+    """
+    (count,) = sum_over_ranks([step.unaligned], world.device)
+    if count and world.first and not run.events("unaligned"):
+        say(
+            f"train: step {number}: {int(count):,} of {tokens:,} labels have no tokens of the teacher, whose side is "
+            "longer than its position limit; they count for the cross entropy alone (metric: unaligned)"
+        )
+        run.record("unaligned", step=number, labels=int(count), of=tokens)
+    return count
 
 
 def name_damage(run: Run, reasons: list[str]) -> None:

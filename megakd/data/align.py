@@ -32,13 +32,17 @@ def pair(
     teacher: "PreTrainedTokenizerBase",
     student_length: int,
     teacher_length: int,
+    teacher_limit: int | None = None,
 ) -> Paired:
     """Both models' views of windows of the student's tokens, row by row the same text; [B, student_length] and so on.
 
     Each document of a window, decoded, is encoded by both. One that ended with the student's end token ends with each
     side's own, and these two are a span. A row has at most length + 1 tokens on either side, the last only as a label
-    (as in `collate`); where a side has more, both end at the last shared boundary that fits. A span is scored
-    (label_spans) when every token of it is predicted: not when it holds the first token of a document on either side.
+    (as in `collate`). The teacher's side is teacher_length wide, or as many quarters of student_length wider as its
+    longest row needs, up to teacher_limit (None: teacher_length). Where a side has more, spans end at the last shared
+    boundary that fits, and so does the teacher's row; the student's goes on without spans, so that it loses no label.
+    A span is scored (label_spans) when every token of it is predicted: not when it holds the first token of a document
+    on either side.
 
     Boundaries are compared modulo whitespace: in a run of it, those at the same character or else, where a side drops
     or places it otherwise, the first of each. Text that a side has no tokens for at all is left out of both.
@@ -53,16 +57,27 @@ def pair(
     ends_K = _match(_ends(views[0], layout), _ends(views[1], layout))  # token indices on each side
     cuts = [_Cut.of(view, ends, rows_P, len(samples)) for view, ends in zip(views, ends_K, strict=True)]
 
-    fits_K = (cuts[0].sizes_K <= student_length + 1) & (cuts[1].sizes_K <= teacher_length + 1)
+    teacher_limit = max(teacher_limit or 0, teacher_length)
+    fits_K = (cuts[0].sizes_K <= student_length + 1) & (cuts[1].sizes_K <= teacher_limit + 1)
     span_rows_K = cuts[0].rows_N[ends_K[0]]
     count_B = np.bincount(span_rows_K[fits_K], minlength=len(samples))
     first_span_B = np.searchsorted(span_rows_K, np.arange(len(samples)))
     unscored_K = np.zeros(len(fits_K), bool)
     for view, cut in zip(views, cuts, strict=True):
-        unscored_K[cut.spans_N[view.firsts_N]] = True
+        held_N = cut.spans_N[view.firsts_N]
+        unscored_K[held_N[held_N < len(unscored_K)]] = True  # a text without a shared boundary has none
+    last_K = (first_span_B + count_B - 1)[count_B > 0]
+    taught_B = np.zeros(len(samples), np.int64)
+    taught_B[count_B > 0] = cuts[1].sizes_K[last_K]
+    more = max(int(taught_B.max(initial=0)) - 1 - teacher_length, 0)
+    quarter = max(student_length // 4, 1)  # few widths, so that the allocator finds blocks of the right size
+    teacher_length = min(teacher_length + -(-more // quarter) * quarter, teacher_limit)
+    own_B = np.minimum(np.bincount(cuts[0].rows_N, minlength=len(samples)), student_length + 1)
     student_side, teacher_side = (
-        _side(view, cut, count_B, first_span_B, unscored_K, length)
-        for view, cut, length in zip(views, cuts, (student_length, teacher_length), strict=True)
+        _side(view, cut, size_B, count_B, first_span_B, unscored_K, length)
+        for view, cut, size_B, length in zip(
+            views, cuts, (own_B, taught_B), (student_length, teacher_length), strict=True
+        )
     )
     return Paired(student_side, teacher_side, torch.from_numpy(count_B))
 
@@ -272,18 +287,30 @@ class _Cut(NamedTuple):
         return cls(columns_N[ends_K] + 1, np.searchsorted(ends_K, index_N), rows_N, columns_N)
 
 
+def unaligned_labels(side: Side) -> torch.Tensor:
+    """How many labels of each row lie behind its last span, [B]: the other side has no tokens for them."""
+    last = torch.cat([side.spans[:, 1:], side.label_spans[:, -1:]], 1)
+    return ((side.labels != IGNORED) & (last < 0) & (side.label_spans < 0)).sum(1)
+
+
 def _side(
-    view: _View, cut: _Cut, count_B: np.ndarray, first_span_B: np.ndarray, unscored_K: np.ndarray, length: int
+    view: _View,
+    cut: _Cut,
+    size_B: np.ndarray,
+    count_B: np.ndarray,
+    first_span_B: np.ndarray,
+    unscored_K: np.ndarray,
+    length: int,
 ) -> Side:
-    """The first count_B spans of every row as padded tensors."""
+    """The first size_B tokens of every row, and their places in its first count_B spans, as padded tensors."""
     shape = (len(count_B), length)
     tokens, spans = np.zeros(shape, np.int64), np.full(shape, -1, np.int64)
     labels, label_spans = np.full(shape, IGNORED, np.int64), np.full(shape, -1, np.int64)
     restarts = np.zeros(shape, np.int64)
 
-    size_B = np.zeros(len(count_B), np.int64)
-    size_B[count_B > 0] = cut.sizes_K[(first_span_B + count_B - 1)[count_B > 0]]
     spans_N = cut.spans_N - first_span_B[cut.rows_N]
+    spans_N[spans_N >= count_B[cut.rows_N]] = -1
+    scored_N = (spans_N >= 0) & ~np.append(unscored_K, True)[cut.spans_N]
 
     read = np.flatnonzero(cut.columns_N < size_B[cut.rows_N] - 1)  # the last is only a label
     row, column = cut.rows_N[read], cut.columns_N[read]
@@ -295,6 +322,6 @@ def _side(
     said = np.flatnonzero((cut.columns_N < size_B[cut.rows_N]) & ~view.firsts_N)
     row, column = cut.rows_N[said], cut.columns_N[said] - 1
     labels[row, column] = view.ids_N[said]
-    label_spans[row, column] = np.where(unscored_K[cut.spans_N[said]], -1, spans_N[said])
+    label_spans[row, column] = np.where(scored_N[said], spans_N[said], -1)
     position_ids = np.arange(length) - np.maximum.accumulate(restarts, axis=1)
     return Side(*(torch.from_numpy(array) for array in (tokens, labels, position_ids, spans, label_spans)))

@@ -131,8 +131,7 @@ def _batches(
         if tokenizers is None:
             batch = labels = collate(samples, length)
         else:
-            # as long as training lets the teacher's side be
-            paired = pair(samples, tokenizers.text, tokenizers.model, length, length + length // 4)
+            paired = pair(samples, tokenizers.text, tokenizers.model, length, length + length // 4, 2**31)
             batch, labels = Batch(*paired.teacher[:3]), paired.student
         yield batch, int((labels.labels != IGNORED).sum())
 

@@ -97,7 +97,9 @@ class _Answer(nn.Module):
         self.hidden = hidden
 
     def forward(self, *args: Any, **kwargs: Any) -> MoeModelOutputWithPast:
-        return MoeModelOutputWithPast(last_hidden_state=self.hidden)  # type: ignore[arg-type]
+        output: Any = MoeModelOutputWithPast(last_hidden_state=self.hidden)  # type: ignore[arg-type]
+        output.cross_attentions = None  # GPT-2 and its relatives read it
+        return output
 
 
 def stored_in(facts: dict[str, Any]) -> Stored:

@@ -14,7 +14,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from megakd.data.align import _ends, _Layout, _match, _view, pair
+from megakd.data.align import _ends, _Layout, _match, _view, pair, unaligned_labels
 from megakd.data.batches import collate
 from megakd.data.records import IGNORED, Paired, Sample, Side
 from megakd.data.tokens import load_tokenizer, pack
@@ -227,7 +227,8 @@ def reference_row(one: Sample, student: Any, teacher: Any, lengths: tuple[int, i
         for before, after in pairwise([(0, 0), *boundaries]):
             grown = [len(rows[side]) + after[side] - before[side] for side in (0, 1)]
             full = full or grown[0] > lengths[0] + 1 or grown[1] > lengths[1] + 1
-            if full:
+            if full:  # the student goes on alone
+                rows[0] += [(tokens[0][i], i, -1) for i in range(before[0], len(tokens[0]))]
                 break
             for side in (0, 1):
                 rows[side] += [(tokens[side][i], i, spans) for i in range(before[side], after[side])]
@@ -235,6 +236,7 @@ def reference_row(one: Sample, student: Any, teacher: Any, lengths: tuple[int, i
                 unscored.add(spans)
             spans += 1
     sides = []
+    rows[0] = rows[0][: lengths[0] + 1]
     for row, length in zip(rows, lengths, strict=True):
         pairs = list(pairwise(row))
         padding = range(length - len(pairs))
@@ -518,8 +520,12 @@ def test_rows_depend_on_nothing_beside_them(made, names):
             for mine, theirs in zip(cut[:2], whole[:2], strict=True):
                 kept = (mine.spans[0] >= 0).sum()
                 assert torch.equal(mine.tokens[0, :kept], theirs.tokens[row, :kept])
-                assert torch.equal(mine.label_spans[0, :kept], theirs.label_spans[row, :kept])
-                assert (mine.labels[0, kept:] == IGNORED).all() and (mine.label_spans[0, kept:] == -1).all()
+                known = max(kept - 1, 0)  # the label of the last one may lie behind the cut
+                assert torch.equal(mine.label_spans[0, :known], theirs.label_spans[row, :known])
+                assert (mine.label_spans[0, kept:] == -1).all()
+                assert mine is cut.student or (mine.labels[0, kept:] == IGNORED).all()
+            if cut.student.tokens.shape[1] == whole.student.tokens.shape[1]:  # whatever room the teacher's side has
+                assert torch.equal(cut.student.labels[0], whole.student.labels[row])
             assert cut.span_count[0] <= whole.span_count[row]
 
 
@@ -535,7 +541,8 @@ def test_both_sides_score_the_same_spans(made, names):
         for side in paired[:2]:
             spans, labels, positions = side.spans[row], side.label_spans[row], side.position_ids[row]
             kept = int((spans >= 0).sum())
-            assert (spans[:kept] >= 0).all() and (spans[kept:] == -1).all() and (side.tokens[row, kept:] == 0).all()
+            assert (spans[:kept] >= 0).all() and (spans[kept:] == -1).all()
+            assert side is paired.student or (side.tokens[row, kept:] == 0).all()
             assert set(spans[:kept].diff().tolist()) <= {0, 1} and spans[:kept].max() in (count - 1, count - 2)
             assert (labels[side.labels[row] == IGNORED] == -1).all()
             assert set(labels[labels >= 0].tolist()).isdisjoint(spans[:kept][positions[:kept] == 0].tolist())
@@ -585,3 +592,23 @@ def test_no_samples_give_no_rows(made):
     assert (
         paired.student.tokens.shape == (0, 4) and paired.teacher.spans.shape == (0, 6) and len(paired.span_count) == 0
     )
+
+
+def test_no_label_is_lost_to_a_teacher_of_many_tokens(made, documents):
+    """A byte a token: 1,400 of 4,094 labels were left; the teacher's side is as long as it must be now."""
+    student, teacher = made["digits"], byte_level(["a"], 257)
+    samples = windows(student, documents, 256)[:8]
+    labels = [len(one.tokens) - len(one.starts) for one in samples]
+    assert min(len(encode(teacher, student.decode(one.tokens.tolist())).ids) for one in samples) > 2 * 256
+    paired = pair(samples, student, teacher, 256, 320, 2**31)
+    assert (paired.student.labels != IGNORED).sum(1).tolist() == labels
+    assert unaligned_labels(paired.student).sum() == 0
+    assert paired.teacher.tokens.shape[1] % 64 == 0 and paired.teacher.tokens.shape[1] > 512
+    check(paired, samples, student, teacher, (256, paired.teacher.tokens.shape[1]))
+    cut = pair(samples, student, teacher, 256, 320, 400)
+    assert cut.teacher.tokens.shape[1] == 400
+    assert (cut.student.labels != IGNORED).sum(1).tolist() == labels
+    left = (paired.student.label_spans >= 0).sum(1) - (cut.student.label_spans >= 0).sum(1)
+    assert torch.equal(unaligned_labels(cut.student), left) and left.min() > 0
+    ordinary = pair(samples, student, made["nfc"], 256, 320, 2**31)
+    assert all(map(torch.equal, _tensors(ordinary), _tensors(pair(samples, student, made["nfc"], 256, 320))))

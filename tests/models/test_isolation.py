@@ -27,6 +27,7 @@ from megakd.evals.measure import Meter, Subject, Unusable
 from megakd.files import write_sealed
 from megakd.models import isolation
 from megakd.models.isolation import check_config, check_model, measure, sketch
+from megakd.objectives.cached import fused_head
 from megakd.run import Run
 from tests.conftest import VOCABULARY, files, in_process
 
@@ -273,6 +274,11 @@ def test_data_of_another_packing_is_refused(run_of, prepared):
     shutil.copytree(prepared / "data" / "tokens", run.path("data", "tokens"))
     output = in_process("generate-logits", run.folder, code=2)
     assert "its sequences are packed, data.packing is documents" in output
+
+
+def test_gpt2_is_a_student():
+    """Its forward reads cross_attentions of what the decoder answers."""
+    assert fused_head(model_of("gpt2"), VOCABULARY).vocab_size == VOCABULARY
 
 
 def test_tokens_of_before_the_setting_stay(run_of, tmp_path):
