@@ -135,7 +135,7 @@ def test_run_with_a_live_teacher(kind, tokenizers, recipe, tokenizer, other_teac
 TRAINER = """
 import sys
 from megakd.hf_trainer import DistillationTrainer, DistillationTrainingArguments
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 import megakd
 
 run, out, resume = sys.argv[1], sys.argv[2], len(sys.argv) > 3
@@ -144,7 +144,8 @@ args = DistillationTrainingArguments(
     use_cpu=True, disable_tqdm=True, learning_rate=1e-3,
 )
 student = AutoModelForCausalLM.from_pretrained(run + "/student-0", dtype="float32")
-trainer = DistillationTrainer(student, args, run + "/data/logits/train", run + "/data/logits/holdout")
+tokenizer = AutoTokenizer.from_pretrained(run + "/student-0")
+trainer = DistillationTrainer(student, args, run + "/data/logits/train", run + "/data/logits/holdout", tokenizer)
 trainer.train(resume_from_checkpoint=resume)
 trainer.save_model(out + "/final")
 """

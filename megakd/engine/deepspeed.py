@@ -235,7 +235,7 @@ class DeepSpeedEngine:
             packed = getattr(parameter, "packed", None)
             if packed is not None and packed.frozen:
                 with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-                    factors = [tensor.float() for _, tensor in packed.whole(name, parameter)]
+                    factors = [tensor.float().cpu() for _, tensor in packed.whole(name, parameter)]
                 if self.world.first:
                     remove(zero / name)
                     (zero / name).mkdir()
