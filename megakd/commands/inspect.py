@@ -8,6 +8,7 @@ examples:
   megakd inspect runs/a                            which parameters train at which rate, stage by stage
   megakd inspect runs/a/data/logits/train          what the shards hold; one record in words
   megakd inspect runs/a/data/logits/train --verify read every byte again; recompute the teacher's NLL of some labels
+  megakd inspect runs/a/data/logits/train/shard-00003.tar
   megakd inspect runs/a/checkpoints/all/step-000150
   megakd inspect models/Qwen3-30B-A3B              parameters and bytes by kind of tensor, without reading them
   megakd inspect models/Qwen3-30B-A3B --experts --layers 0,23,47 --plot experts.png --json experts.json
@@ -16,17 +17,19 @@ examples:
 
 import argparse
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
-from megakd.config import LogitsConfig, flatten
+from megakd.config import LogitsConfig, RunConfig, flatten
 from megakd.data.batches import collate
 from megakd.data.records import TeacherTargets
 from megakd.data.shards import ShardSet
-from megakd.data.tokens import load_tokenizer
+from megakd.data.tokens import load_tokenizer, tokenizer_facts
 from megakd.dist import read_world
 from megakd.engine.optim import assign_rules
 from megakd.errors import UserError
@@ -38,6 +41,8 @@ from megakd.models.hub import Checkpoint, empty_model, load_config, load_model
 from megakd.models.spec import SPECS
 from megakd.models.teacher import Teacher, batch_targets
 from megakd.names import expand, holds_run, model_folder
+from megakd.objectives.build import build
+from megakd.preflight import tokenizers
 from megakd.run import Run
 
 CHECKED_SAMPLES = 8
@@ -79,6 +84,10 @@ def main(args: argparse.Namespace) -> None:
             text += f"\nverified: {len(shards)} samples, every byte"
             if shards.layout is not None:
                 text += "\n" + verify_teacher(shards, args.teacher)
+    elif path.suffix == ".tar" and path.is_file():
+        if args.verify:
+            raise UserError(f"{path}: --verify reads a folder of shards; give {path.parent}")
+        text = describe_shard(path)
     elif (path / "progress.json").exists():
         text = f"checkpoint {path}\n" + table(
             ["progress", ""], [[k, str(v)] for k, v in read_json(path / "progress.json").items()], left=True
@@ -87,7 +96,7 @@ def main(args: argparse.Namespace) -> None:
     elif (path / "config.json").exists():
         text = describe_model(path)
     else:
-        raise UserError(f"{path}: neither a run, nor shards, nor a checkpoint, nor a model folder")
+        raise UserError(f"{path}: neither a run, nor shards, nor a shard (.tar), nor a checkpoint, nor a model folder")
     print(text)
 
 
@@ -96,9 +105,9 @@ def describe_run(run: Run) -> str:
     parts = [f"run {run.folder}: {run.config.name}, fingerprint {run.config.fingerprint()}"]
     if not (run.student_folder / "config.json").exists():
         return "\n".join([*parts, f"no student yet; run: megakd compress {run.folder}"])
-    model = empty_model(run.student_folder)
+    trained = _trained(run)
     for stage in run.config.stages:
-        assigned = assign_rules(model, stage.lr_multipliers)
+        assigned = assign_rules(trained(run.config.at(stage)), stage.lr_multipliers)
         rows = []
         for index in [*range(len(stage.lr_multipliers)), None]:
             mine = [a for a in assigned if a.rule == index]
@@ -113,6 +122,24 @@ def describe_run(run: Run) -> str:
     return "\n".join(parts)
 
 
+def _trained(run: Run) -> Callable[[RunConfig], nn.Module]:
+    """What a stage's rules apply to: the student; beside a live teacher its routers and projectors too."""
+    student = empty_model(run.student_folder)
+    if all(run.config.at(stage).objective.kind == "cached" for stage in run.config.stages):
+        return lambda config: student
+    teacher = empty_model(resolve(run.config.model.teacher, run.config.model.revision))
+    manifest = run.path("data", "tokens", "train", "manifest.json")
+    # before `tokenize` the student's own tokenizer is the data's
+    facts = ShardSet(manifest.parent).facts if manifest.exists() else {"tokenizer": _tokenizer_facts(run)}
+    _, other = tokenizers(run.config, facts)
+    size = None if other is None else len(other)
+    return lambda config: student if config.objective.kind == "cached" else build(config, student, teacher, facts, size)
+
+
+def _tokenizer_facts(run: Run) -> dict[str, Any]:
+    return tokenizer_facts(load_tokenizer(run.student_folder))
+
+
 def describe_shards(shards: ShardSet) -> str:
     """What a folder of shards is, and its first sample in words."""
     rows = [[key, str(value)] for key, value in flatten(shards.facts)]
@@ -121,8 +148,24 @@ def describe_shards(shards: ShardSet) -> str:
     return table([str(shards.folder), ""], rows, left=True) + "\n\n" + _describe_sample(shards)
 
 
-def _describe_sample(shards: ShardSet) -> str:
-    sample = shards[0]
+def describe_shard(tar: Path) -> str:
+    """One shard of a folder, by the folder's manifest, and its first sample in words."""
+    if not (tar.parent / "manifest.json").exists():
+        raise UserError(
+            f"{tar}: a shard is read by the manifest.json beside it, and there is none; give a folder of shards"
+        )
+    shards = ShardSet(tar.parent)
+    if tar.stem not in shards.names:
+        raise UserError(f"{tar}: not a shard of {tar.parent / 'manifest.json'}")
+    number = shards.names.index(tar.stem)
+    rows = [["shard", f"{number + 1} of {len(shards.names)}"], ["samples", f"{shards.sizes[number]:,}"]]
+    rows += [["bytes", f"{tar.stat().st_size:,}"], ["sha256", shards.manifest["shards"][number]["sha256"]]]
+    first = sum(shards.sizes[:number])
+    return table([str(tar), ""], rows, left=True) + "\n\n" + _describe_sample(shards, first)
+
+
+def _describe_sample(shards: ShardSet, index: int = 0) -> str:
+    sample = shards[index]
     lines = [f"sample {sample.key}: {len(sample.tokens)} tokens, documents begin at {sample.starts.tolist()[:8]}"]
     if sample.targets is None:
         return lines[0]

@@ -12,6 +12,7 @@ from megakd.data.shards import ShardSet, layout_of, summary_of, write_manifest, 
 from megakd.errors import UserError
 from megakd.files import read_json
 from megakd.run import Run
+from tests.objectives.sar import sar_recipe
 
 HEAD = r"after '.*?' comes '.*?' \(NLL (\d+\.\d\d)\); the teacher says (.*), …; (\S+)% outside the (\d+) stored"
 DRAWS = r"draws: (.*), … \((\d+) distinct\); entropy (\d+\.\d\d)"
@@ -133,3 +134,28 @@ def test_an_unfinished_capture_says_so(captured, tmp_path):
     write_manifest(folder, manifest["facts"], manifest["shards"], complete=False)
     with pytest.raises(UserError, match="not finished"):
         cli.run_verb(["inspect", str(folder)])
+
+
+def test_shard_is_explained(prepared, capsys, tmp_path):
+    folder = prepared / "data" / "logits" / "train"
+    shards = ShardSet(folder)
+    text = inspect(capsys, folder / f"{shards.names[1]}.tar")
+    assert f"2 of {len(shards.names)}" in text and f"sample {shards[shards.sizes[0]].key}: " in text
+    shutil.copy(folder / f"{shards.names[1]}.tar", tmp_path)
+    with pytest.raises(UserError, match=r"manifest\.json beside it"):
+        cli.run_verb(["inspect", str(tmp_path / f"{shards.names[1]}.tar")])
+
+
+@pytest.mark.parametrize("kind, pattern", [("sar", "^routers"), ("online", "projector")])
+def test_run_with_rules_for_what_trains_beside_the_student_is_explained(
+    recipe, tokenizer, tmp_path, capsys, kind, pattern
+):
+    """docs/sar-kd.md and the shipped sar recipes have such rules, which no parameter of the student alone gets."""
+    stages = [{"name": "all", "steps": 2, "lr_multipliers": [{"pattern": pattern, "lr_multiplier": 0.1}]}]
+    objective = {"kind": kind, "alpha": 0.7, "temperature": 2.0}
+    changes = {} if kind == "sar" else {"sar": {}, "online": {"feature": 0.1}}
+    made = sar_recipe(recipe, tmp_path, tokenizer, objective=objective, stages=stages, **changes)
+    cli.run_verb(["new", str(tmp_path / "run"), "--from", str(made)])
+    if kind == "online":  # with and without tokens
+        cli.run_verb(["tokenize", str(tmp_path / "run")])
+    assert re.search(rf"^{re.escape(pattern)} +0.1 ", inspect(capsys, tmp_path / "run"), re.MULTILINE)
