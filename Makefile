@@ -4,7 +4,7 @@ BIN := .venv/bin
 # a file's tests stay in one process, for they share what is slow to make
 PYTEST := pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test check clean
+.PHONY: demo test lint check clean
 
 demo: .venv/installed
 	$(BIN)/megakd demo
@@ -12,11 +12,13 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/$(PYTEST)
 
-check: .venv/installed
+lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
-	$(BIN)/$(PYTEST)
+
+# `make check test` runs the tests once
+check: lint test
 
 .venv/installed: requirements.txt requirements-dev.txt pyproject.toml
 	$(PYTHON) -m venv .venv

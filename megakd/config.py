@@ -6,6 +6,7 @@ import math
 import operator
 import unicodedata
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -416,7 +417,7 @@ class LogConfig(Section):
     every_steps: int = live(10, ge=1)
     tensorboard: bool = live(True)
     wandb: Literal["offline", "online", "disabled"] = live("offline")
-    wandb_project: str = live("megakd")
+    wandb_project: str = live("megakd", pattern=r"^[^/\\#?%:]{1,128}$")
 
 
 class RunConfig(Section):
@@ -492,6 +493,11 @@ class RunConfig(Section):
         if windows is None:
             windows = max(self.data.tokens // self.data.sequence_length, 1)
         return max(math.ceil(stage.epochs * windows / max(config.windows_per_step, 1)), 1)
+
+    @cached_property
+    def mark(self) -> str:
+        """Tells runs of one recipe apart: `Run` sets it to what its folder's history holds. No part of a recipe."""
+        return ""
 
     def fingerprint(self, *sections: str) -> str:
         """A hash of the named sections without their live fields; of the whole run when none is named."""

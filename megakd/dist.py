@@ -7,6 +7,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed
@@ -14,6 +15,7 @@ import torch.distributed
 from megakd.errors import UserError
 from megakd.launcher import read_launcher
 
+T = TypeVar("T")
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
@@ -137,6 +139,15 @@ def sum_tensor_over_ranks(values: torch.Tensor) -> list[float]:
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         torch.distributed.all_reduce(values)
     return values.tolist()
+
+
+def gather(value: T) -> list[T]:
+    """The value of every rank, in their order; the same list on all of them."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return [value]
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, value)
+    return found
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import resource
 import sys
 import time
@@ -12,6 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from megakd.config import LogConfig, RunConfig
+from megakd.errors import foreign
 from megakd.files import append_json, publishing, read_json_lines
 
 
@@ -108,10 +110,11 @@ def _open_wandb(folder: Path, project: str, name: str, run_id: str, frozen: dict
 
     settings = wandb.Settings(silent=True, console="off", disable_git=True, x_disable_stats=True)
     how: Any = mode
-    return wandb.init(
-        project=project, name=name, id=run_id, resume="allow", mode=how, dir=str(folder), config=frozen,
-        settings=settings,
-    )  # fmt: skip
+    with foreign(f"{folder}: W&B", "correct it, or set log.wandb=disabled"):
+        return wandb.init(
+            project=project, name=name.strip() or None, id=run_id, resume="allow", mode=how, dir=str(folder),
+            config=frozen, settings=settings,
+        )  # fmt: skip
 
 
 def log_evaluation(folder: Path, config: RunConfig, step: int, numbers: dict[str, float]) -> None:
@@ -143,8 +146,12 @@ def log_evaluation(folder: Path, config: RunConfig, step: int, numbers: dict[str
 
 
 def wandb_id(config: RunConfig) -> str:
-    """The id that all processes of a run give W&B."""
-    return f"{config.name}-{config.fingerprint()[:8]}"
+    """The id that all processes of a run give W&B: the name in letters that W&B takes, fingerprint, the folder's mark.
+
+    Two folders of one recipe have two ids. A folder keeps its id when training resumes, and when it is moved.
+    """
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", config.name).strip("-")[:60] or "run"
+    return "-".join(part for part in (name, config.fingerprint()[:8], config.mark) if part)
 
 
 class StageWatch:

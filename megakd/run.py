@@ -1,6 +1,7 @@
 """A run is a folder with one frozen config.json; every verb opens it and reads nothing else."""
 
 import os
+import secrets
 import time
 from collections.abc import Iterable
 from functools import cached_property
@@ -43,7 +44,9 @@ class Run:
         check(config, str(source))
         run = cls(folder, config)
         write_json(folder / "config.json", run.config.model_dump(mode="json"))
-        run.record("new", recipe=str(recipe), overrides=overrides, fingerprint=run.config.fingerprint())
+        fingerprint = run.config.fingerprint()
+        run.record("new", recipe=str(recipe), overrides=overrides, fingerprint=fingerprint, mark=secrets.token_hex(4))
+        run._set_mark()
         if source.name == "config.json":
             run._link_from(cls.open(source.parent))
         return run
@@ -59,6 +62,7 @@ class Run:
         raw = read_json(file)
         config = parse_frozen(raw, str(file))
         run = cls(folder, config)
+        run._set_mark()
         if not overrides:
             return run
         changed = parse(apply_overrides(config.model_dump(mode="json"), overrides), f"{file} with overrides")
@@ -76,10 +80,15 @@ class Run:
             if idle.path in changes and not idle.replaced:
                 raise UserError(f"{folder}: {idle}")
         run.config = changed
+        run._set_mark()
         if changes and read_launcher().rank == 0:
             write_json(file, changed.model_dump(mode="json"))
             run.record("change", fields=changes)
         return run
+
+    def _set_mark(self) -> None:
+        """Give the configuration the mark of this folder; it moves and is copied with the folder."""
+        self.config.__dict__["mark"] = next((event.get("mark", "") for event in self.events("new")), "")
 
     def path(self, *parts: str) -> Path:
         return self.folder.joinpath(*parts)

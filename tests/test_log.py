@@ -1,4 +1,5 @@
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -6,9 +7,11 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megakd.config import LogConfig
+from megakd.config import LogConfig, RunConfig
+from megakd.errors import UserError
 from megakd.files import read_json_lines
-from megakd.log import MetricLog, Progress, StageWatch, clock, say, short, table
+from megakd.log import MetricLog, Progress, StageWatch, clock, say, short, table, wandb_id
+from megakd.run import Run
 
 QUIET = LogConfig(tensorboard=False, wandb="disabled")
 
@@ -226,3 +229,23 @@ def test_wandb_offline_writes_under_the_run(tmp_path, monkeypatch, capfd):
     assert b"train/stage" not in content  # no number
     output = capfd.readouterr()
     assert "wandb" not in output.out + output.err
+
+
+@pytest.mark.parametrize("name", ["team/a", "R=64: second", "a#b", " ", "→", "x" * 500])
+def test_name_that_is_no_id_for_wandb_is_made_one(name):
+    config = RunConfig(name=name)
+    assert re.fullmatch(r"[A-Za-z0-9._-]{1,100}", wandb_id(config)) and wandb_id(config) != wandb_id(RunConfig(seed=1))
+
+
+def test_two_folders_of_one_recipe_have_two_wandb_ids_and_keep_them(tmp_path):
+    first, second = (Run.create("demo", ["log.wandb=offline"], tmp_path / name) for name in "ab")
+    assert wandb_id(first.config) != wandb_id(second.config) and first.config == second.config
+    assert wandb_id(Run.open(first.folder).config) == wandb_id(first.config)
+    (tmp_path / "a").rename(tmp_path / "moved")
+    assert wandb_id(Run.open(tmp_path / "moved", ["log.every_steps=3"]).config) == wandb_id(first.config)
+    assert wandb_id(Run.create(tmp_path / "moved", [], tmp_path / "c").config) != wandb_id(first.config)
+
+
+def test_project_that_wandb_refuses_is_refused_by_new(tmp_path):
+    with pytest.raises(UserError, match=r"log\.wandb_project"):
+        Run.create("demo", ["log.wandb_project=team/a"], tmp_path / "run")

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megakd.dist import World, barrier, sum_over_ranks
+from megakd.dist import World, barrier, gather, sum_over_ranks
 from megakd.engine.base import Engine
 from megakd.engine.guard import Health
 from megakd.errors import UserError
@@ -111,8 +111,9 @@ def save_checkpoint(
             temporary / "progress.json", {**progress._asdict(), "memory": dict(progress.memory), "ranks": world.size}
         )
     barrier()
-    names = sorted(str(path.relative_to(temporary)) for path in temporary.rglob("*") if path.is_file())
-    barrier()  # all have looked before one writes
+    # on shared storage a rank may not see yet what another wrote: each lists its own at least, and all share one list
+    mine = [str(path.relative_to(temporary)) for path in temporary.rglob("*") if path.is_file()]
+    names = sorted({name for found in gather(mine) for name in found})
     sums = {name: checksum(temporary / name) for name in names[world.rank :: world.size]}
     write_json(temporary / "checksums" / f"{world.rank:05d}.json", sums)
     barrier()
@@ -140,7 +141,7 @@ def last_sound(checkpoints: Path, world: World) -> tuple[Saved | None, list[str]
     All ranks read a share each. Damaged ones are put aside as step-N.damaged, out of the sight of every verb.
     """
     reasons = []
-    for saved in reversed(published(checkpoints)):
+    for saved in reversed(gather(published(checkpoints))[0]):  # what the first rank sees, else ranks wait for others
         found = list(_damage(saved.folder, world))
         bad = sum_over_ranks([float(len(found))], world.device)[0]
         if not bad:
@@ -158,9 +159,9 @@ def last_sound(checkpoints: Path, world: World) -> tuple[Saved | None, list[str]
 def _damage(folder: Path, world: World) -> Iterator[str]:
     """What is wrong with this rank's share of the files; nothing where a checkpoint lists no checksums."""
     known: dict[str, list[int]] = {}
-    for path in sorted((folder / "checksums").glob("*.json")):
+    for part in gather(sorted(path.name for path in (folder / "checksums").glob("*.json")))[0]:
         try:
-            known |= read_json(path)
+            known |= read_json(folder / "checksums" / part)
         except UserError as error:
             yield str(error)
     for name in sorted(known)[world.rank :: world.size]:

@@ -14,6 +14,7 @@ from megakd.config import OptimConfig
 from megakd.data.batches import collate
 from megakd.data.shards import ShardSet
 from megakd.dist import World
+from megakd.engine import checkpoint
 from megakd.engine.checkpoint import (
     Progress,
     Saved,
@@ -265,3 +266,20 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_used(save, tmp_pat
     second = save("all/step-000002", Progress(0, 2, 2))
     assert last_sound(tmp_path, WORLD)[0] == Saved(second, Progress(0, 2, 2))
     assert last_sound(tmp_path / "empty", WORLD) == (None, [])
+
+
+def test_ranks_that_see_other_files_of_a_checkpoint_leave_none_without_a_checksum(save, tmp_path, monkeypatch):
+    """On shared storage a rank may not see yet what another wrote: shares of two lists left files out of both."""
+    monkeypatch.setattr(checkpoint, "gather", lambda names: [names[: len(names) // 2], names[len(names) // 2 :]])
+    folder = save("all/step-000001", Progress(0, 1, 1))
+    written = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    sums = json.loads((folder / "checksums" / "00000.json").read_text())
+    assert sums.keys() == {name for name in written if not name.startswith("checksums")}
+
+
+def test_ranks_resume_from_what_the_first_rank_sees(save, tmp_path, monkeypatch):
+    """A rank that saw one checkpoint more waited in a collective that the others never reached."""
+    first = save("all/step-000001", Progress(0, 1, 1))
+    save("all/step-000002", Progress(0, 2, 2))
+    monkeypatch.setattr(checkpoint, "gather", lambda value: [value[:1], value])
+    assert last_sound(tmp_path, WORLD) == (Saved(first, Progress(0, 1, 1)), [])
