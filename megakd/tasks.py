@@ -5,15 +5,17 @@ No coordinator and no ranks: a process takes whatever is ready and not held by a
 """
 
 import fcntl
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from megakd.log import Progress, say
 
-POLL_SECONDS = 0.5
+# between two looks at the folder while nothing changes: twice as long each time, up to the last
+POLL_SECONDS, LONGEST_POLL_SECONDS = 0.5, 8.0
 
 
 class Task(NamedTuple):
@@ -28,9 +30,8 @@ class Task(NamedTuple):
     def done(self) -> bool:
         return self.output.exists()
 
-    @property
-    def ready(self) -> bool:
-        return all(path.exists() for path in self.needs)
+    def ready(self, there: set[Path]) -> bool:
+        return there.issuperset(self.needs)
 
 
 def run_tasks(title: str, tasks: Sequence[Task], finished: Path, locks: Path) -> int:
@@ -44,18 +45,21 @@ def run_tasks(title: str, tasks: Sequence[Task], finished: Path, locks: Path) ->
     except (FileExistsError, FileNotFoundError):  # whoever finished removed it at this moment
         if not finished.exists():
             raise
-    counted = {task.output for task in tasks if task.done}
+    counted = _list_files(tasks) & {task.output for task in tasks}
     progress = Progress(title, len(tasks), "tasks", done=len(counted))
-    own, said = 0, time.monotonic()
+    own, said, pause = 0, time.monotonic(), POLL_SECONDS / 2
+    outputs = {task.output for task in tasks}
     while not finished.exists():
-        missing = [task for task in tasks if not task.done]
-        taken = _take_one(missing, finished, locks)
+        there = _list_files(tasks)
+        missing = [task for task in tasks if task.output not in there]
+        taken = _take_one(missing, there, finished, locks)
         own += taken is not None
         # what another removed after it had finished is done too
-        found = {task.output for task in tasks if task.done} if not finished.exists() else {t.output for t in tasks}
+        found = outputs & (there | ({taken.output} if taken else set())) if not finished.exists() else outputs
         new = found - counted
         counted |= found
         if taken is not None:
+            pause = POLL_SECONDS / 2
             progress.add_others(len(new) - 1)
             progress.update(1, taken.name)
         else:
@@ -63,16 +67,26 @@ def run_tasks(title: str, tasks: Sequence[Task], finished: Path, locks: Path) ->
             if missing and time.monotonic() - said > 60:
                 said = time.monotonic()
                 say(f"{title}: waiting for another process to finish {missing[0].name}")
+            pause = POLL_SECONDS if new else min(2 * pause, LONGEST_POLL_SECONDS)
             if not finished.exists():
-                time.sleep(POLL_SECONDS)
+                time.sleep(pause)
     progress.close()
     return own
 
 
-def _take_one(tasks: Sequence[Task], finished: Path, locks: Path) -> Task | None:
+def _list_files(tasks: Sequence[Task]) -> set[Path]:
+    """What lies in the folders of outputs and needs: one listing of each, not one look at every file."""
+    there: set[Path] = set()
+    for folder in {path.parent for task in tasks for path in (task.output, *task.needs)}:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            there |= {folder / name for name in os.listdir(folder)}
+    return there
+
+
+def _take_one(tasks: Sequence[Task], there: set[Path], finished: Path, locks: Path) -> Task | None:
     """Do the first task that is ready and free; None when there is none."""
     for task in tasks:
-        if task.ready:
+        if task.ready(there):
             with claimed(locks / f"{task.output.name}.lock") as mine:
                 if mine and not task.done and not finished.exists():  # another may have done it, or all, in between
                     task.work()

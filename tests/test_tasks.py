@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megakd import tasks
 from megakd.errors import UserError
 from megakd.files import remove, write_json
 from megakd.tasks import Task, claimed, run_tasks
@@ -110,3 +111,21 @@ def test_an_error_ends_this_process_and_leaves_the_task_to_do(tmp_path):
     for _ in range(2):
         with pytest.raises(UserError, match="layer 3"):
             run_tasks("test", [task], task.output, tmp_path / "locks")
+
+
+def test_waiting_looks_at_folders_and_not_at_every_file_and_less_often(tmp_path, monkeypatch):
+    """Workers that waited asked a shared file system twice a second about every output and need."""
+    listed, waits = [], []
+    listing = os.listdir
+    monkeypatch.setattr(tasks.os, "listdir", lambda path: listed.append(path) or listing(path))
+
+    def wait(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 6:
+            write_json(tmp_path / "all.json", {})
+
+    monkeypatch.setattr(tasks.time, "sleep", wait)
+    monkeypatch.setattr(Task, "done", property(lambda _: pytest.fail("a look at one file")))
+    waiting = [Task(f"{i}", tmp_path / f"{i}.json", (tmp_path / "never.json",), lambda: None) for i in range(50)]
+    assert run_tasks("test", waiting, tmp_path / "all.json", tmp_path / "locks") == 0
+    assert waits == [0.5, 1.0, 2.0, 4.0, 8.0, 8.0] and len(listed) == 7
