@@ -88,7 +88,7 @@ class Run:
 
     def _set_mark(self) -> None:
         """Give the configuration the mark of this folder; it moves and is copied with the folder."""
-        self.config.__dict__["mark"] = next((event.get("mark", "") for event in self.events("new")), "")
+        vars(self.config)["mark"] = next((event.get("mark", "") for event in self.events("new")), "")
 
     def path(self, *parts: str) -> Path:
         return self.folder.joinpath(*parts)

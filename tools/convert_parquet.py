@@ -40,7 +40,7 @@ from foreign_rows import Names, Row
 
 from megakd.data.records import Sample
 from megakd.data.shards import ShardSet
-from megakd.errors import UserError, listed
+from megakd.errors import UserError, listed, reason
 from megakd.files import digest, publishing, sha256
 from megakd.log import Progress, say
 from megakd.outputs import check_file
@@ -213,7 +213,7 @@ class ParquetSource:
                         number += len(batch)
                 except (pa.ArrowException, OSError) as error:
                     place = f"{part.path}: row {number - part.first} or one soon after"
-                    raise UserError(f"{place} cannot be read ({_line(error)})") from error
+                    raise UserError(f"{place} cannot be read ({reason(error)})") from error
 
     def _widths(self) -> tuple[int, int]:
         """Tokens of the longest window and entries of the widest row, from a look at the ids of all rows."""
@@ -247,11 +247,7 @@ def _open(path: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: cannot be read as Parquet; was it cut short? ({_line(error)})") from error
-
-
-def _line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"{path}: cannot be read as Parquet; was it cut short? ({reason(error)})") from error
 
 
 def _visible(folder: Path) -> list[Path]:

@@ -307,9 +307,7 @@ def check(case: Case) -> str | None:
     except Exception as error:
         frames = [f for f in traceback.extract_tb(error.__traceback__) if "/megakd/" in f.filename]
         lines = [f"  {f.filename.rpartition('/megakd/')[2]}:{f.lineno}: {f.line}" for f in frames[-3:]]
-        return "\n".join(
-            [f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}", *lines]
-        )
+        return "\n".join([f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}", *lines])
     return None
 
 
