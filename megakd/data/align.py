@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 BEYOND = np.int64(2**62)  # a position behind every text
 UNREADABLE = "\ufffd"  # what part of a character decodes to
+BEFORE = "\0"  # what the BOS of both sides covers
 OUTSIDE = "\0\0"  # two characters behind each text: the end token's, and one that no token covers
 SPACES = np.array([chr(code).isspace() for code in range(0x3002)])  # Unicode has none beyond
 
@@ -33,6 +34,7 @@ def pair(
     student_length: int,
     teacher_length: int,
     teacher_limit: int | None = None,
+    bos: tuple[Sequence[int], Sequence[int]] = ((), ()),
 ) -> Paired:
     """Both models' views of windows of the student's tokens, row by row the same text; [B, student_length] and so on.
 
@@ -46,14 +48,18 @@ def pair(
 
     Boundaries are compared modulo whitespace: in a run of it, those at the same character or else, where a side drops
     or places it otherwise, the first of each. Text that a side has no tokens for at all is left out of both.
+    bos: the ids that documents begin with on each side (`pair_bos`). The student's windows hold them already; the
+    teacher's side gets its own where they do, and both are a span. Where the student's documents have none, the
+    teacher's side has them before every piece of text, also of a document that goes on.
     UserError for a tokenizer without offsets (a slow one) or without an end token.
     """
     sides = _reader(student), _reader(teacher)
-    texts, ended_P, rows_P = _texts(samples, sides[0])
+    texts, begun_P, ended_P, rows_P = _texts(samples, sides[0], list(bos[0]))
     encodings = [side.backend.encode_batch(texts, add_special_tokens=False) for side in sides]
     known = [all(len(e) for e in both) for both in zip(*encodings, strict=True)]
-    layout = _Layout.of([text if keep else "" for text, keep in zip(texts, known, strict=True)], ended_P)
-    views = [_view(found, layout, side.end) for found, side in zip(encodings, sides, strict=True)]
+    texts = [text if keep else "" for text, keep in zip(texts, known, strict=True)]
+    layout = _Layout.of(texts, ended_P, begun_P, shared_bos=all(map(len, bos)))
+    views = [_view(found, layout, side.end, list(own)) for found, side, own in zip(encodings, sides, bos, strict=True)]
     ends_K = _match(_ends(views[0], layout), _ends(views[1], layout))  # token indices on each side
     cuts = [_Cut.of(view, ends, rows_P, len(samples)) for view, ends in zip(views, ends_K, strict=True)]
 
@@ -113,16 +119,21 @@ def _reader(tokenizer: "PreTrainedTokenizerBase") -> _Reader:
     return _made[tokenizer]
 
 
-def _texts(samples: Sequence[Sample], reader: _Reader) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """The text of every document in every sample, whether it ended, and its row.
+def _texts(
+    samples: Sequence[Sample], reader: _Reader, bos: list[int]
+) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
+    """The text of every document in every sample, whether it began and ended in it, and its row.
 
-    Part of a character, where a window cuts one, is taken off.
+    Part of a character, where a window cuts one, is taken off, and so is BOS. Without BOS nothing tells whether a
+    document goes on from the window before: every one counts as begun.
     """
-    documents, opens, ended, rows = [], [], [], []
+    documents, opens, begun, ended, rows = [], [], [], [], []
     for row, sample in enumerate(samples):
         tokens = sample.tokens.tolist()
         for start, stop in pairwise([*sample.starts.tolist(), len(tokens)]):
             ids = tokens[start:stop]
+            begun.append(ids[: len(bos)] == bos)
+            ids = ids[len(bos) :] if begun[-1] else ids
             opens.append(start == 0)
             ended.append(ids[-1:] == [reader.end])
             rows.append(row)
@@ -132,7 +143,7 @@ def _texts(samples: Sequence[Sample], reader: _Reader) -> tuple[list[str], np.nd
     for i, text in enumerate(texts):
         text = text.lstrip(UNREADABLE) if opens[i] else text
         texts[i] = text if ended[i] else text.rstrip(UNREADABLE)
-    return texts, np.array(ended, bool), np.array(rows, np.int64)
+    return texts, np.array(begun, bool), np.array(ended, bool), np.array(rows, np.int64)
 
 
 # Byte tokens are cut by hand: next to an incomplete character, tokenizers' decoder makes the whole run unreadable.
@@ -156,30 +167,39 @@ def _without_cut_end(ids: list[int], bytes_of: dict[int, int]) -> list[int]:
 
 
 class _Layout(NamedTuple):
-    """P texts one behind the other, each with OUTSIDE behind it: C characters.
+    """P texts one behind the other, each with OUTSIDE behind it, and a character for BOS before it: C characters.
 
-    begins_P, lengths_P, ended_P: where a text begins, its characters, whether it has an end token
+    begins_P, lengths_P: where a text begins (with BOS, if both sides have one) and its characters (with that of BOS)
+    bos_P, begun_P, ended_P: how many of its characters are BOS's, whether it has BOS, and an end token
     solid_C:     how many of the first 0..C characters are no whitespace [C + 1]
     solid_end_C: end of the last such one among them, 0 if there is none [C + 1]
     """
 
     begins_P: np.ndarray
     lengths_P: np.ndarray
+    bos_P: np.ndarray
+    begun_P: np.ndarray
     ended_P: np.ndarray
     solid_C: np.ndarray
     solid_end_C: np.ndarray
 
     @classmethod
-    def of(cls, texts: list[str], ended_P: np.ndarray) -> "_Layout":
-        lengths_P = np.array([len(text) for text in texts], np.int64)
+    def of(
+        cls, texts: list[str], ended_P: np.ndarray, begun_P: np.ndarray | None = None, shared_bos: bool = False
+    ) -> "_Layout":
+        begun_P = np.zeros(len(texts), bool) if begun_P is None else begun_P
+        bos_P = (begun_P & shared_bos).astype(np.int64)
+        lengths_P = np.array([len(text) for text in texts], np.int64) + bos_P
         strides_P = lengths_P + len(OUTSIDE)
-        whole = "".join(chain.from_iterable((text, OUTSIDE) for text in texts))
+        whole = "".join(chain.from_iterable((BEFORE * n, text, OUTSIDE) for n, text in zip(bos_P, texts, strict=True)))
         codes_C = np.frombuffer(whole.encode("utf-32-le"), np.uint32)
         solid = ~SPACES[np.minimum(codes_C, len(SPACES) - 1)]
         positions = np.where(solid, np.arange(1, len(solid) + 1), 0)
         return cls(
             np.cumsum(strides_P) - strides_P,
             lengths_P,
+            bos_P,
+            begun_P,
             ended_P,
             np.concatenate([[0], np.cumsum(solid)]),
             np.concatenate([[0], np.maximum.accumulate(positions)]),
@@ -196,14 +216,18 @@ class _View(NamedTuple):
     firsts_N: np.ndarray
 
 
-def _view(encodings: "list[Encoding]", layout: _Layout, end: int) -> _View:
+def _view(encodings: "list[Encoding]", layout: _Layout, end: int, bos: Sequence[int] = ()) -> _View:
     ids: list[int] = []
     offsets: list[tuple[int, int]] = []
     counts_P = np.zeros(len(encodings), np.int64)
-    for i, (encoding, length, ended) in enumerate(
-        zip(encodings, layout.lengths_P.tolist(), layout.ended_P.tolist(), strict=True)
-    ):
+    lengths = (layout.lengths_P - layout.bos_P).tolist()
+    facts = zip(lengths, layout.bos_P.tolist(), layout.begun_P.tolist(), layout.ended_P.tolist(), strict=True)
+    for i, (encoding, (length, shared, begun, ended)) in enumerate(zip(encodings, facts, strict=True)):
         before = len(ids)
+        # BOS of one side alone has no character; with nothing behind it, it would belong to no span
+        if begun and (shared or length or ended):
+            ids += bos
+            offsets += [(-shared, 0)] * len(bos)
         if length:
             ids += encoding.ids
             offsets += encoding.offsets
@@ -213,7 +237,7 @@ def _view(encodings: "list[Encoding]", layout: _Layout, end: int) -> _View:
         counts_P[i] = len(ids) - before
     pieces_N = np.repeat(np.arange(len(encodings)), counts_P)
     bounds_N2 = np.fromiter(chain.from_iterable(offsets), np.int64, 2 * len(ids)).reshape(-1, 2)
-    bounds_N2 += layout.begins_P[pieces_N, None]
+    bounds_N2 += (layout.begins_P + layout.bos_P)[pieces_N, None]
     firsts_N = np.diff(pieces_N, prepend=-1) != 0
     return _View(np.array(ids, np.int64), bounds_N2[:, 0], bounds_N2[:, 1], pieces_N, firsts_N)
 

@@ -104,6 +104,14 @@ def bos_of(tokenizer: "PreTrainedTokenizerBase", rule: str = "auto") -> list[int
     return [int(tokenizer.bos_token_id)]  # type: ignore[arg-type]
 
 
+def pair_bos(facts: dict[str, Any], teacher: "PreTrainedTokenizerBase", rule: str) -> tuple[list[int], list[int]]:
+    """What documents begin with on the student's side, as its token shards state, and on another tokenizer's.
+
+    Shards from before BOS was a fact have none, and then neither has the other side.
+    """
+    return facts.get("bos", []), bos_of(teacher, rule) if "bos" in facts else []
+
+
 def bos_words(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> str:
     """`with '<s>' (id 1)`, or `without a BOS token`."""
     names = (f"{tokenizer.convert_ids_to_tokens(i)!r} (id {i})" for i in ids)

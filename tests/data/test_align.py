@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from megakd.data.align import _ends, _Layout, _match, _view, pair, unaligned_labels
@@ -612,3 +612,82 @@ def test_no_label_is_lost_to_a_teacher_of_many_tokens(made, documents):
     assert torch.equal(unaligned_labels(cut.student), left) and left.min() > 0
     ordinary = pair(samples, student, made["nfc"], 256, 320, 2**31)
     assert all(map(torch.equal, _tensors(ordinary), _tensors(pair(samples, student, made["nfc"], 256, 320))))
+
+
+def begins_with(
+    tokenizer: PreTrainedTokenizerFast, name: str, copies: int = 1
+) -> tuple[PreTrainedTokenizerFast, list[int]]:
+    """The tokenizer with tokens of its own before every text, and their ids."""
+    changed = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()), eos_token=tokenizer.eos_token
+    )
+    names = [f"{name}{i}" for i in range(copies)]
+    changed.add_tokens([AddedToken(each, special=True) for each in names])
+    ids = changed.convert_tokens_to_ids(names)
+    template = processors.TemplateProcessing(" ".join([*names, "$0"]), None, list(zip(names, ids, strict=True)))
+    changed.backend_tokenizer.post_processor = template
+    return changed, ids
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_each_side_begins_documents_as_its_own_tokenizer_does(made, copies):
+    """Windows that cut documents: BOS where the student's has it, and a span with the teacher's."""
+    (student, mine), (teacher, theirs) = begins_with(made["bytes"], "<a>"), begins_with(made["digits"], "<b>", copies)
+    texts = ["Twelve words about 12 rivers and the 345 mills on them.", "One more.", "A third, which is cut here: " * 9]
+    documents = [student(text, add_special_tokens=False)["input_ids"] for text in texts]
+    plain, begun = (
+        [
+            Sample(str(i), window.tokens, window.starts)
+            for i, window in enumerate(pack(enumerate([[*bos, *ids, student.eos_token_id] for ids in documents]), 48))
+        ]
+        for bos in ([], mine)
+    )
+    for samples, bos in ((plain, ([], [])), (begun, (mine, theirs))):
+        paired = pair(samples, student, teacher, 48, 96, bos=bos)
+        assert torch.equal(paired.student.tokens, collate(samples, 48).tokens)
+        for row in range(len(samples)):
+            for side, own in ((paired.student, bos[0]), (paired.teacher, bos[1])):
+                tokens, positions = side.tokens[row].tolist(), side.position_ids[row].tolist()
+                firsts = [t for t, position in enumerate(positions) if position == 0 and side.spans[row, t] >= 0]
+                opened = [t for t in firsts if t or samples[row].tokens[0] in mine]
+                assert all(tokens[t : t + len(own)] == own for t in opened) if bos[0] else not set(theirs) & set(tokens)
+                assert not set(own[:1]) & set(side.labels[row].tolist())  # BOS is never predicted
+        scored = [side.label_spans[side.label_spans >= 0] for side in (paired.student, paired.teacher)]
+        assert set(scored[0].tolist()) == set(scored[1].tolist())
+    # with BOS the first word of a document is predicted on both sides, so that more is scored
+    counts = [
+        (pair(s, student, teacher, 48, 96, bos=b).student.label_spans >= 0).sum()
+        for s, b in ((plain, ([], [])), (begun, (mine, theirs)))
+    ]
+    assert counts[1] > counts[0]
+
+
+def test_a_teacher_with_bos_gets_it_where_the_students_documents_have_none(made):
+    student, (teacher, theirs) = made["bytes"], begins_with(made["digits"], "<b>")
+    ids = [*student("A river. " * 30, add_special_tokens=False)["input_ids"], student.eos_token_id]
+    samples = [Sample(str(i), w.tokens, w.starts) for i, w in enumerate(pack([(0, ids), (1, ids)], 40))]
+    with_bos, without = (pair(samples, student, teacher, 40, 90, bos=([], bos)) for bos in (theirs, []))
+    assert torch.equal(with_bos.student.tokens, without.student.tokens)
+    assert torch.equal(with_bos.student.label_spans, without.student.label_spans)
+    for row in range(len(samples)):
+        positions, spans = with_bos.teacher.position_ids[row], with_bos.teacher.spans[row]
+        firsts = (positions == 0) & (spans >= 0)
+        assert firsts.any() and (with_bos.teacher.tokens[row][firsts] == theirs[0]).all()
+        rest = with_bos.teacher.tokens[row][(spans >= 0) & ~firsts].tolist()
+        assert (
+            rest[: len(rest) - 1]
+            == without.teacher.tokens[row][without.teacher.spans[row] >= 0].tolist()[: len(rest) - 1]
+        )
+    assert theirs[0] not in with_bos.teacher.labels
+
+
+@pytest.mark.parametrize("text", ["", "a"])
+def test_a_window_that_ends_behind_bos_keeps_its_row(made, text):
+    (student, mine), (teacher, theirs) = begins_with(made["bytes"], "<a>"), begins_with(made["digits"], "<b>")
+    ids = [*mine, *student(text, add_special_tokens=False)["input_ids"], student.eos_token_id, *mine]
+    samples = [Sample("0", np.array(ids, np.int32), np.array([0, len(ids) - 1], np.int32))] * 2
+    for bos in ((mine, theirs), (mine, [])):
+        paired = pair(samples, student, teacher, 8, 8, bos=bos)
+        assert torch.equal(paired.student.tokens[0], paired.student.tokens[1])
+        assert paired.student.tokens[0].tolist()[: len(ids) - 1][: len(ids) - 2] == ids[:-1][: len(ids) - 2]
+        assert paired.span_count[0] == paired.span_count[1]
