@@ -16,6 +16,7 @@ from megakd.data.batches import Reader, collate
 from megakd.data.records import IGNORED, Batch, Paired, Sample
 from megakd.data.shards import BLANK, ShardSet
 from megakd.data.stream import Stream, share
+from megakd.data.tokens import pair_bos
 from megakd.dist import World
 from megakd.engine.checkpoint import Progress
 from megakd.files import resolve
@@ -50,11 +51,12 @@ def stage_data(
     windows = config.windows_per_step
     student, teacher = tokenizers(config, dataset.facts)
     limit = None if teacher is None else teacher_positions(config)
+    bos = ([], []) if teacher is None else pair_bos(dataset.facts, teacher, config.data.bos)
 
     def batch_of(samples: list[Sample]) -> Batch:
         if teacher is None:
             return collate(samples, length)
-        paired = without_blanks(pair(samples, student, teacher, length, length + length // 4, limit), samples)
+        paired = without_blanks(pair(samples, student, teacher, length, length + length // 4, limit, bos), samples)
         return Batch(*paired.student[:3], paired=paired)
 
     try:

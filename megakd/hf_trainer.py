@@ -26,7 +26,7 @@ from megakd.config import LrRule, ObjectiveConfig, OptimConfig
 from megakd.data.batches import collate
 from megakd.data.records import IGNORED, Batch, Rows, Sample, TeacherTargets, with_rows
 from megakd.data.shards import ShardSet
-from megakd.data.tokens import tokenizer_facts
+from megakd.data.tokens import bos_of, bos_words, tokenizer_facts
 from megakd.dist import sum_over_ranks
 from megakd.engine.optim import assign_rules, build_optimizer
 from megakd.errors import UserError, foreign
@@ -409,6 +409,12 @@ def _check_data(student: Any, train: DistillationDataset, evaluation: Any, token
             raise UserError(
                 f"{train.folder}: made with a tokenizer of {theirs['vocab_size']} entries ({theirs['hash']}), but "
                 f"processing_class has {mine['vocab_size']} ({mine['hash']})"
+            )
+        own, made = bos_of(tokenizer), facts["tokens"].get("bos", [])
+        if own != made:
+            say(
+                f"{train.folder}: documents begin {bos_words(tokenizer, made)}, texts of processing_class "
+                f"{bos_words(tokenizer, own)}; read by it, texts begin otherwise than those that are trained on"
             )
 
 

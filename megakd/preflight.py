@@ -9,7 +9,7 @@ import torch
 from megakd.config import RunConfig, SarConfig
 from megakd.data.shards import ShardSet
 from megakd.data.stream import shards_digest
-from megakd.data.tokens import load_tokenizer, tokenizer_facts, vocabulary_size
+from megakd.data.tokens import bos_of, bos_words, check_bos, load_tokenizer, tokenizer_facts, vocabulary_size
 from megakd.dist import World, read_world
 from megakd.effects import check_stages, idle_fields
 from megakd.engine.checkpoint import check_ranks, check_shards, published
@@ -190,8 +190,8 @@ def _check_data(run: Run, dataset: ShardSet) -> None:
     config, student = run.config, run.student_folder
     if config.objective.kind == "cached":
         _check_teacher(run, dataset)
-    tokens = text_facts(dataset)
-    mine, theirs = tokenizer_facts(load_tokenizer(student)), tokens["tokenizer"]
+    tokens, tokenizer = text_facts(dataset), load_tokenizer(student)
+    mine, theirs = tokenizer_facts(tokenizer), tokens["tokenizer"]
     if mine != theirs:
         raise UserError(
             f"{dataset.folder}: made with a tokenizer of {theirs['vocab_size']} entries ({theirs['hash']}), "
@@ -203,9 +203,31 @@ def _check_data(run: Run, dataset: ShardSet) -> None:
             f"{dataset.folder}: windows of {tokens['sequence_length']} tokens, data.sequence_length is {length}"
         )
     check_packing(tokens, config.data.packing, dataset.folder)
+    if older := check_bos(tokens, tokenizer, config.data.bos, dataset.folder):
+        say(f"train: {older}")
+    elif config.objective.kind != "cached":
+        teacher = load_tokenizer(resolve(config.model.teacher, config.model.revision, weights=False))
+        own, made = bos_of(teacher, config.data.bos), tokens.get("bos", [])
+        if own != made and tokenizer_facts(teacher) == theirs:  # another tokenizer reads the text in its own way
+            say(
+                f"train: the teacher reads documents that begin {bos_words(teacher, made)}, as the student does; its "
+                f"own texts begin {bos_words(teacher, own)}"
+            )
+    check_batches(config)
+
+
+def check_batches(config: RunConfig) -> None:
+    """UserError when a stage's batch is no whole number of sequences: what the configuration alone can tell."""
+    length = config.data.sequence_length
     for stage in config.stages:
-        if (batch := config.at(stage).optim.batch_tokens) % length:
-            raise UserError(f"optim.batch_tokens: {batch} is no multiple of data.sequence_length {length}")
+        batch = config.at(stage).optim.batch_tokens
+        if batch % length:
+            own = f"stages: {stage.name}: " if "batch_tokens" in stage.optim else ""
+            near = max(round(batch / length), 1) * length
+            raise UserError(
+                f"{own}optim.batch_tokens: {batch} is no multiple of data.sequence_length {length}; set {near} in a "
+                "new run"
+            )
 
 
 def text_facts(dataset: ShardSet) -> dict[str, Any]:

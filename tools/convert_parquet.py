@@ -38,6 +38,7 @@ import pyarrow.parquet as pq
 from foreign import check_stated, convert, exported, one_line_errors, sorted_head, two_ways
 from foreign_rows import Names, Row
 
+from megakd.data.folders import data_files
 from megakd.data.records import Sample
 from megakd.data.shards import ShardSet
 from megakd.errors import UserError, listed, reason
@@ -251,12 +252,11 @@ def _open(path: Path) -> pq.ParquetFile:
 
 
 def _visible(folder: Path) -> list[Path]:
-    """The parquet files of a folder; hidden ones are copies that file managers leave, and are counted aloud."""
-    files = sorted(folder.glob("*.parquet"))
-    hidden = [file.name for file in files if file.name.startswith((".", "_"))]
-    if hidden:
-        say(f"{folder}: {len(hidden)} hidden files are not read: {listed(hidden)}")
-    return [file for file in files if file.name not in hidden]
+    """The parquet files of a folder itself; what is hidden, temporary or in folders below is counted aloud."""
+    found = data_files(folder, (".parquet",), below=False)
+    if found.passed:
+        say(f"{folder}: {found.counts(('.parquet',))}{found.passed_over()}")
+    return found.taken
 
 
 def _check_columns(path: Path, schema: pa.Schema) -> None:

@@ -21,7 +21,7 @@ from megakd.data import codec
 from megakd.data.book import build_book
 from megakd.data.records import Sample, TeacherTargets
 from megakd.data.shards import ShardSet, layout_of, write_shard
-from megakd.data.tokens import load_tokenizer, tokenizer_facts
+from megakd.data.tokens import bos_of, load_tokenizer, tokenizer_facts
 from megakd.errors import UserError
 from megakd.log import say
 from megakd.names import expand
@@ -176,11 +176,13 @@ def _facts(source: Source, first: Row, args: argparse.Namespace) -> dict[str, An
     columns = 1 if first.log_tails is None else first.log_tails.shape[1]
     if columns != len(temperatures):
         raise UserError(f"{source.path}: has tails at {columns} temperatures, --temperatures names {temperatures}")
-    tokenizer = tokenizer_facts(load_tokenizer(args.tokenizer))
+    reader = load_tokenizer(args.tokenizer)
+    tokenizer, bos = tokenizer_facts(reader), bos_of(reader)
     tokens = {
         "part": args.part or "train", "tokenizer": tokenizer, "source": source.path.name, "subset": None, "split": None,
         "text_field": None, "sequence_length": args.sequence_length or source.longest,
         "shard_tokens": int(args.shard_tokens or SHARD_TOKENS), "holdout_fraction": None,
+        "bos": bos if first.tokens[: len(bos)].tolist() == bos else [],
     }  # fmt: skip
     teacher = {"id": args.teacher or "unknown", "revision": args.revision, "weights": args.weights or "unknown"}
     if "unknown" in teacher.values():

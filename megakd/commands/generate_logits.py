@@ -46,7 +46,7 @@ from megakd.data.shards import (
     write_manifest,
     write_shard,
 )
-from megakd.data.tokens import load_tokenizer, tokenizer_facts
+from megakd.data.tokens import check_bos, load_tokenizer, tokenizer_facts
 from megakd.dist import World, barrier, close_world, join_world, read_world, sum_over_ranks, take_device
 from megakd.errors import UserError
 from megakd.files import locked, read_sealed, resolve, settle
@@ -89,7 +89,8 @@ def main(run: Run, args: argparse.Namespace) -> None:
     if args.max_tokens is not None and not args.max_tokens > 0:
         raise UserError(f"--max-tokens {args.max_tokens:g}: expected a number above 0, like 1e8")
     folder = resolve(run.config.model.teacher, run.config.model.revision)
-    tokenizer = tokenizer_facts(load_tokenizer(folder))
+    reader = load_tokenizer(folder)
+    tokenizer = tokenizer_facts(reader)
     sets = {part: ShardSet(run.path("data", "tokens", part)) for part in ("holdout", "train")}
     live = run.config.objective.kind != "cached"  # training asks the teacher itself
     advice = (
@@ -99,6 +100,8 @@ def main(run: Run, args: argparse.Namespace) -> None:
         if tokens.facts["tokenizer"] != tokenizer:
             raise UserError(f"{tokens.folder}: tokenized with another tokenizer than {folder} has; {advice}")
         check_packing(tokens.facts, run.config.data.packing, tokens.folder)
+        if (older := check_bos(tokens.facts, reader, run.config.data.bos, tokens.folder)) and world.first:
+            say(f"generate-logits: {older}")
     if run.config.logits.top_k > tokenizer["vocab_size"]:
         raise UserError(f"logits.top_k: {run.config.logits.top_k} exceeds the vocabulary of {tokenizer['vocab_size']}")
     if live:

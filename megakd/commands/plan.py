@@ -19,7 +19,7 @@ from megakd.commands.tokenize import padding_share
 from megakd.config import CompressConfig, RunConfig, StageConfig
 from megakd.data.records import Batch, Paired, Rows, Side
 from megakd.data.shards import read_manifest
-from megakd.data.tokens import load_tokenizer, tokenizer_facts
+from megakd.data.tokens import bos_of, bos_words, load_tokenizer, tokenizer_facts
 from megakd.dist import World
 from megakd.effects import check_evaluation
 from megakd.engine.base import MOMENTS
@@ -35,7 +35,7 @@ from megakd.models.routing import scheduled
 from megakd.models.shared_core import PROJECTIONS, Form, SharedCoreExperts, stored_parameters
 from megakd.models.spec import spec_for
 from megakd.objectives.build import build
-from megakd.preflight import check_isolation, check_models
+from megakd.preflight import check_batches, check_isolation, check_models
 from megakd.run import Run
 
 # Measured (docs/benchmarks.md): a sweep over one matrix at rank 64, its time taken as proportional to size and rank;
@@ -48,7 +48,8 @@ CARDS, SHARE, GIB = (8, 12, 16), 0.9, 2**30
 
 def main(run: Run, args: argparse.Namespace) -> None:
     check_models(run)
-    rows = [*sizes(run), *compression(run), *packing(run), *lengths(run), *memory(run), *tasks(run)]
+    check_batches(run.config)
+    rows = [*sizes(run), *compression(run), *beginnings(run), *packing(run), *lengths(run), *memory(run), *tasks(run)]
     print(table(["plan", ""], rows, left=True))
 
 
@@ -184,6 +185,16 @@ def packing(run: Run) -> list[list[str]]:
         share = padding_share(made["shards"], run.config.data.sequence_length)
         padding = f"{share:.0%} of a batch is padding, which is computed and counts for nothing"
     return [["packing", f"one document per sequence; {padding}"]]
+
+
+def beginnings(run: Run) -> list[list[str]]:
+    """What documents begin with, by `data.bos`, as they are tokenized and as a live teacher reads them."""
+    config, rule = run.config, run.config.data.bos
+    folders = [("documents begin", resolve(config.model.teacher, config.model.revision, weights=False))]
+    if config.objective.kind != "cached" and config.model.student:
+        folders = [("documents begin", run.student_folder), ("  for the teacher", folders[0][1])]
+    tokenizers = [(name, load_tokenizer(folder)) for name, folder in folders]
+    return [[name, f"{bos_words(own, bos_of(own, rule))} (data.bos={rule})"] for name, own in tokenizers]
 
 
 def tokenized(run: Run) -> dict[str, Any] | None:

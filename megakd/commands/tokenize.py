@@ -38,7 +38,7 @@ from megakd.data.tokens import bos_of, bos_words, load_tokenizer, pack, tokenize
 from megakd.errors import UserError
 from megakd.files import read_sealed, resolve, settle
 from megakd.log import Progress, say, short
-from megakd.preflight import check_isolation, check_models, student_identity
+from megakd.preflight import check_batches, check_isolation, check_models, student_identity
 from megakd.run import Run
 
 
@@ -64,6 +64,7 @@ def main(run: Run, args: argparse.Namespace) -> None:
         folder = run.student_folder
     else:
         folder = resolve(model.teacher, model.revision, weights=False)
+    check_batches(run.config)
     tokenizer = load_tokenizer(folder)
     check_isolation(run)
     data = run.config.data

@@ -112,6 +112,21 @@ def pair_bos(facts: dict[str, Any], teacher: "PreTrainedTokenizerBase", rule: st
     return facts.get("bos", []), bos_of(teacher, rule) if "bos" in facts else []
 
 
+def check_bos(facts: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", rule: str, place: object) -> str | None:
+    """A line when documents of older token shards do not begin as `data.bos` says of a tokenizer; None when they do.
+
+    UserError when shards that state `bos` do not: the tokenizer is not what it was.
+    """
+    own, made = bos_of(tokenizer, rule), facts.get("bos", [])
+    if own == made:
+        return None
+    text = f"{place}: its documents begin {bos_words(tokenizer, made)}, but by data.bos={rule} those of "
+    text += f"{tokenizer.name_or_path} begin {bos_words(tokenizer, own)}"
+    if "bos" in facts:
+        raise UserError(f"{text}; give the tokenizer back what it began texts with, or tokenize in a new run")
+    return f"{text}; these shards were made before data.bos: tokenize in a new run, for such models are worse without"
+
+
 def bos_words(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> str:
     """`with '<s>' (id 1)`, or `without a BOS token`."""
     names = (f"{tokenizer.convert_ids_to_tokens(i)!r} (id {i})" for i in ids)

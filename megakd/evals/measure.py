@@ -18,7 +18,7 @@ from torch import nn
 from megakd.config import HIGHER_IS_BETTER
 from megakd.data.records import Batch
 from megakd.data.shards import ShardSet, read_manifest
-from megakd.data.tokens import load_tokenizer, tokenizer_facts, vocabulary_size
+from megakd.data.tokens import load_tokenizer, pair_bos, tokenizer_facts, vocabulary_size
 from megakd.dist import read_world
 from megakd.engine.checkpoint import BESIDE, Progress
 from megakd.errors import UserError
@@ -279,7 +279,9 @@ def _tokenizers(run: Run, facts: dict[str, Any]) -> Tokenizers | None:
     model = run.config.model
     theirs = load_tokenizer(resolve(model.teacher, model.revision, weights=False))
     same = tokenizer_facts(theirs) == facts["tokenizer"]
-    return None if same else Tokenizers(load_tokenizer(run.student_folder), theirs)
+    if same:
+        return None
+    return Tokenizers(load_tokenizer(run.student_folder), theirs, pair_bos(facts, theirs, run.config.data.bos))
 
 
 def set_routers(routers: Sequence[Router], beside: Path) -> None:

@@ -35,10 +35,14 @@ MOST_NLL = 709.0  # of which a float still holds the exponential
 
 
 class Tokenizers(NamedTuple):
-    """Of a model that reads the hold-out's text in its own tokens: the hold-out's tokenizer, and the model's."""
+    """Of a model that reads the hold-out's text in its own tokens: the hold-out's tokenizer, and the model's.
+
+    bos: the ids that documents begin with in the hold-out and for the model.
+    """
 
     text: Any
     model: Any
+    bos: tuple[list[int], list[int]] = ([], [])
 
 
 class Quality(NamedTuple):
@@ -131,7 +135,8 @@ def _batches(
         if tokenizers is None:
             batch = labels = collate(samples, length)
         else:
-            paired = pair(samples, tokenizers.text, tokenizers.model, length, length + length // 4, 2**31)
+            sizes = length, length + length // 4, 2**31
+            paired = pair(samples, tokenizers.text, tokenizers.model, *sizes, bos=tokenizers.bos)
             batch, labels = Batch(*paired.teacher[:3]), paired.student
         yield batch, int((labels.labels != IGNORED).sum())
 
