@@ -156,6 +156,11 @@ RULES: tuple[Rule, ...] = (
         replaced=True,
     ),
     Rule(
+        ("data.revision",),
+        lambda c: c.data.source == "python-docs" or Path(c.data.source).expanduser().exists(),
+        "data.source names files; data sets of the hub alone have revisions",
+    ),
+    Rule(
         ("data.text_field",),
         lambda c: c.data.source == "python-docs" or c.data.source.endswith(".txt"),
         "data.source is plain text, without fields",

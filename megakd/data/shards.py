@@ -53,6 +53,35 @@ class Entry(NamedTuple):
     labels: int
 
 
+class Index(NamedTuple):
+    """The entries of one shard column by column, [samples]: 29 bytes for each instead of 270 as Python objects."""
+
+    keys: np.ndarray
+    offsets: np.ndarray
+    sizes: np.ndarray
+    crc32: np.ndarray
+    labels: np.ndarray
+
+    @classmethod
+    def of(cls, rows: list[list[Any]], sidecar: Path) -> "Index":
+        """From the rows of a sidecar; UserError when they are not what one has."""
+        try:
+            keys, offsets, sizes, crc32, labels = zip(*rows, strict=True) if rows else ((),) * 5
+            return cls(
+                np.array([key.encode() for key in keys], "S"),
+                np.array(offsets, np.int64),
+                np.array(sizes, np.uint32 if max(sizes, default=0) < 2**32 else np.int64),
+                np.array(crc32, np.uint32),
+                np.array(labels, np.int32),
+            )
+        except (ValueError, TypeError, OverflowError, AttributeError) as error:
+            raise UserError(f"{sidecar}: its samples are no list of [key, offset, size, crc32, labels]") from error
+
+    def entry(self, at: int) -> Entry:
+        key, *numbers = (column[at] for column in self)
+        return Entry(key.decode(), *map(int, numbers))
+
+
 class Stored(NamedTuple):
     """A sample as a tar holds it, and how many tokens and labels it has."""
 
@@ -176,7 +205,7 @@ class ShardSet:
         self.names: list[str] = [shard["name"] for shard in self.manifest["shards"]]
         self.sizes: list[int] = [shard["samples"] for shard in self.manifest["shards"]]
         self._first = np.concatenate([[0], np.cumsum(self.sizes)])
-        self._entries: dict[int, list[Entry]] = {}
+        self._entries: dict[int, Index] = {}
         self._files: dict[int, _Descriptor] = {}
         self._lock = Lock()
         self.tokens: int = sum(shard["tokens"] for shard in self.manifest["shards"])
@@ -202,7 +231,7 @@ class ShardSet:
                 f"{tar}: {tar.stat().st_size} bytes where its index says {found['bytes']}: cut short or changed; "
                 f"delete it and {_maker(self.folder)}"
             )
-        self._entries[number] = [Entry(*row) for row in found["samples"]]
+        self._entries[number] = Index.of(found["samples"], sidecar)
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -222,7 +251,7 @@ class ShardSet:
 
     def entry(self, index: int) -> Entry:
         number = self._shard(index)
-        return self._entries[number][index - self._first[number]]
+        return self._entries[number].entry(index - self._first[number])
 
     def place(self, index: int) -> str:
         """Which shard and sample an index is, in words."""

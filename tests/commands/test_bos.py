@@ -91,3 +91,8 @@ def test_a_batch_of_no_whole_sequences_is_refused_before_a_capture(recipe, tmp_p
     with pytest.raises(UserError, match=r"optim.batch_tokens: \d+ is no multiple of data.sequence_length 32; set \d+"):
         run_verb([verb, str(run.folder)])
     assert not run.path("data").exists()
+
+
+def test_a_revision_of_files_is_refused(recipe, tmp_path):
+    with pytest.raises(UserError, match=r"data.revision=.* has no effect: data.source names files"):
+        Run.create(recipe, ["data.revision=v1"], tmp_path / "run")
