@@ -74,7 +74,7 @@ def test_architecture_document_lists_every_module():
 
 def test_python_example_of_the_data_format(prepared, capsys):
     text = (ROOT / "docs" / "data-format.md").read_text()
-    (code,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    code, _ = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     exec(code.replace("data/logits/train", str(prepared / "data" / "logits" / "train")), {})
     assert "(33,) (32, 16)" in capsys.readouterr().out
 

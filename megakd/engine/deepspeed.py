@@ -102,7 +102,8 @@ class DeepSpeedEngine:
             yield from saved_buffers(self.engine.module)
 
     def save(self, folder: Path) -> None:
-        self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        # with the file `latest`, which DeepSpeed's own zero_to_fp32.py, copied beside it, asks for
+        self.engine.save_checkpoint(str(folder), tag=TAG)
         if self.world.first:
             packs = {name: packed.shapes for name, packed in self._packed()}
             write_json(folder / LAYOUT, {**self.layout, "packs": packs, "updates": update_counts(self.engine)})

@@ -1,10 +1,13 @@
 import random
+import re
 from collections.abc import Sequence
+from itertools import product
 
 import numpy as np
 import pytest
 
 from megakd.data.stream import Stream, shards_digest, share
+from tests.conftest import ROOT
 
 
 def shard_of(sizes: Sequence[int], index: int) -> int:
@@ -165,3 +168,16 @@ def test_shards_have_another_digest_when_a_position_would_mean_another_sample():
     ]
     assert shards_digest(names, sizes) == shards_digest(tuple(names), tuple(sizes))
     assert len({shards_digest(*each) for each in [(names, sizes), *others]}) == 7
+
+
+def test_the_documented_rule_gives_the_order():
+    """The example of docs/data-format.md, which needs nothing of MegaKD."""
+    text = (ROOT / "docs" / "data-format.md").read_text()
+    examples = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    example = next(code for code in examples if "order_of" in code)
+    made: dict = {}
+    exec(example, made)
+    sizes = [5, 1, 7, 3, 4]
+    for seed, lanes in product((0, 3), (0, 1, 2, 5, 8)):
+        expected = [sample for epoch in range(3) for sample in made["order_of"](sizes, seed, epoch, lanes)]
+        assert Stream(sizes, seed, lanes).take(0, 3 * sum(sizes)) == expected, (seed, lanes)

@@ -1,7 +1,14 @@
 """One loss curve, whatever executes it: local, ZeRO-0, 2 and 3, 1 and 2 ranks, accumulation 1 and 4."""
 
-import pytest
+import subprocess
+import sys
+from pathlib import Path
 
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megakd.models.hub import WEIGHTS
 from tests.conftest import in_process, megakd, metrics, run_ranks
 
 TOLERANCE = 2e-5  # float32, 10 steps over two stages; what differs is the order of sums
@@ -34,6 +41,19 @@ def test_deepspeed_gives_the_local_curve(local_curve, sibling, zero, ranks, accu
     for mine, expected in zip(found, local_curve, strict=True):
         assert mine[:2] == expected[:2]
         assert mine[2:] == pytest.approx(expected[2:], abs=TOLERANCE)
+    if ranks == 2:
+        check_zero_to_fp32(run.path("checkpoints", "all", "step-000010"))
+
+
+def check_zero_to_fp32(checkpoint: Path) -> None:
+    """DeepSpeed's script, as it lies in the checkpoint, gives the weights that were saved beside it."""
+    state = checkpoint / "state"
+    words = [sys.executable, state / "zero_to_fp32.py", state, state / "whole"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    whole = torch.load(state / "whole" / "pytorch_model.bin", weights_only=True)
+    for name, tensor in load_file(checkpoint / "weights" / WEIGHTS).items():
+        assert torch.equal(whole[f"student.{name}"], tensor), name
 
 
 def test_local_accumulation_gives_the_same_curve(local_curve, sibling):
