@@ -29,7 +29,7 @@ class Step(NamedTuple):
     """What one optimizer step needs: this rank's micro-batches, and the counted tokens of all ranks.
 
     own: this rank's counted tokens alone, where nobody knows those of the others (None: `tokens` is right).
-    unaligned: of `own`, those that the teacher has no tokens for, and what is lost of the samples' own labels.
+    unaligned: of `own`, those in no scored span, and what is lost of the samples' own labels.
     damaged: for each sample of this rank that was left out, what is wrong; lost: their tokens, still in `tokens`.
     """
 

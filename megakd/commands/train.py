@@ -301,15 +301,16 @@ def count_damage(run: Run, step: Step, world: World) -> tuple[int, int]:
 
 
 def count_unaligned(run: Run, step: Step, number: int, tokens: int, world: World) -> float:
-    """The labels of a step, over all ranks, that a teacher of another tokenizer has no tokens for; said once.
+    """The labels of a step, over all ranks, that are in no span scored by a teacher of another tokenizer; said once.
 
-    They count for the cross entropy alone: the teacher's side of the text is longer than its position limit.
+    They count for the cross entropy alone: they are in the first span of a document (all of it, where two tokenizers
+    share no boundary), or beyond the teacher's position limit.
     """
     (count,) = sum_over_ranks([step.unaligned], world.device)
     if count and world.first and not run.events("unaligned"):
         say(
-            f"train: step {number}: {int(count):,} of {tokens:,} labels have no tokens of the teacher, whose side is "
-            "longer than its position limit; they count for the cross entropy alone (metric: unaligned)"
+            f"train: step {number}: {int(count):,} of {tokens:,} labels are in no scored span: in a document's first "
+            "span, or beyond the teacher's position limit; they count for the cross entropy alone (metric: unaligned)"
         )
         run.record("unaligned", step=number, labels=int(count), of=tokens)
     return count

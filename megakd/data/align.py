@@ -1,11 +1,14 @@
 """Windows of one tokenizer → the same text in two tokenizers, aligned at characters where both end a token.
 
-A boundary is a character position where a token ends on both sides, a span what lies between two neighbouring ones.
-Both tokenizers encode the text that the student's decodes to, as plain text: the name of a special token in it is text.
+A boundary is a character position where a token ends on both sides. A span is the text between two neighbouring
+boundaries, so that its tokens stand for the same text on both sides. Both tokenizers encode the text that the
+student's decodes to, as plain text: the name of a special token in it is text.
 """
 
 import copy
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -46,8 +49,10 @@ def pair(
     A span is scored (label_spans) when every token of it is predicted: not when it holds the first token of a document
     on either side.
 
-    Boundaries are compared modulo whitespace: in a run of it, those at the same character or else, where a side drops
-    or places it otherwise, the first of each. Text that a side has no tokens for at all is left out of both.
+    Where the ends of tokens do not coincide, a span grows until they do, also over whitespace. Whitespace that a
+    tokenizer drops lies between two of its tokens, and every position in it is an end of the first. No boundary lies
+    inside text that a normaliser rewrites as a whole, such as combining marks that NFC reorders or composes. Text that
+    a side has no tokens for at all is left out of both.
     bos: the ids that documents begin with on each side (`pair_bos`). The student's windows hold them already; the
     teacher's side gets its own where they do, and both are a span. Where the student's documents have none, the
     teacher's side has them before every piece of text, also of a document that goes on.
@@ -60,7 +65,10 @@ def pair(
     texts = [text if keep else "" for text, keep in zip(texts, known, strict=True)]
     layout = _Layout.of(texts, ended_P, begun_P, shared_bos=all(map(len, bos)))
     views = [_view(found, layout, side.end, list(own)) for found, side, own in zip(encodings, sides, bos, strict=True)]
-    ends_K = _match(_ends(views[0], layout), _ends(views[1], layout))  # token indices on each side
+    rewritten_C = np.zeros(len(layout.solid_C), bool)
+    for view, side in zip(views, sides, strict=True):
+        rewritten_C |= _rewritten(view, layout, side.rewritten)
+    ends_K = _match(*(_ends(view, layout, rewritten_C) for view in views))  # token indices on each side
     cuts = [_Cut.of(view, ends, rows_P, len(samples)) for view, ends in zip(views, ends_K, strict=True)]
 
     teacher_limit = max(teacher_limit or 0, teacher_length)
@@ -89,11 +97,18 @@ def pair(
 
 
 class _Reader(NamedTuple):
-    """A tokenizer's Rust part, reading special tokens as text; its end token; the bytes of its byte tokens by id."""
+    """What is needed of a tokenizer.
+
+    backend:   its Rust part, which reads special tokens as text
+    end:       its end token
+    bytes:     the bytes of its byte tokens by id
+    rewritten: `_inner_rewrites` of its normaliser; None without one
+    """
 
     backend: Any
     end: int
     bytes: dict[int, int]
+    rewritten: Callable[[str], tuple[int, ...]] | None
 
 
 _made: "WeakKeyDictionary[PreTrainedTokenizerBase, _Reader]" = WeakKeyDictionary()
@@ -115,8 +130,28 @@ def _reader(tokenizer: "PreTrainedTokenizerBase") -> _Reader:
     backend.no_padding()
     ids = {backend.token_to_id(f"<0x{byte:02X}>"): byte for byte in range(256)}
     ids.pop(None, None)
-    _made[tokenizer] = _Reader(backend, int(tokenizer.eos_token_id), ids)  # type: ignore[arg-type]
+    rewritten = None if backend.normalizer is None else _inner_rewrites(backend.normalizer.normalize_str)
+    _made[tokenizer] = _Reader(backend, int(tokenizer.eos_token_id), ids, rewritten)  # type: ignore[arg-type]
     return _made[tokenizer]
+
+
+def _inner_rewrites(normalize: Callable[[str], str]) -> Callable[[str], tuple[int, ...]]:
+    """A function of a text: the positions x inside it with N(text[:x]) + N(text[x:]) ≠ N(text), ascending.
+
+    No part of N(text) stands for text[:x] at such a position. N is taken between two digits, which compose with no
+    character: what a normaliser puts before a text or strips off its ends does not count.
+    """
+    before = len(normalize("0"))
+
+    def inner(text: str) -> str:
+        return normalize(f"0{text}0")[before:-1]
+
+    @lru_cache(2**16)
+    def rewrites(text: str) -> tuple[int, ...]:
+        whole = inner(text)
+        return tuple(x for x in range(1, len(text)) if inner(text[:x]) + inner(text[x:]) != whole)
+
+    return rewrites
 
 
 def _texts(
@@ -171,7 +206,8 @@ class _Layout(NamedTuple):
 
     begins_P, lengths_P: where a text begins (with BOS, if both sides have one) and its characters (with that of BOS)
     bos_P, begun_P, ended_P: how many of its characters are BOS's, whether it has BOS, and an end token
-    solid_C:     how many of the first 0..C characters are no whitespace [C + 1]
+    text:        all C characters; codes_C: their code points
+    solid_C:     whether the character before a position 0..C is no whitespace [C + 1]
     solid_end_C: end of the last such one among them, 0 if there is none [C + 1]
     """
 
@@ -180,6 +216,8 @@ class _Layout(NamedTuple):
     bos_P: np.ndarray
     begun_P: np.ndarray
     ended_P: np.ndarray
+    text: str
+    codes_C: np.ndarray
     solid_C: np.ndarray
     solid_end_C: np.ndarray
 
@@ -201,7 +239,9 @@ class _Layout(NamedTuple):
             bos_P,
             begun_P,
             ended_P,
-            np.concatenate([[0], np.cumsum(solid)]),
+            whole,
+            codes_C,
+            np.concatenate([[False], solid]),
             np.concatenate([[0], np.maximum.accumulate(positions)]),
         )
 
@@ -242,19 +282,54 @@ def _view(encodings: "list[Encoding]", layout: _Layout, end: int, bos: Sequence[
     return _View(np.array(ids, np.int64), bounds_N2[:, 0], bounds_N2[:, 1], pieces_N, firsts_N)
 
 
+def _rewritten(view: _View, layout: _Layout, rewrites: Callable[[str], tuple[int, ...]] | None) -> np.ndarray:
+    """The positions inside text that this side's normaliser rewrites as a whole, [C + 1].
+
+    Offsets do not tell them: NFC reports "a", U+0301, U+0328 as characters 0 and 2. Looked at are runs of combining
+    characters and of characters without a token, with one character before and behind.
+    """
+    found_C = np.zeros(len(layout.solid_C), bool)
+    if rewrites is None:
+        return found_C
+    size = len(found_C)
+    has_text_N = view.stops_N > view.starts_N
+    opened, closed = (np.bincount(at_N[has_text_N], minlength=size) for at_N in (view.starts_N, view.stops_N))
+    looked_C = (np.cumsum(opened - closed)[:-1] == 0) & layout.solid_C[1:] & (layout.codes_C != 0)
+    beyond = np.flatnonzero(layout.codes_C >= 0x300)
+    codes, which = np.unique(layout.codes_C[beyond], return_inverse=True)
+    looked_C[beyond] |= np.array([_combines(code) for code in codes.tolist()], bool)[which]
+    changes = np.flatnonzero(np.diff(looked_C, prepend=False, append=False))
+    for start, stop in zip(changes[::2].tolist(), changes[1::2].tolist(), strict=True):
+        first = max(start - 1, 0)
+        found_C[[first + x for x in rewrites(layout.text[first : stop + 1])]] = True
+    return found_C
+
+
+@lru_cache(None)
+def _combines(code: int) -> bool:
+    """Whether a code point may compose or change places with the one before: a mark, a Hangul vowel or final.
+
+    Also what NFKC makes one of, such as half-width kana's voice marks.
+    """
+    first = unicodedata.normalize("NFKD", chr(code))[0]
+    return unicodedata.category(first)[0] == "M" or 0x1160 <= ord(first) < 0x1200
+
+
 class _Ends(NamedTuple):
-    """Tokens of one side at which a span may end: their indices, where they end, solid characters before there; [E]."""
+    """Tokens of one side at which a span may end: their indices, and the first and last position where it may; [E]."""
 
     indices: np.ndarray
     at: np.ndarray
-    solid: np.ndarray
+    until: np.ndarray
 
 
-def _ends(view: _View, layout: _Layout) -> _Ends:
+def _ends(view: _View, layout: _Layout, rewritten_C: np.ndarray) -> _Ends:
     """The tokens that complete all characters begun.
 
     Several tokens may share a character, or have none. A character between two tokens that neither covers, such as an
-    accent that normalisation took, belongs to the first. The last token of a text ends where the text does.
+    accent that normalisation took, belongs to the first, unless the position behind it is one of rewritten_C [C + 1],
+    where nothing ends. Whitespace that neither covers belongs to either. The last token of a text ends where the text
+    does.
     """
     if not len(view.ids_N):
         return _Ends(*np.zeros((3, 0), np.int64))
@@ -269,26 +344,40 @@ def _ends(view: _View, layout: _Layout) -> _Ends:
     next_starts_N = np.append(np.minimum.accumulate(starts_N[:0:-1])[::-1], BEYOND)
     next_starts_N = np.minimum(next_starts_N, limits_N)
     at_N = np.maximum(stops_N, layout.solid_end_C[next_starts_N])
-    is_boundary_N = (next_starts_N >= stops_N) & (at_N > layout.begins_P[view.pieces_N])
+    until_N = np.where(rewritten_C[at_N], at_N, next_starts_N)
+    at_N = np.maximum.accumulate(np.where(rewritten_C, 0, np.arange(len(rewritten_C))))[at_N]
+    is_boundary_N = (next_starts_N >= stops_N) & (at_N >= stops_N) & (at_N > layout.begins_P[view.pieces_N])
     indices = np.flatnonzero(is_boundary_N)
     indices = indices[np.diff(at_N[indices], append=-1) != 0]  # a token without characters goes with the one before
-    return _Ends(indices, at_N[indices], layout.solid_C[at_N[indices]])
+    return _Ends(indices, at_N[indices], until_N[indices])
 
 
 def _match(student: _Ends, teacher: _Ends) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the tokens that end the K spans, on each side [K].
+    """Indices of the tokens that end the K spans, on each side [K]: as many as can end at a common position.
 
-    Ends with as many solid characters before them differ in whitespace alone. Among these, all at the same character
-    are shared; without any, the first of each side are.
+    Of several tokens that can end where one of the other side can (in whitespace that it drops), the first does.
     """
-    _, same_s, same_t = np.intersect1d(student.at, teacher.at, assume_unique=True, return_indices=True)
-    counts_s, firsts_s = np.unique(student.solid, return_index=True)
-    counts_t, firsts_t = np.unique(teacher.solid, return_index=True)
-    counts, near_s, near_t = np.intersect1d(counts_s, counts_t, assume_unique=True, return_indices=True)
-    alone = ~np.isin(counts, student.solid[same_s])
-    ends_s = np.sort(np.concatenate([same_s, firsts_s[near_s[alone]]]))
-    ends_t = np.sort(np.concatenate([same_t, firsts_t[near_t[alone]]]))
-    return student.indices[ends_s], teacher.indices[ends_t]
+    near_t, near_s = _holding(teacher, student.at), _holding(student, teacher.at)
+    pairs = np.concatenate(
+        [
+            np.stack([np.flatnonzero(near_t >= 0), near_t[near_t >= 0]], 1),
+            np.stack([near_s[near_s >= 0], np.flatnonzero(near_s >= 0)], 1),
+        ]
+    )
+    pairs = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]  # both sides ascend
+    pairs = pairs[(np.diff(pairs, axis=0, prepend=-1) != 0).any(1)]
+    kept = np.ones(len(pairs), bool)
+    last = 0
+    for i in np.flatnonzero((pairs[1:] == pairs[:-1]).any(1)) + 1:
+        last = i - 1 if kept[i - 1] else last
+        kept[i] = (pairs[i] != pairs[last]).all()
+    return student.indices[pairs[kept, 0]], teacher.indices[pairs[kept, 1]]
+
+
+def _holding(ends: _Ends, at: np.ndarray) -> np.ndarray:
+    """Which of the ends can be at each position; -1 for none."""
+    found = np.searchsorted(ends.at, at, side="right") - 1
+    return np.where((found >= 0) & (at <= np.append(ends.until, -1)[found]), found, -1)
 
 
 class _Cut(NamedTuple):
@@ -312,9 +401,11 @@ class _Cut(NamedTuple):
 
 
 def unaligned_labels(side: Side) -> torch.Tensor:
-    """How many labels of each row lie behind its last span, [B]: the other side has no tokens for them."""
-    last = torch.cat([side.spans[:, 1:], side.label_spans[:, -1:]], 1)
-    return ((side.labels != IGNORED) & (last < 0) & (side.label_spans < 0)).sum(1)
+    """How many labels of each row are in no scored span, [B].
+
+    They lie in the first span of a document, or behind the last span of the row: the other side has no room for them.
+    """
+    return ((side.labels != IGNORED) & (side.label_spans < 0)).sum(1)
 
 
 def _side(
@@ -348,4 +439,6 @@ def _side(
     labels[row, column] = view.ids_N[said]
     label_spans[row, column] = np.where(scored_N[said], spans_N[said], -1)
     position_ids = np.arange(length) - np.maximum.accumulate(restarts, axis=1)
-    return Side(*(torch.from_numpy(array) for array in (tokens, labels, position_ids, spans, label_spans)))
+    arrays = tokens, labels, position_ids, spans, label_spans
+    tokens_BL, labels_BL, position_ids_BL, spans_BL, label_spans_BL = map(torch.from_numpy, arrays)
+    return Side(tokens_BL, labels_BL, position_ids_BL, spans_BL, label_spans_BL)

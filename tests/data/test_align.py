@@ -125,7 +125,7 @@ def sample(tokens: list[int], *starts: int) -> Sample:
     return Sample("0", np.array(tokens, np.int32), np.array(starts or [0], np.int32))
 
 
-# The reference: characters as sets, every pair of ends compared.
+# The reference: characters as sets, every position looked at.
 
 
 class Encoded(NamedTuple):
@@ -142,34 +142,48 @@ def encode(tokenizer: Any, text: str) -> Encoded:
     return Encoded(found["input_ids"][0], found["offset_mapping"][0])
 
 
-def reference_ends(text: str, offsets: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """(tokens taken, characters until there) wherever no character is shared with a later token."""
+def rewritten(tokenizer: Any, text: str) -> set[int]:
+    """Positions at which the text cannot be cut in two without its normalised form becoming another one."""
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    if normalizer is None:
+        return set()
+    empty = normalizer.normalize_str("0")
+    whole, parts = normalizer.normalize_str(f"0{text}0"), range(1, len(text))
+    cut = {x: [normalizer.normalize_str(f"0{part}0") for part in (text[:x], text[x:])] for x in parts}
+    return {x for x, (left, right) in cut.items() if left[:-1] + right[len(empty) :] != whole}
+
+
+def reference_ends(text: str, offsets: list[tuple[int, int]], inside: set[int]) -> dict[int, int]:
+    """position → tokens taken until there, wherever no character is shared with a later token."""
     found = {}
     for count in range(1, len(offsets) + 1):
         taken = {i for start, stop in offsets[:count] for i in range(start, stop)}
         left = {i for start, stop in offsets[count:] for i in range(start, stop)}
         last, following = max(taken, default=-1), min(left, default=len(text))
-        at = max([last + 1, *(i + 1 for i in range(following) if not text[i].isspace())])
-        if following <= last or (count < len(offsets) and at == 0):
+        if following <= last:
             continue
-        found[len(text) if count == len(offsets) else at] = count  # of tokens that end at one place, the last
-    return [(count, at) for at, count in sorted(found.items())]
+        if count == len(offsets):
+            last = following - 1
+        at = max([last + 1, *(i + 1 for i in range(following) if not text[i].isspace())])
+        while at in inside:
+            at, following = at - 1, at
+        if at > last and (at > 0 or count == len(offsets)):
+            found |= dict.fromkeys(range(at, following + 1), count)
+    return {at: count for at, count in found.items() if at not in inside}
 
 
-def reference_boundaries(text: str, left: list[tuple[int, int]], right: list[tuple[int, int]]) -> list[tuple[int, int]]:
+def reference_boundaries(
+    text: str, left: list[tuple[int, int]], right: list[tuple[int, int]], inside: set[int]
+) -> list[tuple[int, int]]:
     """How many tokens each side has taken at every shared boundary of one text."""
-
-    def solid(at: int) -> int:
-        return sum(not character.isspace() for character in text[:at])
-
-    ends = [[(solid(at), at, count) for count, at in reference_ends(text, offsets)] for offsets in (left, right)]
-    found = []
-    for level in sorted({each[0] for each in ends[0]}):
-        a, b = ([each for each in side if each[0] == level] for side in ends)
-        if a and b:
-            exact = [(x[2], y[2]) for x in a for y in b if x[1] == y[1]]
-            found += exact or [(a[0][2], b[0][2])]
-    return found
+    ends = [reference_ends(text, offsets, inside) for offsets in (left, right)]
+    found = [(0, 0)]
+    for at in range(len(text) + 1):
+        if at in ends[0] and at in ends[1]:
+            counts = ends[0][at], ends[1][at]
+            if counts[0] > found[-1][0] and counts[1] > found[-1][1]:
+                found.append(counts)
+    return found[1:]
 
 
 def reference_text(tokenizer: Any, ids: list[int], opens: bool, ended: bool) -> str:
@@ -219,7 +233,8 @@ def reference_row(one: Sample, student: Any, teacher: Any, lengths: tuple[int, i
         encoded = [encode(side, text) for side in (student, teacher)]
         if not all(each.ids for each in encoded):
             encoded, text = [Encoded([], []), Encoded([], [])], ""
-        boundaries = reference_boundaries(text, encoded[0].offsets, encoded[1].offsets) if text else []
+        inside = rewritten(student, text) | rewritten(teacher, text)
+        boundaries = reference_boundaries(text, encoded[0].offsets, encoded[1].offsets, inside) if text else []
         tokens = [each.ids for each in encoded]
         if ended:
             tokens = [[*tokens[0], student.eos_token_id], [*tokens[1], teacher.eos_token_id]]
@@ -307,10 +322,14 @@ def test_any_offsets_match_reference(seed):
     ended = [chooser.random() < 0.5 for _ in texts]
     layout = _Layout.of(texts, np.array(ended))
     views = [_view(side, layout, 0) for side in sides]  # type: ignore[arg-type]
-    found = _match(*(_ends(view, layout) for view in views))
+    inside = [{x for x in range(1, len(text)) if chooser.random() < 0.2} for text in texts]
+    rewritten_C = np.zeros(len(layout.solid_C), bool)
+    for begin, positions in zip(layout.begins_P.tolist(), inside, strict=True):
+        rewritten_C[[begin + x for x in positions]] = True
+    found = _match(*(_ends(view, layout, rewritten_C) for view in views))
     expected, before = [], (0, 0)
-    for text, left, right, end in zip(texts, *sides, ended, strict=True):
-        ends = reference_boundaries(text, left.offsets, right.offsets)
+    for text, left, right, end, positions in zip(texts, *sides, ended, inside, strict=True):
+        ends = reference_boundaries(text, left.offsets, right.offsets, positions)
         ends += [(len(left.ids) + 1, len(right.ids) + 1)] if end else []
         expected += [(before[0] + a - 1, before[1] + b - 1) for a, b in ends]
         before = (before[0] + len(left.ids) + end, before[1] + len(right.ids) + end)
@@ -360,9 +379,8 @@ def squash(text: str, *forms: Callable[[str], str]) -> str:
 def test_spans_hold_the_same_characters_on_both_sides(made, names):
     """What the tokens of a span stand for, apart from whitespace and from what the normalisations change."""
     student, teacher = (made[name] for name in names)
-    # text_of misreads the first three; NFC turns these accents round, which no offset tells; and a unigram model finds
-    # the name of its end token in text, as it finds every piece
-    left_out = ("▁", "<0x0A>", "##ing", "e\u0301\u0323", *(["</s>"] if "unigram" in names else []))
+    # text_of misreads the first three; and a unigram model finds the name of its end token in text, as every piece
+    left_out = ("▁", "<0x0A>", "##ing", *(["</s>"] if "unigram" in names else []))
     pieces = [piece for piece in PIECES if piece not in left_out]
     chooser = random.Random(0)
     texts = ["".join(chooser.choice(pieces) for _ in range(60)) for _ in range(6)]
@@ -446,10 +464,126 @@ def test_a_line_break_is_a_span_where_both_sides_end_with_it():
     assert paired.teacher.spans[0, :3].tolist() == [0, 1, 2]
 
 
-def test_words_with_the_space_behind_align_with_words_with_the_space_before():
+def both_texts(paired: Paired, student: Any, teacher: Any) -> list[tuple[str, str]]:
+    """What the tokens of each span of the first row stand for, on both sides, without the end token's span."""
+    found = []
+    for span in range(int(paired.span_count[0]) - 1):
+        ids = [side.tokens[0][side.spans[0] == span].tolist() for side in paired[:2]]
+        found.append(
+            tuple(t.decode(i, skip_special_tokens=False) for t, i in zip((student, teacher), ids, strict=True))
+        )
+    return found
+
+
+def plain(added: str | AddedToken | None = None, form: Any = None) -> Any:
+    """Every byte is a token; one added token; a normaliser."""
+    letters = ["<e>", *sorted(BYTES)]
+    tokenizer: Any = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    tokenizer.normalizer = form
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if added:
+        tokenizer.add_tokens([added])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<e>")
+
+
+def test_spans_grow_until_both_sides_hold_the_same_text():
+    """Not one position lies behind a token on both sides before the end; every label counts as unaligned."""
     student, teacher = words("a| b| c| d"), words("a |b |c |d")
     paired = pair([sample([1, 2, 3, 4, 0])], student, teacher, 8, 8)
-    assert paired.student.spans[0, :4].tolist() == paired.teacher.spans[0, :4].tolist() == [0, 1, 2, 3]
+    assert paired.student.spans[0, :4].tolist() == paired.teacher.spans[0, :4].tolist() == [0] * 4
+    assert both_texts(paired, student, teacher) == [("a b c d", "a b c d")]
+    assert unaligned_labels(paired.student).tolist() == [3]
+
+
+@pytest.mark.parametrize(
+    "student, teacher, spans",
+    [
+        ("\n|  |<think>|b", "\n | <think>|b", ["\n  <think>", "b"]),
+        ("a\n|  |<think>|b", "a|\n  <think>|b", ["a\n  <think>", "b"]),
+        ("a|\n|  |<think>|b", "a\n | <think>|b", ["a\n  <think>", "b"]),
+        ("a\r|\n|<think>|b", "a|\r\n<think>|b", ["a\r\n<think>", "b"]),
+        ("a|\n|  |<|think>|b", "a|\n | <think|>b", ["a", "\n  <think>b"]),
+        ("a|\n|  <think>|b", "a|\n | <|think>|b", ["a", "\n  <think>", "b"]),
+        ("a|\r|\n|<think>|b", "a|\r\n|<|think|>|b", ["a", "\r\n", "<think>", "b"]),
+        ("a |\n|<think>|b", "a| \n|<think>|b", ["a \n", "<think>", "b"]),
+        ("a\u00a0| <think>|b", "a|\u00a0 |<think>|b", ["a\u00a0 <think>", "b"]),
+    ],
+)
+def test_spans_do_not_differ_in_whitespace(student, teacher, spans):
+    student, teacher = words(student), words(teacher)
+    ids = student("".join(spans), add_special_tokens=False)["input_ids"]
+    paired = pair([sample([*ids, 0])], student, teacher, 16, 16)
+    assert both_texts(paired, student, teacher) == [(text, text) for text in spans]
+
+
+def test_byte_level_against_metaspace_around_a_special_token():
+    """The special token of one side is text to the other; indentation is cut in two ways."""
+    text = "so\n  <think>\n\t x  = 1\r\n  </think> y"
+    student = byte_level([text] * 20, 330)
+    student.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    trained: Any = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    trained.decoder = decoders.Metaspace(prepend_scheme="never")
+    trained.train_from_iterator([text] * 20, trainers.BpeTrainer(vocab_size=60, show_progress=False))
+    trained.add_special_tokens(["</s>"])
+    teacher = PreTrainedTokenizerFast(tokenizer_object=trained, eos_token="</s>")
+    ids = student(text, add_special_tokens=False)["input_ids"]
+    one = sample([*ids, student.eos_token_id])
+    paired = pair([one], student, teacher, 80, 80)
+    texts = both_texts(paired, student, teacher)
+    assert all(left == right for left, right in texts) and "".join(left for left, _ in texts) == text
+    check(paired, [one], student, teacher, (80, 80))
+
+
+@pytest.mark.parametrize("strips", [{"lstrip": True}, {"rstrip": True}, {"lstrip": True, "rstrip": True}], ids=str)
+def test_added_tokens_that_strip_hold_the_whitespace(strips):
+    """The added token covers the whitespace around it: the span holds what the other side has there."""
+    student, teacher = plain(), plain(AddedToken("<think>", **strips))
+    text = "a\n  <think> \nb"
+    before, behind = "\n  " if "lstrip" in strips else "", " \n" if "rstrip" in strips else ""
+    paired = pair([sample([*student(text)["input_ids"], 0])], student, teacher, 40, 40)
+    spans = [left for left, _ in both_texts(paired, student, teacher)]
+    assert spans == [*text.split(before + "<think>")[0], f"{before}<think>{behind}", *text.split("<think>" + behind)[1]]
+
+
+@pytest.mark.parametrize(
+    "form, spans",
+    [
+        (normalizers.NFC(), ["x", "a\u0301\u0328", "y"]),  # → ą, U+0301
+        (normalizers.NFC(), ["x", "a\u0328", "\u0301", "y"]),  # the same, in the order NFC has
+        (normalizers.NFC(), ["x", "e\u0301", "y"]),
+        (normalizers.NFC(), ["x", "q", "\u0301\u0323", "y"]),  # no composed form: the marks change places
+        (normalizers.NFC(), ["x", "ą", "\u0301", "y"]),  # as NFC leaves it
+        (normalizers.NFD(), ["x", "a", "\u0301\u0328", "y"]),
+        (normalizers.NFC(), ["x", "\u1112\u1161\u11ab", "y"]),  # Hangul: one syllable
+        (normalizers.NFKC(), ["x", "\uff76\uff9e", "ﬁ", "y"]),  # a half-width voiced kana; a ligature
+        (normalizers.NFC(), ["x", "\u200d", "\u0301", "\ufffd", "\u0301", "y"]),
+        (normalizers.Replace("''", '"'), ["x", "''", "y"]),
+        (normalizers.Sequence([normalizers.Prepend(" "), normalizers.NFC()]), ["x", "e\u0301\u0323", "q", "\u0301"]),
+    ],
+)
+def test_what_a_normaliser_rewrites_is_one_span(form, spans):
+    """Against characters of bytes without a normaliser; on either side, the same spans."""
+    sides = plain(), plain(form=form)
+    ids = sides[0]("".join(spans), add_special_tokens=False)["input_ids"]
+    one = sample([*ids, 0])
+    paired = pair([one], *sides, 40, 40)
+    found = both_texts(paired, *sides)
+    assert [left for left, _ in found] == spans
+    assert "".join(right for _, right in found) == form.normalize_str("".join(spans))
+    check(paired, [one], *sides, (40, 40))
+
+
+@pytest.mark.parametrize("form", [normalizers.NFC(), normalizers.NFD(), normalizers.NFKC()], ids=repr)
+def test_random_marks_match_reference(form):
+    chooser = random.Random(0)
+    letters = "aeq\u1112\u1161\u11ab가\uff76\uff9eﬁ \n\u0301\u0323\u0328\u0302\u0345क\u093c\u09be\u200d\ufffd"
+    texts = ["".join(chooser.choice(letters) for _ in range(40)) for _ in range(6)]
+    sides = plain(), plain(form=form)
+    for student, teacher in (sides, sides[::-1]):
+        samples = windows(student, texts, 200)
+        check(pair(samples, student, teacher, 200, 300), samples, student, teacher, (200, 300))
 
 
 def test_end_tokens_are_a_span_and_empty_documents_have_no_other(made):
