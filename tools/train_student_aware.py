@@ -46,7 +46,7 @@ from run_from_flags import (
 )
 
 from megakd.config import DataConfig, RunConfig, parse
-from megakd.data.documents import iter_documents
+from megakd.data.documents import SUFFIXES, find_files, iter_documents
 from megakd.errors import UserError
 from megakd.files import digest, publishing, read_json, resolve
 from megakd.log import say
@@ -315,6 +315,8 @@ def take_documents(names: Sequence[str], data: DataConfig, limit: int | None, fi
     with publishing(file) as temporary, temporary.open("w", encoding="utf-8") as lines:
         for name in names:
             subset = data.subset if name == names[0] else subset_of(name)
+            if (found := find_files(name)).passed:
+                say(f"{name}: {found.counts(SUFFIXES)}{found.passed_over()}")
             texts = iter_documents(name, subset, data.split, data.text_field, data.streaming)
             number = 0
             for number, text in enumerate(islice(texts, limit), 1):  # noqa: B007 (how many there were)
