@@ -62,7 +62,7 @@ def test_readme_names_the_two_commands_of_the_makefile():
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^make (\w+)", "".join(blocks("bash")), re.MULTILINE):
         assert f"\n{target}:" in makefile
-    assert "make test" in (ROOT / ".ci" / "run").read_text()
+    assert "make check test" in (ROOT / ".ci" / "run").read_text()
 
 
 def test_architecture_document_lists_every_module():
