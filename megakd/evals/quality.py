@@ -26,6 +26,7 @@ from megakd.losses.distill import KL, student_buckets, teacher_buckets
 from megakd.losses.divergence import divergence_terms
 from megakd.losses.fused import CHUNK_BYTES
 from megakd.losses.hidden import wide
+from megakd.models.tables import check_tables
 from megakd.objectives.heads import streamed_head
 
 # Of the rows that are compared at once: what they need stays in the caches of one core (220 rows at once take 2.5 times
@@ -92,10 +93,13 @@ def evaluate_model(
     length = (facts["tokens"] if stored else facts)["sequence_length"]
     progress = Progress(f"evaluate {name}", len(holdout), "windows")
     sums, forward, head = torch.zeros(4, dtype=torch.float64), Stopwatch(device), None
-    tokens = positions = text_tokens = 0
+    tokens = positions = text_tokens = longest = 0
     with closing(prefetch(_batches(holdout, batch_size, length, tokenizers))) as prepared:  # a signal may end it early
         for batch, labels in prepared:
             inputs = batch.tokens.to(device), batch.position_ids.to(device)
+            if tokenizers and inputs[0].shape[1] > longest:  # the same text in tokens of its own: as many as it takes
+                longest = inputs[0].shape[1]
+                check_tables(model, name, 0, longest)
             if head is None:
                 head = streamed_head(model, vocab_size, *inputs)
                 if head.own:

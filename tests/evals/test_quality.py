@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from megakd.config import LogitsConfig
 from megakd.data.batches import collate
@@ -230,6 +231,13 @@ def test_a_model_that_reads_the_text_in_its_own_tokens(tokens, teacher, tokenize
     assert found.nll == pytest.approx(expected.nll, rel=0.02)
     assert found.bits_per_byte == pytest.approx(expected.bits_per_byte, rel=0.02)
     assert found.positions == pytest.approx(expected.positions, rel=0.02) and found.kl is None
+
+
+def test_text_that_exceeds_a_models_table_of_positions_is_one_line(tokens, tokenizer):
+    """In its own tokens the text of a sequence may be longer than data.sequence_length: an IndexError before."""
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=20)
+    with pytest.raises(UserError, match="table of 20 positions"):
+        evaluate_model(GPT2LMHeadModel(config), tokens, 0.25, 8, CPU, "teacher", Tokenizers(tokenizer, tokenizer))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
