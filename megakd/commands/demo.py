@@ -59,6 +59,8 @@ def main(args: argparse.Namespace) -> None:
     print(
         "\n" + quality_table(shown, ["teacher", "student, compressed", "student, after KD", "student, after CE alone"])
     )
+    if any(row[name] is None for row in shown for name in ("kl", "nll")):
+        raise UserError(f"{kd}: a measure is not finite; see `failed` in evals.jsonl of both runs")
     opened, closed = (shown[1]["kl"] - shown[0]["kl"]), (shown[1]["kl"] - shown[2]["kl"])
     gap = shown[1]["nll"] - shown[0]["nll"]
     print(

@@ -8,6 +8,7 @@ checkpoints/<stage>/step-000500/   progress.json   where the run stands
                                    checksums/      a file of each rank that saved: {path: [bytes, crc32]}
 """
 
+import glob
 import os
 import re
 import zlib
@@ -171,10 +172,15 @@ def _damage(folder: Path, world: World) -> Iterator[str]:
             yield f"{folder / name} is not what was written (it was {known[name][0]:,} bytes)"
 
 
+def listing(folder: Path, pattern: str) -> list[Path]:
+    """Paths below `folder` that match; others may delete folders meanwhile, at which Path.glob raises."""
+    return [folder / name for name in glob.glob(pattern, root_dir=folder)]
+
+
 def published(checkpoints: Path) -> list[Saved]:
     """All whole checkpoints of a run, oldest first."""
     found = []
-    for path in checkpoints.glob("*/step-*"):
+    for path in listing(checkpoints, "*/step-*"):
         if re.fullmatch(r"step-\d+", path.name) and (path / "progress.json").exists():
             try:
                 fields = {"shards": "", "health": Health(), "memory": {}, **read_json(path / "progress.json")}
@@ -219,13 +225,13 @@ def remove_unpublished(checkpoints: Path) -> None:
 
     A checkpoint that was to be replaced by one that did not get its name yet gets its name back.
     """
-    for path in checkpoints.glob(f"*/step-*{REPLACED}"):
+    for path in listing(checkpoints, f"*/step-*{REPLACED}"):
         whole = path.with_name(path.name.removesuffix(REPLACED))
         if not whole.exists() and whole.with_name(whole.name + ".tmp").exists():
             os.replace(path, whole)
         else:
             remove(path)
-    for path in checkpoints.glob("*/step-*.tmp"):
+    for path in listing(checkpoints, "*/step-*.tmp"):
         remove(path)
 
 

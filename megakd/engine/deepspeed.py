@@ -17,6 +17,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from torch import Tensor, nn
 
@@ -63,7 +64,7 @@ class DeepSpeedEngine:
     ) -> StepReport:
         self.engine.train()
         set_learning_rate(self.optimizer, factor)
-        found, sums = Sums(), {}
+        found, sums, scale = Sums(), {}, 1.0
         squares: dict[str, float] = {}
         left_out = ""
         for batch in micro_batches:
@@ -77,10 +78,11 @@ class DeepSpeedEngine:
                 sums = found.read(over_ranks=True)
                 squares = self._grad_squares() if norms else {}
                 left_out = "" if accept(sums) else REJECTED
+            scale = norm_scale(self.engine.optimizer)  # of this step: DeepSpeed may change it in the step
             with leaving_out(self.engine) if left_out else nullcontext():
                 self.engine.step()  # counts micro-batches, updates weights at the last one
         norm = self.engine.get_global_grad_norm()
-        grad_norm = 0.0 if norm is None else float(norm)
+        grad_norm = 0.0 if norm is None else float(norm) / scale
         if not left_out and (not math.isfinite(grad_norm) or not self.engine.was_step_applied()):
             left_out = SCALE if self.engine.fp16_enabled() else GRADIENT
         if norms and not left_out:
@@ -270,6 +272,11 @@ class DeepSpeedEngine:
         for state in self.optimizer.state.values():
             if isinstance(state.get("step"), Tensor):
                 state["step"] = state["step"].clone()
+
+
+def norm_scale(optimizer: Any) -> float:
+    """The divisor of the gradient norm that DeepSpeed reports: float16 without ZeRO leaves the loss scale in it."""
+    return float(optimizer.loss_scale_config.cur_scale) if isinstance(optimizer, FP16_UnfusedOptimizer) else 1.0
 
 
 def describe(layout: dict[str, Any]) -> str:

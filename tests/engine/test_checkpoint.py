@@ -3,6 +3,7 @@ import os
 import random
 from contextlib import nullcontext, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -283,3 +284,15 @@ def test_ranks_resume_from_what_the_first_rank_sees(save, tmp_path, monkeypatch)
     save("all/step-000002", Progress(0, 2, 2))
     monkeypatch.setattr(checkpoint, "gather", lambda value: [value[:1], value])
     assert last_sound(tmp_path, WORLD) == (Saved(first, Progress(0, 1, 1)), [])
+
+
+def test_gradient_norms_of_float16_without_zero_are_free_of_the_loss_scale():
+    """DeepSpeed reports them times the scale; its optimizer is made without a GPU here, for it needs one to step."""
+    pytest.importorskip("deepspeed")
+    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+
+    from megakd.engine.deepspeed import norm_scale
+
+    optimizer = object.__new__(FP16_UnfusedOptimizer)
+    optimizer.loss_scale_config = SimpleNamespace(cur_scale=1024.0)
+    assert norm_scale(optimizer) == 1024.0 and norm_scale(object()) == 1.0
