@@ -76,10 +76,9 @@ def test_a_folder_replaces_the_one_before(tmp_path):
         assert files(tmp_path) == {f"folder/{name}": name for name in names}
     with publishing(tmp_path / "folder" / "a") as temporary:
         temporary.write_text("file")
-    with publishing(tmp_path / "folder" / "a") as temporary:  # and a file
-        temporary.mkdir()
-        (temporary / "inside").write_text("x")
-    assert files(tmp_path) == {"folder/a/inside": "x", "folder/b": "b", "folder/c": "c"}
+    with pytest.raises(UserError, match="is a file, where a folder belongs"), publishing(tmp_path / "folder/a") as new:
+        new.mkdir()
+    assert files(tmp_path) == {"folder/a": "file", "folder/b": "b", "folder/c": "c"}
 
 
 @pytest.mark.parametrize("error", [RuntimeError("ours"), KeyboardInterrupt(), UserError("theirs"), OSError("some")])
@@ -180,7 +179,7 @@ def test_read_json_of_no_file(tmp_path):
 def test_json_lines_round_trip(tmp_path):
     path = tmp_path / "deep" / "x.jsonl"
     assert read_json_lines(path) == []
-    rows = [{"step": 1, "note": "Grüße\n"}, {"step": 2}, [], 3]
+    rows = [{"step": 1, "note": "Grüße\n"}, {"step": 2}, {}, {"loss": None}]
     for row in rows:
         append_json(path, row)
     assert read_json_lines(path) == rows and len(path.read_text(encoding="utf-8").splitlines()) == 4
@@ -211,7 +210,7 @@ APPEND = """if True:
     from megakd.files import append_json
     sys.stdin.read(1)
     for number in range(1500):
-        append_json(Path(sys.argv[1]), [int(sys.argv[2]), number, "x" * (number % 7 * 3000)])
+        append_json(Path(sys.argv[1]), {"row": [int(sys.argv[2]), number, "x" * (number % 7 * 3000)]})
 """
 
 
@@ -229,7 +228,7 @@ def test_processes_that_append_to_one_file_lose_no_line(tmp_path):
     for writer in writers:
         writer.communicate(timeout=300)
         assert writer.returncode == 0
-    found = [(writer, number) for writer, number, _ in read_json_lines(path)]
+    found = [(writer, number) for writer, number, _ in (row["row"] for row in read_json_lines(path))]
     assert sorted(found) == [(writer, number) for writer in range(4) for number in range(1500)]
     for writer in range(4):
         assert [n for w, n in found if w == writer] == list(range(1500))  # in the order in which it wrote them

@@ -182,7 +182,7 @@ def _facts(source: Source, first: Row, args: argparse.Namespace) -> dict[str, An
         "part": args.part or "train", "tokenizer": tokenizer, "source": source.path.name, "subset": None, "split": None,
         "text_field": None, "sequence_length": args.sequence_length or source.longest,
         "shard_tokens": int(args.shard_tokens or SHARD_TOKENS), "holdout_fraction": None,
-        "bos": bos if first.tokens[: len(bos)].tolist() == bos else [],
+        "packing": "packed", "bos": bos if first.tokens[: len(bos)].tolist() == bos else [],
     }  # fmt: skip
     teacher = {"id": args.teacher or "unknown", "revision": args.revision, "weights": args.weights or "unknown"}
     if "unknown" in teacher.values():

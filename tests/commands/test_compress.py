@@ -21,6 +21,7 @@ from tests.conftest import command, files, kill_when, make_teacher
 from tests.models.students import FAMILIES, logits, make_model, relative
 
 TOKENS = torch.randint(1, 61, (4, 17), generator=torch.Generator().manual_seed(0))
+ADAM = ["compress.solver=adam", "compress.steps=400", "compress.lr=0.02"]
 CALIBRATED = ["compress.calibration_tokens=2048"]
 
 
@@ -121,7 +122,7 @@ def test_a_free_split_is_never_larger_nor_worse(recipe, tmp_path):
 
 def test_adam_comes_close_to_als(recipe, tmp_path):
     als = student_of(recipe, tmp_path / "als", "compress.sweeps=20")
-    adam = student_of(recipe, tmp_path / "adam", "compress.solver=adam", "compress.steps=400", "compress.lr=0.02")
+    adam = student_of(recipe, tmp_path / "adam", "compress.sweeps=20", *ADAM)
     assert 0.99 * mean_error(als) < mean_error(adam) < 1.1 * mean_error(als)
 
 

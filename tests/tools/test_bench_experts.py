@@ -81,7 +81,7 @@ def test_rows(small, monkeypatch):
         (["experts", "--device", "cuda"], "--device cuda: torch sees no GPU here"),
         (
             ["store", "--device", "cuda"],
-            "--device is for experts, live, loss and step: the other benchmarks run on the CPU",
+            "--device is for evaluate, experts, live, loss and step: the other benchmarks run on the CPU",
         ),
     ],
 )
