@@ -160,9 +160,12 @@ def test_a_verb_before_its_time_names_the_one_that_is_missing(changed, verb, ask
     assert asks_for is None or f"megakd {asks_for}" in one_line(said)
 
 
-@pytest.mark.parametrize("verb", ["plan", "inspect", "report"])
-def test_verbs_that_look_at_a_run_without_anything_in_it(changed, verb):
-    in_process(verb, changed(None))
+def test_verbs_that_look_at_a_run_without_anything_in_it(changed):
+    run = changed(None)
+    assert "student" in in_process("plan", run)
+    assert str(run) in in_process("inspect", run)
+    in_process("report", run)
+    assert "<html" in (run / "report.html").read_text()
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", "null", "\x00"], ids=repr)
@@ -186,8 +189,8 @@ def test_empty_records_of_a_run_are_no_traceback(prepared, tmp_path):
     in_process("new", run, "--from", prepared)
     for name in ("metrics.jsonl", "evals.jsonl"):
         (run / name).write_text("")
-    for verb in ("report", "plan", "inspect"):
-        in_process(verb, run)
+    for verb, word in (("report", "report.html"), ("plan", "steps of"), ("inspect", str(run))):
+        assert word in in_process(verb, run)
 
 
 # not finite
@@ -238,6 +241,8 @@ def test_records_that_are_not_finite_are_reported(trained, tmp_path):
         (run / name).write_text(text)
     for verb in ("report", "inspect", "plan"):
         in_process(verb, run)
+    page = (run / "report.html").read_text()
+    assert "<img" in page and "None" not in page and "nan" not in page.partition("<img")[0]
 
 
 def test_inspect_names_a_tensor_that_is_not_finite(damaged_teacher):
