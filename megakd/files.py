@@ -182,8 +182,14 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     """The JSON value of a file; UserError naming file, line and column when it is missing or not JSON."""
+    return _read_json(path)[0]
+
+
+def _read_json(path: Path) -> tuple[Any, str]:
+    """The JSON value of a file, and the text of the file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows write a byte order mark
+        text = path.read_text(encoding="utf-8-sig")  # editors on Windows write a byte order mark
+        return json.loads(text), text
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -195,19 +201,31 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def write_sealed(path: Path, value: dict[str, Any]) -> None:
-    """Publish a JSON object with a checksum of itself under "seal"."""
-    write_json(path, {**value, "seal": digest(value)})
+def write_sealed(path: Path, value: dict[str, Any], compact: bool = False) -> None:
+    """Publish a JSON object with a checksum of itself under "seal".
+
+    compact: in the canonical form of `digest` with the seal at the end, which `read_sealed` checks without making that
+    form again; else indented, for people.
+    """
+    if not compact:
+        write_json(path, {**value, "seal": digest(value)})
+        return
+    text = canonical(value)
+    with publishing(path) as temporary:
+        temporary.write_text(text[:-1] + _sealed_end(text), encoding="utf-8")
 
 
 def read_sealed(path: Path, kind: str, version: int) -> dict[str, Any]:
     """What `write_sealed` wrote; UserError when it is another format or version, or was changed since."""
-    value = read_json(path)
+    value, text = _read_json(path)
     if not isinstance(value, dict) or value.get("format") != kind:
         raise UserError(f"{path}: not a file of format {kind!r}")
     if value.get("version") != version:
         raise UserError(f"{path}: version {value.get('version')} of {kind!r}, this MegaKD reads version {version}")
     seal = value.pop("seal", None)
+    unsealed = f"{text[: -len(_sealed_end(''))]}}}"
+    if text == unsealed[:-1] + _sealed_end(unsealed):
+        return value
     try:
         own = digest(value)
     except UnicodeEncodeError as error:
@@ -215,6 +233,11 @@ def read_sealed(path: Path, kind: str, version: int) -> dict[str, Any]:
     if seal != own:
         raise UserError(f"{path}: its seal {seal!r} does not match its content: it was changed after it was written")
     return value
+
+
+def _sealed_end(canonical_text: str) -> str:
+    """What follows a canonical JSON object, in the place of its last bracket, to seal it; of fixed length."""
+    return f',"seal":"{_digest(canonical_text)}"}}\n'
 
 
 def append_json(path: Path, value: Any) -> None:
@@ -268,8 +291,16 @@ def sha256(path: Path) -> str:
 
 def digest(value: Any) -> str:
     """sha256 of a JSON value in canonical form, the first 16 hex digits."""
-    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+    return _digest(canonical(value))
+
+
+def canonical(value: Any) -> str:
+    """JSON with sorted keys and without spaces: equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def resolve(name: str | Path, revision: str | None = None, weights: bool = True) -> Path:

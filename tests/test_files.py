@@ -12,6 +12,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -311,6 +312,27 @@ def test_a_changed_or_missing_seal_is_refused(tmp_path):
     write_json(path, {k: v for k, v in whole.items() if k != "seal"})
     with pytest.raises(UserError, match="does not match"):
         read_sealed(path, "kind", 3)
+
+
+def test_a_compact_seal_is_checked_by_the_text_and_by_the_value(tmp_path):
+    """Sidecars of 100,000 sequences took 0.04 s of their 0.2 s for making the canonical form again."""
+    path, value = (
+        tmp_path / "x.json",
+        {"format": "kind", "version": 3, "rows": [["a", 1], ["東", 2.5]], "seal of": '"}'},
+    )
+    write_sealed(path, value, compact=True)
+    assert read_sealed(path, "kind", 3) == value
+    text = path.read_text()
+    with patch("megakd.files.canonical", side_effect=AssertionError):
+        assert read_sealed(path, "kind", 3) == value
+    assert json.loads(text)["seal"] == digest(value)  # a reader that knows values alone agrees
+    for other in (json.dumps(json.loads(text), indent=1), text.rstrip("\n"), text.replace(",", ", ", 1)):
+        path.write_text(other)  # another text of the same value
+        assert read_sealed(path, "kind", 3) == value
+    for changed in (text.replace("2.5", "2.6"), text.replace(digest(value), "0" * 16), text.replace("a", "b")):
+        path.write_text(changed)
+        with pytest.raises(UserError, match=r"x\.json.*does not match its content"):
+            read_sealed(path, "kind", 3)
 
 
 CALLS = ("mkdir", "open", "replace", "rename", "fsync", "unlink", "rmdir", "link", "truncate")

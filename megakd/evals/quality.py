@@ -22,7 +22,7 @@ from megakd.data.shards import ShardSet
 from megakd.data.tokens import vocabulary_size
 from megakd.errors import UserError
 from megakd.log import Progress, say
-from megakd.losses.distill import KL, student_buckets, teacher_buckets
+from megakd.losses.distill import KL, buckets, teacher_buckets
 from megakd.losses.divergence import divergence_terms
 from megakd.losses.fused import CHUNK_BYTES
 from megakd.losses.hidden import wide
@@ -32,6 +32,7 @@ from megakd.objectives.heads import streamed_head
 # Of the rows that are compared at once: what they need stays in the caches of one core (220 rows at once take 2.5 times
 # as long as 7), and keeps a GPU busy.
 BLOCK_BYTES = {"cpu": 1 << 22, "cuda": 1 << 26}
+NO_TOKEN = 2**62  # sorts behind every id
 MOST_NLL = 709.0  # of which a float still holds the exponential
 
 
@@ -178,7 +179,7 @@ def batch_sums(
 
 
 def _chunk_sums(logits_nV: Tensor, fields: Sequence[Tensor]) -> Tensor:
-    """Of a chunk, some rows at a time."""
+    """Of a chunk, some rows at a time; overwrites the logits."""
     rows = max(_of(BLOCK_BYTES, logits_nV.device) // (4 * logits_nV.shape[1]), 1)
     parts = zip(*(values.split(rows) for values in (logits_nV, *fields)), strict=True)
     return torch.stack([_row_sums(*part) for part in parts]).sum(0)
@@ -199,17 +200,22 @@ def _row_sums(
     kept_nK = logprobs_nK > -torch.inf
     first_nK = logprobs_nK == logprobs_nK.amax(1, keepdim=True)
     values_nK, mine_nK = logits_nV.topk(ids_nK.shape[1])
-    logits_nV = logits_nV - values_nK[:, :1]  # so that float32 keeps the digits of logarithms near 0
-    log_q_nB, log_z_n = student_buckets(logits_nV, ids_nK, kept_nK)
-    nll_n = log_z_n - logits_nV.gather(1, labels_n[:, None])[:, 0]
+    # in place, for a new tensor of n x V takes as long as the arithmetic
+    logits_nV.sub_(values_nK[:, :1].clone())  # so that float32 keeps the digits of logarithms near 0
+    stored_nK, label_n1 = logits_nV.gather(1, ids_nK), logits_nV.gather(1, labels_n[:, None])
+    log_rest_n1 = logits_nV.scatter_(1, ids_nK, -torch.inf).logsumexp(1, keepdim=True)
+    log_q_nB, log_z_n = buckets(stored_nK, log_rest_n1, kept_nK)
+    nll_n = log_z_n - label_n1[:, 0]
     log_p_nB = teacher_buckets(wide(logprobs_nK), log_tail_n, 1.0, "ghost", KL)
     kl_n = divergence_terms(KL, log_p_nB, log_q_nB).sum(-1)
     top1_n = ((ids_nK == mine_nK[:, :1]) & first_nK).any(1)
     kept_n1 = kept_nK.sum(1, keepdim=True)
     # as many of the model's first as the teacher has stored at the position
-    counted_nK = (torch.arange(ids_nK.shape[1], device=ids_nK.device) < kept_n1).to(logits_nV.dtype)
-    among_nK = torch.zeros_like(logits_nV).scatter(1, mine_nK, counted_nK).gather(1, ids_nK)
-    overlap_n = (among_nK * kept_nK).sum(1) / kept_n1[:, 0]
+    counted_nK = torch.arange(ids_nK.shape[1], device=ids_nK.device) < kept_n1
+    ranked_nK = mine_nK.masked_fill(~counted_nK, NO_TOKEN).sort(1).values
+    places_nK = torch.searchsorted(ranked_nK, ids_nK).clamp(max=ids_nK.shape[1] - 1)
+    among_nK = ranked_nK.gather(1, places_nK) == ids_nK
+    overlap_n = (among_nK & kept_nK).sum(1) / kept_n1[:, 0]
     return torch.stack([each.double().sum() for each in (nll_n, kl_n, top1_n, overlap_n)])
 
 

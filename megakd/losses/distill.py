@@ -135,7 +135,12 @@ def student_buckets(scaled_NV: Tensor, ids_NK: Tensor, kept_NK: Tensor) -> tuple
     scaled_NV: logits / T. kept_NK: False where an entry is none and its id repeats another one's: -inf there.
     """
     log_rest_N1 = scaled_NV.scatter(-1, ids_NK, -torch.inf).logsumexp(-1, keepdim=True)
-    scaled_NB = torch.cat([scaled_NV.gather(-1, ids_NK), log_rest_N1], -1)
+    return buckets(scaled_NV.gather(-1, ids_NK), log_rest_N1, kept_NK)
+
+
+def buckets(stored_NK: Tensor, log_rest_N1: Tensor, kept_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """`student_buckets` of the scaled logits of the K entries and the logsumexp of all others."""
+    scaled_NB = torch.cat([stored_NK, log_rest_N1], -1)
     # a bucket that the student does not have either (a repeated id, the tail where K = V) gets no gradient
     exists_NB = torch.cat([kept_NK, log_rest_N1 > -torch.inf], -1)
     # the normaliser from its parts: one pass over the vocabulary, not two

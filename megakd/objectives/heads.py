@@ -44,8 +44,13 @@ def streamed_head(model: Any, vocab_size: int, tokens_BT: Tensor, positions_BT: 
     inputs = {"input_ids": tokens_BT[:1, :FIRST], "position_ids": positions_BT[:1, :FIRST], "use_cache": False}
     decoder = model.get_decoder()
     if decoder is not model:
-        theirs = model(**inputs).logits[0, :, :vocab_size]
-        hidden = decoder(**inputs).last_hidden_state[0]
+        given: list[Tensor] = []
+        handle = decoder.register_forward_hook(lambda module, args, output: given.append(output.last_hidden_state))
+        try:
+            theirs = model(**inputs).logits[0, :, :vocab_size]
+        finally:
+            handle.remove()
+        hidden = given[0][0] if given else decoder(**inputs).last_hidden_state[0]
         for make in (_fused_logits, _own_logits):
             logits = make(model, vocab_size)
             if logits is not None and _same(theirs, logits(hidden)):
