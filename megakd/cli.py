@@ -6,9 +6,9 @@ import os
 import sys
 
 from megakd.errors import UserError
-from megakd.files import CANNOT_WRITE
-from megakd.launcher import read_launcher
-from megakd.terminal import accept_any_encoding
+from megakd.system.files import CANNOT_WRITE
+from megakd.system.launcher import read_launcher
+from megakd.system.terminal import accept_any_encoding
 
 # verb → (one line, does it open a run)
 VERBS = {

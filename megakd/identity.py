@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from megakd.errors import UserError
-from megakd.files import read_json
-from megakd.log import say
+from megakd.system.files import read_json
+from megakd.system.logging import say
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 VERSION = "v2"

@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 
 from megakd.errors import UserError
+from megakd.system.files import settle
 
 
 def is_bare(text: str | Path) -> bool:
@@ -107,3 +108,27 @@ def _config(folder: Path) -> dict[str, object]:
     except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def resolve(name: str | Path, revision: str | None = None, weights: bool = True) -> Path:
+    """The folder of a model: shipped, local, or a download of a hub id, as `megakd.names` tells them apart.
+
+    UserError when it is none. weights: False downloads configuration and tokenizer alone.
+    """
+    path = expand(name)
+    if model_folder(name) is None and not path.exists():
+        settle(path.parent, path.name)
+    if (folder := model_folder(name)) is not None:
+        return folder
+    why = f"the folder {path} holds a run, no model" if holds_run(path) else "not a model folder (no config.json)"
+    if not may_be_hub_id(name):
+        raise UserError(f"{name}: {why}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["*.json", "*.txt", "*.model", "*.jinja", "README.md", *(["*.safetensors"] if weights else [])]
+        return Path(snapshot_download(str(name), revision=revision, allow_patterns=patterns))
+    except Exception as error:  # the hub's errors are many; each means that this model cannot be had
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        also = f"; locally: {why}" if path.exists() else ""
+        raise UserError(f"{name}: neither a folder nor a model the hub gives: {reason}{also}") from error

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megakd.errors import UserError
-from megakd.files import publishing, settle, write_json
 from megakd.names import expand, holds_run
+from megakd.system.files import publishing, settle, write_json
 
 MARKER = "megakd.json"  # {"made_by": mark, "files": names of all others}
 RUN_PARTS = {"config.json", "history.jsonl", "metrics.jsonl", "evals.jsonl", "report.html", "student-0", "compress"}

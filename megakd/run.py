@@ -8,12 +8,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from megakd.config import RunConfig, apply_overrides, flatten, is_live, load_recipe, parse, parse_frozen
-from megakd.effects import check, idle_fields
+from megakd.config.effects import check, idle_fields
+from megakd.config.parsing import apply_overrides, load_recipe, parse, parse_frozen
+from megakd.config.run import RunConfig, flatten, is_live
 from megakd.errors import UserError
-from megakd.files import append_json, read_json, read_json_lines, resolve, settle, write_json
-from megakd.launcher import read_launcher
-from megakd.names import expand, find_recipe, may_be_hub_id
+from megakd.names import expand, find_recipe, may_be_hub_id, resolve
+from megakd.system.files import append_json, read_json, read_json_lines, settle, write_json
+from megakd.system.launcher import read_launcher
 
 # What a sibling run may take over from the run it was made from, and the sections each thing depends on.
 ARTIFACTS = {

@@ -25,10 +25,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3MoeForCaus
 from megakd.cli import run_verb
 from megakd.data.documents import python_documents
 from megakd.data.shards import ShardSet
-from megakd.dist import NVIDIA_DRIVER
 from megakd.errors import UserError
 from megakd.models.tiny import tiny_moe_config, train_tokenizer
 from megakd.run import Run
+from megakd.system.dist import NVIDIA_DRIVER
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)

@@ -11,8 +11,8 @@ import pytest
 
 from megakd import cli
 from megakd.errors import UserError
-from megakd.files import read_json, write_json
 from megakd.run import Run
+from megakd.system.files import read_json, write_json
 from tests.conftest import files, make_teacher, megakd
 
 

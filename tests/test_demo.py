@@ -9,7 +9,7 @@ import pytest
 
 import megakd.commands.demo as module
 from megakd.cli import run_verb
-from megakd.files import resolve
+from megakd.names import resolve
 from tests.conftest import in_process, megakd
 
 SHORT = ["data.tokens=80000", "data.shard_tokens=20000", "data.holdout_tokens=8000", "optim.warmup_steps=4"]

@@ -14,8 +14,8 @@ from megakd.models.tiny import train_tokenizer
 from megakd.run import Run
 from tests.conftest import VOCABULARY, files, in_process, kill_when, make_teacher, metrics
 from tests.objectives.sar import sar_recipe
-from tests.test_resume import steps_logged
 from tests.tools.examples import tool
+from tests.train.test_resume import steps_logged
 
 CACHED = ("tokenize", "compress", "generate-logits", "train", "evaluate", "export", "export --dense", "watch")
 LIVE = ("tokenize", "train", "evaluate", "export", "watch")
@@ -135,7 +135,7 @@ def test_run_with_a_live_teacher(kind, tokenizers, recipe, tokenizer, other_teac
 
 TRAINER = """
 import sys
-from megakd.hf_trainer import DistillationTrainer, DistillationTrainingArguments
+from megakd.integrations.hf_trainer import DistillationTrainer, DistillationTrainingArguments
 from transformers import AutoModelForCausalLM, AutoTokenizer
 import megakd
 

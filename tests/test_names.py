@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from megakd.config import load_recipe
+from megakd.config.parsing import load_recipe
 from megakd.errors import UserError
-from megakd.files import resolve
-from megakd.names import expand, find_recipe, holds_run, model_folder, shipped
+from megakd.names import expand, find_recipe, holds_run, model_folder, resolve, shipped
 from megakd.run import Run
 
 DEMO = shipped("launch/recipes", "demo.json")

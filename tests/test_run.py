@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from megakd.errors import UserError
-from megakd.files import read_json, read_json_lines, write_json
 from megakd.run import Run
+from megakd.system.files import read_json, read_json_lines, write_json
 
 RECIPE = {
     "name": "test",

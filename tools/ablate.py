@@ -36,17 +36,21 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from megakd.cli import run_verb
-from megakd.commands.evaluate import evaluate
-from megakd.config import LrRule, OnlineConfig, RunConfig, SarConfig, flatten, is_live, load_recipe
-from megakd.data.tokens import load_tokenizer, vocabulary_size
-from megakd.effects import idle_fields
+from megakd.config.effects import idle_fields
+from megakd.config.objective import OnlineConfig, SarConfig
+from megakd.config.parsing import load_recipe
+from megakd.config.run import RunConfig, flatten, is_live
+from megakd.config.train import LrRule
+from megakd.data.tokenizers import load_tokenizer, vocabulary_size
 from megakd.errors import UserError
-from megakd.files import publishing, read_json_lines, resolve, write_json
-from megakd.log import clock, finite, say, table
-from megakd.names import expand, find_recipe
+from megakd.evals.evaluate import evaluate
+from megakd.names import expand, find_recipe, resolve
 from megakd.outputs import check_file
 from megakd.run import Run
-from megakd.terminal import accept_any_encoding
+from megakd.system.files import publishing, read_json_lines, write_json
+from megakd.system.logging import say
+from megakd.system.terminal import accept_any_encoding
+from megakd.system.text import clock, finite, table
 
 SETS, BASE = ("sar", "online"), "base"
 QUIET = ("log.wandb=disabled", "log.tensorboard=false")

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from megakd.errors import UserError
-from megakd.files import publishing, resolve
 from megakd.identity import INDEX, fingerprint_like
 from megakd.models.hub import write_weights
 from megakd.models.router_update import FACTS, UPDATE, TeacherRouters, read_facts, read_update
-from megakd.names import expand
+from megakd.names import expand, resolve
 from megakd.outputs import check_folder
-from megakd.terminal import accept_any_encoding
+from megakd.system.files import publishing
+from megakd.system.terminal import accept_any_encoding
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 

@@ -41,10 +41,10 @@ from bench_step import bench_step
 from bench_store import bench_store
 
 from megakd.errors import UserError
-from megakd.files import write_json
 from megakd.names import expand
 from megakd.outputs import check_file
-from megakd.terminal import accept_any_encoding
+from megakd.system.files import write_json
+from megakd.system.terminal import accept_any_encoding
 
 
 def main() -> None:

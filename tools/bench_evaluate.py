@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from megakd.data.batches import collate
 from megakd.data.records import IGNORED, Batch, Sample, TeacherTargets
-from megakd.evals.quality import evaluate_model
-from megakd.losses.distill import topk_kl
+from megakd.evals.holdout import evaluate_model
+from megakd.losses.reference import topk_kl
 
 VOCABULARY, TOP_K = 151936, 64
 

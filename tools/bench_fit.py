@@ -10,7 +10,7 @@ from bench_rows import Row
 from safetensors import safe_open
 from torch import Tensor
 
-from megakd.models.fit import Settings, best_split, fit_projection
+from megakd.compress.fit import Settings, best_split, fit_projection
 from megakd.models.shared_core import Form, make_form
 
 EXPERTS, ROWS, COLUMNS, RANK = 32, 192, 512, 16

@@ -17,14 +17,16 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
-from megakd.assemble import build_engine
-from megakd.config import RunConfig, StageConfig, parse
+from megakd.config.parsing import parse
+from megakd.config.run import RunConfig
+from megakd.config.train import StageConfig
 from megakd.data.records import Batch
-from megakd.dist import World
 from megakd.engine.local import LocalEngine
 from megakd.models.offload import offload
 from megakd.models.tiny import tiny_moe_config
 from megakd.objectives.sar import SarDistillation
+from megakd.system.dist import World
+from megakd.train.build import build_engine
 
 TEMPERATURE, CAP = 2.0, 8 * 2**30
 FORMS = {  # with routers that learn; with the teacher's layers in CPU memory

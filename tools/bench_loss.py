@@ -21,9 +21,9 @@ from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
 from megakd.data.records import TeacherTargets
-from megakd.losses import fused
-from megakd.losses.distill import Stored, distill_loss
-from megakd.losses.fused import DenseTeacher, FusedHead, SparseTeacher
+from megakd.losses import head as fused
+from megakd.losses.head import DenseTeacher, FusedHead, SparseTeacher
+from megakd.losses.reference import Stored, distill_loss
 
 VOCABULARY, ENTRIES = 151_936, 64
 ALPHA, TEMPERATURE = 0.5, 2.0

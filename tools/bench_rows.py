@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from megakd.log import table
+from megakd.system.text import table
 
 
 class Row(NamedTuple):

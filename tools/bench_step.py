@@ -23,24 +23,25 @@ from bench_rows import Row
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from megakd.config import RunConfig, parse
+from megakd.config.parsing import parse
+from megakd.config.run import RunConfig
 from megakd.data import codec
 from megakd.data.batches import prefetch, to_device
-from megakd.data.book import build_book, save_book
+from megakd.data.codebook import build_book, save_book
 from megakd.data.records import IGNORED, Batch, Sample, TeacherTargets
 from megakd.data.shards import ShardSet, shard_name, summary_of, write_manifest, write_shard
-from megakd.dist import World, close_world, join_world, sum_over_ranks
 from megakd.engine.base import Engine
 from megakd.engine.checkpoint import Progress
 from megakd.engine.local import LocalEngine
 from megakd.engine.optim import build_optimizer
 from megakd.errors import UserError
-from megakd.feed import Step, stage_data
 from megakd.models.shared_core import PROJECTIONS, Form
 from megakd.models.student import student_config
 from megakd.models.tiny import tiny_moe_config
 from megakd.names import shipped
 from megakd.objectives.cached import CachedDistillation
+from megakd.system.dist import World, close_world, join_world, sum_over_ranks
+from megakd.train.data import Step, stage_data
 
 ENTRIES, TEMPERATURES, TEMPERATURE = 64, (1.0, 2.0), 2.0
 

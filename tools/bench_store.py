@@ -17,13 +17,13 @@ import pyarrow.parquet as pq
 import torch
 from bench_rows import Row
 
-from megakd.config import LogitsConfig
+from megakd.capture.targets import targets_from_logits
+from megakd.config.data import LogitsConfig
 from megakd.data import codec
-from megakd.data.book import build_book, save_book
+from megakd.data.codebook import build_book, save_book
 from megakd.data.records import Sample, TeacherTargets
 from megakd.data.shards import ShardSet, shard_name, summary_of, write_manifest, write_shard
-from megakd.log import Progress
-from megakd.models.teacher import targets_from_logits
+from megakd.system.logging import Progress
 
 LENGTH, TOP_K, DRAWS = 2048, 64, 50
 BOOK_POSITIONS = 4096  # 1024 with --quick
@@ -59,7 +59,7 @@ def synthetic_logits(positions: int, seed: int, vocabulary: int = SYNTHETIC_VOCA
 def real_logits(folder: Path, positions: int) -> Iterator[tuple[Any, Any]]:
     """(logits, next tokens) of a real model on real English: the docstrings of this Python."""
     from megakd.data.documents import python_documents
-    from megakd.data.tokens import load_tokenizer, vocabulary_size
+    from megakd.data.tokenizers import load_tokenizer, vocabulary_size
     from megakd.models.hub import load_model
 
     tokenizer, model = load_tokenizer(folder), load_model(folder, torch.bfloat16).eval()  # the dtype of its weights
@@ -344,7 +344,7 @@ def bench_store(quick: bool, real: Path | None) -> list[Row]:
     rows = []
     sources: dict[str, tuple[Any, int]] = {"synthetic": (lambda n: synthetic_logits(n, 0), SYNTHETIC_VOCABULARY)}
     if real:
-        from megakd.data.tokens import load_tokenizer, vocabulary_size
+        from megakd.data.tokenizers import load_tokenizer, vocabulary_size
 
         sources["real"] = (lambda n: real_logits(real, n), vocabulary_size(load_tokenizer(real)))
     for kind, (source, vocabulary) in sources.items():

@@ -11,10 +11,10 @@ import math
 import sys
 from typing import Any
 
-from megakd.files import read_json_lines
-from megakd.log import table
 from megakd.names import expand
-from megakd.terminal import accept_any_encoding
+from megakd.system.files import read_json_lines
+from megakd.system.terminal import accept_any_encoding
+from megakd.system.text import table
 
 NAMES = ("loss", "ce", "kl", "kl_t1", "lr")
 

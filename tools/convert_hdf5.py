@@ -39,10 +39,10 @@ from foreign_rows import Names, Row
 
 from megakd.data.shards import ShardSet
 from megakd.errors import UserError, listed
-from megakd.files import publishing, sha256
-from megakd.log import Progress
 from megakd.outputs import check_file
-from megakd.terminal import accept_any_encoding
+from megakd.system.files import publishing, sha256
+from megakd.system.logging import Progress
+from megakd.system.terminal import accept_any_encoding
 
 CHUNK_CACHE_BYTES = 1 << 30  # of a dataset whose chunks hold many windows, at most
 

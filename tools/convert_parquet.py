@@ -42,10 +42,10 @@ from megakd.data.folders import data_files
 from megakd.data.records import Sample
 from megakd.data.shards import ShardSet
 from megakd.errors import UserError, listed, reason
-from megakd.files import digest, publishing, sha256
-from megakd.log import Progress, say
 from megakd.outputs import check_file
-from megakd.terminal import accept_any_encoding
+from megakd.system.files import digest, publishing, sha256
+from megakd.system.logging import Progress, say
+from megakd.system.terminal import accept_any_encoding
 
 NAMES = Names("input_ids", "topk_ids", "topk_logprobs", "starts", "tail_logprob", "label_nll")
 GROUP_ENTRIES = 1 << 22  # of a row group: 32 MB before compression

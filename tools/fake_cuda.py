@@ -26,15 +26,16 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from megakd.config import LogitsConfig, ObjectiveConfig, OnlineConfig, SarConfig
+from megakd.capture.teacher import Teacher
+from megakd.config.data import LogitsConfig
+from megakd.config.objective import ObjectiveConfig, OnlineConfig, SarConfig
 from megakd.data.batches import collate, to_device
 from megakd.data.records import Batch, Paired, Sample, Side, TeacherTargets, with_rows
-from megakd.losses.fused import DenseTeacher
+from megakd.losses.head import DenseTeacher
 from megakd.models.memory import _grouped_mm
 from megakd.models.offload import _streamed
 from megakd.models.shared_core import PROJECTIONS, SharedCoreExperts, make_form
 from megakd.models.student import STUDENTS, student_config
-from megakd.models.teacher import Teacher
 from megakd.models.tiny import tiny_moe_config
 from megakd.objectives.cached import CachedDistillation
 from megakd.objectives.online import OnlineDistillation
@@ -207,7 +208,7 @@ def run_objective(make: Callable[[], nn.Module], batch: Callable[[], Batch], dty
 
 @contextmanager
 def _real() -> Iterator[None]:
-    """Ordinary tensors inside of the mode: models are built on the CPU, as `assemble.py` does."""
+    """Ordinary tensors inside of the mode: models are built on the CPU, as `train/build.py` does."""
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     with unset_fake_temporarily():

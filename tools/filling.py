@@ -8,11 +8,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from megakd.data.book import Book, save_book
+from megakd.data.codebook import Book, save_book
 from megakd.data.shards import finished, read_manifest, shard_name, summary_of, write_manifest
 from megakd.errors import UserError
-from megakd.log import Progress, say
 from megakd.outputs import check_place
+from megakd.system.logging import Progress, say
 
 Item = TypeVar("Item")
 

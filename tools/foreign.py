@@ -16,15 +16,15 @@ import numpy as np
 from filling import Plan, check_free, fill
 from foreign_rows import NONE, Names, Reading, Row, sample_of
 
-from megakd.config import DataConfig, LogitsConfig
+from megakd.config.data import DataConfig, LogitsConfig
 from megakd.data import codec
-from megakd.data.book import build_book
+from megakd.data.codebook import build_book
 from megakd.data.records import Sample, TeacherTargets
 from megakd.data.shards import ShardSet, layout_of, write_shard
-from megakd.data.tokens import bos_of, load_tokenizer, tokenizer_facts
+from megakd.data.tokenizers import bos_of, load_tokenizer, tokenizer_facts
 from megakd.errors import UserError
-from megakd.log import say
 from megakd.names import expand
+from megakd.system.logging import say
 
 BOOK_POSITIONS = 4096  # as in generate-logits
 PMIN, LEVELS, DTYPE = LogitsConfig().pmin, LogitsConfig().levels, LogitsConfig().dtype

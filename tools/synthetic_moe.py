@@ -23,15 +23,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megakd.data.tokens import load_tokenizer, vocabulary_size
+from megakd.data.tokenizers import load_tokenizer, vocabulary_size
 from megakd.errors import UserError
-from megakd.files import publishing
 from megakd.models.hub import copy_side_files, write_config, write_weights
 from megakd.models.shared_core import PROJECTIONS
 from megakd.models.spec import SPECS, MoESpec
 from megakd.names import expand
 from megakd.outputs import check_folder
-from megakd.terminal import accept_any_encoding
+from megakd.system.files import publishing
+from megakd.system.terminal import accept_any_encoding
 
 SHARD_BYTES = 256 * 2**20
 

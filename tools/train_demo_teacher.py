@@ -27,14 +27,15 @@ from transformers import Qwen3MoeForCausalLM
 
 from megakd.data.batches import collate
 from megakd.data.documents import held_out, python_documents
+from megakd.data.packing import pack
 from megakd.data.records import IGNORED, Sample
-from megakd.data.tokens import pack, vocabulary_size
+from megakd.data.tokenizers import vocabulary_size
 from megakd.errors import UserError
-from megakd.files import publishing
 from megakd.models.tiny import END_OF_DOCUMENT, tiny_moe_config, train_tokenizer
 from megakd.names import expand
 from megakd.outputs import check_folder, producing
-from megakd.terminal import accept_any_encoding
+from megakd.system.files import publishing
+from megakd.system.terminal import accept_any_encoding
 
 PACKAGES = ("torch", "transformers", "numpy", "sympy", "networkx", "scipy", "sklearn", "pandas", "matplotlib")
 MARK = "tools/train_demo_teacher.py"

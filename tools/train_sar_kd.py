@@ -50,13 +50,13 @@ from run_from_flags import (
     whole,
 )
 
-from megakd.config import SarConfig, parse
+from megakd.config.objective import SarConfig
+from megakd.config.parsing import parse
 from megakd.errors import UserError
-from megakd.files import resolve
-from megakd.log import say
 from megakd.models.hub import load_config
-from megakd.names import expand
-from megakd.terminal import accept_any_encoding
+from megakd.names import expand, resolve
+from megakd.system.logging import say
+from megakd.system.terminal import accept_any_encoding
 
 SCHEDULER, WARMUP_STEPS = "cosine", 100
 

@@ -45,15 +45,17 @@ from run_from_flags import (
     whole,
 )
 
-from megakd.config import DataConfig, RunConfig, parse
+from megakd.config.data import DataConfig
+from megakd.config.parsing import parse
+from megakd.config.run import RunConfig
 from megakd.data.documents import SUFFIXES, find_files, iter_documents
 from megakd.errors import UserError
-from megakd.files import digest, publishing, read_json, resolve
-from megakd.log import say
 from megakd.models.hub import empty_model
 from megakd.models.routing import describe, find_routers
-from megakd.names import expand
-from megakd.terminal import accept_any_encoding
+from megakd.names import expand, resolve
+from megakd.system.files import digest, publishing, read_json
+from megakd.system.logging import say
+from megakd.system.terminal import accept_any_encoding
 
 COMMENTS = ("_comment", "comment")
 

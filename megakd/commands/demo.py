@@ -17,12 +17,15 @@ import time
 from pathlib import Path
 
 from megakd.cli import run_verb
-from megakd.commands.evaluate import evaluate, quality_table
-from megakd.config import flatten, is_live, load_recipe
+from megakd.config.parsing import load_recipe
+from megakd.config.run import flatten, is_live
 from megakd.errors import UserError
-from megakd.log import clock, say
+from megakd.evals.evaluate import evaluate
 from megakd.names import expand, find_recipe, holds_run, model_folder
+from megakd.report.tables import quality_table
 from megakd.run import Run
+from megakd.system.logging import say
+from megakd.system.text import clock
 
 RECIPE = "demo"
 

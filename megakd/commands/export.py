@@ -17,39 +17,12 @@ examples:
 """
 
 import argparse
-import math
-from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from megakd.engine.checkpoint import BESIDE, best_weights, published
+from megakd.engine.checkpoint import best_weights, published
 from megakd.errors import UserError
-from megakd.evals.model_card import write_card
-from megakd.files import read_json, read_json_lines, resolve
-from megakd.identity import fingerprint, fingerprint_like
-from megakd.log import say, short
-from megakd.models.hub import (
-    Checkpoint,
-    cast,
-    copy_side_files,
-    is_student,
-    load_config,
-    write_config,
-    write_weights,
-)
-from megakd.models.router_update import UPDATE, TeacherRouters, read_update, write_update
-from megakd.models.shared_core import PROJECTIONS, dense_weight
-from megakd.models.spec import spec_for
-from megakd.models.student import stock_config
-from megakd.names import expand, model_folder
-from megakd.objectives.sar import SEPARATOR
-from megakd.outputs import producing
+from megakd.names import expand
 from megakd.run import Run
-
-MARK = "megakd export"
+from megakd.serve.export import export
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,128 +43,4 @@ def main(run: Run, args: argparse.Namespace) -> None:
             f"{source}: no model here; give --checkpoint RUN/checkpoints/STAGE/step-N, "
             f"or run: megakd compress {run.folder}"
         )
-    own = run.path("export-dense" if args.dense else "export")
-    target = args.out or own
-    check_inputs(run, source, target)
-    config = load_config(source)
-    dtype = getattr(torch, run.config.model.dtype)
-    with producing(target, MARK, args.force, own) as temporary:
-        if args.dense:
-            if not is_student(config):
-                raise UserError(f"{source}: model type {config.model_type!r} is stock already; export without --dense")
-            write_weights(temporary, finite(dense_tensors(Checkpoint(source), config, dtype), source))
-            config = stock_config(config)
-        else:
-            checkpoint = Checkpoint(source)
-            tensors = ((name, cast(name, checkpoint.tensor(name), dtype)) for name in checkpoint.files)
-            write_weights(temporary, finite(tensors, source))
-        config.dtype = dtype
-        write_config(temporary, config)
-        copy_side_files(source, temporary)
-        describe(run, source, temporary)
-        routers = write_routers(run, source, temporary / UPDATE) if run.config.objective.kind == "sar" else 0
-    size = sum(path.stat().st_size for path in target.glob("*.safetensors"))
-    run.record("export", folder=str(target), source=str(source))
-    say(f"{target}: {(config.architectures or ['?'])[0]}, {short(size)}B, from {source}")
-    if routers:
-        say(f"{target / UPDATE}: {routers} routers that learned, for {run.config.model.teacher}")
-
-
-def finite(tensors: Iterable[tuple[str, Tensor]], source: Path) -> Iterator[tuple[str, Tensor]]:
-    """The same (name, tensor) pairs; UserError at the first tensor that holds NaN or infinity in its new dtype."""
-    for name, tensor in tensors:
-        # NaN if an entry is; a sum over isfinite takes 50 times as long
-        if tensor.is_floating_point() and not all(map(math.isfinite, torch.aminmax(tensor))):
-            kind = str(tensor.dtype).removeprefix("torch.")
-            raise UserError(
-                f"{source}: {name} holds NaN or infinite values as {kind}; export another checkpoint (--checkpoint), "
-                "or try model.dtype=bfloat16 in a new run if they are too large for float16"
-            )
-        yield name, tensor
-
-
-def check_inputs(run: Run, source: Path, target: Path) -> None:
-    """UserError where an export would replace a model that it, or its run, is made from."""
-    student = Path(run.student_folder)
-    for used in (source, student, model_folder(run.config.model.teacher)):
-        if used is not None and target.resolve() == used.resolve():
-            raise UserError(f"{target}: is a model that {run.folder} is made from; name another place")
-
-
-def describe(run: Run, source: Path, folder: Path) -> None:
-    """Write the model card of a finished export."""
-    report = run.student_folder / "compress.json"
-    place = source.resolve()
-    measured = f"{place.parent.parent.name}/{place.parent.name}" if place.name == "weights" else "student-0"
-    write_card(
-        folder,
-        run.config.name,
-        read_json(report) if report.exists() else None,
-        read_json_lines(run.path("evals.jsonl"), "model"),
-        measured,
-        (run.student_folder, model_folder(run.config.model.teacher) or Path(run.config.model.teacher)),
-    )
-
-
-def write_routers(run: Run, source: Path, folder: Path) -> int:
-    """Write the routers that learned with the weights of `source` into the export; how many."""
-    checkpoint = source.parent
-    if source == run.student_folder or not (checkpoint / BESIDE).exists():
-        why = "the student was not trained" if source == run.student_folder else f"{checkpoint / BESIDE} is not there"
-        say(f"export: no router update: {why}")
-        return 0
-    model, sar = run.config.model, run.config.sar
-    source = resolve(model.teacher, model.revision)
-    begun = next((event["teacher"] for event in run.events("train") if "teacher" in event), None)
-    if begun and (now := fingerprint_like(begun, source)) != begun:
-        raise UserError(
-            f"{source}: its fingerprint is {now}, the routers learned in a teacher of {begun}; its weights or its "
-            "config.json were changed: restore them"
-        )
-    teacher = TeacherRouters(source, sar.router_patterns)
-    counts = ("initial_top_k", "final_top_k") if sar.routing == "top_m" else ()
-    facts = {
-        # a folder's name alone: where it lies is nobody else's business
-        "teacher": {
-            "id": expand(model.teacher).name if model_folder(model.teacher) else model.teacher,
-            "revision": model.revision,
-            "weights": fingerprint(source),
-        },
-        **sar.model_dump(mode="json", include={"routing", "router_patterns", *counts}),
-        "step": read_json(checkpoint / "progress.json")["step"],
-    }
-    write_update(folder, router_tensors(read_update(checkpoint / BESIDE)), teacher, facts)
-    return len(teacher.found)
-
-
-def router_tensors(beside: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of what the objective trains beside the student, the routers' tensors by their names in the teacher."""
-    parts = ((name.partition(".")[::2], tensor) for name, tensor in beside.items())
-    return {name.replace(SEPARATOR, "."): tensor for (kind, name), tensor in parts if kind == "routers"}
-
-
-def dense_tensors(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """The stock model's tensors, experts one by one as hubs store them; a layer's factors are in memory at a time."""
-    spec = spec_for(config, str(checkpoint.folder))
-    blocks = {f"model.layers.{i}.mlp.": i for i in spec.moe_layers(config)}
-    inside = ("experts.", "shared_core.", "dense_experts.")
-    for name in checkpoint.files:
-        if not any(name.startswith(block) and name.removeprefix(block).startswith(inside) for block in blocks):
-            yield spec.hub_name(name), cast(name, checkpoint.tensor(name), dtype)
-    for block, layer in blocks.items():
-        factors = {n.removeprefix(block): checkpoint.tensor(n) for n in checkpoint.files if n.startswith(block)}
-        exempt = config.dense_experts(layer)
-        for projection in PROJECTIONS:
-            for expert in range(spec.num_experts(config)):
-                name = spec.expert_name(layer, expert, projection)
-                if expert in exempt:
-                    yield name, kept_weight(factors, projection, exempt.index(expert)).to(dtype)
-                else:
-                    yield name, dense_weight(factors, projection, expert).to(dtype)
-
-
-def kept_weight(tensors: dict[str, Tensor], projection: str, slot: int) -> Tensor:
-    """One matrix of an expert that was kept dense."""
-    if projection == "down":
-        return tensors["dense_experts.down_proj"][slot]
-    return tensors["dense_experts.gate_up_proj"][slot].chunk(2)[projection == "up"]
+    export(run, source, args.out, args.dense, args.force)

@@ -12,9 +12,9 @@ examples:
 
 import argparse
 
-from megakd.effects import notices
-from megakd.log import say
+from megakd.config.effects import notices
 from megakd.run import Run
+from megakd.system.logging import say
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

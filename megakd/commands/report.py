@@ -12,12 +12,12 @@ examples:
 import argparse
 
 from megakd.errors import UserError
-from megakd.evals.report import PNG_MARK, evaluation_panels, render_report, training_panels, write_png
-from megakd.files import publishing, read_json, read_json_lines
-from megakd.log import say
 from megakd.names import expand
 from megakd.outputs import check_file
+from megakd.report.html import PNG_MARK, evaluation_panels, render_report, training_panels, write_png
 from megakd.run import Run
+from megakd.system.files import publishing, read_json, read_json_lines
+from megakd.system.logging import say
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

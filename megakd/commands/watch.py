@@ -13,28 +13,15 @@ examples:
 """
 
 import argparse
-import signal
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from threading import Event, Thread
-from types import FrameType
 
-from megakd.effects import check_evaluation
-from megakd.engine.checkpoint import best_file
-from megakd.evals.follow import Follower
+from megakd.config.effects import check_evaluation
 from megakd.evals.measure import Meter, raise_failures
-from megakd.files import read_json
-from megakd.log import clock, say
-from megakd.preflight import open_dataset
+from megakd.evals.watch import Stopped, raising_stopped, watch
+from megakd.evals.watcher import Follower
 from megakd.run import Run
-
-STOPPED = 85  # exit code: stopped by a signal, what is finished is kept; schedulers requeue on it
-
-
-class Stopped(BaseException):
-    """SIGTERM or SIGUSR1: nothing below may take it for an error."""
+from megakd.system.logging import say
+from megakd.system.signals import STOPPED
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,101 +40,3 @@ def main(run: Run, args: argparse.Namespace) -> None:
     except Stopped:
         say(f"watch: stopped by a signal; megakd watch {run.folder} goes on from here")
         sys.exit(STOPPED)
-
-
-def watch(run: Run, follower: Follower, once: bool = False, follow: bool = False) -> None:
-    """Evaluate what is there and what comes, oldest first, until training has ended and every checkpoint is settled."""
-    follower.scan()
-    follower.pin()  # of the lines that are there, maybe by another measure than before
-    if once:
-        for name in follower.pending():
-            if not follower.take(name):
-                say(f"watch: {name} is being evaluated by another process")
-        return
-    own, seconds, said = 0, 0.0, time.monotonic()
-    with scanning(follower, run.config.eval.poll_seconds) as check_scan:
-        while True:
-            check_scan()
-            start, waiting = time.monotonic(), follower.pending()
-            if any(follower.take(name) for name in waiting):
-                own, seconds, said = own + 1, seconds + time.monotonic() - start, time.monotonic()
-                say(progress(run, follower, seconds / own))
-            elif not waiting and not follow and ended(run, follower):
-                break
-            else:
-                if time.monotonic() - said > 60:
-                    said = time.monotonic()
-                    first = next(iter(waiting), None)
-                    say(f"watch: another process is at {first}" if first else "watch: waiting for a checkpoint")
-                time.sleep(min(run.config.eval.poll_seconds, 1.0))
-    file = best_file(run.path("checkpoints"))
-    if file.exists():
-        best = read_json(file)
-        say(f"watch: the best by {best['metric']} is {best['model']}, {best['value']:.4g}: {file}")
-    if run.config.log.wandb == "online":  # two processes that send to one run at once lose lines (log_evaluation)
-        say(f"watch: to send the curves to W&B, when training has ended: cd {run.path('watch')} && wandb sync")
-
-
-def progress(run: Run, follower: Follower, seconds: float) -> str:
-    """`watch  3/12 checkpoints  25%  1 waits  ETA 6:09`; seconds: what one takes; the ETA is without training's own."""
-    done, waiting = len(follower.lines().keys() | follower.settled()), len(follower.pending())
-    every = run.config.checkpoint.every_steps
-    total = max(sum(-(-steps // every) for steps in stage_steps(run)), done + waiting)
-    left = clock(seconds * (total - done))
-    return f"watch  {done}/{total} checkpoints  {done / total:4.0%}  {waiting} waiting  ETA {left}"
-
-
-def ended(run: Run, follower: Follower) -> bool:
-    """Whether the last checkpoint of the last stage is settled, and every one that is there."""
-    settled = follower.lines().keys() | follower.settled()
-    last = f"{run.config.stages[-1].name}/step-{sum(stage_steps(run)):06d}"
-    return last in settled and follower.published().keys() <= settled
-
-
-def stage_steps(run: Run) -> list[int]:
-    """How many steps each stage takes; passes over the training samples count those that the capture lists."""
-    stages = run.config.stages
-    windows = len(open_dataset(run)) if any(stage.epochs is not None for stage in stages) else None
-    return [run.config.steps_of(stage, windows) for stage in stages]
-
-
-@contextmanager
-def scanning(follower: Follower, seconds: float) -> Iterator[Callable[[], None]]:
-    """Scan in a thread, so that rotation takes nothing while a checkpoint is measured; gives what raises its error."""
-    stop, errors = Event(), []
-
-    def scan() -> None:
-        while not stop.wait(seconds):
-            try:
-                follower.scan()
-            except BaseException as error:  # handed over, not handled
-                errors.append(error)
-                return
-
-    def check() -> None:
-        if errors:
-            raise errors[0]
-
-    thread = Thread(target=scan, name="scan", daemon=True)
-    thread.start()
-    try:
-        yield check
-    finally:
-        stop.set()
-        thread.join(10)
-
-
-@contextmanager
-def raising_stopped() -> Iterator[None]:
-    """SIGTERM and SIGUSR1 raise Stopped, at once: pieces of an evaluation outlive it."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise Stopped
-
-    numbers = (signal.SIGTERM, signal.SIGUSR1)
-    before = {number: signal.signal(number, stop) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

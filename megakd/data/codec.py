@@ -32,8 +32,8 @@ from typing import NamedTuple
 import numpy as np
 import zstandard
 
-from megakd.data import codec_kernels as kernels
-from megakd.data.book import MAX_WIDTH, Book
+from megakd.data import kernels as kernels
+from megakd.data.codebook import MAX_WIDTH, Book
 from megakd.data.records import Sample, TeacherTargets
 
 NAME = "mkd-3"

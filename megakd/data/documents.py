@@ -22,8 +22,8 @@ import zstandard
 
 from megakd.data.folders import Listing, data_files, sort_out
 from megakd.errors import UserError, foreign, listed, reason
-from megakd.files import digest
-from megakd.log import say
+from megakd.system.files import digest
+from megakd.system.logging import say
 
 SUFFIXES = (".parquet", ".jsonl.gz", ".jsonl.zst", ".jsonl", ".txt")  # of one file in several, the first is read
 BOM = "\ufeff"

@@ -25,10 +25,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megakd.data import codec
-from megakd.data.book import load_book
+from megakd.data.codebook import load_book
 from megakd.data.records import Sample, TeacherTargets
 from megakd.errors import UserError
-from megakd.files import publishing, read_sealed, sha256, write_sealed
+from megakd.system.files import publishing, read_sealed, sha256, write_sealed
 
 BLOCK = tarfile.BLOCKSIZE
 OPEN_FILES = 512  # at once; half of what a process may usually have

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megakd.files import digest
+from megakd.system.files import digest
 
 
 class Stream:

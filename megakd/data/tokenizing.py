@@ -19,7 +19,7 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import TYPE_CHECKING, NamedTuple
 
-from megakd.data.tokens import load_tokenizer
+from megakd.data.tokenizers import load_tokenizer
 from megakd.errors import UserError
 
 if TYPE_CHECKING:

@@ -19,13 +19,13 @@ from typing import NamedTuple
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megakd.dist import World, barrier, gather, sum_over_ranks
 from megakd.engine.base import Engine
 from megakd.engine.guard import Health
 from megakd.errors import UserError
-from megakd.files import read_json, remove, swap, sync, write_json
-from megakd.log import say
 from megakd.models.hub import write_weights
+from megakd.system.dist import World, barrier, gather, sum_over_ranks
+from megakd.system.files import read_json, remove, swap, sync, write_json
+from megakd.system.logging import say
 
 BESIDE = "beside.safetensors"
 REPLACED = ".replaced"  # ends the name of a checkpoint while another takes its place

@@ -21,16 +21,16 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from torch import Tensor, nn
 
-from megakd.dist import World, barrier, sum_over_ranks
 from megakd.engine.base import Accept, Carried, StepReport, always, saved_buffers
-from megakd.engine.border import hand_over, local_gradient, masters, set_update_counts, take_over, update_counts
+from megakd.engine.carry_over import hand_over, local_gradient, masters, set_update_counts, take_over, update_counts
 from megakd.engine.checkpoint import LAYOUT, elastic
 from megakd.engine.guard import GRADIENT, REJECTED, SCALE
 from megakd.engine.norms import Sums, grad_squares, named, update_squares
 from megakd.engine.optim import set_learning_rate
 from megakd.errors import UserError
-from megakd.files import read_json, remove, write_json
-from megakd.log import say
+from megakd.system.dist import World, barrier, sum_over_ranks
+from megakd.system.files import read_json, remove, write_json
+from megakd.system.logging import say
 
 TAG, UNIVERSAL = "state", "universal"
 

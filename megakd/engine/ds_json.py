@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from megakd.config import RunConfig
+from megakd.config.run import RunConfig
 from megakd.errors import UserError
 
 # DeepSpeed key → the run's field that decides it. A file may say "auto" there, as Hugging Face users write.

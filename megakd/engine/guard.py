@@ -4,7 +4,7 @@ import math
 import statistics
 from typing import NamedTuple
 
-from megakd.config import GuardConfig
+from megakd.config.train import GuardConfig
 
 REJECTED, GRADIENT, SCALE = "rejected", "its gradient is not finite", "its gradient left float16's range"
 FEWEST = 8  # losses before one of them can be called a spike

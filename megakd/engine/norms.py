@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megakd.dist import sum_tensor_over_ranks
+from megakd.system.dist import sum_tensor_over_ranks
 
 
 class Sums:

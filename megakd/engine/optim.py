@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from megakd.config import LrRule, OptimConfig
+from megakd.config.train import LrRule, OptimConfig
 from megakd.errors import UserError
 
 

@@ -15,26 +15,27 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from megakd.config import HIGHER_IS_BETTER
+from megakd.config.train import HIGHER_IS_BETTER
 from megakd.data.records import Batch
 from megakd.data.shards import ShardSet, read_manifest
-from megakd.data.tokens import load_tokenizer, pair_bos, tokenizer_facts, vocabulary_size
-from megakd.dist import read_world
+from megakd.data.tokenizers import load_tokenizer, pair_bos, tokenizer_facts, vocabulary_size
 from megakd.engine.checkpoint import BESIDE, Progress
 from megakd.errors import UserError
 from megakd.evals.attention import attention_overlap
-from megakd.evals.harness import Harness, flat, metric_value
-from megakd.evals.quality import Quality, Tokenizers, evaluate_model
+from megakd.evals.holdout import Quality, Tokenizers, evaluate_model
 from megakd.evals.routers import RouterStatistics
-from megakd.files import digest, read_json, resolve, write_json
-from megakd.log import say
+from megakd.evals.tasks import Harness, flat, metric_value
 from megakd.models.hub import load_model
 from megakd.models.isolation import check_config, check_model, packing_of
 from megakd.models.routing import Router, choices, copies, find_routers, in_place_of
 from megakd.models.tables import check_tables
+from megakd.names import resolve
 from megakd.objectives.heads import OtherLogits
 from megakd.objectives.sar import SEPARATOR
 from megakd.run import Run
+from megakd.system.dist import read_world
+from megakd.system.files import digest, read_json, write_json
+from megakd.system.logging import say
 
 COMPARING = ("kl", "top1", "topk")  # those of them that need the teacher's targets
 TEACHER = ("teacher_nll", "teacher_perplexity", "teacher_kl")  # of the teacher with a checkpoint's routers

@@ -13,13 +13,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megakd.dist import read_world
 from megakd.errors import UserError, foreign
-from megakd.files import write_json
 from megakd.identity import INDEX, WEIGHTS, stored_tensors, tensor_hash
-from megakd.log import say
 from megakd.models.spec import MoESpec, outside
 from megakd.outputs import MARKER
+from megakd.system.dist import read_world
+from megakd.system.files import write_json
+from megakd.system.logging import say
 
 SHARD_BYTES = 2 * 2**30
 CODE = ("shared_core.py", "student.py")  # what a student's folder needs to be loaded without MegaKD

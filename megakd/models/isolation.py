@@ -10,6 +10,7 @@ B sequences, F tokens of a first document, S tokens of a second one, D hidden.
 import copy
 import json
 import math
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -200,3 +201,11 @@ def _strides(shape: torch.Size) -> list[int]:
         return [1] * len(shape)
     rows = shape[-1] if len(shape) > 2 or shape.numel() <= CONTIGUOUS else 1
     return [*[1] * (len(shape) - 2), rows, 1]
+
+
+def check_packing(facts: dict[str, Any], packing: Packing, place: Path) -> None:
+    """UserError when sequences were not made as `data.packing` says."""
+    if (made := packing_of(facts)) != packing:
+        raise UserError(
+            f"{place}: its sequences are {made}, data.packing is {packing}; run: megakd tokenize in a new run"
+        )

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megakd.errors import UserError
-from megakd.files import read_json, write_json
 from megakd.models.hub import Checkpoint, empty_model
 from megakd.models.routing import find_routers
+from megakd.system.files import read_json, write_json
 
 UPDATE, FACTS = "router_update", "router_update.json"
 

@@ -4,9 +4,9 @@ from typing import Any
 
 from torch import nn
 
-from megakd.dist import read_world
 from megakd.errors import UserError
-from megakd.log import say
+from megakd.system.dist import read_world
+from megakd.system.logging import say
 
 SPARE = 8  # rows that a table of positions may have beyond max_position_embeddings: OPT's has 2
 

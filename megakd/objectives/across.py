@@ -8,8 +8,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from megakd.data.records import IGNORED, Paired, Rows, Side, labelled, scored_spans
-from megakd.losses.fused import FusedHead
-from megakd.losses.live import label_logprobs
+from megakd.losses.head import FusedHead
+from megakd.losses.online import label_logprobs
 from megakd.losses.spans import span_logprobs
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from megakd.config import ObjectiveConfig
+from megakd.config.objective import ObjectiveConfig
 from megakd.data.records import Batch, Side
 from megakd.errors import UserError
 from megakd.losses.divergence import Divergence

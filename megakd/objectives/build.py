@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from megakd.config import RunConfig
+from megakd.config.run import RunConfig
 from megakd.objectives.base import Objective
 from megakd.objectives.cached import CachedDistillation
 from megakd.objectives.online import OnlineDistillation

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from megakd.config import ObjectiveConfig
+from megakd.config.effects import check_targets
+from megakd.config.objective import ObjectiveConfig
 from megakd.data.records import Batch, TeacherTargets, labelled
-from megakd.effects import check_targets
 from megakd.errors import UserError
-from megakd.losses.distill import Stored
-from megakd.losses.fused import FusedHead, SparseTeacher
+from megakd.losses.head import FusedHead, SparseTeacher
+from megakd.losses.reference import Stored
 from megakd.objectives.base import LossReport, Objective
 
 

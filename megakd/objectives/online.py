@@ -12,18 +12,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from megakd.config import ObjectiveConfig, OnlineConfig
+from megakd.config.objective import ObjectiveConfig, OnlineConfig
 from megakd.data.records import IGNORED, Batch, Paired, Rows, Side, labelled, shared_spans
-from megakd.dist import sum_over_ranks
-from megakd.losses.fused import FusedHead
+from megakd.losses.head import FusedHead
 from megakd.losses.hidden import attention_loss, contrastive_loss, feature_loss, gap_weights, layer_map
-from megakd.losses.live import live_loss
+from megakd.losses.online import live_loss
 from megakd.losses.spans import span_attention, span_likelihoods, span_means, span_sizes
 from megakd.models.routing import Router, find_routers, scheduled, weighed
 from megakd.objectives.across import span_scores
 from megakd.objectives.base import LossReport, Objective, check_spans, projection
 from megakd.objectives.cached import fused_head
 from megakd.objectives.sar import kl_each
+from megakd.system.dist import sum_over_ranks
 
 KEEP = 0.9  # of what was remembered, each step
 

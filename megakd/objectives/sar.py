@@ -11,18 +11,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megakd.config import ObjectiveConfig, SarConfig
+from megakd.config.objective import ObjectiveConfig, SarConfig
 from megakd.data.records import IGNORED, Batch, Paired, Side, labelled, shared_spans
-from megakd.dist import sum_over_ranks
 from megakd.errors import UserError
-from megakd.losses.fused import FusedHead
-from megakd.losses.live import kl_rows, live_loss
+from megakd.losses.head import FusedHead
+from megakd.losses.online import kl_rows, live_loss
 from megakd.losses.router import anchor, load_balance, routing_entropy
 from megakd.losses.spans import span_feature_loss, span_likelihood_loss, span_means
-from megakd.models.routing import Choice, Router, choices, copies, find_routers, in_place_of, learns_nothing, scheduled
+from megakd.models.routing import (
+    Choice,
+    Router,
+    choices,
+    copies,
+    find_routers,
+    in_place_of,
+    learns_nothing,
+    scheduled,
+)
 from megakd.objectives.across import per_token, span_scores
 from megakd.objectives.base import LossReport, Objective, check_spans, last_hidden, projection
 from megakd.objectives.cached import fused_head
+from megakd.system.dist import sum_over_ranks
 
 SEPARATOR = ":"
 ROWS = 256  # of logits at once, where no gradient is needed

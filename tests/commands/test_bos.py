@@ -8,10 +8,10 @@ import pytest
 
 from megakd.cli import run_verb
 from megakd.data.shards import ShardSet
-from megakd.data.tokens import bos_of, check_bos, load_tokenizer, pair_bos
+from megakd.data.tokenizers import bos_of, check_bos, load_tokenizer, pair_bos
 from megakd.errors import UserError
-from megakd.files import write_sealed
 from megakd.run import Run
+from megakd.system.files import write_sealed
 from tests.conftest import begin_texts_with_bos
 
 

@@ -8,9 +8,9 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from megakd.files import read_json, read_json_lines, write_json
 from megakd.identity import fingerprint
 from megakd.models.hub import CODE, copy_side_files, load_model
+from megakd.system.files import read_json, read_json_lines, write_json
 from tests.conftest import files, in_process
 from tests.objectives.sar import sar_recipe
 

@@ -12,15 +12,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megakd import cli, preflight
-from megakd.commands import generate_logits
+from megakd import cli
+from megakd.capture import pipeline as capture_pipeline
 from megakd.data.records import Sample
 from megakd.data.shards import ShardSet, shard_name, write_shard
 from megakd.errors import UserError
-from megakd.files import read_json, write_json
 from megakd.identity import fingerprint, sampled_files
-from megakd.log import clock as in_words
 from megakd.run import Run
+from megakd.system.files import read_json, write_json
+from megakd.system.text import clock as in_words
+from megakd.train import checks
 from tests.conftest import files
 
 
@@ -92,7 +93,7 @@ def test_a_worker_that_comes_late_takes_back_nothing(empty, prepared, monkeypatc
     """Between another's look at the shards and what it writes of them, this one may finish all and say so."""
     megakd("generate-logits", empty.folder, "--part", "0/2")
     path = empty.path("data", "logits", "train", "manifest.json")
-    written, original = path.stat().st_ino, generate_logits.write_manifest
+    written, original = path.stat().st_ino, capture_pipeline.write_manifest
     megakd("generate-logits", empty.folder, "--part", "0/2")
     assert path.stat().st_ino == written  # what says so already stays
 
@@ -101,7 +102,7 @@ def test_a_worker_that_comes_late_takes_back_nothing(empty, prepared, monkeypatc
         if complete:
             original(folder, facts, shards, complete=False)
 
-    monkeypatch.setattr(generate_logits, "write_manifest", then_late)
+    monkeypatch.setattr(capture_pipeline, "write_manifest", then_late)
     megakd("generate-logits", empty.folder)
     monkeypatch.undo()
     megakd("generate-logits", empty.folder, "--part", "0/2")  # the late one, at its end
@@ -151,7 +152,7 @@ def test_progress_of_six_workers_counts_every_shard_once(tmp_path, monkeypatch):
             write_shard(tmp_path, name, taken, {"a": 1})
 
     shares = [[name for name in list(sizes)[w::6] if name not in done] for w in range(6)]
-    watches = [generate_logits._Watch("x", tmp_path, {"a": 1}, plan, done, set(share)) for share in shares]
+    watches = [capture_pipeline._Watch("x", tmp_path, {"a": 1}, plan, done, set(share)) for share in shares]
     assert [watch.progress.done for watch in watches] == [30] * 6
     left = {w: work(watches[w], shares[w]) for w in range(6)}
     shown = [30.0] * 6
@@ -263,13 +264,13 @@ def test_a_teacher_whose_config_is_edited_in_mid_capture_is_refused(recipe, teac
 
 def test_a_teacher_edited_while_it_is_loaded_is_refused(recipe, teacher, prepared, tmp_path, monkeypatch):
     run, config = run_of_a_copy(recipe, teacher, prepared, tmp_path)
-    real = generate_logits.load_model
+    real = capture_pipeline.load_model
 
     def edit_and_load(*args):
         write_json(config, read_json(config) | {"num_experts_per_tok": 1})
         return real(*args)
 
-    monkeypatch.setattr(generate_logits, "load_model", edit_and_load)
+    monkeypatch.setattr(capture_pipeline, "load_model", edit_and_load)
     with pytest.raises(UserError, match=r"its weights or its config\.json were changed"):
         megakd("generate-logits", run.folder)
     assert not list(run.path("data").rglob("logits/*/*.tar"))
@@ -279,7 +280,7 @@ def test_a_capture_begun_by_an_older_version_goes_on(recipe, teacher, prepared, 
     """Its fingerprint is an old one, not another teacher's; and its logits train a student with a new one."""
     run, config = run_of_a_copy(recipe, teacher, prepared, tmp_path)
     with monkeypatch.context() as old:
-        old.setattr(generate_logits, "fingerprint", sampled_files)
+        old.setattr(capture_pipeline, "fingerprint", sampled_files)
         megakd("generate-logits", run.folder, "--max-tokens", 2000)
     done = stored(run)
     megakd("generate-logits", run.folder)
@@ -289,9 +290,9 @@ def test_a_capture_begun_by_an_older_version_goes_on(recipe, teacher, prepared, 
     assert {name for name in done if name.endswith(".tar") and after[name] == done[name]}
     made = {"id": str(config.parent), "revision": None}
     new = {**made, "weights": fingerprint(config.parent)}
-    assert preflight._same_by_old_fingerprints({**made, "weights": weights}, new)
+    assert checks._same_by_old_fingerprints({**made, "weights": weights}, new)
     write_json(config, read_json(config) | {"num_experts_per_tok": 1})
-    assert not preflight._same_by_old_fingerprints({**made, "weights": weights}, new)
+    assert not checks._same_by_old_fingerprints({**made, "weights": weights}, new)
 
 
 def test_a_family_without_expert_parallel_preset_is_told_what_to_set(recipe, teacher, tmp_path):

@@ -10,8 +10,8 @@ import pytest
 from megakd import cli
 from megakd.data.shards import ShardSet, layout_of, summary_of, write_manifest, write_shard
 from megakd.errors import UserError
-from megakd.files import read_json
 from megakd.run import Run
+from megakd.system.files import read_json
 from tests.objectives.sar import sar_recipe
 
 HEAD = r"after '.*?' comes '.*?' \(NLL (\d+\.\d\d)\); the teacher says (.*), …; (\S+)% outside the (\d+) stored"

@@ -19,16 +19,16 @@ from transformers import (
 )
 
 from megakd import cli
-from megakd.commands.inspect import tensor_sizes
+from megakd.compress.predict import measure
 from megakd.errors import UserError
-from megakd.evals.expert_report import MARK, measure_projection, norms_and_cosines, singular_values
-from megakd.files import read_json, write_json
 from megakd.models.hub import INDEX, WEIGHTS, Checkpoint, write_config, write_weights
-from megakd.models.predict import measure
 from megakd.models.shared_core import PROJECTIONS, SHAPES
 from megakd.models.spec import SPECS
 from megakd.models.tiny import tiny_moe_config
 from megakd.outputs import check_file
+from megakd.report.describe import tensor_sizes
+from megakd.report.experts import MARK, measure_projection, norms_and_cosines, singular_values
+from megakd.system.files import read_json, write_json
 
 COMMON: dict[str, Any] = {"vocab_size": 64, "hidden_size": 20, "num_attention_heads": 4, "num_key_value_heads": 2}
 COMMON |= {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}
@@ -166,7 +166,7 @@ def test_numbers_are_those_of_slow_references():
 def test_cosines_do_not_depend_on_how_rows_are_cut(monkeypatch):
     weights = experts_of("qwen3_moe", 1, "up").bfloat16()
     norms, cosines = norms_and_cosines(weights)
-    monkeypatch.setattr("megakd.evals.expert_report.ROW_CHUNK", 7 * 6 * 20)
+    monkeypatch.setattr("megakd.report.experts.ROW_CHUNK", 7 * 6 * 20)
     again = norms_and_cosines(weights)
     assert torch.allclose(norms, again[0], rtol=1e-6) and torch.allclose(cosines, again[1], atol=1e-6)
     assert torch.allclose(cosines.diagonal(), torch.ones(6, dtype=torch.float64))

@@ -12,20 +12,22 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
-from megakd.assemble import build_engine
-from megakd.commands import plan
-from megakd.commands.plan import full_batch, training_peak
-from megakd.config import OptimConfig, RunConfig, load_recipe
+from megakd.config.parsing import load_recipe
+from megakd.config.run import RunConfig
+from megakd.config.train import OptimConfig
 from megakd.data.batches import to_device
 from megakd.data.records import Batch
-from megakd.dist import World
 from megakd.models.memory import Peak
 from megakd.models.offload import offload, offloaded
 from megakd.models.shared_core import PROJECTIONS, Form
 from megakd.models.student import student_config as shared_core_config
 from megakd.models.tiny import tiny_moe_config
 from megakd.objectives.build import build
+from megakd.report import plan
 from megakd.run import Run
+from megakd.system.dist import World
+from megakd.train.build import build_engine
+from megakd.train.memory import full_batch, training_peak
 from tests.conftest import ROOT, in_process
 from tests.models.students import make_model
 from tests.objectives.sar import sar_recipe

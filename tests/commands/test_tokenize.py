@@ -17,15 +17,16 @@ import pyarrow.parquet
 import pytest
 
 from megakd.commands import tokenize
+from megakd.data import pipeline as token_pipeline
 from megakd.data.batches import collate
 from megakd.data.documents import held_out, python_documents
 from megakd.data.records import Sample
 from megakd.data.shards import ShardSet
-from megakd.data.tokens import load_tokenizer
+from megakd.data.tokenizers import load_tokenizer
 from megakd.errors import UserError
-from megakd.files import write_sealed
 from megakd.models.tiny import END_OF_DOCUMENT, train_tokenizer
 from megakd.run import Run
+from megakd.system.files import write_sealed
 from tests.conftest import begin_texts_with_bos, command, files, megakd
 
 FRACTION = 0.1
@@ -140,7 +141,7 @@ def test_a_killed_worker_costs_no_finished_shard_and_three_go_on(undisturbed, re
     """Killed while a shard is half written; then with another number of workers to the same bytes."""
     run = Run.create(recipe_of_text, ["data.workers=1"], tmp_path / "run")
     tokens = run.path("data", "tokens")
-    write_shard = tokenize.write_shard
+    write_shard = token_pipeline.write_shard
 
     def killing(folder: Path, name: str, samples: Iterable[Sample], *rest: Any, **named: Any) -> Any:
         def dying() -> Iterator[Sample]:
@@ -152,7 +153,7 @@ def test_a_killed_worker_costs_no_finished_shard_and_three_go_on(undisturbed, re
 
         return write_shard(folder, name, dying(), *rest, **named)
 
-    monkeypatch.setattr(tokenize, "write_shard", killing)
+    monkeypatch.setattr(token_pipeline, "write_shard", killing)
     with pytest.raises(UserError, match=r"worker 1 of 1 was killed by SIGKILL"):
         tokenize.main(run, Namespace())
     monkeypatch.undo()
@@ -162,14 +163,14 @@ def test_a_killed_worker_costs_no_finished_shard_and_three_go_on(undisturbed, re
     assert {name for name in before if name.startswith("train")} >= {"train/shard-00001.json", "train/shard-00001.tar"}
     assert before.items() <= expected.items()  # whole files only
 
-    seen: list[tokenize.Progress] = []
+    seen: list[token_pipeline.Progress] = []
 
-    class Watched(tokenize.Progress):
+    class Watched(token_pipeline.Progress):
         def __init__(self, *arguments: Any, **named: Any):
             super().__init__(*arguments, **named)
             seen.append(self)
 
-    monkeypatch.setattr(tokenize, "Progress", Watched)
+    monkeypatch.setattr(token_pipeline, "Progress", Watched)
     tokenize.main(Run.open(run.folder, ["data.workers=3"]), Namespace())
     assert files(tokens) == expected
     (progress,) = seen  # the hold-out was finished
@@ -238,14 +239,14 @@ def test_other_files_in_the_source_are_refused_whether_finished_or_not(
     fineweb, recipe_of_text, tmp_path, monkeypatch, change
 ):
     source, run = copied(fineweb, recipe_of_text, tmp_path)
-    write_shard = tokenize.write_shard
+    write_shard = token_pipeline.write_shard
 
     def dies(folder: Path, name: str, *rest: Any, **named: Any) -> Any:
         if (folder.name, name) == ("train", "shard-00002"):
             raise KeyboardInterrupt
         return write_shard(folder, name, *rest, **named)
 
-    monkeypatch.setattr(tokenize, "write_shard", dies)
+    monkeypatch.setattr(token_pipeline, "write_shard", dies)
     with pytest.raises(KeyboardInterrupt):
         tokenize.main(run, Namespace())
     monkeypatch.undo()
@@ -257,7 +258,7 @@ def test_other_files_in_the_source_are_refused_whether_finished_or_not(
             rf"/{part}: was made from 4 files of [0-9,]+ bytes \(.*\), data.source {source} has .* delete {tokens} and"
         )
         with pytest.raises(UserError, match=match):
-            tokenize._tokenize_part(run, part, 10**8, load_tokenizer(teacher), teacher)
+            token_pipeline.tokenize_part(run, part, 10**8, load_tokenizer(teacher), teacher)
         assert files(tokens) == before
     shutil.rmtree(source)
     aside.rename(source)
@@ -296,7 +297,7 @@ def test_a_source_whose_packed_documents_changed_is_refused(recipe_of_text, text
 
 def interrupted(monkeypatch: pytest.MonkeyPatch, run: Run, shard: str) -> None:
     """Tokenize as if killed when the train part begins that shard."""
-    write_shard = tokenize.write_shard
+    write_shard = token_pipeline.write_shard
 
     def dies(folder: Path, name: str, *rest: Any, **named: Any) -> Any:
         if (folder.name, name) == ("train", shard):
@@ -304,7 +305,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, run: Run, shard: str) -> None:
         return write_shard(folder, name, *rest, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tokenize, "write_shard", dies)
+        patch.setattr(token_pipeline, "write_shard", dies)
         with pytest.raises(KeyboardInterrupt):
             tokenize.main(run, Namespace())
 
@@ -320,7 +321,7 @@ def test_a_hub_set_with_empty_rows_is_resumed_at_its_commit(recipe_of_text, text
 
     commits = iter(["a" * 40, "a" * 40, "b" * 40])
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(tokenize, "hub_commit", lambda source, revision: next(commits))
+    monkeypatch.setattr(token_pipeline, "hub_commit", lambda source, revision: next(commits))
     whole = Run.create(recipe_of_text, ["data.source=some/set"], tmp_path / "whole")
     tokenize.main(whole, Namespace())
     run = Run.create(recipe_of_text, ["data.source=some/set"], tmp_path / "run")
@@ -404,7 +405,7 @@ def test_shards_from_before_bos_was_a_fact_stay_without_it(with_bos, tmp_path, c
     for path in run.path("data", "tokens").rglob("*.json"):
         value = json.loads(path.read_text())
         del value["facts"]["bos"], value["seal"]
-        write_sealed(path, value)
+        write_sealed(path, value, compact=path.name != "manifest.json")
     old = files(run.path("data", "tokens"))
     config = json.loads((run.folder / "config.json").read_text())
     del config["data"]["bos"], config["data"]["revision"]

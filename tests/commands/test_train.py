@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file
 
 from megakd import cli
-from megakd.assemble import build_objective
 from megakd.data.batches import collate
 from megakd.data.shards import ShardSet
 from megakd.data.stream import Stream
 from megakd.errors import UserError
 from megakd.run import Run
+from megakd.train.build import build_objective
 from tests.conftest import metrics, run_ranks
 
 Make = Callable[..., Run]

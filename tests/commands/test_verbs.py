@@ -101,9 +101,9 @@ def test_inspect_shows_rules_shards_and_checkpoints(trained):
 def test_plan_counts_what_compress_makes(trained):
     from safetensors.torch import load_file
 
-    from megakd.commands.plan import sizes
-    from megakd.log import short
+    from megakd.report.plan import sizes
     from megakd.run import Run
+    from megakd.system.text import short
 
     student = sum(t.numel() for t in load_file(trained / "student-0" / "model.safetensors").values())
     assert short(student) in dict(sizes(Run.open(trained)))["student"]
@@ -114,8 +114,8 @@ def test_plan_knows_qwen3_30b_a3b():
     """At rank 64: 75.5 and 22.8 MFLOP a layer (docs/compression.md), 5 core-hours of 20 sweeps, 3 GB as measured."""
     from transformers import Qwen3MoeConfig
 
-    from megakd.commands.plan import expert_flops, fit_costs
-    from megakd.config import CompressConfig
+    from megakd.config.model import CompressConfig
+    from megakd.report.plan import expert_flops, fit_costs
 
     config = Qwen3MoeConfig(hidden_size=2048, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8)
     flops = expert_flops(config, CompressConfig(), "here")
@@ -138,8 +138,8 @@ def test_plan_knows_qwen3_30b_a3b():
     ],
 )
 def test_plan_counts_the_tasks_of_compress(changes, prepared, tmp_path):
-    from megakd.commands.compress import open_job, tasks
-    from megakd.commands.plan import compression
+    from megakd.compress.pipeline import open_job, tasks
+    from megakd.report.plan import compression
     from megakd.run import Run
 
     run = Run.create(prepared, changes, tmp_path / "run")

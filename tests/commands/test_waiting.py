@@ -15,13 +15,13 @@ import pytest
 import torch
 
 from megakd import cli
-from megakd.commands.train import in_step
 from megakd.data.shards import ShardSet
 from megakd.data.stream import shards_digest
-from megakd.dist import World
 from megakd.errors import UserError
-from megakd.files import read_json, read_json_lines
 from megakd.run import Run
+from megakd.system.dist import World
+from megakd.system.files import read_json, read_json_lines
+from megakd.train.loop import in_step
 from tests.conftest import command, metrics
 
 Make = Callable[..., Run]

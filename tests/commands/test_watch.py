@@ -22,20 +22,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import megakd.evals.follow
+import megakd.evals.watcher
 from megakd.cli import run_verb
-from megakd.commands.watch import stage_steps
 from megakd.engine.checkpoint import best_weights, published, rotate
 from megakd.errors import UserError
-from megakd.evals.follow import Follower, hold
-from megakd.evals.harness import Harness
 from megakd.evals.measure import Meter
-from megakd.log import wandb_id
-from megakd.preflight import open_dataset
+from megakd.evals.tasks import Harness
+from megakd.evals.watch import stage_steps
+from megakd.evals.watcher import Follower, hold
 from megakd.run import Run
-from megakd.tasks import claimed
+from megakd.system.tasks import claimed
+from megakd.tracking import wandb_id
+from megakd.train.checks import open_dataset
 from tests.conftest import ROOT, command, kill_when
-from tests.evals.test_harness import write_tasks
+from tests.evals.test_tasks import write_tasks
 
 NAMES = ["experts/step-000003", "experts/step-000004", "all/step-000007", "all/step-000010"]
 
@@ -205,16 +205,16 @@ def test_pieces_outlive_a_kill(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize("place", ["log_evaluation", "append_json"])
 def test_a_kill_around_the_line_repeats_nothing(place, run, monkeypatch):
     """Before the line is written the numbers are there already; after it, curves and the pin are done again."""
-    original = getattr(megakd.evals.follow, place)
+    original = getattr(megakd.evals.watcher, place)
 
     def killed(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(megakd.evals.follow, place, killed)
+    monkeypatch.setattr(megakd.evals.watcher, place, killed)
     with pytest.raises(KeyboardInterrupt):
         watch(run, "--once")
     assert names(run) == (NAMES[:1] if place == "log_evaluation" else [])
-    monkeypatch.setattr(megakd.evals.follow, place, original)
+    monkeypatch.setattr(megakd.evals.watcher, place, original)
     watch(run)
     assert names(run) == NAMES and not held(run)
 

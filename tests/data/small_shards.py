@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from megakd.config import LogitsConfig
+from megakd.capture.targets import targets_from_logits
+from megakd.config.data import LogitsConfig
 from megakd.data import codec
-from megakd.data.book import build_book, save_book
+from megakd.data.codebook import build_book, save_book
 from megakd.data.records import IGNORED, Sample, TeacherTargets
 from megakd.data.shards import ShardSet, finished, shard_name, summary_of, write_manifest, write_shard
 from megakd.errors import UserError
-from megakd.models.teacher import targets_from_logits
 
 VOCABULARY, LENGTH = 400, 40
 TOKENS = {"part": "train", "tokenizer": {"hash": "abc", "vocab_size": VOCABULARY}, "sequence_length": LENGTH}

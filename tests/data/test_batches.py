@@ -12,9 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megakd.data.batches import Reader, collate, prefetch, to_device, valid_tokens
+from megakd.data.packing import pack
 from megakd.data.records import IGNORED, Sample, TeacherTargets
 from megakd.data.shards import DamagedSample, ShardSet
-from megakd.data.tokens import pack
 
 
 def sample(tokens: list[int], starts: list[int], targets: TeacherTargets | None = None) -> Sample:

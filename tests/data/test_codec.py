@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from megakd.config import LogitsConfig
-from megakd.data.book import build_book
+from megakd.capture.targets import targets_from_logits
+from megakd.config.data import LogitsConfig
+from megakd.data.codebook import build_book
 from megakd.data.codec import DamagedRecord, Layout, decode, encode
 from megakd.data.records import IGNORED, Sample, TeacherTargets
-from megakd.models.teacher import targets_from_logits
 from tests.data import reference_codec as reference
 
 NATS, NATS_BOUND, MOST_NATS = ("label_nll", "entropy"), 0.016, math.expm1(254.5 / 32)  # bound on 1 + x

@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import pytest
 
-from megakd.data import codec, codec_kernels
+from megakd.data import codec
+from megakd.data import kernels as codec_kernels
 from megakd.data.codec import DamagedRecord, decode, encode
 from megakd.data.records import TeacherTargets
 from tests.data import reference_codec as reference

@@ -21,7 +21,7 @@ import zstandard
 
 from megakd.data.documents import _from_hub, held_out, iter_documents, python_documents, source_files
 from megakd.errors import UserError
-from megakd.files import digest
+from megakd.system.files import digest
 
 TEXTS = ["one\ntwo", "Grüße, 東京 🙂", "  leading and trailing  ", 'quotes " and \\ backslashes', "the end"]
 FINEWEB = ["text", "id", "dump", "url", "date", "file_path", "language", "language_score", "token_count"]

@@ -4,7 +4,17 @@ import pytest
 import torch
 
 from megakd.data.batches import to_device
-from megakd.data.records import IGNORED, Batch, Paired, Rows, Side, labelled, rows_of, scored_spans, shared_spans
+from megakd.data.records import (
+    IGNORED,
+    Batch,
+    Paired,
+    Rows,
+    Side,
+    labelled,
+    rows_of,
+    scored_spans,
+    shared_spans,
+)
 
 MASK = torch.tensor([[True, False, True, True], [False, False, False, False], [False, True, False, False]])
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from megakd.data import codec
-from megakd.data.book import Book, build_book, save_book
+from megakd.data.codebook import Book, build_book, save_book
 from megakd.data.shards import DamagedSample, ShardSet, shard_name, summary_of, write_manifest, write_shard
 from megakd.errors import UserError
-from megakd.files import digest, read_json, write_json
+from megakd.system.files import digest, read_json, write_json
 from tests.data.small_shards import BOOK, LAYOUTS, TOKENS, error_of, facts, flip, same, samples, write
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megakd.data import codec
-from megakd.data.book import save_book
+from megakd.data.codebook import save_book
 from megakd.data.codec import Layout
 from megakd.data.records import Sample
 from megakd.data.shards import ShardSet, shard_name, summary_of, write_manifest, write_shard

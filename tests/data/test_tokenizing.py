@@ -10,10 +10,10 @@ import psutil
 import pytest
 
 from megakd.data import tokenizing
+from megakd.data.tokenizers import load_tokenizer
 from megakd.data.tokenizing import AHEAD, BATCH, tokenized
-from megakd.data.tokens import load_tokenizer
 from megakd.errors import UserError
-from tests.data.test_tokens import sentencepiece_folder
+from tests.data.test_tokenizers import sentencepiece_folder
 
 
 class LetterTokenizer:

@@ -10,11 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megakd.assemble import build_objective
-from megakd.config import OptimConfig
+from megakd.config.train import OptimConfig
 from megakd.data.batches import collate
 from megakd.data.shards import ShardSet
-from megakd.dist import World
 from megakd.engine import checkpoint
 from megakd.engine.checkpoint import (
     Progress,
@@ -32,6 +30,8 @@ from megakd.engine.optim import build_optimizer
 from megakd.errors import UserError
 from megakd.models.hub import load_config, write_config
 from megakd.run import Run
+from megakd.system.dist import World
+from megakd.train.build import build_objective
 from tests.conftest import files
 
 WORLD = World(0, 1, torch.device("cpu"))

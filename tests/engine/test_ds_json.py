@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from megakd.config import load_recipe, parse
+from megakd.config.parsing import load_recipe, parse
 from megakd.engine.ds_json import OWNED, deepspeed_config
 from megakd.errors import UserError
 from megakd.names import shipped

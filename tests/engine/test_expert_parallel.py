@@ -18,14 +18,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from megakd.config import LrRule, parse
-from megakd.dist import World, barrier, close_world, free_port, join_world
+from megakd.config.parsing import parse
+from megakd.config.train import LrRule
 from megakd.engine.ds_json import deepspeed_config
 from megakd.engine.optim import build_optimizer
 from megakd.models.hub import WEIGHTS, load_config, write_config, write_weights
 from megakd.models.shared_core import Form
 from megakd.models.student import STUDENTS, student_config
 from megakd.models.tiny import tiny_moe_config
+from megakd.system.dist import World, barrier, close_world, free_port, join_world
 from tests.conftest import ROOT, SMALL
 from tests.models.test_expert_parallel import on_two_ranks
 
@@ -406,7 +407,7 @@ def train(engine: Any, step: int, world: World) -> list[float]:
 
 def adam(engine: Any, world: World) -> Iterator[tuple[str, Any]]:
     """(canonical name/what, whole tensor) of the fp32 weights and Adam's moments, and its counts of steps."""
-    from megakd.engine import border
+    from megakd.engine import carry_over as border
 
     border._link_moments(engine.engine)
     masters, states = border._masters(engine.engine), engine.engine.basic_optimizer.state

@@ -7,9 +7,9 @@ from safetensors.torch import load_file
 
 from megakd.cli import run_verb
 from megakd.errors import UserError
-from megakd.files import read_json
 from megakd.models.hub import WEIGHTS
-from megakd.preflight import check
+from megakd.system.files import read_json
+from megakd.train.checks import check
 from tests.conftest import megakd, metrics, run_ranks
 
 TOLERANCE = 2e-5  # as in test_equivalence.py

@@ -18,15 +18,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Qwen3MoeForCausalLM
 
-from megakd.config import LrRule, ObjectiveConfig, parse
+from megakd.capture.targets import targets_from_logits
+from megakd.config.objective import ObjectiveConfig
+from megakd.config.parsing import parse
+from megakd.config.train import LrRule
 from megakd.data.records import IGNORED, Batch, TeacherTargets
-from megakd.dist import close_world, free_port, join_world
 from megakd.engine.ds_json import deepspeed_config
 from megakd.engine.local import LocalEngine
 from megakd.engine.optim import build_optimizer
-from megakd.models.teacher import targets_from_logits
 from megakd.models.tiny import tiny_moe_config
 from megakd.objectives.cached import CachedDistillation
+from megakd.system.dist import close_world, free_port, join_world
 from tests.conftest import ROOT, SMALL
 
 VOCABULARY, PADDED, WINDOWS, LENGTH, STEPS = 97, 104, 2, 16, 2

@@ -6,18 +6,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megakd.assemble import build_engine, build_objective
-from megakd.config import LrRule, OptimConfig
+from megakd.config.train import LrRule, OptimConfig
 from megakd.data.batches import collate
 from megakd.data.records import IGNORED, Batch
 from megakd.data.shards import ShardSet
-from megakd.dist import World
 from megakd.engine.base import MOMENTS
 from megakd.engine.guard import GRADIENT, REJECTED, SCALE
 from megakd.engine.local import LocalEngine
 from megakd.engine.optim import build_optimizer
 from megakd.objectives.cached import CachedDistillation
 from megakd.run import Run
+from megakd.system.dist import World
+from megakd.train.build import build_engine, build_objective
 
 CPU = torch.device("cpu")
 OPTIM = OptimConfig(lr=1e-3, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1, clip_norm=0.5)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from megakd.config import LrRule, OptimConfig
+from megakd.config.train import LrRule, OptimConfig
 from megakd.engine.optim import assign_rules, build_optimizer, canonical_name, schedule, set_learning_rate
 from megakd.errors import UserError
 

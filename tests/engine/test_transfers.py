@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megakd.config import ObjectiveConfig, OnlineConfig, OptimConfig, SarConfig
+from megakd.config.objective import ObjectiveConfig, OnlineConfig, SarConfig
+from megakd.config.train import OptimConfig
 from megakd.data.batches import collate, to_device
 from megakd.engine.local import LocalEngine
 from megakd.engine.norms import grad_squares, update_squares
@@ -102,5 +103,5 @@ def test_a_micro_batch_waits_for_nothing(waits, kind, teacher, dataset):
         report = engine.step([batch] * micro, 64 * micro, 1.0)
         objective.observe(report.sums, 64 * micro)
         # the fused loss asks about numbers of the CPU alone
-        found.append(sum(count for (file, _), count in waits.items() if not file.endswith("losses/fused.py")))
+        found.append(sum(count for (file, _), count in waits.items() if not file.endswith("losses/head.py")))
     assert found[1] == found[2] <= 4, waits

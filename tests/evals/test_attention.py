@@ -13,14 +13,15 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
 import megakd.evals.measure
-from megakd.commands.evaluate import named, quality_table
 from megakd.data.records import Sample
 from megakd.data.shards import ShardSet
 from megakd.errors import UserError
 from megakd.evals.attention import attention_overlap, row_overlap
+from megakd.evals.evaluate import named
 from megakd.evals.measure import Meter, numbers
 from megakd.losses.hidden import layer_map
 from megakd.models.hub import load_model
+from megakd.report.tables import quality_table
 from tests.conftest import in_process
 from tests.models.students import FAMILIES, make_model
 from tests.objectives.sar import dense_student

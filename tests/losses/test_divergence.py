@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megakd.losses.distill import TAIL_FLOOR, Stored, kl_to_targets, teacher_buckets
 from megakd.losses.divergence import Divergence, Kind, divergence_slopes, divergence_terms
-from tests.losses.test_distill import example, with_fillers
+from megakd.losses.reference import TAIL_FLOOR, Stored, kl_to_targets, teacher_buckets
+from tests.losses.test_reference import example, with_fillers
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 ALL = [Divergence(kind, mix) for kind in KINDS for mix in ((0.1, 0.5, 0.9) if kind in ("jsd", "skew_kl") else (0.5,))]

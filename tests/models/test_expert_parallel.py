@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megakd.config import LrRule, OptimConfig
+from megakd.config.train import LrRule, OptimConfig
 from megakd.engine.optim import assign_rules, build_optimizer
 from megakd.errors import UserError
 from megakd.models.expert_parallel import SpreadExperts, join_groups, spread_experts

@@ -11,12 +11,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megakd.commands import compress
-from megakd.commands.export import dense_tensors
 from megakd.models.hub import Checkpoint, load_config, load_model, write_config, write_weights
 from megakd.models.shared_core import PROJECTIONS, SharedCoreExperts, make_form
 from megakd.models.spec import SPECS, outside
 from megakd.models.student import STUDENTS, stock_config
 from megakd.run import Run
+from megakd.serve.export import dense_tensors
 from tests.models.students import EXPERTS, FAMILIES, FULL, logits, make_model, make_student, relative
 
 TOKENS = torch.randint(1, 61, (3, 13), generator=torch.Generator().manual_seed(0))

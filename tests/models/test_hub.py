@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megakd.errors import UserError
-from megakd.files import resolve
 from megakd.models.hub import (
     INDEX,
     WEIGHTS,
@@ -27,7 +26,7 @@ from megakd.models.hub import (
 from megakd.models.shared_core import PROJECTIONS
 from megakd.models.spec import SPECS
 from megakd.models.tiny import tiny_moe_config
-from megakd.names import shipped
+from megakd.names import resolve, shipped
 
 SPEC = SPECS["qwen3_moe"]
 CONFIG = tiny_moe_config(16, hidden_size=10, moe_intermediate_size=6, num_experts=3, num_hidden_layers=2)

@@ -15,20 +15,22 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig
 
-from megakd import assemble, preflight
-from megakd.commands import generate_logits
+from megakd.capture import pipeline as capture_pipeline
+from megakd.compress import pipeline as compress_pipeline
 from megakd.data.batches import collate
 from megakd.data.records import Sample
 from megakd.data.shards import ShardSet
-from megakd.dist import World
 from megakd.engine.checkpoint import Progress
 from megakd.errors import UserError
 from megakd.evals.measure import Meter, Subject, Unusable
-from megakd.files import write_sealed
 from megakd.models import isolation
 from megakd.models.isolation import check_config, check_model, measure, sketch
 from megakd.objectives.cached import fused_head
 from megakd.run import Run
+from megakd.system.dist import World
+from megakd.system.files import write_sealed
+from megakd.train import build as train_build
+from megakd.train import checks
 from tests.conftest import VOCABULARY, files, in_process
 
 PLAIN: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -216,10 +218,10 @@ def test_loaded_models_are_probed_too(given, leaking, teacher, monkeypatch):
     run = given(student=leaking)
     dataset = ShardSet(run.path("data", "logits", "train"))
     with pytest.raises(UserError, match="lfm2 does not separate"):
-        assemble.build_objective(run.config, run.student_folder, dataset)
+        train_build.build_objective(run.config, run.student_folder, dataset)
     run = given(teacher=leaking, student=teacher)
     shutil.rmtree(run.path("data", "logits"))
-    capture = generate_logits._Capture(run, leaking, World(0, 1, torch.device("cpu")), VOCABULARY)
+    capture = capture_pipeline.Capture(run, leaking, World(0, 1, torch.device("cpu")), VOCABULARY)
     with pytest.raises(UserError, match="lfm2 does not separate"):
         next(capture.targets(ShardSet(run.path("data", "tokens", "train")), [("book", range(1))], run.config.logits))
 
@@ -236,13 +238,12 @@ def test_live_teacher_that_leaks_is_refused(given, leaking, teacher, monkeypatch
     run.config = config
     dataset = ShardSet(run.path("data", "tokens", "train"))
     with pytest.raises(UserError, match="lfm2 does not separate"):
-        assemble.build_objective(config, teacher, dataset)
+        train_build.build_objective(config, teacher, dataset)
     with pytest.raises(UserError, match=r"data\.packing=documents"):
-        preflight.check(run)
+        checks.check(run)
 
 
 def test_calibration_is_refused_where_the_teacher_leaks(given, leaking, monkeypatch):
-    from megakd.commands import compress
 
     run = given()
     monkeypatch.setattr(isolation, "_leak_of", lambda config: isolation.Leak(0.1, 0.1))
@@ -250,7 +251,7 @@ def test_calibration_is_refused_where_the_teacher_leaks(given, leaking, monkeypa
         update={"compress": run.config.compress.model_copy(update={"calibration_tokens": 100})}
     )
     with pytest.raises(UserError, match=r"data\.packing=documents"):
-        compress.open_job(run)
+        compress_pipeline.open_job(run)
 
 
 def test_leaking_student_trains_on_one_document_a_sequence(run_of, leaking):
@@ -296,7 +297,7 @@ def test_tokens_of_before_the_setting_stay(run_of, tmp_path):
 
 
 def test_trainer_refuses_a_student_that_leaks(prepared, leaking, tmp_path):
-    from megakd.hf_trainer import DistillationTrainer, DistillationTrainingArguments
+    from megakd.integrations.hf_trainer import DistillationTrainer, DistillationTrainingArguments
 
     student = AutoModelForCausalLM.from_pretrained(leaking, dtype=torch.float32)
     args = DistillationTrainingArguments(str(tmp_path), report_to="none", use_cpu=True)

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from megakd.commands import compress
-from megakd.files import read_json
 from megakd.models.hub import CODE, Checkpoint, cast, load_config, load_model, write_config
 from megakd.models.shared_core import PROJECTIONS, DenseExperts, Form, SharedCoreExperts, dense_weight
 from megakd.models.spec import spec_for
 from megakd.models.student import SharedCoreQwen3MoeForCausalLM, stock_config, student_config
 from megakd.run import Run
+from megakd.system.files import read_json
 from tests.conftest import ROOT, make_teacher
 from tests.models.students import FULL, logits, make_model, make_student
 

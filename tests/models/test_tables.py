@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megakd.data.tokens import tokenizer_facts, vocabulary_size
+from megakd.data.tokenizers import tokenizer_facts, vocabulary_size
 from megakd.errors import UserError
 from megakd.models.tables import check_tables
 

@@ -9,17 +9,18 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megakd.config import LogitsConfig, ObjectiveConfig
+from megakd.capture.targets import targets_from_logits
+from megakd.config.data import LogitsConfig
+from megakd.config.objective import ObjectiveConfig
 from megakd.data.batches import collate
 from megakd.data.records import IGNORED, Batch, TeacherTargets
 from megakd.data.shards import ShardSet
 from megakd.errors import UserError
-from megakd.losses.distill import Stored, distill_loss, kl_to_targets
 from megakd.losses.divergence import Divergence
+from megakd.losses.reference import Stored, distill_loss, kl_to_targets
 from megakd.models.hub import load_model
 from megakd.models.shared_core import Form
 from megakd.models.student import STUDENTS, student_config
-from megakd.models.teacher import targets_from_logits
 from megakd.objectives.cached import CachedDistillation, stored_in
 
 VOCABULARY, TEMPERATURES = 400, [1.0, 2.0]

@@ -8,20 +8,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from megakd.config import ObjectiveConfig, OnlineConfig, OptimConfig, SarConfig
-from megakd.data.align import pair
+from megakd.config.objective import ObjectiveConfig, OnlineConfig, SarConfig
+from megakd.config.train import OptimConfig
 from megakd.data.batches import collate
 from megakd.data.records import IGNORED, Batch, Paired, Sample, Side
+from megakd.data.spans import pair
 from megakd.engine.guard import GRADIENT
 from megakd.engine.local import LocalEngine
 from megakd.engine.optim import build_optimizer, schedule
-from megakd.feed import without_blanks
 from megakd.models.hub import load_model
 from megakd.models.tiny import train_tokenizer
 from megakd.objectives.base import Objective
 from megakd.objectives.cached import CachedDistillation
 from megakd.objectives.online import OnlineDistillation
 from megakd.objectives.sar import SarDistillation
+from megakd.train.data import without_blanks
 from tests.conftest import VOCABULARY
 from tests.objectives.sar import dense_student
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from megakd.config import ObjectiveConfig, OnlineConfig
+from megakd.config.objective import ObjectiveConfig, OnlineConfig
 from megakd.data.batches import collate
 from megakd.data.records import IGNORED, Batch
 from megakd.errors import UserError

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from megakd.config import ObjectiveConfig, OnlineConfig
-from megakd.data.align import pair
+from megakd.config.objective import ObjectiveConfig, OnlineConfig
 from megakd.data.batches import collate
 from megakd.data.records import IGNORED, Batch, Paired, Side
+from megakd.data.spans import pair
 from megakd.losses.hidden import attention_loss, contrastive_loss, feature_loss
 from megakd.losses.spans import span_likelihood_loss
 from megakd.models.hub import load_model

@@ -6,7 +6,8 @@ import torch
 from torch.nn import functional
 from transformers import Qwen3MoeForCausalLM
 
-from megakd.config import LrRule, ObjectiveConfig, OptimConfig, SarConfig
+from megakd.config.objective import ObjectiveConfig, SarConfig
+from megakd.config.train import LrRule, OptimConfig
 from megakd.data.batches import collate
 from megakd.data.records import IGNORED, Batch
 from megakd.engine.base import saved_buffers

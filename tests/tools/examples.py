@@ -11,14 +11,14 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from megakd.capture.targets import targets_from_logits
 from megakd.cli import run_verb
-from megakd.config import LogitsConfig
+from megakd.config.data import LogitsConfig
 from megakd.data import codec
-from megakd.data.book import build_book, save_book
+from megakd.data.codebook import build_book, save_book
 from megakd.data.records import IGNORED, Sample, TeacherTargets
 from megakd.data.shards import ShardSet, layout_of, shard_name, summary_of, write_manifest, write_shard
-from megakd.data.tokens import tokenizer_facts
-from megakd.models.teacher import targets_from_logits
+from megakd.data.tokenizers import tokenizer_facts
 from tests.conftest import ROOT
 
 LENGTH, SAMPLES = 20, 9

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from megakd.config import RunConfig, load_recipe
+from megakd.config.parsing import load_recipe
+from megakd.config.run import RunConfig
 from megakd.models.hub import load_model
 from megakd.run import Run
 from tests.conftest import metrics

@@ -5,11 +5,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megakd.config import ObjectiveConfig, SarConfig
-from megakd.files import read_json, write_json
+from megakd.config.objective import ObjectiveConfig, SarConfig
 from megakd.models.hub import Checkpoint, load_config, load_model
 from megakd.models.router_update import TeacherRouters, write_update
 from megakd.objectives.sar import SarDistillation
+from megakd.system.files import read_json, write_json
 from tests.conftest import VOCABULARY, in_process
 from tests.models.students import FAMILIES, make_model
 from tests.objectives.sar import dense_student, sar_recipe

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from megakd.config import LogitsConfig
+from megakd.config.data import LogitsConfig
 from tests.conftest import ROOT
 from tests.tools.examples import tool
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megakd.data.batches import collate
-from megakd.evals.quality import evaluate_model
+from megakd.evals.holdout import evaluate_model
 from tests.tools.examples import tool
 
 bench = tool("bench_evaluate")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megakd.losses import fused
+from megakd.losses import head as fused
 from tests.tools.examples import tool
 
 bench, show = tool("bench_loss"), tool("bench_rows").show

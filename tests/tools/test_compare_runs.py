@@ -2,7 +2,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from megakd.files import append_json
+from megakd.system.files import append_json
 from tests.conftest import ROOT
 
 

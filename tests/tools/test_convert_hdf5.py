@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from megakd.config import ObjectiveConfig
+from megakd.config.objective import ObjectiveConfig
 from megakd.data.shards import ShardSet
 from megakd.errors import UserError
-from megakd.files import read_json
-from megakd.losses.distill import topk_kl
+from megakd.losses.reference import topk_kl
 from megakd.objectives.cached import check_support, stored_in
-from megakd.preflight import check
+from megakd.system.files import read_json
+from megakd.train.checks import check
 from tests.conftest import VOCABULARY, files
 from tests.tools.examples import LENGTH, SAMPLES, assert_alike, converted, head, random_logits, refused, tool
 from tests.tools.handmade import TOP_K, Handmade

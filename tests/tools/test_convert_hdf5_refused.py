@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from megakd.data.tokens import tokenizer_facts
+from megakd.data.tokenizers import tokenizer_facts
 from tests.conftest import VOCABULARY, files
 from tests.tools.examples import assert_alike, converted, make_shards, refused, token_shards, tool
 from tests.tools.handmade import TOP_K, Handmade

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megakd.config import ObjectiveConfig
+from megakd.config.objective import ObjectiveConfig
 from megakd.errors import UserError
 from megakd.objectives.cached import check_support, stored_in
 from tests.conftest import VOCABULARY, files

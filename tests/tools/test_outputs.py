@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from megakd.files import write_json
 from megakd.names import shipped
+from megakd.system.files import write_json
 from tests.conftest import files
 from tests.tools.examples import refused, tool
 

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from megakd.data.documents import iter_documents
-from megakd.data.tokens import load_tokenizer
+from megakd.data.tokenizers import load_tokenizer
 from megakd.errors import UserError
 from megakd.models.hub import Checkpoint, load_config, load_model
 from megakd.models.spec import SPECS

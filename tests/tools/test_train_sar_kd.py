@@ -10,12 +10,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megakd.config import RunConfig, SarConfig, load_recipe, parse
+from megakd.config.objective import SarConfig
+from megakd.config.parsing import load_recipe, parse
+from megakd.config.run import RunConfig
 from megakd.data.shards import ShardSet
-from megakd.files import read_json, read_json_lines
 from megakd.models.hub import load_model
 from megakd.models.tiny import train_tokenizer
 from megakd.run import Run
+from megakd.system.files import read_json, read_json_lines
 from tests.conftest import ROOT, VOCABULARY, make_teacher, metrics
 from tests.objectives.sar import dense_student
 from tests.tools.examples import refused, tool

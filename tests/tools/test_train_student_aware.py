@@ -7,12 +7,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megakd.commands.plan import fits, training_peak
-from megakd.config import RunConfig, parse
+from megakd.config.parsing import parse
+from megakd.config.run import RunConfig
 from megakd.data.shards import read_manifest
 from megakd.models.hub import load_model
 from megakd.models.tiny import train_tokenizer
+from megakd.report.plan import fits
 from megakd.run import Run
+from megakd.train.memory import training_peak
 from tests.commands.test_plan import ENTRIES, PUBLISHED
 from tests.conftest import ROOT, VOCABULARY, make_teacher, metrics
 from tests.objectives.sar import dense_student

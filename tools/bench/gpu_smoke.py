@@ -85,12 +85,12 @@ def loss(device: Any, folder: Path) -> dict[str, Any]:
     """The fused loss and the live one against autograd in float64, values and gradients."""
     import torch
 
-    from megakd.config import LogitsConfig
+    from megakd.capture.targets import targets_from_logits
+    from megakd.config.data import LogitsConfig
     from megakd.data.records import TeacherTargets
-    from megakd.losses.distill import Stored, Tail, distill_loss
-    from megakd.losses.fused import FusedHead, SparseTeacher
-    from megakd.losses.live import live_loss
-    from megakd.models.teacher import targets_from_logits
+    from megakd.losses.head import FusedHead, SparseTeacher
+    from megakd.losses.online import live_loss
+    from megakd.losses.reference import Stored, Tail, distill_loss
 
     tokens, vocabulary, size = 700, 5000, 64
     torch.manual_seed(0)
@@ -155,8 +155,8 @@ def capture(device: Any, folder: Path) -> dict[str, Any]:
     import torch
     from fake_cuda import LENGTH, VOCABULARY, make_batch, make_teacher
 
-    from megakd.config import LogitsConfig
-    from megakd.models.teacher import Teacher, batch_targets
+    from megakd.capture.teacher import Teacher, batch_targets
+    from megakd.config.data import LogitsConfig
 
     batch, offsets, found = make_batch()._replace(targets=None), torch.rand(2, LENGTH), {}
     for profile, dtype in product(("topk", "sampled", "hybrid"), (torch.float32, torch.bfloat16, torch.float16)):
@@ -177,7 +177,7 @@ def _objective(kind: str, device: Any, dtype: Any, away: bool = False, two: bool
     """A small objective as `assemble.build_objective` makes it: teacher and its routers on the device."""
     import fake_cuda as small
 
-    from megakd.config import ObjectiveConfig, OnlineConfig, SarConfig
+    from megakd.config.objective import ObjectiveConfig, OnlineConfig, SarConfig
     from megakd.models.offload import offload
     from megakd.objectives.cached import CachedDistillation
     from megakd.objectives.online import OnlineDistillation
@@ -210,10 +210,10 @@ def _steps(kind: str, engine: str, device: Any, dtype: str, away: bool = False, 
     import fake_cuda as small
     import torch
 
-    from megakd.assemble import build_engine
-    from megakd.config import parse
+    from megakd.config.parsing import parse
     from megakd.data.batches import to_device
-    from megakd.dist import World
+    from megakd.system.dist import World
+    from megakd.train.build import build_engine
 
     local = engine == "local"
     settings: dict[str, Any] = {"kind": "local"}
@@ -287,7 +287,7 @@ def _deepspeed(engine: str) -> Callable[[Any, Path], dict[str, Any]]:
     def run(device: Any, folder: Path) -> dict[str, Any]:
         import torch
 
-        from megakd.dist import close_world, join_world
+        from megakd.system.dist import close_world, join_world
 
         found: dict[str, Any] = {}
         expected = {kind: _steps(kind, "local", torch.device("cpu"), "float32") for kind in ("cached", "sar")}

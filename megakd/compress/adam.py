@@ -1,0 +1,85 @@
+"""The seeds' method: the wrapped core W_e ~ (I + U_e S_e^T) C (I + A_e V_e^T) by Adam, kept as a solver and a baseline.
+
+The result is converted exactly to the form that is stored: Q_e = (I + U_e S_e^T) C A_e (docs/compression.md).
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from megakd.compress.metric import Metric, times
+from megakd.compress.threads import Lanes
+
+
+def fit_seed_form(
+    whitened: Tensor,
+    metric: Metric,
+    free: int,
+    inner: int,
+    steps: int,
+    lr: float,
+    lanes: Lanes,
+    progress: Callable[[], None] = lambda: None,
+) -> list[Tensor]:
+    """[C, U, S, A, V] of a small sum p_e ||W_e - M_e (I + U_e S_e^T) C (I + A_e V_e^T)||^2, whitened W_e [E, F, D].
+
+    C starts as the mean, left factors at zero. The rate falls to 0 as a half cosine. Matrices are scaled to a mean
+    square of 1 first, so that a rate means the same for every model.
+    """
+    experts, rows, columns = whitened.shape
+    p = metric.importance
+    scale = float((whitened.square().mean((1, 2)).double() * p).sum().sqrt()) or 1.0
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(size: int, rank: int) -> Tensor:
+        return (torch.randn(experts, size, rank, generator=generator) * size**-0.5).to(whitened)
+
+    core = torch.einsum("e,efd->fd", p.to(whitened), whitened) / scale
+    u, a = whitened.new_zeros(experts, rows, inner), whitened.new_zeros(experts, columns, free)
+    parameters = [core, u, noise(rows, inner), a, noise(columns, free)]
+    gradients = [torch.empty_like(x) for x in parameters]
+    moments = [(torch.zeros_like(x), torch.zeros_like(x)) for x in parameters]
+
+    def work(lane: list[slice]) -> Tensor:
+        """The gradient of the core from a lane's experts; those of their factors are written where they belong."""
+        total = torch.zeros_like(core)
+        for chunk in lane:
+            core_now, *factors = (
+                x.detach().requires_grad_() for x in (parameters[0], *(y[chunk] for y in parameters[1:]))
+            )
+            fit = seed_form(core_now, *factors)
+            fit = times(None if metric.left is None else metric.left[chunk], fit)
+            # a factor of 1/E less of the gradient would do nothing to Adam but for its epsilon
+            loss = ((fit - whitened[chunk] / scale).square().sum((1, 2)) * p[chunk].to(fit)).sum() * experts
+            found = torch.autograd.grad(loss, (core_now, *factors))
+            total += found[0]
+            for gradient, part in zip(gradients[1:], found[1:], strict=True):
+                gradient[chunk] = part
+        return total
+
+    for step in range(steps):
+        gradients[0] = torch.stack(lanes.map(work)).sum(0)
+        rate = lr * (1 + math.cos(math.pi * step / steps)) / 2
+        for x, gradient, (first, second) in zip(parameters, gradients, moments, strict=True):
+            # Adam (Kingma and Ba 2015, algorithm 1)
+            first.lerp_(gradient, 0.1)
+            second.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
+            denominator = (second / (1 - 0.999 ** (step + 1))).sqrt_().add_(1e-8)
+            x.addcdiv_(first, denominator, value=-rate / (1 - 0.9 ** (step + 1)))
+        progress()
+    parameters[0] *= scale
+    return parameters
+
+
+def seed_form(core: Tensor, u: Tensor, s: Tensor, a: Tensor, v: Tensor) -> Tensor:
+    """(I + U S^T) C (I + A V^T), [E, F, D]."""
+    left = core + u @ (s.mT @ core)
+    return left + (left @ a) @ v.mT
+
+
+def fused(core: Tensor, u: Tensor, s: Tensor, a: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(C, U, S, Q, V) with the same products: Q = (I + U S^T) C A, [E, F, free]."""
+    inner = core @ a
+    return core, u, s, inner + u @ (s.mT @ inner), v

@@ -1,0 +1,360 @@
+"""What every form of a projection would cost and miss, without fitting all of its experts.
+
+In the frame of the fit every projection is E matrices W_e [F, D] (down is transposed). An error here is
+sum_e ||W_e - fit_e||^2 / sum_e ||W_e||^2, the lost share of the energy.
+"""
+
+import math
+from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megakd.compress.als import fit_wrappers
+from megakd.compress.metric import Metric, Statistics, make_metric, times, times_transposed, whiten
+from megakd.compress.threads import Lanes, lanes_over
+from megakd.models.shared_core import SHAPES, Form, free_and_core_rank, make_form, stored_parameters
+
+LEAST, MOST = 0.03, 0.95  # shares of the dense parameters between which forms are considered
+RANK_STEP = 8  # grouped matrix products want rows of 16 bytes, 8 numbers of bfloat16
+TINY = 128  # expert hidden sizes below it may have any rank
+GROUPS = 8  # of experts, each with a basis of its own, at most
+FINENESS = 6  # wrappers: steps of either rank are its 6th part
+# where fits are tried: of the parameters, and of the ranks on the core
+ADDITIVE_SHARES, WRAPPER_POINTS = (0.3, 0.7), ((0.12, 1 / 2), (0.45, 1 / 3), (0.45, 2 / 3))
+MANY = 64  # experts, from which on a core that is fitted gains at most 2 % over the mean for additive
+FITTED_EXPERTS = 8  # the fits behind a prediction see this many
+FULL_SWEEPS, FEW_SWEEPS = 20, 3  # of fits that see all experts, and of others; three leave 1 to 4 % of the error
+SMALL = 2**24  # numbers of a projection, beyond which even fits of all experts are broken off early
+TOLERANCE = 1e-4  # of these fits
+
+
+class Candidate(NamedTuple):
+    """A form of one projection, all its experts: numbers stored, FLOPs a token, predicted lost share of the energy."""
+
+    form: Form
+    parameters: int
+    flops: float
+    error: float
+
+
+def form_flops(form: Form, projection: str, active: int, hidden: int, expert_hidden: int) -> float:
+    """FLOPs of one projection a token: what is shared runs once, the factors of A active experts once each."""
+    return 2.0 * stored_parameters(form, projection, active, hidden, expert_hidden)
+
+
+def dense_flops(active: int, hidden: int, expert_hidden: int) -> float:
+    """FLOPs of one projection a token as the teacher computes it: A matrices [F, D]."""
+    return 2.0 * active * hidden * expert_hidden
+
+
+def candidates(
+    projection: str,
+    experts: int,
+    active: int,
+    hidden: int,
+    expert_hidden: int,
+    shapes: Sequence[str] = SHAPES,
+    groups: int = GROUPS,
+) -> list[Form]:
+    """Forms of between 3 and 95 % of the dense parameters; ranks are multiples of 8, of 1 in tiny layers.
+
+    groups: a basis is considered in 1, 2, 4 … groups up to this many. All of them run for every token: more than one
+    only where that takes no more FLOPs than the teacher.
+    """
+    f, d = expert_hidden, hidden
+    step = RANK_STEP if min(f, d) >= TINY else 1
+    found = []
+    if "additive" in shapes:
+        found += [make_form("additive", projection, r, 0) for r in range(step, min(f, d) + 1, step)]
+    if "wrappers" in shapes:
+        # Two wrappers of f ranks together give any matrix. Far from the fits, with hardly a free one or more than a
+        # third of all ranks on the core, predictions flatter by 10 to 25 %; other splits were about as good there.
+        ranks = _ranks(step, min(f, d))
+        pairs = [
+            (free, core)
+            for free in ranks
+            for core in ranks
+            if free + core <= min(f, d) and core <= min(2 * free, f / 3)
+        ]
+        found += [make_form("wrappers", projection, *pair) for pair in pairs]
+    if "basis" in shapes:
+        for count in _powers(min(groups, experts // 2)):
+            most = min(d, experts // count * f)
+            found += [make_form("basis", projection, 0, k, count) for k in range(step, most + 1, step)]
+    dense = experts * f * d
+
+    def fits(form: Form) -> bool:
+        if form.groups > 1 and form_flops(form, projection, active, d, f) > dense_flops(active, d, f):
+            return False
+        return LEAST <= stored_parameters(form, projection, experts, d, f) / dense <= MOST
+
+    return [form for form in found if fits(form)]
+
+
+def measure(
+    weights: Tensor,
+    projection: str,
+    active: int,
+    shapes: Sequence[str] = SHAPES,
+    sample: int = 16,
+    groups: int = GROUPS,
+    forms: Sequence[Form] | None = None,
+    statistics: Statistics | None = None,
+    damping: float = 0.1,
+    exempt: tuple[int, ...] = (),
+    progress: Callable[[float], None] = lambda share: None,
+) -> list[Candidate]:
+    """What every form of one projection costs and is predicted to miss.
+
+    weights: [E, d_out, d_in] of any floating type. statistics: what calibration measured; the energy is then that of
+    sqrt(p_e) M_e W_e N (metric.py), to which experts in `exempt` add nothing.
+    basis: exact, the eigenvalues of sum_e W_e^T W_e behind the k-th. additive: singular values of W_e - mean behind the
+    r-th for a sample of experts, times what a few fits gain over the mean as core. wrappers: a rank of the one on the
+    core is worth so many ranks of the free one; how many, a few fits say. These fits see 8 experts and 4, and a core
+    shared by fewer fits better: the relative error, the root of what is lost, is continued linearly in 1/E. With groups
+    the experts are dealt in turn; how the fit groups them changed errors by less than 2 % in all that was measured.
+    forms: instead of all candidates. progress: called with the share of the work that is done.
+    """
+    frame = weights.mT if projection == "down" else weights
+    experts, f, d = frame.shape
+    if forms is None:
+        forms = candidates(projection, experts, active, d, f, shapes, groups)
+    wanted = {form.shape for form in forms}
+    points = _fit_points(f, d, experts, wanted)
+    work = 1.0 + len(points)
+    bases: dict[int, np.ndarray] = {}
+    curve = np.zeros(0)
+    with lanes_over(frame) as lanes:
+        left = None
+        if statistics is not None:
+            frame, left = _measured(frame, make_metric(statistics, projection, damping, exempt, frame, lanes), lanes)
+        core, norms = _core_and_norms(frame, left, lanes)
+        energy = float(norms.sum())
+        if energy == 0:  # a projection of zeros loses nothing
+            return [_candidate(form, projection, experts, active, d, f, 0.0) for form in forms]
+        if "basis" in wanted:
+            counts = {form.groups for form in forms if form.shape == "basis"}
+            bases = {count: lost / energy for count, lost in basis_curves(frame, counts, lanes).items()}
+        if wanted & {"additive", "wrappers"}:
+            curve = _additive_curve(frame, left, core, norms, spread(experts, sample))
+    progress(1 / work)
+    table = _Wrappers(curve)
+    for number, (free, inner) in enumerate(points):
+        table.learn(free, inner, predicted_fit(frame, norms, free, inner, left))
+        progress((2 + number) / work)
+    result = []
+    for form in forms:
+        free, core = free_and_core_rank(form, projection)
+        error = float(bases[form.groups][core]) if form.shape == "basis" else table.error(free, core)
+        result.append(_candidate(form, projection, experts, active, d, f, error))
+    return result
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """`wanted` of `count` numbers, evenly spaced, the first one among them."""
+    wanted = min(count, wanted)
+    return [i * count // wanted for i in range(wanted)]
+
+
+def basis_curves(frame: Tensor, counts: Collection[int], lanes: Lanes) -> dict[int, np.ndarray]:
+    """What is lost of the energy of [E, F, D] with a basis of 0 … D in each of so many groups, [D + 1] by their count.
+
+    The eigenvalues of sum W_e^T W_e over a group behind the k-th. Expert e is in group e modulo the count: groups of a
+    count are unions of those of its multiples, so that the products are made once.
+    """
+    experts, columns = len(frame), frame.shape[2]
+    dtype = torch.promote_types(frame.dtype, torch.float32)
+    parts = math.lcm(*counts)
+    grams = torch.empty(parts, columns, columns, dtype=dtype, device=frame.device)
+    for part in range(parts):
+
+        def work(lane: list[slice], part: int = part) -> Tensor:
+            total = torch.zeros(columns, columns, dtype=dtype, device=frame.device)
+            for chunk in lane:
+                for e in range(chunk.start, chunk.stop):
+                    if e % parts == part:
+                        exact = frame[e].to(dtype)
+                        total.addmm_(exact.mT, exact)
+            return total
+
+        first, *others = lanes.map(work) if part < experts else [torch.zeros_like(grams[part])]
+        for other in others:
+            first += other
+        grams[part] = first
+    lost = {}
+    for count in counts:
+        lost[count] = sum(
+            (_tails(torch.linalg.eigvalsh(grams[group::count].sum(0))) for group in range(count)),
+            np.zeros(columns + 1),
+        )
+    return lost
+
+
+def predicted_fit(frame: Tensor, norms: Tensor, free: int, inner: int, left: Tensor | None = None) -> float:
+    """What wrappers of all experts M_e W_e [E, F, D] would lose, from fits of a few; norms: squared; left: M_e^T."""
+
+    def lost(chosen: list[int], sweeps: int, among: slice = slice(None)) -> float:
+        """What the fit of the chosen loses of some of them."""
+        matrices = frame[chosen].to(torch.promote_types(frame.dtype, torch.float32))
+        own = None if left is None else left[chosen]
+        even = torch.full((len(chosen),), 1 / len(chosen), dtype=torch.float64, device=frame.device)
+        with lanes_over(matrices) as lanes:
+            fit, *_ = fit_wrappers(matrices, Metric(even, own, None), free, inner, sweeps, TOLERANCE, lanes)
+        shared = times(own, fit.core)
+        rest = matrices - shared - fit.u @ (fit.s.mT @ fit.core) - fit.q @ fit.v.mT
+        return float(rest[among].square().sum(dtype=torch.float64) / norms[chosen][among].sum().clamp(min=1e-300))
+
+    experts = len(frame)
+    if experts <= FITTED_EXPERTS:
+        return lost(list(range(experts)), FULL_SWEEPS if frame.numel() <= SMALL else FEW_SWEEPS)
+    chosen = spread(experts, FITTED_EXPERTS)
+    # the same four experts, their core shared by eight and by four
+    many = math.sqrt(lost(chosen, FEW_SWEEPS, slice(0, None, 2)))
+    few = math.sqrt(lost(chosen[::2], FEW_SWEEPS))
+    return min(1.0, (many + (many - few) * (1 - len(chosen) / experts)) ** 2)
+
+
+class _Wrappers:
+    """Lost energy for any two ranks, from that of free wrappers alone around the mean and some fits.
+
+    curve: [F + 1], lost with free rank r and the mean as core. A fit of (r, 0) gives the logarithm of its ratio to the
+    curve, linear in r between fits; one of (r, c) the rank r + worth * c at which free wrappers alone lose as much, and
+    the worth of a core rank is a plane over (r + c) / F and c / (r + c).
+    """
+
+    def __init__(self, curve: np.ndarray):
+        self.curve = curve
+        self.ratios = [(0.0, 0.0)]
+        self.worths: list[tuple[int, int, float]] = []
+
+    def learn(self, free: int, core: int, lost: float) -> None:
+        if core == 0:
+            ratio = math.log(max(lost, 1e-30) / self.curve[free]) if self.curve[free] > 0 else 0.0
+            self.ratios.append((free, min(ratio, 0.0)))
+        else:
+            ranks = range(len(self.curve))
+            equal = float(np.interp(-lost, [-self.additive(rank) for rank in ranks], ranks))
+            self.worths.append((free, core, (equal - free) / core))
+
+    def error(self, free: int, core: int) -> float:
+        return self.additive(free + self._worth(free, core) * core if core else free)
+
+    def additive(self, rank: float) -> float:
+        rank = min(max(rank, 0.0), len(self.curve) - 1)
+        at, logs = zip(*self.ratios, strict=True)
+        ratio = float(np.interp(rank, at, logs))
+        if rank > at[-1] and len(at) > 1:  # on with the last slope
+            ratio += (rank - at[-1]) * (logs[-1] - logs[-2]) / (at[-1] - at[-2])
+        return float(np.interp(rank, np.arange(len(self.curve)), self.curve)) * math.exp(ratio)
+
+    def _worth(self, free: int, core: int) -> float:
+        def place(free: int, core: int) -> list[float]:
+            return [1.0, (free + core) / (len(self.curve) - 1), core / (free + core)]
+
+        known = np.array([place(*pair) for *pair, _ in self.worths])
+        plane = np.linalg.lstsq(known, np.array([worth for *_, worth in self.worths]))[0]
+        return float(np.clip(plane @ place(free, core), 0.0, 1.2))
+
+
+def _fit_points(f: int, d: int, experts: int, wanted: set[str]) -> list[tuple[int, int]]:
+    """(free rank, core rank) of the fits, free wrappers alone first: the others are compared with them."""
+    short = min(f, d)
+    room = (MOST - 1 / experts) * f * d  # numbers an expert may have besides the core
+    points = []
+    if wanted & {"additive", "wrappers"} and experts < MANY:
+        points += [(share * room / (f + d), 0.0) for share in ADDITIVE_SHARES]
+    if "wrappers" in wanted:
+        for share, split in WRAPPER_POINTS:
+            total = min(share * room / ((1 - split) * (f + d) + split * 2 * f), short)
+            points.append(((1 - split) * total, split * total))
+    rounded = [(min(round(free), short), round(core)) for free, core in points]
+    return list(dict.fromkeys(pair for pair in rounded if pair[0] > 0))
+
+
+def reach(weights: Tensor, projection: str, statistics: Statistics, exempt: tuple[int, ...] = ()) -> float:
+    """The energy that a projection [E, d_out, d_in] has in the block's output, to first order; for down all of it.
+
+    sum_e share_e E ||D_e h||^2 for down, sum_e share_e sum_j rows_ej E (w_ej x)^2 for gate and up: in one unit, so that
+    errors of projections compare. What a form loses of the one, times this over that of down, it loses of the output.
+    """
+    total = 0.0
+    for expert, share in enumerate(statistics.share.tolist()):
+        if expert not in exempt:
+            w = weights[expert].to(torch.float32)
+            h = statistics.covariance[expert] if projection == "down" else statistics.covariance
+            of_rows = ((w @ h.to(w)) * w).sum(1).double()
+            if projection != "down" and statistics.rows is not None:
+                of_rows = of_rows * statistics.rows[expert].to(of_rows)
+            total += share * float(of_rows.sum())
+    return total
+
+
+def _measured(frame: Tensor, metric: Metric, lanes: Lanes) -> tuple[Tensor, Tensor]:
+    """sqrt(E p_e) M_e W_e N, [E, F, D], and sqrt(E p_e) M_e^T, [E, F, F] or, diagonal, [E, F, 1]."""
+    scale = (metric.importance * len(frame)).sqrt()[:, None, None]
+    white = whiten(frame, metric, lanes)
+    white = white.mul_(scale.to(white)) if white is not frame else white * scale.to(white)
+    return white, (torch.ones_like(white[:, :, :1]) if metric.left is None else metric.left) * scale.to(white)
+
+
+def _core_and_norms(frame: Tensor, left: Tensor | None, lanes: Lanes) -> tuple[Tensor, Tensor]:
+    """(the core that alone fits best, [F, D]: the mean of W_e where M = I; ||M_e W_e||^2, [E] in float64)."""
+    dtype = torch.promote_types(frame.dtype, torch.float32)
+
+    def work(lane: list[slice]) -> tuple[Tensor, Tensor, Tensor]:
+        target, norms = torch.zeros(frame.shape[1:], dtype=dtype, device=frame.device), []
+        gram = torch.zeros(frame.shape[1], frame.shape[1], dtype=dtype, device=frame.device)
+        for chunk in lane:
+            exact = frame[chunk].to(dtype)
+            own = None if left is None else left[chunk]
+            target += times_transposed(own, exact).sum(0)
+            if own is not None:
+                gram += (own @ own.mT).sum(0) if own.shape[2] > 1 else own[:, :, 0].square().sum(0).diag()
+            norms.append(exact.square().sum((1, 2)).double())
+        return gram, target, torch.cat(norms)
+
+    grams, targets, norms = zip(*lanes.map(work), strict=True)
+    target = torch.stack(targets).sum(0)
+    if left is None:
+        return target / len(frame), torch.cat(norms).cpu()
+    gram = torch.stack(grams).sum(0).double()
+    gram.diagonal().add_(1e-10 * gram.diagonal().mean().clamp(min=1e-30))
+    return torch.linalg.solve(gram, target.double()).to(target), torch.cat(norms).cpu()
+
+
+def _additive_curve(frame: Tensor, left: Tensor | None, core: Tensor, norms: Tensor, chosen: list[int]) -> np.ndarray:
+    """Lost share of the chosen experts' energy with that core for all and a free rank of 0 … F."""
+    lost = np.zeros(min(frame.shape[1:]) + 1)
+    for e in chosen:
+        residual = frame[e].to(core) - times(None if left is None else left[e], core)
+        residual = residual if residual.shape[0] <= residual.shape[1] else residual.mT
+        lost += _tails(torch.linalg.eigvalsh(residual @ residual.mT))
+    return lost / max(float(norms[chosen].sum()), 1e-300)
+
+
+def _tails(eigenvalues: Tensor) -> np.ndarray:
+    """Sums of all but the largest 0 … n of ascending eigenvalues, [n + 1]."""
+    exact = eigenvalues.double().clamp(min=0).cpu().numpy()
+    return np.concatenate([[0.0], np.cumsum(exact)])[::-1]
+
+
+def _candidate(
+    form: Form, projection: str, experts: int, active: int, hidden: int, expert_hidden: int, error: float
+) -> Candidate:
+    stored = stored_parameters(form, projection, experts, hidden, expert_hidden)
+    return Candidate(form, stored, form_flops(form, projection, active, hidden, expert_hidden), error)
+
+
+def _ranks(step: int, most: int) -> list[int]:
+    """Multiples of `step`, ever further apart: two dimensions of them must not be too many."""
+    found = [step]
+    while (after := found[-1] + step * max(1, round(found[-1] / step / FINENESS))) <= most:
+        found.append(after)
+    return found
+
+
+def _powers(most: int) -> list[int]:
+    return [2**i for i in range(max(most, 1).bit_length())]

@@ -1,0 +1,86 @@
+"""Measure the models of a run that have no line in evals.jsonl yet."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from megakd.engine.checkpoint import Progress, best_weights, published
+from megakd.errors import UserError
+from megakd.evals.measure import (
+    Meter,
+    Subject,
+    Unmeasured,
+    Unusable,
+    checkpoint_subject,
+    failures,
+    raise_failures,
+)
+from megakd.evals.watcher import Follower
+from megakd.names import resolve
+from megakd.run import Run
+from megakd.system.files import append_json, read_json_lines
+from megakd.system.logging import say
+
+
+def evaluate(run: Run, only: str | None = None, tasks: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """The lines of all models, or of `only`, those that are missing measured; UserError when a number could not be."""
+    rows, failed = measure(run, only, tasks)
+    raise_failures(failed)
+    return rows
+
+
+def measure(
+    run: Run, only: str | None = None, tasks: Sequence[str] | None = None
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Measure what has no line yet (or `only`), each model on its own, and append to evals.jsonl.
+
+    The lines of all that were asked for and have one, and what could not be measured, with the reason.
+    """
+    chosen = None if only is None else named(run, only)
+    meter = Meter(run, tasks)
+    lines = run.path("evals.jsonl")
+    known = {row["model"]: row for row in read_json_lines(lines, "model")}
+    rows, failed = [], []
+    for name in ["teacher", "student-0"] if only is None else [only]:
+        if only is None and name in known and not meter.lacks(known[name]):
+            rows.append(known[name])
+            continue
+        try:
+            rows.append(meter.row(chosen or named(run, name)))
+        except (Unusable, Unmeasured) as error:
+            failed.append(f"{name}: {error}")
+            say(f"{name} cannot be evaluated: {error}")
+            continue
+        append_json(lines, rows[-1])
+    failed += [reason for row in rows for reason in failures(row)]
+    if only is not None:
+        return rows, failed
+    follower = Follower(run, meter, watching=False)
+    follower.scan()
+    for name in follower.pending():
+        if not follower.take(name):
+            say(f"evaluate: {name} is being evaluated by another process")
+    found = follower.lines()
+    return rows + [found[name] for name in follower.published() if name in found], failed + follower.failures()
+
+
+def named(run: Run, name: str) -> Subject:
+    """The model that --model means."""
+    checkpoints = run.path("checkpoints")
+    if name == "teacher":
+        try:
+            folder = resolve(run.config.model.teacher, run.config.model.revision)
+        except UserError as error:  # what it answered is stored: the students need it not
+            raise Unusable(str(error)) from error
+        return Subject(name, folder, Progress())
+    if name == "student-0":
+        return Subject(name, run.student_folder, Progress())
+    if name == "best":
+        return checkpoint_subject(run, best_weights(checkpoints).parent)
+    if name == "last":
+        saved = next(reversed(published(checkpoints)), None)
+        if saved is None:
+            raise UserError(f"{run.folder}: no checkpoint yet; run: megakd train {run.folder}")
+        return checkpoint_subject(run, saved.folder)
+    if (checkpoints / name / "progress.json").exists():
+        return checkpoint_subject(run, checkpoints / name)
+    return Subject(name, resolve(name), Progress())

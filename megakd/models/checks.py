@@ -1,0 +1,118 @@
+"""What config.json, tokenizers and fingerprints alone tell of a run's models."""
+
+from typing import Any
+
+from megakd.config.run import RunConfig
+from megakd.data.tokenizers import load_tokenizer, tokenizer_facts
+from megakd.errors import UserError
+from megakd.identity import ModelIdentity, difference, fingerprint, fingerprint_like, identify
+from megakd.models.hub import check_unquantized, empty_model, load_config
+from megakd.models.isolation import check_config
+from megakd.models.spec import check_preset
+from megakd.models.tables import check_tables
+from megakd.names import resolve
+from megakd.run import Run
+from megakd.system.logging import say
+
+
+def live_teacher(run: Run, recorded: str | None = None) -> str:
+    """The fingerprint of the live teacher, to be compared with `recorded` where that is given."""
+    folder = resolve(run.config.model.teacher, run.config.model.revision)
+    return fingerprint_like(recorded, folder) if recorded else fingerprint(folder)
+
+
+def student_identity(run: Run) -> ModelIdentity:
+    """Which student training starts from, to be recorded when tokenizing or training starts."""
+    model = run.config.model
+    return identify(model.student or "student-0", model.student_revision, run.student_folder)
+
+
+def check_teacher(run: Run) -> None:
+    """UserError when the live teacher is another than the one that training started with."""
+    begun = next((event["teacher"] for event in run.events("train") if "teacher" in event), None)
+    if begun and begun != (now := live_teacher(run, begun)):
+        raise UserError(
+            f"{run.config.model.teacher}: its fingerprint is {now}, that of the teacher that {run.folder} has learned "
+            f"from is {begun}: its weights or its config.json were changed; restore them, or make a new run"
+        )
+
+
+def check_student(run: Run, started: bool) -> None:
+    """UserError when the student is another than recorded: since training started, or of another commit since tokenize.
+
+    A checkpoint is the student's weights with the student's config.json and tokenizer: both must stay what they were.
+    """
+    events = run.events("train") if started else run.events("tokenize") if run.config.model.student else []
+    before = next((ModelIdentity(**event["student"]) for event in events if event.get("student")), None)
+    if before is None:
+        return
+    if not started:  # the tokenizer is compared with the tokens'; the weights count from the first step on
+        before = before._replace(weights=None)
+    if different := difference(before, student_identity(run)):
+        raise UserError(
+            f"{run.student_folder}: another student than {run.folder} was begun with: {different}; restore it (a hub's "
+            "by model.student_revision), or make a new run"
+        )
+
+
+def check_models(run: Run) -> None:
+    """What config.json and tokenizers alone tell of a run's models, before anything is made: UserError, or said aloud.
+
+    Ids and positions stay inside the tables, a given student is no quantized one, experts can be sharded as asked.
+    """
+    config, model, length = run.config, run.config.model, run.config.data.sequence_length
+    cached = config.objective.kind == "cached"
+    folder = resolve(model.teacher, model.revision, weights=False)
+    theirs, skeleton = tokenizer_facts(load_tokenizer(folder)), empty_model(folder)
+    mine, student = theirs, None
+    if model.student:
+        student = resolve(model.student, model.student_revision, weights=False)
+        mine = tokenizer_facts(load_tokenizer(student))
+        if cached and mine != theirs:
+            raise UserError(
+                f"{student}: its tokenizer ({mine['hash']}) is not that of {folder} ({theirs['hash']}); cached targets "
+                "need one tokenizer: set objective.kind=online or sar, or take another student"
+            )
+        check_unquantized(student, load_config(student), "training")
+        check_tables(empty_model(student), student, mine["vocab_size"], length)
+    else:
+        check_unquantized(folder, skeleton.config, "compress")
+    check_tables(skeleton, folder, theirs["vocab_size"], length if mine == theirs else length + length // 4)
+    if config.logits.parallel == "autoep" and cached:
+        check_preset(skeleton.config.model_type, folder)
+
+
+def check_isolation(run: Run) -> None:
+    """UserError when the config of teacher or student is of a model that the run's packing is wrong for."""
+    model, packing = run.config.model, run.config.data.packing
+    folders = [resolve(model.teacher, model.revision, weights=False)]
+    if model.student:
+        folders.append(resolve(model.student, model.student_revision, weights=False))
+    for folder in folders if packing == "packed" else []:
+        config = load_config(folder)
+        if not check_config(config, str(folder), packing):
+            say(
+                f"{folder}: a small {config.model_type} cannot be made from its config to see whether packed documents "
+                "are separated; this is checked when its weights are loaded"
+            )
+
+
+def tokenizers(config: RunConfig, facts: dict[str, Any]) -> tuple[Any, Any]:
+    """Student's and teacher's, where the teacher is asked while training and has another one; else (None, None)."""
+    if config.objective.kind == "cached":
+        return None, None
+    folder = resolve(config.model.teacher, config.model.revision, weights=False)
+    theirs = load_tokenizer(folder)
+    if tokenizer_facts(theirs) == facts["tokenizer"]:
+        return None, None
+    assert config.model.student is not None  # one that compress made has the teacher's
+    mine = load_tokenizer(resolve(config.model.student, config.model.student_revision, weights=False))
+    for place, tokenizer in ((folder, theirs), (config.model.student, mine)):
+        if not getattr(tokenizer, "is_fast", False):
+            raise UserError(f"{place}: a slow tokenizer; to align two of them both must give character offsets")
+    if config.objective.kind == "sar" and not config.sar.likelihood and not config.sar.features:
+        raise UserError(
+            f"{folder}: its tokenizer is not the student's, so there is no KL, and sar.likelihood and sar.features are "
+            "0: nothing is left to learn from the teacher"
+        )
+    return mine, theirs

@@ -1,0 +1,313 @@
+"""What a run will take, as rows of a table: sizes, steps, bytes, memory."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from megakd.compress.predict import dense_flops, form_flops
+from megakd.config.effects import check_evaluation
+from megakd.config.model import CompressConfig
+from megakd.config.run import RunConfig
+from megakd.data.pipeline import padding_share
+from megakd.data.shards import read_manifest
+from megakd.data.tokenizers import bos_of, bos_words, load_tokenizer, tokenizer_facts
+from megakd.errors import UserError
+from megakd.models.checks import check_isolation
+from megakd.models.hub import empty_model, load_config
+from megakd.models.offload import offloaded
+from megakd.models.shared_core import PROJECTIONS, Form, stored_parameters
+from megakd.models.spec import spec_for
+from megakd.names import resolve
+from megakd.run import Run
+from megakd.system.text import short
+from megakd.train.memory import training_peak
+
+# Measured (docs/benchmarks.md): a sweep over one matrix at rank 64, its time taken as proportional to size and rank;
+# a process's memory with Qwen3-30B-A3B's 128 matrices a projection, and with the demo's, which hardly count.
+SWEEP_SECONDS, MATRIX, RANK = 0.05, 768 * 2048, 64
+
+
+LEAST_BYTES, PROJECTION_BYTES, EXPERTS = 0.5e9, 2.5e9, 128
+
+
+# Of memory in GiB, and the share that tensors may take: the driver, cuBLAS and holes between blocks want theirs.
+CARDS, SHARE, GIB = (8, 12, 16), 0.9, 2**30
+
+
+def sizes(run: Run) -> list[list[str]]:
+    """Parameters and bytes of teacher and student, experts apart."""
+    folder = resolve(run.config.model.teacher, run.config.model.revision, weights=False)
+    if run.config.model.student:
+        return given_sizes(run.config, folder)
+    config = load_config(folder)
+    dense, compact = expert_parameters(config, run.config.compress.rank, str(folder))
+    teachers, students = expert_flops(config, run.config.compress, str(folder))
+    bound = "at most " if run.config.compress.budget is not None else ""
+    answer = "what the planner chooses" if students is None else f"{bound}{short(students)} ({students / teachers:.1%})"
+    if run.config.compress.budget is not None:
+        compact = int(dense * run.config.compress.budget)
+    rest = sum(p.numel() for p in empty_model(folder).parameters()) - dense
+    width = getattr(torch, run.config.model.dtype).itemsize
+    student = compact + rest
+    return [
+        ["teacher", f"{short(dense + rest)} parameters, {short(dense)} in experts"],
+        [
+            "student",
+            f"{short(student)} parameters, {short(compact)} in experts ({compact / dense:.1%} of the teacher's)",
+        ],
+        ["experts' FLOPs", f"{short(teachers)} a token and layer in the teacher, {answer} in the student"],
+        ["student weights", f"{short(student * width)}B in {run.config.model.dtype}"],
+        [
+            "training state",
+            f"{short(student * 16)}B over all ranks (fp32 master, two Adam moments, gradient), before activations",
+        ],
+    ]
+
+
+def tasks(run: Run) -> list[list[str]]:
+    """The tasks of lm-eval, opened as `evaluate` will; UserError for an unknown one, or one whose data is missing."""
+    config = run.config.eval
+    check_evaluation(config)
+    if not config.tasks:
+        return []
+    from megakd.evals.tasks import Harness
+
+    counts = Harness(config.tasks, config).questions()
+    return [["eval.tasks", ", ".join(f"{name}: {count:,} questions" for name, count in counts.items())]]
+
+
+def given_sizes(config: RunConfig, teacher: Path) -> list[list[str]]:
+    """The same where the student is a model of its own; what training takes is predicted in full by `memory`."""
+    assert config.model.student is not None
+    student = resolve(config.model.student, config.model.student_revision, weights=False)
+    counts = [sum(p.numel() for p in empty_model(folder).parameters()) for folder in (teacher, student)]
+    rows = [[name, f"{short(count)} parameters"] for name, count in zip(("teacher", "student"), counts, strict=True)]
+    if predictable(config):
+        return rows
+    state = f"{short(counts[1] * 16)}B over all ranks (fp32 master, two Adam moments, gradient), before activations"
+    return [*rows, ["training state", state]]
+
+
+def expert_parameters(config: Any, rank: int, place: str) -> tuple[int, int]:
+    """Parameters in the teacher's experts, and in the student's with wrappers of `rank`."""
+    spec = spec_for(config, place)
+    layers, experts = len(spec.moe_layers(config)), spec.num_experts(config)
+    dense = compact = 0
+    for projection, (rows, columns) in spec.shapes(config).items():
+        dense += layers * experts * rows * columns
+        compact += layers * stored_parameters(Form("wrappers", rank, rank), projection, experts, *spec.sizes(config))
+    return dense, compact
+
+
+def expert_flops(config: Any, settings: CompressConfig, place: str) -> tuple[float, float | None]:
+    """FLOPs a token of one layer's experts, teacher's and student's; with a budget the student's bound, or None."""
+    active, (hidden, inner) = config.num_experts_per_tok, spec_for(config, place).sizes(config)
+    dense = len(PROJECTIONS) * dense_flops(active, hidden, inner)
+    if settings.budget is not None:
+        return dense, None if settings.flops is None else settings.flops * dense
+    form = Form("wrappers", settings.rank, settings.rank)
+    return dense, sum(form_flops(form, p, active, hidden, inner) for p in PROJECTIONS)
+
+
+def compression(run: Run) -> list[list[str]]:
+    """What `compress` has to do, and about how long and in how much memory; nothing where the student is given."""
+    if run.config.model.student:
+        return []
+    folder = resolve(run.config.model.teacher, run.config.model.revision, weights=False)
+    config, settings = load_config(folder), run.config.compress
+    spec = spec_for(config, str(folder))
+    layers, experts = len(spec.moe_layers(config)), spec.num_experts(config)
+    tokens = settings.calibration_tokens
+    calibration = f"{tokens:,} tokens of calibration" if tokens else "no calibration"
+    seconds, memory = fit_costs(settings, layers, experts, *spec.sizes(config))
+    lasts = "unknown time with solver=adam" if seconds is None else f"up to {seconds / 3600:.2g} core-hours of fits"
+    return [
+        ["compress", f"{compress_tasks(settings, layers)} tasks for any number of processes, {calibration}"],
+        [
+            "compress takes",
+            f"about {short(memory)}B a process, {lasts} (an estimate); calibration and planning add to it",
+        ],
+    ]
+
+
+def compress_tasks(settings: CompressConfig, layers: int) -> int:
+    """As many as compress.tasks makes."""
+    each = len(PROJECTIONS) + (settings.align == "auto") + (settings.calibration_tokens > 0)
+    each += settings.budget is not None
+    return layers * each + (settings.super_experts == "auto") + (settings.budget is not None) + 1
+
+
+def fit_costs(
+    settings: CompressConfig, layers: int, experts: int, hidden: int, expert_hidden: int
+) -> tuple[float | None, float]:
+    """(core-seconds of all fits if every one takes all of its sweeps, None where not measured; bytes a process)."""
+    size, rank = hidden * expert_hidden, float(settings.rank)
+    if settings.budget is not None:  # of wrappers of as many numbers an expert
+        rank = settings.budget * size / (hidden + 3 * expert_hidden)
+    dampings = len(settings.damping) if settings.calibration_tokens else 1
+    sweeps = settings.sweeps * dampings * layers * len(PROJECTIONS) * experts
+    memory = LEAST_BYTES + PROJECTION_BYTES * size * experts / (MATRIX * EXPERTS)
+    if settings.solver != "als":
+        return None, memory
+    return sweeps * SWEEP_SECONDS * size * rank / (MATRIX * RANK), memory
+
+
+def packing(run: Run) -> list[list[str]]:
+    """How sequences are made, whether that is right for teacher and student, and how much of a batch is padding."""
+    if run.config.data.packing == "packed":
+        try:
+            check_isolation(run)
+        except UserError as error:
+            return [["packing", f"refused: {error}"]]
+        return [["packing", "packed: teacher and student separate the documents of a sequence"]]
+    made = tokenized(run)
+    padding = "tokenize says how much of a batch is padding"
+    if made is not None:
+        share = padding_share(made["shards"], run.config.data.sequence_length)
+        padding = f"{share:.0%} of a batch is padding, which is computed and counts for nothing"
+    return [["packing", f"one document per sequence; {padding}"]]
+
+
+def beginnings(run: Run) -> list[list[str]]:
+    """What documents begin with, by `data.bos`, as they are tokenized and as a live teacher reads them."""
+    config, rule = run.config, run.config.data.bos
+    folders = [("documents begin", resolve(config.model.teacher, config.model.revision, weights=False))]
+    if config.objective.kind != "cached" and config.model.student:
+        folders = [("documents begin", run.student_folder), ("  for the teacher", folders[0][1])]
+    tokenizers = [(name, load_tokenizer(folder)) for name, folder in folders]
+    return [[name, f"{bos_words(own, bos_of(own, rule))} (data.bos={rule})"] for name, own in tokenizers]
+
+
+def tokenized(run: Run) -> dict[str, Any] | None:
+    """The manifest of the training tokens, once they are made."""
+    folder = run.path("data", "tokens", "train")
+    return read_manifest(folder) if (folder / "manifest.json").exists() else None
+
+
+def lengths(run: Run) -> list[list[str]]:
+    """Tokens, bytes and steps of the passes."""
+    config, made = run.config, tokenized(run)
+    windows = sum(shard["samples"] for shard in made["shards"]) if made else None
+    data, stored = config.data, config.data.tokens + config.data.holdout_tokens
+    logits = config.logits
+    # measured, docs/data-format.md: about 12 bits an entry of the head, 16 a distinct draw
+    upper = 4 + (logits.profile != "sampled") * 1.7 * logits.top_k + (logits.profile != "topk") * 1.2 * logits.draws
+    cached = config.objective.kind == "cached"
+    rows = [
+        [
+            "tokens to cache" if cached else "tokens",
+            f"{short(stored)} in {-(-data.tokens // data.shard_tokens)} shards of {short(data.shard_tokens)}",
+        ],
+    ]
+    if cached:
+        rows.append(["cache on disk", f"at most about {short(stored * upper)}B ({upper:.0f} bytes a token)"])
+    for stage in config.stages:
+        steps, batch = config.steps_of(stage, windows), config.at(stage).optim.batch_tokens
+        passes = steps * batch / (windows * data.sequence_length if windows else data.tokens)
+        rows.append(
+            [
+                f"stage {stage.name}",
+                f"{steps} steps of {short(batch)} tokens, {passes:.2f} passes over {'the cache' if cached else 'them'}",
+            ]
+        )
+    return rows
+
+
+def memory(run: Run) -> list[list[str]]:
+    """The most that training holds at once beside a teacher that is there, what of, and the card that it fits."""
+    config = run.config
+    if not predictable(config):
+        return []
+    if not (run.student_folder / "config.json").exists() and not config.model.student:
+        return [["training memory", f"known when there is a student; run: megakd compress {run.folder}"]]
+    pair = models_of(run)
+    try:
+        peaks = {stage.name: training_peak(config, stage, *pair) for stage in config.stages}
+    except UserError as error:
+        return [["training memory", str(error)]]
+    away = config.engine.offload_teacher
+    stage = max(peaks, key=lambda name: peaks[name].total)
+    total, parts = peaks[stage]
+    where = f" (stage {stage})" if len(peaks) > 1 else ""
+    largest = [(name, size) for name, size in sorted(parts.items(), key=lambda part: -part[1]) if size >= total / 200]
+    return [
+        ["training memory", f"{gib(total)} at most{where}, predicted for windows without padding; then it is:"],
+        *([f"  {name}", gib(size)] for name, size in largest),
+        *([["  besides, in CPU memory", f"{gib(away_bytes(run))}: the teacher's layers"]] if away else []),
+        ["fits", fits(total) or f"no card of {', '.join(map(str, CARDS))} GB; {advice(config, stage, pair)}"],
+    ]
+
+
+def away_bytes(run: Run) -> int:
+    """Of the teacher's layers, which `engine.offload_teacher` keeps in CPU memory."""
+    teacher = empty_model(resolve(run.config.model.teacher, run.config.model.revision, weights=False))
+    away, size = offloaded(teacher), getattr(torch, run.config.model.dtype).itemsize
+    return size * sum(tensor.numel() for tensor in teacher.parameters() if id(tensor) in away)
+
+
+def predictable(config: RunConfig) -> bool:
+    """Whether training_peak is right: one process that holds student and teacher."""
+    return config.objective.kind != "cached" and config.engine.kind == "local"
+
+
+def gib(size: float) -> str:
+    return f"{size / GIB:.3g} GiB"
+
+
+def fits(total: float) -> str:
+    """The smallest of the cards, or nothing."""
+    card = next((card for card in CARDS if total <= SHARE * card * GIB), None)
+    return "" if card is None else f"a card of {card:g} GB ({total / card / GIB:.0%} of it)"
+
+
+class Pair(NamedTuple):
+    """Configs of student and teacher, and the entries of their tokenizers; teacher_vocab_size: of another tokenizer."""
+
+    student: Any
+    teacher: Any
+    vocab_size: int
+    teacher_vocab_size: int | None = None
+
+
+def models_of(run: Run) -> Pair:
+    """What a run's folders say; configurations and tokenizers alone are read."""
+    model = run.config.model
+    folders = [
+        resolve(model.student, model.student_revision, weights=False) if model.student else run.student_folder,
+        resolve(model.teacher, model.revision, weights=False),
+    ]
+    mine, theirs = (tokenizer_facts(load_tokenizer(folder)) for folder in folders)
+    other = None if mine == theirs else theirs["vocab_size"]
+    return Pair(*(load_config(folder) for folder in folders), mine["vocab_size"], other)
+
+
+def advice(config: RunConfig, stage: str, pair: Pair) -> str:
+    """What to change first, one after the other, until the largest card is enough."""
+    changed, total = [], 0
+    named = next(each for each in config.stages if each.name == stage)
+    for section, key, value in smaller(config):
+        part = getattr(config, section).model_copy(update={key: value})
+        config = config.model_copy(update={section: part})
+        changed = [item for item in changed if not item.startswith(f"{section}.{key}=")]
+        changed.append(f"{section}.{key}={json.dumps(value)}")
+        total = training_peak(config, named, *pair).total
+        if fits(total):
+            return f"set {' and '.join(changed)}: {gib(total)} fit {fits(total)}"
+    tried = f"even {' and '.join(changed)} leave {gib(total)}; " if changed else ""
+    return f"{tried}take a smaller student or teacher, or engine.kind=deepspeed on more ranks"
+
+
+def smaller(config: RunConfig) -> Iterator[tuple[str, str, Any]]:
+    """(section, key, value) of what takes less memory, what costs least first: shorter windows want new data."""
+    if config.optim.micro_batch > 1:
+        yield "optim", "micro_batch", 1
+    if not config.engine.activation_checkpointing:
+        yield "engine", "activation_checkpointing", True
+    if not config.engine.offload_teacher:
+        yield "engine", "offload_teacher", True
+    for share in (2, 4):
+        if (length := config.data.sequence_length // share) >= 128:
+            yield "data", "sequence_length", length

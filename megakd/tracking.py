@@ -1,0 +1,99 @@
+"""Metrics of a run to metrics.jsonl, TensorBoard and W&B."""
+
+import json
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from megakd.config.run import RunConfig
+from megakd.config.train import LogConfig
+from megakd.errors import foreign
+from megakd.system.files import append_json, publishing, read_json_lines
+from megakd.system.text import finite
+
+
+class MetricLog:
+    """Writes each step's metrics everywhere under the same names; resumed at `step`, forgets what came after it."""
+
+    def __init__(self, folder: Path, config: LogConfig, name: str, run_id: str, frozen: dict[str, Any], step: int):
+        self.file = folder / "metrics.jsonl"
+        rows = read_json_lines(self.file, "step")
+        if any(row["step"] > step for row in rows):
+            with publishing(self.file) as temporary:
+                temporary.write_text("".join(json.dumps(r) + "\n" for r in rows if r["step"] <= step), encoding="utf-8")
+        self.board = self.wandb = None
+        if config.tensorboard:
+            from torch.utils.tensorboard.writer import SummaryWriter
+
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        if config.wandb != "disabled":
+            self.wandb = _open_wandb(folder, config.wandb_project, name, run_id, frozen, config.wandb)
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        # JSON has no NaN: what is not finite is written as null, and on no curve
+        written = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+        append_json(self.file, {"step": step, **written})
+        numbers = {k: v for k, v in written.items() if isinstance(v, int | float)}
+        if self.board is not None:
+            for key, value in numbers.items():
+                self.board.add_scalar(f"train/{key}", value, step)
+        if self.wandb is not None:
+            self.wandb.log({f"train/{k}": v for k, v in numbers.items()}, step=step)
+
+    def close(self) -> None:
+        if self.board is not None:
+            self.board.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def _open_wandb(folder: Path, project: str, name: str, run_id: str, frozen: dict[str, Any], mode: str) -> Any:
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    import wandb
+
+    settings = wandb.Settings(silent=True, console="off", disable_git=True, x_disable_stats=True)
+    how: Any = mode
+    with foreign(f"{folder}: W&B", "correct it, or set log.wandb=disabled"):
+        return wandb.init(
+            project=project, name=name.strip() or None, id=run_id, resume="allow", mode=how, dir=str(folder),
+            config=frozen, settings=settings,
+        )  # fmt: skip
+
+
+def log_evaluation(folder: Path, config: RunConfig, step: int, numbers: dict[str, float]) -> None:
+    """Put numbers of a checkpoint as `eval/NAME` at its step, beside a training that may go on in another process.
+
+    Each call leaves files of its own, whole, so a kill loses nothing and processes do not meet.
+    TensorBoard follows a folder's newest file alone (`DirectoryWatcher`): another one beside training's would end its
+    curves, so these are a folder below. Of two processes that send to one W&B run each counts lines from its own start:
+    the server keeps the last of a number; in its shared mode it ignores steps. So this is recorded offline under the
+    run's id, with a step of its own, for `wandb sync` to append when training has ended; in a folder of its own, for
+    sync sends what is in one by age, and a training that was resumed later would have its steps counted on from here.
+    """
+    if config.log.tensorboard:
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        with SummaryWriter(str(folder / "tensorboard" / "eval")) as board:
+            for name, value in numbers.items():
+                if finite(value) is not None:
+                    board.add_scalar(f"eval/{name}", value, step)
+    if config.log.wandb != "disabled":
+        frozen = config.model_dump(mode="json")
+        place = folder / "watch"
+        place.mkdir(exist_ok=True)
+        run = _open_wandb(place, config.log.wandb_project, config.name, wandb_id(config), frozen, "offline")
+        run.define_metric("eval/step", hidden=True)
+        run.define_metric("eval/*", step_metric="eval/step")
+        run.log({"eval/step": step, **{f"eval/{name}": value for name, value in numbers.items()}})
+        run.finish()
+
+
+def wandb_id(config: RunConfig) -> str:
+    """The id that all processes of a run give W&B: the name in letters that W&B takes, fingerprint, the folder's mark.
+
+    Two folders of one recipe have two ids. A folder keeps its id when training resumes, and when it is moved.
+    """
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", config.name).strip("-")[:60] or "run"
+    return "-".join(part for part in (name, config.fingerprint()[:8], config.mark) if part)

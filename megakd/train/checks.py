@@ -1,0 +1,204 @@
+"""Refuse a run that cannot train as asked, before any rank starts: data, student, rules, ranks, checkpoint."""
+
+import os
+from typing import Any
+
+import torch
+
+from megakd.config.effects import check_batches, check_stages, idle_fields
+from megakd.config.objective import SarConfig
+from megakd.config.run import RunConfig
+from megakd.data.shards import ShardSet
+from megakd.data.stream import shards_digest
+from megakd.data.tokenizers import bos_of, bos_words, check_bos, load_tokenizer, tokenizer_facts, vocabulary_size
+from megakd.engine.checkpoint import check_ranks, check_shards, published
+from megakd.engine.ds_json import deepspeed_config
+from megakd.engine.optim import assign_rules
+from megakd.errors import UserError
+from megakd.identity import fingerprint_like, is_old
+from megakd.models.checks import check_isolation, check_student, check_teacher, tokenizers
+from megakd.models.hub import check_unquantized, empty_model, load_config
+from megakd.models.isolation import check_packing
+from megakd.models.tables import check_tables
+from megakd.names import expand, resolve
+from megakd.objectives.build import build
+from megakd.run import Run
+from megakd.system.dist import World, read_world
+from megakd.system.files import read_json
+from megakd.system.launcher import read_launcher
+from megakd.system.logging import say
+
+
+def check(run: Run) -> ShardSet:
+    """All that can be wrong before any rank starts: data, student, rules, ranks and checkpoint belong to this run."""
+    config, student = run.config, run.student_folder
+    if not (student / "config.json").exists():
+        raise UserError(f"{student}: no student here; run: megakd compress {run.folder}")
+    check_stages(config, str(run.path("config.json")))
+    saved = next(reversed(published(run.path("checkpoints"))), None)
+    idle = [each for each in idle_fields(config) if not each.replaced]
+    if idle and not saved:  # `new` refuses them; of a run that began with them nothing would change
+        raise UserError(f"{run.path('config.json')}: {idle[0]}; make a new run without it")
+    dataset = open_dataset(run)
+    _check_data(run, dataset)
+    check_unquantized(student, load_config(student), "training")
+    if read_world().first:
+        check_isolation(run)
+    skeleton, teacher = empty_model(student), None
+    _, other = tokenizers(config, dataset.facts)
+    if other is None and not saved:
+        _check_one_tokenizer(config)
+    size, length = text_facts(dataset)["tokenizer"]["vocab_size"], config.data.sequence_length
+    check_tables(skeleton, student, size, length)
+    if config.objective.kind != "cached":
+        folder = resolve(config.model.teacher, config.model.revision)
+        teacher = empty_model(folder)
+        size, length = (size, length) if other is None else (vocabulary_size(other), length + length // 4)
+        check_tables(teacher, folder, size, length)
+    if config.engine.expert_parallel > 1 and config.engine.kind == "deepspeed":
+        os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # DeepSpeed asks for it
+        from megakd.models.expert_parallel import spread_experts
+
+        spread_experts(skeleton, config.engine.expert_parallel, 0)  # so that rules meet the tensors they will train
+    for stage in config.stages:
+        try:
+            size = None if other is None else vocabulary_size(other)
+            assign_rules(build(config.at(stage), skeleton, teacher, dataset.facts, size), stage.lr_multipliers)
+            if config.engine.kind == "deepspeed":
+                deepspeed_config(config.at(stage), 1, 1)
+        except UserError as error:
+            raise UserError(f"{run.folder}: stage {stage.name!r}: {error}") from error
+    last = (len(config.stages) - 1, config.steps_of(config.stages[-1], len(dataset)))
+    unfinished = saved is not None and (saved.progress.stage, saved.progress.stage_step) < last
+    if saved and unfinished:
+        check_shards(saved, shards_digest(dataset.names, dataset.sizes), dataset.folder)
+        check_teacher(run)
+    check_student(run, started=saved is not None and unfinished)
+    if not was_launched():
+        ranks = config.engine.ranks if config.engine.kind == "deepspeed" else 1
+        check_world(config, World(0, ranks, torch.device("cpu")))
+        if saved and unfinished:
+            check_ranks(saved, ranks)
+    return dataset
+
+
+def open_dataset(run: Run) -> ShardSet:
+    """The training samples as the run's stream section wants them read."""
+    stream = run.config.stream
+    if (stream.follow or stream.scratch) and not stream.lanes:
+        raise UserError(f"{run.folder}: stream.follow and stream.scratch need lanes; set stream.lanes=8 in a new run")
+    scratch = expand(stream.scratch) if stream.scratch else None
+    if scratch and not scratch.is_dir():
+        raise UserError(f"stream.scratch: {scratch} is no folder")
+    tolerant = stream.on_damage == "skip"
+    kind = "logits" if run.config.objective.kind == "cached" else "tokens"
+    return ShardSet(run.path("data", kind, "train"), stream.follow, tolerant, scratch, 2 * stream.lanes)
+
+
+def _check_data(run: Run, dataset: ShardSet) -> None:
+    """The logits come from the student's teacher, with the student's tokenizer, in windows of the run's length."""
+    config, student = run.config, run.student_folder
+    if config.objective.kind == "cached":
+        _check_teacher(run, dataset)
+    tokens, tokenizer = text_facts(dataset), load_tokenizer(student)
+    mine, theirs = tokenizer_facts(tokenizer), tokens["tokenizer"]
+    if mine != theirs:
+        raise UserError(
+            f"{dataset.folder}: made with a tokenizer of {theirs['vocab_size']} entries ({theirs['hash']}), "
+            f"but {student} has one of {mine['vocab_size']} ({mine['hash']})"
+        )
+    length = config.data.sequence_length
+    if tokens["sequence_length"] != length:
+        raise UserError(
+            f"{dataset.folder}: windows of {tokens['sequence_length']} tokens, data.sequence_length is {length}"
+        )
+    check_packing(tokens, config.data.packing, dataset.folder)
+    if older := check_bos(tokens, tokenizer, config.data.bos, dataset.folder):
+        say(f"train: {older}")
+    elif config.objective.kind != "cached":
+        teacher = load_tokenizer(resolve(config.model.teacher, config.model.revision, weights=False))
+        own, made = bos_of(teacher, config.data.bos), tokens.get("bos", [])
+        if own != made and tokenizer_facts(teacher) == theirs:  # another tokenizer reads the text in its own way
+            say(
+                f"train: the teacher reads documents that begin {bos_words(teacher, made)}, as the student does; its "
+                f"own texts begin {bos_words(teacher, own)}"
+            )
+    check_batches(config)
+
+
+def text_facts(dataset: ShardSet) -> dict[str, Any]:
+    """The facts of a data set's tokens: those of a set with targets are among its facts."""
+    return dataset.facts.get("tokens", dataset.facts)
+
+
+def _check_one_tokenizer(config: RunConfig) -> None:
+    """UserError for weights of losses over spans of text, which one tokenizer has no use for."""
+    for name in ("likelihood", "features") if config.objective.kind == "sar" else ():
+        value, default = getattr(config.sar, name), SarConfig.model_fields[name].default
+        if value != default:
+            raise UserError(
+                f"sar.{name}={value:g} has no effect: teacher and student have one tokenizer; leave it out of a new run"
+            )
+
+
+def _check_teacher(run: Run, dataset: ShardSet) -> None:
+    config, student, made_by = run.config, run.student_folder, dataset.facts["teacher"]
+    teacher = {"id": config.model.teacher, "revision": config.model.revision, "weights": made_by["weights"]}
+    if (student / "compress.json").exists():
+        teacher = read_json(student / "compress.json")["teacher"]
+    if made_by != teacher and not _same_by_old_fingerprints(made_by, teacher):
+        raise UserError(
+            f"{dataset.folder}: logits made by {made_by['id']} (weights {made_by['weights']}), but the student comes "
+            f"from {teacher['id']} (weights {teacher['weights']}); run: megakd generate-logits RUN in a new run"
+        )
+
+
+def _same_by_old_fingerprints(one: dict[str, Any], two: dict[str, Any]) -> bool:
+    """Whether two records are of one teacher where just one of them is of an old MegaKD: its folder tells.
+
+    Where that is not here, nothing can, and this is said.
+    """
+    names, weights = [{**each, "weights": None} for each in (one, two)], (one["weights"], two["weights"])
+    if names[0] != names[1] or is_old(weights[0]) == is_old(weights[1]) or "unknown" in weights:
+        return False
+    try:
+        folder = resolve(one["id"], one["revision"])
+    except UserError as error:
+        say(
+            f"student and logits were made by {one['id']} with fingerprints of two versions, {weights[0]} and "
+            f"{weights[1]}; whether they are of one teacher cannot be checked without it ({error})"
+        )
+        return True
+    return all(fingerprint_like(each, folder) == each for each in weights)
+
+
+def check_world(config: RunConfig, world: World) -> None:
+    """The batch must divide among the ranks, and the local engine is one process."""
+    if config.engine.kind == "local" and world.size > 1:
+        raise UserError(
+            f"engine.kind: local is one process, this is a world of {world.size}; "
+            "set engine.kind=deepspeed in a new run"
+        )
+    spread = config.engine.expert_parallel
+    if config.engine.kind == "local" and spread > 1:
+        raise UserError(
+            f"engine.expert_parallel: {spread}, but engine.kind local is one process; set engine.kind=deepspeed in a "
+            "new run, or engine.expert_parallel=1"
+        )
+    if world.size % spread:
+        raise UserError(
+            f"engine.expert_parallel: {spread} does not divide the {world.size} ranks; change engine.ranks or it"
+        )
+    for stage in config.stages:
+        windows = config.at(stage).windows_per_step
+        if windows % (world.size * config.optim.micro_batch):
+            raise UserError(
+                f"optim.batch_tokens: {windows} windows a step do not divide among {world.size} ranks x "
+                f"optim.micro_batch {config.optim.micro_batch}; change optim.micro_batch, engine.ranks or the batch"
+            )
+
+
+def was_launched() -> bool:
+    """Whether a launcher started this process as a rank of a training; one task of srun may still start a launcher."""
+    launched = read_launcher()
+    return launched.size > 1 or launched.by not in ("", "srun", "Slurm")

@@ -1,0 +1,82 @@
+"""Time the steps of a stage; log their metrics and print a progress line."""
+
+import resource
+import time
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from megakd.system.logging import say
+from megakd.system.text import clock, short
+from megakd.tracking import MetricLog
+
+
+class StageWatch:
+    """Times the steps of a stage; hands their metrics to a MetricLog and a line to the terminal (on the first rank)."""
+
+    def __init__(self, stage: str, steps: int, first_step: int, every_steps: int, log: MetricLog | None):
+        self.stage, self.steps, self.first_step, self.every_steps, self.log = stage, steps, first_step, every_steps, log
+        self.start = self.asked = time.perf_counter()
+        self.waited = 0.0
+        self.damaged = 0
+
+    def data_ready(self) -> None:
+        """The step's data is here; what passed since the last step was waiting."""
+        self.waited = time.perf_counter() - self.asked
+
+    def resume_clock(self) -> None:
+        """Leave out what passed since the last step, such as saving a checkpoint."""
+        self.asked = time.perf_counter()
+
+    def step_done(
+        self,
+        stage_step: int,
+        step: int,
+        seen: int,
+        tokens: int,
+        sums: dict[str, float],
+        lr: float,
+        norm: float,
+        damaged: int = 0,
+        left_out: int = 0,
+        norms: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
+        """Log a step of `tokens` counted tokens; stage_step, step: done in the stage, in all; seen: tokens in all.
+
+        damaged: samples that the step left out; logged is their number since this process began the stage.
+        left_out: updates that were not made so far. norms: more of them, by their names in the log.
+        """
+        now = time.perf_counter()
+        seconds = now - self.asked
+        self.asked = now
+        if self.log is None:
+            return
+        means = {"loss" if name == "total" else name: value / max(tokens, 1) for name, value in sums.items()}
+        speed, wait, memory = tokens / seconds, self.waited / seconds, peak_memory_gb()
+        self.damaged += damaged
+        counts = {"damaged_samples": self.damaged, "left_out_updates": left_out}
+        counts = {name: count for name, count in counts.items() if count}
+        timing = {"tokens_per_second": speed, "data_wait_share": wait, "memory_gb": memory}
+        numbers = {**means, "lr": lr, "grad_norm": norm, **norms, **counts, **timing}
+        self.log.write(step, {"stage": self.stage, "tokens": seen, **numbers})
+        if stage_step % self.every_steps == 0 or stage_step == self.steps:
+            left = (now - self.start) / (stage_step - self.first_step) * (self.steps - stage_step)
+            parts = [
+                f"{self.stage} {stage_step}/{self.steps} {stage_step / self.steps:.0%}",
+                " ".join(f"{name} {value:.4f}" for name, value in means.items()) or "nothing to learn from",
+                f"lr {lr:.2e}",
+                f"grad {norm:.2f}",
+                f"{short(speed)} tokens/s",
+                f"wait {wait:.1%}",
+                f"{memory:.2f} GB",
+                f"ETA {clock(left)}",
+            ]
+            say(" | ".join(parts))
+
+
+def peak_memory_gb() -> float:
+    """Peak memory of this process: of its GPU where it has one, else resident."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,132 @@
+"""What a configuration alone can tell: refused at `new` and by its name, said where something takes a field's place."""
+
+import json
+
+import pytest
+
+from megakd.config.effects import check, idle_fields, notices
+from megakd.config.parsing import parse
+from megakd.config.run import RunConfig
+from megakd.errors import UserError
+from megakd.run import Run
+from tests.conftest import ROOT, in_process
+
+SAR, ONLINE = {"kind": "sar"}, {"kind": "online"}
+
+
+def config_of(**sections: object) -> RunConfig:
+    return parse({"engine": {"kind": "local"}, **sections}, "recipe")
+
+
+@pytest.mark.parametrize(
+    "sections, said",
+    [
+        ({"objective": {**SAR, "tail": "truncated"}}, 'objective.tail="truncated" has no effect: a live teacher'),
+        ({"objective": {"mix": 0.1}}, "objective.mix=0.1 has no effect"),
+        ({"sar": {"anchor": 1.0, "entropy": 1.0}}, r"sar.anchor=1.0 .*, or set sar=\{\} \(and 1 more\)$"),
+        ({"objective": SAR, "online": {"kl": 1.0}}, "online.kl=1.0 has no effect"),
+        ({"objective": ONLINE, "online": {"final_top_k": 2}}, "online.final_top_k=2 has no effect"),
+        ({"objective": ONLINE, "logits": {"profile": "sampled"}}, 'logits.profile="sampled" has no effect'),
+        ({"logits": {"draws": 5}}, "logits.draws=5 has no effect: logits.profile=topk stores no draws"),
+        ({"stream": {"scratch": "/tmp"}}, 'stream.scratch="/tmp" has no effect: it needs stream.lanes'),
+        ({"engine": {"kind": "local", "expert_parallel": 2}}, "engine.expert_parallel=2 has no effect"),
+        ({"compress": {"shapes": ["basis"]}}, "compress.shapes=.* has no effect: compress.budget alone"),
+        ({"compress": {"budget": 0.2, "split": "free"}}, 'compress.split="free" has no effect'),
+        ({"stages": [{"name": "a", "steps": 1, "config": "zero2"}]}, 'stages.0.config="zero2" has no effect'),
+        ({"stages": [{"name": "a", "steps": 1, "objective": {"mix": 0.2}}]}, "stages.0.objective.mix=0.2 has no"),
+        ({"stages": [{"name": "a", "steps": 1, "lr_multipliers": [{"pattern": "(", "lr_multiplier": 1}]}]},
+         r"stages.0.lr_multipliers: '\(' is not a regular expression"),
+    ],
+)  # fmt: skip
+def test_a_field_without_effect_is_refused_by_name(sections, said):
+    with pytest.raises(UserError, match=f"^recipe: {said}"):
+        check(config_of(**sections), "recipe")
+
+
+def test_a_field_that_one_stage_uses_has_an_effect():
+    stages = [{"name": "a", "steps": 1}, {"name": "b", "steps": 1, "objective": {"divergence": "jsd"}}]
+    check(config_of(objective={"mix": 0.1}, stages=stages), "recipe")
+    with pytest.raises(UserError, match=r"objective\.mix"):
+        check(config_of(objective={"mix": 0.1}, stages=stages[:1]), "recipe")
+
+
+def test_what_takes_a_fields_place_is_said():
+    sections = {"model": {"student": "given"}, "compress": {"rank": 3}, "engine": {"kind": "local", "ranks": 2}}
+    config = config_of(**sections, stages=[{"name": "a", "steps": 10}])
+    check(config, "recipe")
+    assert [line.split(" ")[0] for line in notices(config)] == ["compress.rank=3", "engine.ranks=2", "stage"]
+    assert notices(config)[-1].endswith("optim.warmup_steps=100 is more than half of its 10 steps; warmup takes 5")
+
+
+@pytest.mark.parametrize(
+    "sections, said",
+    [
+        ({"objective": {"temperature": [4, 1]}}, r"stages.0 \(all\): objective.temperature: a ramp passes through"),
+        ({"objective": {"temperature": 3}}, "the logits carry tails for T = 1, 2, not 3"),
+        ({"objective": {"tail": "sampled"}}, "objective.tail: sampled needs draws"),
+        ({"objective": {"tail": "truncated", "divergence": "reverse_kl"}}, "reverse_kl is infinite"),
+        ({"stages": [{"name": "a", "steps": 1, "objective": {"kind": "sar"}}]},
+         "stages.0.objective.kind: sar, but objective.kind is cached; all stages of a run have one kind"),
+    ],
+)  # fmt: skip
+def test_a_stage_that_cannot_train_is_told_before_anything_is_made(sections, said, tmp_path):
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps({"engine": {"kind": "local"}, **sections}))
+    with pytest.raises(UserError, match=said):
+        Run.create(recipe, [], tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        ({"best": "kld"}, "eval.best: 'kld' is not measured; give one of auto, kl, perplexity"),
+        (
+            {"best": "hellaswag/acc"},
+            "eval.best: 'hellaswag/acc' is not measured; .* TASK/METRIC of a task in eval.tasks",
+        ),
+        ({"tasks": ["mine"], "task_folder": "/no/such/folder"}, "eval.task_folder: /no/such/folder is no folder"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_is_told_before_anything_is_made(fields, said, tmp_path):
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps({"engine": {"kind": "local"}, "eval": fields}))
+    with pytest.raises(UserError, match=f"recipe.json: {said}"):
+        Run.create(recipe, [], tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def frozen_with(run: Run, **sections: dict[str, object]) -> None:
+    """The config.json that an older version would have written."""
+    path = run.path("config.json")
+    value = json.loads(path.read_text())
+    for name, changes in sections.items():
+        value[name] |= changes
+    path.write_text(json.dumps(value))
+
+
+def test_an_older_run_whose_stage_has_another_kind_is_refused_in_one_line(sibling):
+    """It was a KeyError when its stage began."""
+    run = sibling()
+    value = json.loads(run.path("config.json").read_text())
+    value["stages"][1]["objective"] = {"kind": "sar"}
+    run.path("config.json").write_text(json.dumps(value))
+    assert "stages.1.objective.kind: sar, but objective.kind is cached" in in_process("train", run.folder, code=2)
+    assert Run.open(run.folder).config.stages[1].objective == {"kind": "sar"}  # other verbs read it
+
+
+def test_an_older_run_opens_with_fields_without_effect_and_goes_on_when_it_has_begun(sibling):
+    run = sibling("stages.0.steps=1", "stages.0.tokens=null", "stages.1.steps=1", "stages.1.tokens=null")
+    frozen_with(run, sar={"anchor": 0.7})
+    assert Run.open(run.folder).config.sar.anchor == 0.7
+    assert "sar.anchor=0.7 has no effect" in in_process("train", run.folder, code=2)
+    frozen_with(run, sar={"anchor": 0.1})
+    in_process("train", run.folder)
+    frozen_with(run, sar={"anchor": 0.7})
+    assert "train: sar.anchor=0.7 has no effect" in in_process("train", run.folder)
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "launch" / "recipes").glob("*.json")))
+def test_shipped_recipes_keep_what_they_say(recipe):
+    config = parse(json.loads(recipe.read_text()), recipe.name)
+    assert not [str(each) for each in idle_fields(config)]

@@ -1,0 +1,436 @@
+"""The fused loss against losses/reference.py on the same logits in float64; chunks of 10 tokens, blocks of 3."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megakd.data.records import TeacherTargets
+from megakd.losses import head as fused
+from megakd.losses.divergence import Divergence, divergence_terms
+from megakd.losses.head import DenseTeacher, FusedHead, SparseTeacher
+from megakd.losses.reference import KL, Stored, Tail, distill_loss
+from tests.losses.test_divergence import ALL, ON_DATA
+from tests.losses.test_reference import TEMPERATURES, example, with_fillers
+
+TAILS: tuple[Tail, ...] = get_args(Tail)
+TOKENS, VOCABULARY, ENTRIES, SIZE = 37, 300, 16, 24
+FACTOR = 0.37  # what comes in from above the loss
+# relative, of the terms and of the gradients' norms; bfloat16 keeps 8 bits of logits and of their gradient
+TOLERANCES = {torch.float64: (1e-13, 1e-12), torch.float32: (1.2e-7, 5e-6), torch.bfloat16: (4e-3, 1.5e-2)}
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(fused.CHUNK_BYTES, "cpu", 10 * 4 * VOCABULARY)
+    monkeypatch.setitem(fused.BLOCK_BYTES, "cpu", 3 * 4 * VOCABULARY)
+
+
+def inputs(dtype: torch.dtype = torch.float64, padding: int = 9, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Hidden states and the head's weight, logits of a standard deviation of 2."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(TOKENS, SIZE, generator=generator, dtype=torch.float64)
+    weight = 0.4 * torch.randn(VOCABULARY + padding, SIZE, generator=generator, dtype=torch.float64)
+    return hidden.to(dtype), weight.to(dtype)
+
+
+def stored_targets(tail: Tail, temperature: float) -> tuple[Tensor, TeacherTargets, Stored]:
+    """Labels and targets of the vocabulary, with entries that are none; teachers unlike the student."""
+    _, _, labels, targets, stored = example((TOKENS, VOCABULARY, ENTRIES), temperature, tail, pmin=0.005)
+    return labels, with_fillers(targets, 3), stored
+
+
+Run = Callable[[Tensor, Tensor], Any]
+
+
+def differentiated(run: Run, hidden: Tensor, weight: Tensor) -> tuple[list[float | None], list[Tensor]]:
+    """The terms of run(hidden, weight), and gradients of FACTOR * total in float64."""
+    hidden, weight = hidden.clone().requires_grad_(), nn.Parameter(weight.clone())
+    terms = run(hidden, weight)
+    (FACTOR * terms.total).backward()
+    assert hidden.grad is not None and weight.grad is not None
+    assert (hidden.grad.dtype, weight.grad.dtype) == (hidden.dtype, weight.dtype)
+    assert terms.total.requires_grad and not any(t.requires_grad for t in terms[1:] if t is not None)
+    return [None if t is None else t.item() for t in terms], [hidden.grad.double(), weight.grad.double()]
+
+
+def alike(found: list[float | None], expected: list[float | None], tolerance: float) -> bool:
+    """Numbers that are close, and None in the same places."""
+    known = [[x for x in terms if x is not None] for terms in (found, expected)]
+    return known[0] == pytest.approx(known[1], rel=tolerance) and (found[3] is None) == (expected[3] is None)
+
+
+def same(found: Any, expected: Any, dtype: torch.dtype) -> None:
+    value, slope = TOLERANCES[dtype]
+    assert alike(found[0], expected[0], value)
+    for mine, theirs in zip(found[1], expected[1], strict=True):
+        assert mine.isfinite().all() and (mine - theirs).norm() <= slope * theirs.norm()
+
+
+def dense_run(labels: Tensor, targets: TeacherTargets, stored: Stored, *form: Any, scale=1.0, cap=None) -> Run:
+    def run(hidden: Tensor, weight: Tensor) -> Any:
+        logits = hidden @ weight[:VOCABULARY].T * scale
+        logits = logits if cap is None else cap * (logits / cap).tanh()
+        return distill_loss(logits, labels, targets, stored, *form)
+
+    return run
+
+
+def fused_run(labels: Tensor, teacher: Any, *form: Any, scale: float = 1.0, cap: float | None = None) -> Run:
+    return lambda hidden, weight: FusedHead(weight, VOCABULARY, scale, cap)(hidden, labels, teacher, *form)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("padding", [0, 9])
+@pytest.mark.parametrize("alpha, temperature", [(0.3, 1.0), (0.3, 2.0), (1.0, 2.0), (0.0, 1.0), (0.3, 4.0)])
+@pytest.mark.parametrize("tail", TAILS)
+def test_it_is_the_dense_form(tail, alpha, temperature, padding, dtype):
+    labels, targets, stored = stored_targets(tail, temperature)
+    hidden, weight = inputs(dtype, padding)
+    dense = dense_run(labels, targets, stored, alpha, temperature, tail)
+    expected = differentiated(dense, hidden.double(), weight.double())
+    found = differentiated(fused_run(labels, SparseTeacher(targets, stored, tail), alpha, temperature), hidden, weight)
+    same(found, expected, dtype)
+    assert not found[1][1][VOCABULARY:].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("rows", [1, 4, 100])
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0, 0.5])
+@pytest.mark.parametrize("tail", TAILS)
+def test_the_rows_of_a_block_are_of_no_account(monkeypatch, tail, temperature, rows, dtype):
+    """Single rows are finished one by one where what trains allows it."""
+    if tail in ("ghost", "hybrid") and temperature not in TEMPERATURES:
+        return
+    labels, targets, stored = stored_targets(tail, temperature)
+    hidden, weight = inputs(dtype)
+    monkeypatch.setitem(fused.BLOCK_BYTES, "cpu", rows * dtype.itemsize * VOCABULARY)
+    dense = dense_run(labels, targets, stored, 0.3, temperature, tail)
+    expected = differentiated(dense, hidden.double(), weight.double())
+    found = differentiated(fused_run(labels, SparseTeacher(targets, stored, tail), 0.3, temperature), hidden, weight)
+    same(found, expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("divergence, tail", ON_DATA)
+def test_every_divergence_is_that_of_the_dense_form(divergence, tail, dtype):
+    labels, targets, stored = stored_targets(tail, 2.0)
+    hidden, weight = inputs(dtype)
+    dense = dense_run(labels, targets, stored, 0.7, 2.0, tail, divergence)
+    teacher = SparseTeacher(targets, stored, tail)
+    found = differentiated(fused_run(labels, teacher, 0.7, 2.0, divergence), hidden, weight)
+    same(found, differentiated(dense, hidden.double(), weight.double()), dtype)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.3, 3.0])
+def test_any_temperature(temperature):
+    """Below 1, where the exponentials at 1 are the flat ones, and powers that are no whole numbers."""
+    labels, targets, stored = stored_targets("truncated", 2.0)
+    hidden, weight = inputs()
+    expected = differentiated(dense_run(labels, targets, stored, 0.5, temperature, "truncated"), hidden, weight)
+    teacher = SparseTeacher(targets, stored, "truncated")
+    same(differentiated(fused_run(labels, teacher, 0.5, temperature), hidden, weight), expected, torch.float64)
+
+
+def online(logits: Tensor, labels: Tensor, alpha: float, temperature: float, divergence: Divergence) -> Run:
+    """The loss against a whole distribution, as its formula reads."""
+
+    def run(hidden: Tensor, weight: Tensor) -> Any:
+        y = hidden @ weight[:VOCABULARY].T
+        p = logits[:, :VOCABULARY].double()
+
+        def at(t: float, d: Divergence) -> Tensor:
+            return divergence_terms(d, (p / t).log_softmax(-1), (y / t).log_softmax(-1)).sum()
+
+        ce, value = nn.functional.cross_entropy(y, labels, reduction="sum"), at(temperature, divergence)
+        total = (1 - alpha) * ce + alpha * temperature**2 * value
+        return fused.DistillTerms(total, ce.detach(), value.detach(), at(1.0, KL).detach())
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 0.7])
+@pytest.mark.parametrize("divergence", ALL)
+def test_a_teacher_that_is_there(divergence, temperature, dtype):
+    """As logits with a padded vocabulary, and as what makes a chunk of them."""
+    logits = 2 * torch.randn(TOKENS, VOCABULARY + 4, generator=torch.Generator().manual_seed(5))
+    labels, *_ = stored_targets("ghost", 2.0)
+    hidden, weight = inputs(dtype)
+    form = (0.4, temperature, divergence)
+    expected = differentiated(online(logits, labels, *form), hidden.double(), weight.double())
+    seen: list[slice] = []
+    for teacher in (logits, lambda chunk: seen.append(chunk) or logits[chunk]):
+        before = logits.clone()
+        same(differentiated(fused_run(labels, DenseTeacher(teacher), *form), hidden, weight), expected, dtype)
+        assert torch.equal(logits, before)
+    assert [s.start for s in seen] == [0, *(s.stop for s in seen[:-1])] and seen[-1].stop == TOKENS
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale, cap", [(0.0625, None), (0.7, 5.0), (1.0, 1.5)])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_scales_and_soft_caps(temperature, scale, cap, dtype):
+    labels, targets, stored = stored_targets("ghost", 2.0)
+    hidden, weight = inputs(dtype)
+    dense = dense_run(labels, targets, stored, 0.5, temperature, "ghost", scale=scale, cap=cap)
+    teacher = SparseTeacher(targets, stored, "ghost")
+    found = differentiated(fused_run(labels, teacher, 0.5, temperature, scale=scale, cap=cap), hidden, weight)
+    same(found, differentiated(dense, hidden.double(), weight.double()), dtype)
+    head = FusedHead(nn.Parameter(weight), VOCABULARY, scale, cap)
+    assert head.logits(hidden).shape == (TOKENS, VOCABULARY)
+
+
+@pytest.mark.parametrize("tail", [*TAILS, "online"])
+@pytest.mark.parametrize("temperature, divergence", [(1.0, KL), (2.0, KL), (2.0, Divergence("jsd", 0.3))])
+def test_gradient_is_that_of_the_returned_loss(tail, temperature, divergence):
+    """Finite differences: T^2 must be inside what is differentiated, not only in what is reported."""
+    if tail in ("sampled", "hybrid") and divergence != KL:
+        return
+    labels, targets, stored = stored_targets("ghost" if tail == "online" else tail, temperature)
+    teacher: Any = SparseTeacher(targets, stored, tail)
+    if tail == "online":
+        teacher = DenseTeacher(torch.randn(TOKENS, VOCABULARY, generator=torch.Generator().manual_seed(5)).double())
+    hidden, weight = inputs()
+    run = fused_run(labels, teacher, 0.6, temperature, divergence)
+    _, (by_hidden, by_weight) = differentiated(run, hidden, weight)
+    generator, step = torch.Generator().manual_seed(7), 1e-5
+    for _ in range(3):
+        move = [torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in (hidden, weight)]
+        ends = [run(hidden + s * move[0], nn.Parameter(weight + s * move[1])).total.item() for s in (step, -step)]
+        slope = ((by_hidden * move[0]).sum() + (by_weight * move[1]).sum()) / FACTOR
+        assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(slope.item(), rel=1e-7)
+
+
+@pytest.mark.parametrize("divergence", ALL)
+@pytest.mark.parametrize("tail", ["ghost", "online"])
+def test_student_equal_to_teacher_gives_zero_and_no_gradient(tail, divergence):
+    hidden, weight = inputs(padding=0)
+    logits = hidden @ weight.T
+    ids = logits.topk(ENTRIES).indices
+    log_p = logits.log_softmax(-1)
+    tails = [((logits / t).scatter(1, ids, -torch.inf).logsumexp(-1) - logits.logsumexp(-1) / t) for t in TEMPERATURES]
+    nothing = torch.zeros(TOKENS)
+    targets = TeacherTargets(
+        ids.int(), log_p.gather(1, ids), torch.stack(tails, 1), ids[:, :0], log_p[:, :0], nothing, nothing
+    )
+    stored = Stored(True, TEMPERATURES, None)
+    teacher = DenseTeacher(logits) if tail == "online" else SparseTeacher(targets, stored, "ghost")
+    terms, gradients = differentiated(fused_run(ids[:, 0], teacher, 1.0, 2.0, divergence), hidden, weight)
+    assert terms[0] == pytest.approx(0, abs=1e-11) and terms[3] == pytest.approx(0, abs=1e-11)
+    if divergence.kind != "tvd":  # which has a kink there
+        assert max(g.abs().max().item() for g in gradients) < 1e-11
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("scale", [1e-3, 30.0, 3e3])
+@pytest.mark.parametrize("tail", TAILS)
+def test_extreme_students(tail, scale, dtype):
+    """Logits of thousands: the rest's mass is far below what a number can hold, its logarithm is not."""
+    labels, targets, stored = stored_targets(tail, 2.0)
+    hidden, weight = inputs(dtype)
+    weight *= scale
+    found = differentiated(fused_run(labels, SparseTeacher(targets, stored, tail), 0.5, 2.0), hidden, weight)
+    dense = dense_run(labels, targets, stored, 0.5, 2.0, tail)
+    expected = differentiated(dense, hidden.double(), weight.double())
+    assert alike(found[0], expected[0], 1e-12 if dtype == torch.float64 else 1e-6)
+    for mine, theirs in zip(found[1], expected[1], strict=True):
+        assert mine.isfinite().all() and (mine - theirs).norm() <= 1e-3 * theirs.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_stored_mass_that_rounds_to_one(dtype):
+    """log(1 - sum of probabilities) would be NaN here; the complement's sum is not."""
+    weight = torch.tensor([[40.0], [0.0], [-1.0], [-2.0]], dtype=dtype)
+    ids, logprobs, nothing = torch.tensor([[0]]), torch.tensor([[-1e-9]]), torch.zeros(1)
+    targets = TeacherTargets(ids, logprobs, torch.tensor([[1e-9]]).log(), ids[:, :0], logprobs[:, :0], nothing, nothing)
+    hidden, weight = torch.ones(1, 1, dtype=dtype, requires_grad=True), nn.Parameter(weight)
+    teacher = SparseTeacher(targets, Stored(True, (1.0,), None), "ghost")
+    terms = FusedHead(weight, 4)(hidden, torch.tensor([0]), teacher, 1.0, 1.0)
+    terms.total.backward()
+    q = weight.detach()[:, 0].double().softmax(0)
+    expected = logprobs.double().exp().log().sum() - q[0].log() + 1e-9 * (1e-9 / q[1:].sum()).log()
+    assert terms.total.item() == pytest.approx(expected.item(), rel=1e-3) and weight.grad.isfinite().all()
+    assert weight.grad[1].item() == pytest.approx((q[1] - 1e-9 * q[1] / q[1:].sum()).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("tail", ["ghost", "truncated", "hybrid"])
+@pytest.mark.parametrize("divergence", [KL, Divergence("tvd"), Divergence("jsd", 0.5)])
+def test_all_entries_stored(tail, divergence):
+    """K = V: there is no rest at all."""
+    if tail == "hybrid" and divergence != KL:
+        return
+    _, _, labels, targets, stored = example((TOKENS, 13, 13), 2.0, tail, pmin=0.0)
+    hidden, weight = inputs()
+    weight = weight[:13]
+
+    def run(hidden: Tensor, weight: Tensor) -> Any:
+        return distill_loss(hidden @ weight.T, labels, targets, stored, 0.5, 2.0, tail, divergence)
+
+    def mine(hidden: Tensor, weight: Any) -> Any:
+        teacher = SparseTeacher(targets, stored, tail)
+        return FusedHead(weight, 13)(hidden, labels, teacher, 0.5, 2.0, divergence)
+
+    same(differentiated(mine, hidden, weight), differentiated(run, hidden, weight), torch.float64)
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_, torch.ops.aten.addmm)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_needs_no_gradient_costs_no_product(dtype):
+    labels, targets, stored = stored_targets("ghost", 2.0)
+    hidden, weight = inputs(dtype)
+    run = fused_run(labels, SparseTeacher(targets, stored, "ghost"), 0.5, 2.0)
+    expected, both = differentiated(run, hidden, weight)
+    chunks = 4
+    for needs in ((True, True), (True, False), (False, True), (False, False)):
+        h, w = hidden.clone().requires_grad_(needs[0]), nn.Parameter(weight.clone(), requires_grad=needs[1])
+        with Products() as products:
+            terms = run(h, w)
+        assert products.count == chunks * (1 + sum(needs)) and terms.total.requires_grad == any(needs)
+        assert terms.total.item() == expected[0]
+        if any(needs):
+            (FACTOR * terms.total).backward()
+        for tensor, needed, gradient in zip((h, w), needs, both, strict=True):
+            assert (tensor.grad is not None) == needed and (not needed or torch.equal(tensor.grad.double(), gradient))
+    with torch.no_grad(), Products() as products:
+        terms = run(hidden.clone().requires_grad_(), nn.Parameter(weight))
+    assert products.count == chunks and not terms.total.requires_grad and terms.total.item() == expected[0]
+
+
+def test_a_tied_head_adds_both_gradients():
+    labels, targets, stored = stored_targets("ghost", 2.0)
+    _, weight = inputs()
+    ids = torch.arange(TOKENS) % 7
+
+    def gradient(loss: Run) -> Tensor:
+        table = nn.Embedding.from_pretrained(weight.clone(), freeze=False)
+        loss(table(ids).tanh(), table.weight).total.backward()
+        return table.weight.grad
+
+    found = gradient(fused_run(labels, SparseTeacher(targets, stored, "ghost"), 0.5, 2.0))
+    assert torch.allclose(found, gradient(dense_run(labels, targets, stored, 0.5, 2.0, "ghost")), atol=1e-11)
+
+
+@pytest.mark.parametrize("tail", [*TAILS, "online"])
+def test_no_tokens_is_zero_with_a_live_graph(tail):
+    labels, targets, stored = stored_targets("ghost" if tail == "online" else tail, 2.0)
+    nobody = torch.zeros(TOKENS, dtype=torch.bool)
+    teacher: Any = SparseTeacher(TeacherTargets(*(field[nobody] for field in targets)), stored, tail)
+    teacher = DenseTeacher(torch.zeros(0, VOCABULARY)) if tail == "online" else teacher
+    hidden, weight = inputs(torch.float32)
+    hidden.requires_grad_()
+    parameter = nn.Parameter(weight)
+    terms = FusedHead(parameter, VOCABULARY)(hidden[nobody], labels[nobody], teacher, 0.5, 2.0)
+    assert terms.total.requires_grad and not any(t.item() for t in terms if t is not None)
+    terms.total.backward()
+    for gradient in (hidden.grad, parameter.grad):
+        assert gradient is not None and not gradient.any()
+
+
+def test_under_autocast_products_are_in_its_dtype():
+    """float32 weights, as on the local engine with bfloat16: the result is that of bfloat16 weights."""
+    labels, targets, stored = stored_targets("ghost", 2.0)
+    hidden, weight = inputs(torch.bfloat16)
+    run = fused_run(labels, SparseTeacher(targets, stored, "ghost"), 0.5, 2.0)
+    expected = differentiated(run, hidden, weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = differentiated(run, hidden.float(), weight.float())
+    assert found[0] == expected[0]
+    for mine, theirs in zip(found[1], expected[1], strict=True):
+        assert (mine - theirs).norm() <= 5e-3 * theirs.norm()  # theirs is rounded when it is handed over
+
+
+def test_the_gradient_of_a_head_is_summed_in_float32():
+    """Sums over many chunks in bfloat16 lose what is small beside them."""
+    labels, targets, stored = stored_targets("ghost", 2.0)
+    hidden, weight = inputs(torch.bfloat16)
+    many = TeacherTargets(*(field.repeat(40, *(1,) * (field.ndim - 1)) for field in targets))
+    run = fused_run(labels.repeat(40), SparseTeacher(many, stored, "ghost"), 0.5, 2.0)
+    _, (_, once) = differentiated(fused_run(labels, SparseTeacher(targets, stored, "ghost"), 0.5, 2.0), hidden, weight)
+    _, (_, found) = differentiated(run, hidden.repeat(40, 1), weight)
+    assert (found - 40 * once).norm() <= 4e-3 * (40 * once).norm()
+
+
+def test_gradients_are_handed_over_once():
+    labels, targets, stored = stored_targets("ghost", 2.0)
+    hidden, weight = inputs()
+    total = fused_run(labels, SparseTeacher(targets, stored, "ghost"), 0.5, 2.0)(hidden, nn.Parameter(weight)).total
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="handed over by an earlier backward"):
+        total.backward()
+
+
+def test_calls_do_not_disturb_each_other():
+    """Buffers are kept between calls; results are not in them. Also for other sizes and dtypes through one module."""
+    labels, targets, stored = stored_targets("ghost", 2.0)
+    hidden, weight = inputs(torch.float32)
+    teacher = SparseTeacher(targets, stored, "ghost")
+    head = FusedHead(nn.Parameter(weight), VOCABULARY)
+    first = head(hidden, labels, teacher, 0.5, 2.0)
+    few = SparseTeacher(TeacherTargets(*(field[:3] for field in targets)), stored, "ghost")
+    second = head(hidden[:3], labels[:3], few, 0.5, 1.0)
+    (first.total + second.total).backward()
+    found = head.weight.grad.clone()
+    head.weight.grad = None
+    for again in (lambda: head(hidden, labels, teacher, 0.5, 2.0), lambda: head(hidden[:3], labels[:3], few, 0.5, 1.0)):
+        again().total.backward()
+    assert torch.allclose(found, head.weight.grad, atol=1e-4)
+    with torch.inference_mode():
+        few_rows = FusedHead(head.weight, VOCABULARY)
+        few_rows(hidden, labels, teacher, 0.5, 2.0)
+    few_rows(hidden, labels, teacher, 0.5, 2.0).total.backward()
+    head.double()
+    assert head(hidden.double(), labels, teacher, 0.5, 2.0).total.dtype == torch.float64
+
+
+def test_the_weight_stays_the_students():
+    """One Parameter, one name, nothing more in a state."""
+    model = nn.ModuleDict({"lm_head": nn.Linear(3, 5, bias=False)})
+    whole = nn.ModuleDict({"student": model, "head": FusedHead(model["lm_head"].weight, 5)})
+    assert [name for name, _ in whole.named_parameters()] == ["student.lm_head.weight"]
+    assert list(whole.state_dict()) == ["student.lm_head.weight"]
+    whole.load_state_dict({"student.lm_head.weight": torch.ones(5, 3)})
+    assert whole["head"].weight.eq(1).all() and whole["head"].weight is model["lm_head"].weight
+
+
+@pytest.fixture
+def allocations() -> Iterator[Any]:
+    from tests.tools.examples import tool
+
+    yield tool("bench_loss").peak_bytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", ["ghost", "capped", "online"])
+def test_peak_memory_is_the_gradients_and_two_buffers(allocations, monkeypatch, form, dtype):
+    """Of [chunk, V] in float32, at sizes where what is small beside them is small."""
+    tokens, vocabulary, size, chunk = 96, 40_000, 32, 24
+    monkeypatch.setitem(fused.CHUNK_BYTES, "cpu", chunk * 4 * vocabulary)
+    monkeypatch.setitem(fused.BLOCK_BYTES, "cpu", 4 * vocabulary)
+    _, _, labels, targets, stored = example((tokens, 300, 8), 2.0)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(tokens, size, generator=generator).to(dtype).requires_grad_()
+    weight = nn.Parameter(torch.randn(vocabulary, size, generator=generator).to(dtype))
+    teacher = SparseTeacher(targets, stored, "ghost")
+    if form == "online":
+        teacher = DenseTeacher(lambda part: torch.randn(part.stop - part.start, vocabulary, dtype=dtype))
+    head = FusedHead(weight, vocabulary, softcap=30.0 if form == "capped" else None)
+    peak = allocations(lambda: head(hidden, labels, teacher, 0.5, 2.0).total.backward())
+    gradients = 4 * (weight.numel() + hidden.numel())
+    if dtype == torch.bfloat16:
+        gradients += 2 * weight.numel()  # as which the head's, summed in float32, is handed over
+    buffers = 2 if form != "ghost" else 1 if dtype == torch.float32 else 1.5
+    some_rows = 12 if form == "online" else 2
+    assert peak <= gradients + (buffers * chunk + some_rows) * 4 * vocabulary + 2**18

@@ -1,0 +1,58 @@
+"""Terminals and logs that are not UTF-8 end no program."""
+
+import io
+import sys
+
+import pytest
+
+from megakd import cli
+from megakd.system.terminal import accept_any_encoding
+from tests.conftest import ROOT
+
+
+def stream(monkeypatch: pytest.MonkeyPatch, encoding: str, errors: str = "strict") -> io.BytesIO:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding, errors))
+    return written
+
+
+@pytest.mark.parametrize("words", ["--help", "export --help", "generate-logits --help"])
+def test_help_is_printed_on_a_terminal_that_is_not_utf8(monkeypatch, words):
+    written = stream(monkeypatch, "ascii")
+    monkeypatch.setattr(sys, "argv", ["megakd", *words.split()])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    sys.stdout.flush()
+    assert ended.value.code == 0 and b"usage: megakd" in written.getvalue()
+
+
+@pytest.mark.parametrize("encoding, errors", [("ascii", "strict"), ("latin-1", "strict"), ("ascii", "surrogateescape")])
+def test_what_an_encoding_lacks_is_written_in_ascii(monkeypatch, encoding, errors):
+    written = stream(monkeypatch, encoding, errors)
+    accept_any_encoding()
+    sys.stdout.write("tokens → logits, V ≥ 3, 東\n")
+    sys.stdout.flush()
+    assert written.getvalue() == b"tokens -> logits, V >= 3, \\u6771\n"
+
+
+def test_name_of_a_file_that_is_not_utf8_is_printed(monkeypatch):
+    written = stream(monkeypatch, "utf-8")
+    accept_any_encoding()
+    sys.stdout.write("caf\udce9 → é\n")  # as Python reads the bytes of such a name
+    sys.stdout.flush()
+    assert written.getvalue() == "caf\\udce9 → é\n".encode()
+
+
+def test_what_the_user_chose_for_a_stream_stays(monkeypatch):
+    written = stream(monkeypatch, "ascii", "replace")
+    accept_any_encoding()
+    sys.stdout.write("→\n")
+    sys.stdout.flush()
+    assert written.getvalue() == b"?\n"
+
+
+def test_every_tool_accepts_any_encoding():
+    for path in (ROOT / "tools").glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        if "    main()\n" in text:
+            assert "\n    accept_any_encoding()\n" in text, path

@@ -1,0 +1,101 @@
+"""Multi-component distillation as a run: trained, killed, resumed, on one process and on two ranks."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megakd.objectives.base import LossReport
+from megakd.objectives.online import OnlineDistillation
+from megakd.run import Run
+from megakd.system.files import read_json, write_json
+from tests.conftest import in_process, kill_when, megakd, metrics
+from tests.objectives.sar import sar_recipe
+from tests.train.test_resume import steps_logged
+
+ONLINE = {"gap": 1.0, "importance": 0.5, "routing": "capacity", "initial_top_k": 2, "final_top_k": 4}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, recipe, tokenizer) -> Path:
+    folder = tmp_path_factory.mktemp("online")
+    value = json.loads(sar_recipe(recipe, folder, tokenizer).read_text())
+    value["objective"]["kind"], value["online"], value["sar"] = "online", ONLINE, {}
+    value["stages"][0]["lr_multipliers"] = [{"pattern": "projector", "lr_multiplier": 2.0}]
+    (folder / "online.json").write_text(json.dumps(value))
+    for verb in (["new", folder / "run", "--from", folder / "online.json"], ["tokenize", folder / "run"]):
+        in_process(*verb)
+    in_process("train", folder / "run")
+    return folder / "run"
+
+
+def test_every_part_is_logged_and_learns(trained):
+    rows = metrics(trained)
+    parts = {"kl", "feature", "attention", "layers", "contrastive", "capacity"}
+    assert len(rows) == 7 and parts < rows[0].keys()
+    assert all(rows[-1][name] < rows[0][name] for name in ("loss", "feature", "layers"))
+    assert rows[0]["capacity"] == 0 < rows[-1]["capacity"] < 1
+
+
+@pytest.mark.ranks
+def test_it_resumes_and_ranks_give_the_local_curve(trained, tmp_path):
+    """What experts count and the capacity come back too."""
+    settings = ["checkpoint.every_steps=1", "engine.offload_teacher=true"]  # the latter changes nothing
+    killed = Run.create(trained, settings, tmp_path / "killed")
+    for steps in (2, 4):
+        kill_when(["train", killed.folder], lambda n=steps: steps_logged(killed) >= n)
+    in_process("train", killed.folder)
+    assert metrics(killed.folder) == metrics(trained)
+    for zero in ("zero2", "zero3"):
+        settings = ["engine.kind=deepspeed", f"engine.config={zero}", "engine.ranks=2"]
+        run = Run.create(trained, settings, tmp_path / zero)
+        megakd("train", run.folder)
+        for mine, theirs in zip(metrics(run.folder), metrics(trained), strict=True):
+            assert mine.keys() == theirs.keys()
+            numbers = {name: value for name, value in theirs.items() if isinstance(value, float)}
+            assert {name: mine[name] for name in numbers} == pytest.approx(numbers, rel=2e-4, abs=2e-5), zero
+
+
+def finite(memory: dict[str, list[float]]) -> bool:
+    return all(math.isfinite(value) for values in memory.values() for value in values)
+
+
+def test_what_a_skipped_step_measured_is_not_remembered(trained, tmp_path, monkeypatch):
+    """NaN in the memory ended the run at its next step (capacity), or made every later answer NaN (importance)."""
+    forward, steps = OnlineDistillation.forward, iter(range(100))
+
+    def spoiled(self: Any, batch: Any) -> LossReport:
+        report = forward(self, batch)
+        if next(steps) in (4, 5):
+            self.gap_sums.fill_(math.nan)
+            return LossReport(report.total * math.nan, {name: value * math.nan for name, value in report.terms.items()})
+        return report
+
+    monkeypatch.setattr(OnlineDistillation, "forward", spoiled)
+    run = Run.create(trained, ["guard.nonfinite=skip", "checkpoint.every_steps=1"], tmp_path / "run")
+    in_process("train", run.folder)
+    rows, whole = metrics(run.folder), metrics(trained)
+    spoiled_rows = [index for index, row in enumerate(rows) if row["loss"] is None]
+    assert spoiled_rows and rows[: spoiled_rows[0]] == whole[: spoiled_rows[0]]
+    assert all(math.isfinite(row["loss"]) for row in rows[spoiled_rows[-1] + 1 :]) and len(rows) == 7
+    saved = [read_json(path)["memory"] for path in run.path("checkpoints").glob("*/step-*/progress.json")]
+    assert len(saved) == 7 and all(finite(memory) for memory in saved)
+
+
+def test_a_memory_that_is_not_finite_begins_anew_and_is_named(trained, tmp_path):
+    """Checkpoints of older versions hold what skipped steps had measured."""
+    run = Run.create(trained, ["checkpoint.every_steps=3"], tmp_path / "run")
+    in_process("train", run.folder)
+    last, *later = sorted(run.path("checkpoints").glob("*/step-*"), key=lambda path: path.name)
+    for path in later:
+        path.rename(path.with_name(path.name + ".away"))
+    progress = read_json(last / "progress.json")
+    progress["memory"]["importance"][1] = math.nan
+    write_json(last / "progress.json", progress)
+    for path in (last / "checksums").iterdir():
+        path.unlink()  # or the checkpoint would be put aside as damaged
+    said = in_process("train", run.folder)
+    assert f"{last}: what the objective remembers of importance is not finite; it begins anew" in said
+    assert all(math.isfinite(row["loss"]) for row in metrics(run.folder)) and len(metrics(run.folder)) == 7
