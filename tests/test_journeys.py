@@ -71,11 +71,11 @@ def check_training(run: Path, steps: int) -> None:
 
 def rearrange(shards: Path, folder: Path, targets: bool) -> None:
     """reshard and, where there are targets, both converters there and back: the same windows."""
-    tool("reshard").main([str(shards), str(folder / "small"), "--samples", "7"])
+    tool("convert/reshard").main([str(shards), str(folder / "small"), "--samples", "7"])
     places = [folder / "small"]
     for name, suffix in (("convert_hdf5", "h5"), ("convert_parquet", "parquet")) if targets else ():
-        tool(name).main(["to", str(shards), str(folder / f"store.{suffix}")])
-        tool(name).main(["from", str(folder / f"store.{suffix}"), str(folder / name)])
+        tool(f"convert/{name}").main(["to", str(shards), str(folder / f"store.{suffix}")])
+        tool(f"convert/{name}").main(["from", str(folder / f"store.{suffix}"), str(folder / name)])
         places.append(folder / name)
     whole = ShardSet(shards)
     for place in places:

@@ -13,7 +13,7 @@ Prints a table; --json writes rows {"bench", "case", "metric", "value", "unit"};
 examples:
   OMP_NUM_THREADS=1 python tools/bench.py store
   OMP_NUM_THREADS=1 python tools/bench.py store --quick --json store.json
-  python tools/real_models.py smollm2 smollm2 && python tools/bench.py store --real smollm2
+  python tools/make/real_models.py smollm2 smollm2 && python tools/bench.py store --real smollm2
   python tools/bench.py experts --json experts.json
   python tools/bench.py experts --device cuda
   OMP_NUM_THREADS=1 python tools/bench.py loss
@@ -31,14 +31,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which counts bytes, says each start and stop
 
 import torch
-from bench_evaluate import bench_evaluate
-from bench_experts import bench_experts
-from bench_fit import bench_fit
-from bench_live import bench_live
-from bench_loss import bench_loss
-from bench_rows import show
-from bench_step import bench_step
-from bench_store import bench_store
+
+# of the package tools/bench: a folder with an __init__.py comes before a file bench.py
+from bench.evaluate import bench_evaluate
+from bench.experts import bench_experts
+from bench.fit import bench_fit
+from bench.live import bench_live
+from bench.loss import bench_loss
+from bench.rows import show
+from bench.step import bench_step
+from bench.store import bench_store
 
 from megakd.errors import UserError
 from megakd.names import expand
@@ -53,7 +55,7 @@ def main() -> None:
     parser.add_argument("bench", choices=["store", "evaluate", "experts", "fit", "live", "loss", "step"])
     parser.add_argument("--quick", action="store_true", help="less of everything: within a minute on 2 cores")
     parser.add_argument(
-        "--real", type=expand, metavar="FOLDER", help="store: a model folder of tools/real_models.py smollm2"
+        "--real", type=expand, metavar="FOLDER", help="store: a model folder of tools/make/real_models.py smollm2"
     )
     parser.add_argument(
         "--device",

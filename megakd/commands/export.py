@@ -6,8 +6,8 @@ compact  the shared-core model; transformers loads it after `import megakd`, or 
 dense    expanded to the family's stock architecture in the hub's own layout; needs no MegaKD
 
 With objective.kind=sar the teacher's routers, which learned too, lie in router_update/ below it, under their names in
-the teacher: router_update.safetensors, .pt and what is to be known of them, .json (tools/apply_router_update.py puts
-them into a teacher).
+the teacher: router_update.safetensors, .pt and what is to be known of them, .json (tools/compat/apply_router_update.py
+puts them into a teacher).
 
 examples:
   megakd export runs/a

@@ -409,7 +409,7 @@ def test_the_weight_stays_the_students():
 def allocations() -> Iterator[Any]:
     from tests.tools.examples import tool
 
-    yield tool("bench_loss").peak_bytes
+    yield tool("bench.loss").peak_bytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -52,7 +52,7 @@ def test_what_the_user_chose_for_a_stream_stays(monkeypatch):
 
 
 def test_every_tool_accepts_any_encoding():
-    for path in (ROOT / "tools").glob("*.py"):
+    for path in (ROOT / "tools").rglob("*.py"):
         text = path.read_text(encoding="utf-8")
         if "    main()\n" in text:
             assert "\n    accept_any_encoding()\n" in text, path

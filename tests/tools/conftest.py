@@ -25,5 +25,5 @@ def shards(tmp_path_factory, tokenizer) -> ShardSet:
 def hdf5(tmp_path_factory, shards) -> Path:
     """The shards as `convert_hdf5 to` writes them."""
     path = tmp_path_factory.mktemp("hdf5") / "store.h5"
-    tool("convert_hdf5").main(["to", str(shards.folder), str(path)])
+    tool("convert/convert_hdf5").main(["to", str(shards.folder), str(path)])
     return path

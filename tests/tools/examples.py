@@ -24,10 +24,15 @@ from tests.conftest import ROOT
 LENGTH, SAMPLES = 20, 9
 
 
-def tool(name: str) -> ModuleType:
-    """tools/NAME.py; the tools find one another as they do when Python runs one of them."""
-    if str(ROOT / "tools") not in sys.path:
-        sys.path.append(str(ROOT / "tools"))
+def tool(path: str) -> ModuleType:
+    """tools/PATH.py ("convert/reshard"), or a module of the package tools/bench ("bench.loss").
+
+    The tools find one another as they do when Python runs one of them: its folder is on sys.path.
+    """
+    folder, _, name = path.rpartition("/")
+    place = str((ROOT / "tools" / folder).resolve())
+    if place not in sys.path:
+        sys.path.append(place)
     return importlib.import_module(name)
 
 

@@ -1,16 +1,14 @@
 """Forwards on fake tensors: no wait for the GPU, and with a CUDA build of torch no mix of devices."""
 
-import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from megakd.data import batches
-from tests.conftest import ROOT
+from tests.tools.examples import tool
 
-sys.path.insert(0, str(ROOT / "tools"))
-import fake_cuda
+fake_cuda = tool("fake_cuda")
 
 NAMES = list(fake_cuda.cases())
 

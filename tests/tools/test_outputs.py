@@ -1,12 +1,13 @@
 """No tool replaces what it did not make: the rule of megakd/outputs.py at every place where a tool is told to write."""
 
+import runpy
 import sys
 
 import pytest
 
 from megakd.names import shipped
 from megakd.system.files import write_json
-from tests.conftest import files
+from tests.conftest import ROOT, files
 from tests.tools.examples import refused, tool
 
 ABLATE = ("ablate", "demo", "--set", "sar", "engine.kind=local", "--list")
@@ -15,15 +16,15 @@ ABLATE = ("ablate", "demo", "--set", "sar", "engine.kind=local", "--list")
 @pytest.mark.parametrize(
     "argv",
     [
-        ("apply_router_update", "demo", "nowhere.pt", "OUT"),
-        ("real_models", "smollm2", "OUT"),
-        ("real_models", "upcycle", "demo", "OUT"),
-        ("real_models", "retokenize", "demo", "OUT"),
-        ("real_models", "text", "OUT"),
-        ("synthetic_moe", "OUT"),
-        ("seed_form", "to-seed", "nowhere", "OUT"),
-        ("seed_form", "from-seed", "nowhere", "OUT"),
-        ("train_demo_teacher", "OUT", "--steps", "1"),
+        ("compat/apply_router_update", "demo", "nowhere.pt", "OUT"),
+        ("make/real_models", "smollm2", "OUT"),
+        ("make/real_models", "upcycle", "demo", "OUT"),
+        ("make/real_models", "retokenize", "demo", "OUT"),
+        ("make/real_models", "text", "OUT"),
+        ("make/synthetic_moe", "OUT"),
+        ("compat/seed_form", "to-seed", "nowhere", "OUT"),
+        ("compat/seed_form", "from-seed", "nowhere", "OUT"),
+        ("make/train_demo_teacher", "OUT", "--steps", "1"),
         (*ABLATE, "--json", "OUT"),
         (*ABLATE, "--plot", "OUT"),
         ("bench", "loss", "--quick", "--json", "OUT"),
@@ -37,16 +38,16 @@ def test_a_tool_never_replaces_what_it_did_not_make(argv, tmp_path, capsys, monk
     (tmp_path / "file").write_text("megakd bench made by ablate")
     write_json(tmp_path / "run" / "config.json", {"stages": []})
     before = files(tmp_path)
-    module = tool(argv[0])
     for name in ("folder", "file", "run", "run/config.json", "run/student-0"):
         words = [str(tmp_path / name) if word == "OUT" else word for word in argv[1:]]
-        if argv[0] == "bench":  # reads sys.argv
+        if argv[0] == "bench":  # reads sys.argv, and its name as a module is that of the package tools/bench
             monkeypatch.setattr(sys, "argv", ["bench", *words])
+            monkeypatch.syspath_prepend(ROOT / "tools")
             with pytest.raises(SystemExit) as ended:
-                module.main()
+                runpy.run_path(str(ROOT / "tools" / "bench.py"), run_name="__main__")
             assert ended.value.code == 2 and "name another" in capsys.readouterr().err
         else:
-            assert "name another" in refused(module, capsys, *words)
+            assert "name another" in refused(tool(argv[0]), capsys, *words)
         assert files(tmp_path) == before
 
 
@@ -54,7 +55,7 @@ def test_a_run_from_flags_takes_no_foreign_folder(tmp_path):
     """The student, the recipe and the run's own files have fixed names in --output_dir."""
     from megakd.errors import UserError
 
-    module = tool("run_from_flags")
+    module = tool("compat/run_from_flags")
     value = {"stages": [{"name": "a", "steps": 1}], "engine": {"kind": "local"}}
     for name in ("student", "recipe.json", "data", "export"):
         folder = tmp_path / name
@@ -75,7 +76,7 @@ def test_a_run_from_flags_takes_no_foreign_folder(tmp_path):
 
 def test_a_shipped_model_is_no_folder_of_the_working_directory(tmp_path, monkeypatch):
     """Tools that make runs write local models by their whole path, and shipped ones by their names."""
-    module = tool("run_from_flags")
+    module = tool("compat/run_from_flags")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("demo", "own"):

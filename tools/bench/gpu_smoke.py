@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+if __name__ == "__main__":  # instead of this folder, whose modules have names like `evaluate`
+    sys.path[:1] = [str(ROOT), str(ROOT / "tools")]
 MARK = "gpu_smoke result: "  # before what a part measured, on a line of its own
 TOTAL, LAST_LINES = 360, 12
 PACKAGES = ("torch", "transformers", "deepspeed", "numpy", "numba", "zstandard", "pydantic", "triton")
