@@ -7,8 +7,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported, which reads it once
@@ -28,7 +29,8 @@ from megakd.data.shards import ShardSet
 from megakd.errors import UserError
 from megakd.models.tiny import tiny_moe_config, train_tokenizer
 from megakd.run import Run
-from megakd.system.dist import NVIDIA_DRIVER
+from megakd.system.dist import NVIDIA_DRIVER, free_port
+from tests.forks import Forked
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
@@ -193,6 +195,40 @@ def megakd(*argv: object, code: int = 0, env: dict[str, str] | None = None) -> s
     return output
 
 
+def forked(*argv: object, code: int = 0, env: dict[str, str] | None = None) -> str:
+    """The same in a process forked from one that has loaded the libraries (tests/forks.py)."""
+    return forked_ranks(1, *argv, code=code, env=env)
+
+
+def start_ranks(ranks: int, *argv: object, env: dict[str, str] | None = None, **streams: Any) -> list[Forked]:
+    """`megakd ARGV` on `ranks` forked processes that meet, as a launcher starts them; one alone has no launcher."""
+    if ranks == 1:
+        return [Forked("megakd", *argv, env=env, **streams)]
+    world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    world |= {"DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore::FutureWarning:torch.distributed.c10d_logger"}
+    places = ({"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks))
+    return [Forked("megakd", *argv, env={**world, **place, **(env or {})}, **streams) for place in places]
+
+
+def forked_ranks(ranks: int, *argv: object, code: int = 0, env: dict[str, str] | None = None) -> str:
+    """The output of `start_ranks`, rank by rank, after checking their exit codes; the end of one ends the others."""
+    with TemporaryFile("w+") as out, TemporaryFile("w+") as err:
+        processes = start_ranks(ranks, *argv, env=env, stdout=out, stderr=err)
+        try:
+            deadline = time.monotonic() + 600
+            while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+                if any(process.poll() not in (None, code) for process in processes):
+                    break  # the others would wait for it
+                time.sleep(0.01)
+        finally:
+            for process in processes:
+                process.kill()
+        out.seek(0), err.seek(0)
+        output, codes = out.read() + err.read(), [process.wait() for process in processes]
+    assert codes == [code] * ranks, f"megakd {' '.join(map(str, argv))}: exit {codes}, expected {code}\n{output}"
+    return output
+
+
 def in_process(*argv: object, code: int = 0) -> str:
     """The same in this process, which has loaded the libraries; not for DeepSpeed, which wants one of its own."""
     output, found = io.StringIO(), 0
@@ -210,24 +246,30 @@ def command(*argv: object) -> list[str]:
     return [sys.executable, "-m", "megakd", *map(str, argv)]
 
 
-def kill_when(argv: list[object], ready: Callable[[], bool], timeout: float = 300, script: bool = False) -> bool:
+def kill_when(
+    argv: list[object], ready: Callable[[], bool], timeout: float = 300, script: bool = False, ranks: int = 1
+) -> bool:
     """Start `megakd ARGV`, kill -9 it and all it started once `ready()`; False when it ended before that.
 
-    script: ARGV is a Python file and its arguments instead.
+    script: ARGV is a Python file and its arguments instead. ranks: so many processes that meet, all killed.
     """
-    line = [sys.executable, *map(str, argv)] if script else command(*argv)
-    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    processes = [Forked(*argv)] if script else start_ranks(ranks, *argv)
     deadline = time.monotonic() + timeout
-    while process.poll() is None and time.monotonic() < deadline:
+    while all(process.poll() is None for process in processes) and time.monotonic() < deadline:
         if ready():
-            family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
+            family = [process.pid for process in processes]
+            family += [child.pid for pid in family for child in psutil.Process(pid).children(recursive=True)]
             for pid in family:
-                if psutil.pid_exists(pid):
+                with suppress(psutil.NoSuchProcess):
                     psutil.Process(pid).kill()
-            process.wait()
+            for process in processes:
+                process.wait()
             return True
         time.sleep(0.005)
-    assert process.poll() is not None, f"{argv} was not ready within {timeout} s"
+    in_time = time.monotonic() < deadline
+    for process in processes:
+        process.wait() if in_time else process.kill()
+    assert in_time, f"{argv} was not ready within {timeout} s"
     return False
 
 

@@ -8,7 +8,7 @@ import pytest
 from megakd.config.effects import check
 from megakd.config.parsing import load_recipe
 from megakd.engine.ds_json import deepspeed_config
-from tests.conftest import ROOT, megakd, metrics, run_ranks
+from tests.conftest import ROOT, forked_ranks, in_process, metrics
 
 RECIPES = sorted((ROOT / "launch" / "recipes").glob("*.json"))
 DS_CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
@@ -30,7 +30,7 @@ def test_recipe_loads_with_every_deepspeed_file(recipe: Path, ds_config: Path):
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
 def test_written_config_is_the_same_run(recipe: Path, tmp_path: Path):
-    megakd("new", tmp_path / "run", "--from", recipe)
+    in_process("new", tmp_path / "run", "--from", recipe)
     assert load_recipe(tmp_path / "run" / "config.json") == load_recipe(recipe)
     recipe_name = json.loads((tmp_path / "run" / "config.json").read_text())["name"]
     assert recipe_name == recipe.stem
@@ -76,6 +76,6 @@ OTHERS = [path for path in DS_CONFIGS if path.stem not in ("zero2", "zero3")]
 @pytest.mark.parametrize("ds_config", OTHERS, ids=lambda p: p.stem)
 def test_every_other_deepspeed_file_trains_on_two_ranks(ds_config: Path, sibling):
     run = sibling("engine.kind=deepspeed", f"engine.config={ds_config.stem}", "engine.ranks=2", "stages.1.tokens=512")
-    run_ranks(2, run.folder)
+    forked_ranks(2, "train", run.folder)
     rows = metrics(run.folder)
     assert len(rows) == 5 and rows[-1]["kl_t1"] < rows[0]["kl_t1"]

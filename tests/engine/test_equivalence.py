@@ -1,7 +1,6 @@
 """One loss curve, whatever executes it: local, ZeRO-0, 2 and 3, 1 and 2 ranks, accumulation 1 and 4."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from megakd.models.hub import WEIGHTS
-from tests.conftest import in_process, megakd, metrics, run_ranks
+from tests.conftest import forked, forked_ranks, in_process, metrics, run_ranks
+from tests.forks import Forked
 
 TOLERANCE = 2e-5  # float32, 10 steps over two stages; what differs is the order of sums
 
@@ -35,7 +35,8 @@ def test_deepspeed_gives_the_local_curve(local_curve, sibling, zero, ranks, accu
     run = sibling(
         "engine.kind=deepspeed", f"engine.config={zero}", f"engine.ranks={ranks}", f"optim.micro_batch={micro_batch}"
     )
-    megakd("train", run.folder) if ranks == 1 else run_ranks(ranks, run.folder)
+    # through launch/train.sh once: what starts the ranks is the same for all
+    run_ranks(ranks, run.folder) if (zero, ranks) == ("zero3", 2) else forked_ranks(ranks, "train", run.folder)
     found = curve(metrics(run.folder))
     assert len(found) == len(local_curve) == 10
     for mine, expected in zip(found, local_curve, strict=True):
@@ -48,9 +49,9 @@ def test_deepspeed_gives_the_local_curve(local_curve, sibling, zero, ranks, accu
 def check_zero_to_fp32(checkpoint: Path) -> None:
     """DeepSpeed's script, as it lies in the checkpoint, gives the weights that were saved beside it."""
     state = checkpoint / "state"
-    words = [sys.executable, state / "zero_to_fp32.py", state, state / "whole"]
-    done = subprocess.run(words, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    with Forked(state / "zero_to_fp32.py", state, state / "whole", stdout=subprocess.PIPE) as process:
+        said, _ = process.communicate()
+    assert process.returncode == 0, said
     whole = torch.load(state / "whole" / "pytorch_model.bin", weights_only=True)
     for name, tensor in load_file(checkpoint / "weights" / WEIGHTS).items():
         assert torch.equal(whole[f"student.{name}"], tensor), name
@@ -67,7 +68,7 @@ def test_local_accumulation_gives_the_same_curve(local_curve, sibling):
 def test_a_stage_may_have_its_own_deepspeed_file(local_curve, sibling):
     """Masters and moments move from ZeRO-2's flat groups to ZeRO-3's pieces."""
     run = sibling("engine.kind=deepspeed", "engine.config=zero2", "stages.1.config=zero3")
-    megakd("train", run.folder)
+    forked("train", run.folder)
     for mine, expected in zip(curve(metrics(run.folder)), local_curve, strict=True):
         assert mine == pytest.approx(expected, abs=TOLERANCE)
 
@@ -81,7 +82,7 @@ def test_bfloat16_trains_close_to_float32(local_curve, prepared, sibling, engine
     run.path("data").mkdir(exist_ok=True)
     for name in ("tokens", "logits"):
         run.path("data", name).symlink_to((prepared / "data" / name).resolve())
-    (in_process if kind == "local" else megakd)("train", run.folder)
+    (in_process if kind == "local" else forked)("train", run.folder)
     for mine, expected in zip(curve(metrics(run.folder)), local_curve, strict=True):
         assert mine[2:] == pytest.approx(expected[2:], rel=0.03)
 

@@ -10,7 +10,7 @@ from megakd.errors import UserError
 from megakd.models.hub import WEIGHTS
 from megakd.system.files import read_json
 from megakd.train.checks import check
-from tests.conftest import megakd, metrics, run_ranks
+from tests.conftest import forked, forked_ranks, metrics, run_ranks
 
 TOLERANCE = 2e-5  # as in test_equivalence.py
 
@@ -37,7 +37,7 @@ def test_a_run_moves_between_layouts_of_ranks(sibling):
     assert read_json(done / "state" / "layout.json")["expert_parallel"] == 2
     first = load_file(done / "weights" / WEIGHTS)
     shutil.rmtree(done)
-    said = megakd("train", run.folder, "engine.ranks=1", "engine.expert_parallel=1")
+    said = forked("train", run.folder, "engine.ranks=1", "engine.expert_parallel=1")
     assert "saved by 2 ranks with expert_parallel 2, converted for 1 ranks with expert_parallel 1" in said
     again = curve(metrics(run.folder))
     assert [row[0] for row in again] == list(range(1, 11))
@@ -48,11 +48,11 @@ def test_a_run_moves_between_layouts_of_ranks(sibling):
     assert all((tensor - second[name]).abs().max() < 1e-3 for name, tensor in first.items())
 
     shutil.rmtree(done)  # and back: from what one rank went on from, on two that share the experts again
-    megakd("train", run.folder, "checkpoint.every_steps=1", "engine.ranks=1", "engine.expert_parallel=1")
+    forked("train", run.folder, "checkpoint.every_steps=1", "engine.ranks=1", "engine.expert_parallel=1")
     for path in run.path("checkpoints", "all").glob("step-*"):
         if path.name > "step-000008":
             shutil.rmtree(path)
-    run_ranks(2, run.folder, "engine.ranks=2", "engine.expert_parallel=2")
+    forked_ranks(2, "train", run.folder, "engine.ranks=2", "engine.expert_parallel=2")
     for mine, theirs in zip(curve(metrics(run.folder)), expected, strict=True):
         assert mine == pytest.approx(theirs, abs=TOLERANCE)
 

@@ -11,7 +11,7 @@ from megakd.objectives.base import LossReport
 from megakd.objectives.online import OnlineDistillation
 from megakd.run import Run
 from megakd.system.files import read_json, write_json
-from tests.conftest import in_process, kill_when, megakd, metrics
+from tests.conftest import forked_ranks, in_process, kill_when, metrics
 from tests.objectives.sar import sar_recipe
 from tests.train.test_resume import steps_logged
 
@@ -51,7 +51,7 @@ def test_it_resumes_and_ranks_give_the_local_curve(trained, tmp_path):
     for zero in ("zero2", "zero3"):
         settings = ["engine.kind=deepspeed", f"engine.config={zero}", "engine.ranks=2"]
         run = Run.create(trained, settings, tmp_path / zero)
-        megakd("train", run.folder)
+        forked_ranks(2, "train", run.folder)
         for mine, theirs in zip(metrics(run.folder), metrics(trained), strict=True):
             assert mine.keys() == theirs.keys()
             numbers = {name: value for name, value in theirs.items() if isinstance(value, float)}

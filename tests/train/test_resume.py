@@ -1,15 +1,14 @@
 """kill -9 anywhere, start again: what an undisturbed run would have written."""
 
-import os
 import random
 import signal
 import subprocess
-import sys
 
 import pytest
 
 from megakd.run import Run
-from tests.conftest import command, files, in_process, kill_when, megakd, metrics
+from tests.conftest import command, files, forked, forked_ranks, in_process, kill_when, megakd, metrics
+from tests.forks import Forked
 
 
 def steps_logged(run: Run) -> int:
@@ -28,16 +27,15 @@ def is_there(run: Run, moment: str, steps: int) -> bool:
 
 @pytest.mark.ranks
 @pytest.mark.parametrize(
-    "engine, kills",
-    [(["engine.kind=local"], 10), (["engine.kind=deepspeed", "engine.ranks=2"], 2)],
+    "engine, ranks, kills",
+    [(["engine.kind=local"], 1, 6), (["engine.kind=deepspeed", "engine.ranks=2"], 2, 3)],
     ids=["local", "zero3"],
 )
-def test_killed_training_goes_on_as_if_nothing_had_happened(sibling, engine, kills):
+def test_killed_training_goes_on_as_if_nothing_had_happened(sibling, engine, ranks, kills):
     """Killed -9 while it trains, saves, and crosses from one stage to the next."""
     settings = [*engine, "checkpoint.every_steps=1"]
-    verb = in_process if "engine.kind=local" in engine else megakd
     undisturbed, killed = sibling(*settings), sibling(*settings)
-    verb("train", undisturbed.folder)
+    forked_ranks(ranks, "train", undisturbed.folder)
     expected = metrics(undisturbed.folder)
     moments = random.choices(["training", "saving"], k=kills)
     for number, moment in enumerate(moments):
@@ -45,10 +43,10 @@ def test_killed_training_goes_on_as_if_nothing_had_happened(sibling, engine, kil
         if number >= kills // 3 and done < 4 and "border" not in moments:
             moments[number] = moment = "border"
         steps = done + random.randint(1, 2)
-        kill_when(["train", killed.folder], lambda m=moment, n=steps: is_there(killed, m, n))
-    verb("train", killed.folder)
+        kill_when(["train", killed.folder], lambda m=moment, n=steps: is_there(killed, m, n), ranks=ranks)
+    forked_ranks(ranks, "train", killed.folder)
     assert metrics(killed.folder) == expected, moments
-    if "engine.kind=local" in engine:
+    if ranks == 1:
         weights = "checkpoints/all/step-000010/weights/model.safetensors"
         assert killed.path(weights).read_bytes() == undisturbed.path(weights).read_bytes()
         in_process("train", killed.folder)  # finished: nothing to do
@@ -56,17 +54,15 @@ def test_killed_training_goes_on_as_if_nothing_had_happened(sibling, engine, kil
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("engine", [["engine.kind=local"], ["engine.kind=deepspeed", "engine.ranks=2"]])
-def test_signal_saves_a_checkpoint_and_leaves_with_85(sibling, engine):
+@pytest.mark.parametrize(
+    "ranks, engine, tokens", [(1, ["engine.kind=local"], 20480), (2, ["engine.kind=deepspeed", "engine.ranks=2"], 8192)]
+)
+def test_signal_saves_a_checkpoint_and_leaves_with_85(sibling, ranks, engine, tokens):
     """Through the launcher too: the process that the user started passes the signal on to all ranks."""
-    longer = [
-        *engine,
-        "stages.1.tokens=20480",
-        "checkpoint.every_steps=20",
-    ]  # 44 steps: time enough for the signal to arrive
-    verb = in_process if "engine.kind=local" in engine else megakd
+    # 44 steps, or 20 that take longer: time enough for the signal to arrive
+    longer = [*engine, f"stages.1.tokens={tokens}", "checkpoint.every_steps=20"]
     undisturbed, stopped = sibling(*longer), sibling(*longer)
-    verb("train", undisturbed.folder)
+    forked_ranks(ranks, "train", undisturbed.folder)
     process = subprocess.Popen(command("train", stopped.folder), stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     for line in process.stderr:
@@ -76,7 +72,7 @@ def test_signal_saves_a_checkpoint_and_leaves_with_85(sibling, engine):
     process.communicate()
     assert process.returncode == 85
     assert [p.name for p in stopped.path("checkpoints").glob("*/step-*")]
-    verb("train", stopped.folder)
+    forked_ranks(ranks, "train", stopped.folder)
     assert metrics(stopped.folder) == metrics(undisturbed.folder)
 
 
@@ -89,24 +85,24 @@ def test_rotation_does_not_take_away_what_later_checkpoints_need(sibling):
     in_process("export", run.folder)
 
 
-ENDS_IN_A_DELETION = """if True:
-    import os, shutil
-    from megakd import cli, files
-    whole = shutil.rmtree
-    def half(path, *args, **more):
-        if not (path / "progress.json").exists():
-            return whole(path, *args, **more)
-        os.unlink(path / "progress.json")
-        os.kill(os.getpid(), 9)
-    shutil.rmtree = half
-    cli.main()
+ENDS_IN_A_DELETION = """
+import os, shutil
+from megakd import cli
+whole = shutil.rmtree
+def half(path, *args, **more):
+    if not (path / "progress.json").exists():
+        return whole(path, *args, **more)
+    os.unlink(path / "progress.json")
+    os.kill(os.getpid(), 9)
+shutil.rmtree = half
+cli.main()
 """
 
 
-def test_a_kill_while_an_old_checkpoint_is_deleted_leaves_nothing_for_ever(sibling):
-    run = sibling("checkpoint.every_steps=1", "checkpoint.keep=1")
-    killed = subprocess.run([sys.executable, "-c", ENDS_IN_A_DELETION, "train", str(run.folder)])
-    assert killed.returncode == -signal.SIGKILL
+def test_a_kill_while_an_old_checkpoint_is_deleted_leaves_nothing_for_ever(sibling, tmp_path):
+    run, script = sibling("checkpoint.every_steps=1", "checkpoint.keep=1"), tmp_path / "script.py"
+    script.write_text(ENDS_IN_A_DELETION)
+    assert Forked(script, "train", run.folder).wait() == -signal.SIGKILL
     assert {p.name for p in run.path("checkpoints").glob("*/*")} == {"step-000001.tmp", "step-000002"}
     in_process("train", run.folder)
     assert [p.name for p in run.path("checkpoints").glob("*/*")] == ["step-000010"]
@@ -115,11 +111,11 @@ def test_a_kill_while_an_old_checkpoint_is_deleted_leaves_nothing_for_ever(sibli
 
 def test_second_training_in_the_same_folder_is_refused(sibling):
     run = sibling()
-    process = subprocess.Popen(command("train", run.folder), stderr=subprocess.PIPE, text=True)
+    process = Forked("megakd", "train", run.folder, stderr=subprocess.PIPE)
     assert process.stderr is not None
     next(line for line in process.stderr if "experts 1/4" in line)
     process.send_signal(signal.SIGSTOP)
-    assert "is being trained by another process" in megakd("train", run.folder, code=2)
+    assert "is being trained by another process" in in_process("train", run.folder, code=2)
     process.send_signal(signal.SIGCONT)
     process.communicate()
     assert process.returncode == 0
@@ -128,7 +124,7 @@ def test_second_training_in_the_same_folder_is_refused(sibling):
 def test_checkpoint_of_another_number_of_ranks_is_refused(sibling):
     """Without ZeRO; with it another number goes on: tests/engine/test_expert_parallel_train.py."""
     run = sibling("engine.kind=deepspeed", "engine.config=zero0")
-    megakd("train", run.folder)
+    forked("train", run.folder)
     # make it look unfinished: the last checkpoint is that of step 3
     for path in run.path("checkpoints").glob("*/step-*"):
         if path.name != "step-000003":
@@ -157,11 +153,7 @@ def test_two_workers_capture_what_one_does(prepared, tmp_path):
     run = tmp_path / "run"
     in_process("new", run, "--from", prepared)
     (run / "data" / "logits").unlink()
-    workers = [
-        subprocess.Popen(command("generate-logits", run), env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"})
-        for rank in range(2)
-    ]
-    assert [worker.wait() for worker in workers] == [0, 0]
+    forked_ranks(2, "generate-logits", run)
     assert files(run / "data" / "logits") == files((prepared / "data" / "logits").resolve())
 
 
@@ -173,11 +165,7 @@ def test_killed_compression_gives_the_same_bytes(recipe, tmp_path):
     in_process("compress", undisturbed)
     assert kill_when(["compress", killed], lambda: any((killed / "compress").glob("*.safetensors")))
     assert not (killed / "student-0").exists(), "the kill came too late to test anything"
-    workers = [
-        subprocess.Popen(command("compress", killed), env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"})
-        for rank in range(2)
-    ]
-    assert [worker.wait() for worker in workers] == [0, 0]
+    forked_ranks(2, "compress", killed)
     assert files(killed / "student-0") == files(undisturbed / "student-0")
 
 

@@ -13,7 +13,7 @@ from megakd.api import run_distillation_training
 from megakd.models.hub import load_model
 from megakd.models.tiny import train_tokenizer
 from megakd.run import Run
-from tests.conftest import VOCABULARY, in_process, kill_when, make_teacher, megakd, metrics
+from tests.conftest import VOCABULARY, forked_ranks, in_process, kill_when, make_teacher, metrics
 from tests.objectives.sar import sar_recipe
 from tests.train.test_resume import steps_logged
 
@@ -91,7 +91,7 @@ def test_a_border_is_crossed_in_another_process_alike(trained, again):
 @pytest.mark.parametrize("zero, ranks, micro", [("zero2", 2, 4), ("zero3", 2, 2), ("zero2", 1, 8)])
 def test_ranks_give_the_local_curve(trained, again, zero, ranks, micro):
     run = again("engine.kind=deepspeed", f"engine.config={zero}", f"engine.ranks={ranks}", f"optim.micro_batch={micro}")
-    megakd("train", run.folder)
+    forked_ranks(ranks, "train", run.folder)
     found, expected = metrics(run.folder), metrics(trained.folder)
     assert len(found) == len(expected)
     for mine, theirs in zip(found, expected, strict=True):
@@ -139,7 +139,7 @@ def test_across_tokenizers_it_resumes_and_ranks_give_the_local_curve(across, tmp
     in_process("train", whole.folder)
     assert metrics(whole.folder) == metrics(across)
     run = Run.create(across, ["engine.kind=deepspeed", "engine.config=zero2", "engine.ranks=2"], tmp_path / "ranks")
-    megakd("train", run.folder)
+    forked_ranks(2, "train", run.folder)
     for mine, theirs in zip(metrics(run.folder), metrics(across), strict=True):
         assert mine.keys() == theirs.keys()
         numbers = {name: value for name, value in theirs.items() if isinstance(value, float)}
@@ -191,7 +191,7 @@ def test_many_parts_across_tokenizers_resume_and_ranks_give_the_local_curve(acro
     assert metrics(killed.folder) == rows
     ranks = ["engine.kind=deepspeed", "engine.config=zero3", "engine.ranks=2"]
     run = Run.create(across, [*settings, *ranks], tmp_path / "ranks")
-    megakd("train", run.folder)
+    forked_ranks(2, "train", run.folder)
     for mine, theirs in zip(metrics(run.folder), rows, strict=True):
         assert mine.keys() == theirs.keys()
         numbers = {name: value for name, value in theirs.items() if isinstance(value, float)}

@@ -1,0 +1,182 @@
+"""Processes as a user starts them, forked from one that has loaded the libraries: what takes them seconds is imports.
+
+A child is a process of its own: it is killed, gets signals and leaves with an exit code like `python -m megakd`, which
+it runs from the start. Run as a script this file is the process that forks; it runs nothing itself.
+"""
+
+import contextlib
+import gc
+import importlib
+import json
+import os
+import pkgutil
+import runpy
+import socket
+import subprocess
+import sys
+import time
+from functools import cache
+from pathlib import Path
+from typing import IO, Any
+
+LARGEST = 1 << 20  # bytes of a request: a command line and an environment
+FAMILIES = ("qwen3_moe", "llama", "mixtral", "olmoe", "deepseek_v3", "qwen2_moe")
+
+
+class Forked:
+    """A child, with what tests use of subprocess.Popen; text=True, and stderr=STDOUT as the default.
+
+    program: "megakd" and the words behind it, or a Python file and its arguments.
+    """
+
+    def __init__(
+        self,
+        *program: object,
+        stdout: Any = None,
+        stderr: Any = subprocess.STDOUT,
+        env: dict[str, str] | None = None,
+    ):
+        self.args = [str(word) for word in program]
+        self.stdout, out = _stream(stdout)
+        self.stderr, err = _stream(stderr) if stderr is not subprocess.STDOUT else (None, os.dup(out))
+        request = {"argv": self.args, "env": {**os.environ, **(env or {})}, "cwd": os.getcwd()}
+        self.returncode: int | None = None
+        self.pid: int = _ask(request, out, err)
+        os.close(out)
+        os.close(err)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self.returncode = _ask({"ended": self.pid})
+        return self.returncode
+
+    def wait(self, timeout: float = 600) -> int:
+        deadline = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            time.sleep(0.01)
+        assert self.returncode is not None
+        return self.returncode
+
+    def communicate(self, timeout: float = 600) -> tuple[str | None, str | None]:
+        """What is left of one pipe, or of none."""
+        assert self.stdout is None or self.stderr is None
+        found = tuple(stream.read() if stream else None for stream in (self.stdout, self.stderr))
+        self.wait(timeout)
+        return found
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(9)
+
+    def __enter__(self) -> "Forked":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for stream in (self.stdout, self.stderr):
+            if stream:
+                stream.close()
+        self.wait()
+
+
+def _stream(where: Any) -> tuple[IO[str] | None, int]:
+    """(what this process reads, the number of the file that the child writes)."""
+    if where is subprocess.PIPE:
+        mine, theirs = os.pipe()
+        return open(mine, encoding="utf-8", errors="replace"), theirs
+    if where is subprocess.DEVNULL or where is None:
+        return None, os.open(os.devnull, os.O_WRONLY)
+    return None, os.dup(where.fileno())
+
+
+@cache
+def _server(owner: int) -> socket.socket:
+    """One for each process of tests; it ends with it, when its socket is closed."""
+    mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    with theirs:
+        words = [sys.executable, __file__, str(theirs.fileno())]
+        subprocess.Popen(words, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL)
+    return mine
+
+
+def _ask(request: dict[str, Any], *streams: int) -> Any:
+    server = _server(os.getpid())
+    socket.send_fds(server, [json.dumps(request).encode()], streams)
+    answer = server.recv(LARGEST)
+    assert answer, "the process that forks has ended"
+    return json.loads(answer)
+
+
+def load() -> None:
+    """What verbs import, and what transformers puts off until a model is made."""
+    import megakd.commands
+
+    for module in pkgutil.iter_modules(megakd.commands.__path__):
+        importlib.import_module(f"megakd.commands.{module.name}")
+    import deepspeed  # noqa: F401
+
+    for name in ("engine.deepspeed", "integrations.hf_trainer", "report.html", "tracking"):
+        importlib.import_module(f"megakd.{name}")
+    for family in FAMILIES:
+        importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+
+
+def serve(asked: socket.socket) -> list[str]:
+    """Fork until the socket is closed; returns in a child alone: what it is to run."""
+    while True:
+        message, streams, _, _ = socket.recv_fds(asked, LARGEST, 2)
+        if not message:
+            os._exit(0)
+        request = json.loads(message)
+        if "ended" in request:
+            answer = None
+            pid, status = os.waitpid(request["ended"], os.WNOHANG)
+            if pid:
+                answer = os.waitstatus_to_exitcode(status)
+        else:
+            answer = os.fork()
+            if not answer:
+                asked.close()
+                return _become(request, streams)
+            for stream in streams:
+                os.close(stream)
+        asked.send(json.dumps(answer).encode())
+
+
+def _become(request: dict[str, Any], streams: list[int]) -> list[str]:
+    for number, stream in enumerate(streams, start=1):
+        os.dup2(stream, number)
+        os.close(stream)
+    # anew: they remember whether the old ones could seek
+    sys.stdout = sys.__stdout__ = os.fdopen(1, "w", encoding="utf-8", closefd=False)
+    sys.stderr = sys.__stderr__ = os.fdopen(2, "w", 1, "utf-8", "backslashreplace", closefd=False)
+    os.environ.clear()
+    os.environ.update(request["env"])
+    os.chdir(request["cwd"])
+    return request["argv"]
+
+
+def run(argv: list[str]) -> None:
+    program = argv[0]
+    sys.argv = argv
+    if program == "megakd":
+        from megakd.cli import main
+
+        main()
+    else:
+        sys.path.insert(0, str(Path(program).parent))
+        runpy.run_path(program, run_name="__main__")
+
+
+if __name__ == "__main__":
+    del sys.path[0]  # this folder: a script's, where `data` or `config` would be found
+    with contextlib.closing(socket.socket(fileno=int(sys.argv[1]))) as asked:
+        load()
+        gc.freeze()
+        program = serve(asked)
+    run(program)
