@@ -1,6 +1,5 @@
 """Where DeepSpeed keeps masters, moments and gradients under any ZeRO stage; what of it crosses a stage border."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -8,7 +7,6 @@ import torch.distributed as dist
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
-    safe_get_local_grad,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
 )
@@ -17,13 +15,14 @@ from torch import Tensor, nn
 from megakd.engine.base import MOMENTS, Carried
 from megakd.engine.optim import canonical_names
 from megakd.errors import UserError
+from megakd.system.deepspeed_internals import is_fragmented, link_moments, masters, moments_on_disk, whole_shape
 from megakd.system.dist import World
 
 
 def hand_over(engine: Any, world: World) -> Carried:
     """Each parameter whole on one rank, in turn; spread experts on the rank that keeps them."""
     own = _masters(engine)
-    _link_moments(engine)
+    link_moments(engine)
     tensors: dict[str, dict[str, Tensor]] = {}
     for number, (name, parameter) in enumerate(engine.module.named_parameters()):
         packed = getattr(parameter, "packed", None)
@@ -42,7 +41,7 @@ def hand_over(engine: Any, world: World) -> Carried:
 
 def take_over(engine: Any, carried: Carried, world: World) -> None:
     """Before the first step: give every group its count of updates, then each parameter what is its own."""
-    if getattr(engine.optimizer, "swap_optimizer", False):
+    if moments_on_disk(engine):
         raise UserError(
             "zero_optimization.offload_optimizer: MegaKD cannot carry Adam's moments across a stage border while they "
             'lie on NVMe; use "device": "cpu", or one stage'
@@ -55,7 +54,7 @@ def take_over(engine: Any, carried: Carried, world: World) -> None:
             count = torch.tensor(float(carried.updates_of(names[parameter], parameter)))
             moments = {moment: torch.zeros_like(master.data) for moment in MOMENTS}
             engine.basic_optimizer.state[master] = {"step": count, **moments}
-    _link_moments(engine)
+    link_moments(engine)
     for number, (name, parameter) in enumerate(engine.module.named_parameters()):
         count = carried.updates_of(name, parameter)
         if not count or not parameter.requires_grad:
@@ -63,7 +62,7 @@ def take_over(engine: Any, carried: Carried, world: World) -> None:
         state = engine.basic_optimizer.state[own[parameter]]
         assert int(state["step"]) == count, (name, state["step"], count)
         for what in ("fp32", *MOMENTS):
-            shape = getattr(parameter, "ds_shape", parameter.shape)
+            shape = whole_shape(parameter)
             whole = torch.empty(shape, dtype=torch.float32, device=world.device)
             if name in carried.tensors:
                 whole.copy_(carried.tensors[name][what])
@@ -92,45 +91,13 @@ def set_update_counts(engine: Any, counts: dict[str, int]) -> None:
             engine.basic_optimizer.state[own[parameter]]["step"].fill_(count)
 
 
-def local_gradient(parameter: nn.Parameter) -> Tensor | None:
-    """This rank's piece of a parameter's reduced gradient, between the last backward pass of a step and its update."""
-    if hasattr(parameter, "ds_id"):
-        return safe_get_local_grad(parameter)
-    if hasattr(parameter, "_hp_mapping"):
-        fragment: Any = parameter
-        mapping = fragment._hp_mapping
-        return None if mapping is None else mapping.get_lp_grad_fragment(fragment._index_in_param_group)
-    return parameter.grad
-
-
 def _masters(engine: Any) -> dict[nn.Parameter, Tensor]:
     """Each trained parameter's fp32 tensor in the optimizer: a flat piece of its group under ZeRO, else its own."""
     return {parameter: master for master, parameters in masters(engine) for parameter in parameters}
 
 
-def masters(engine: Any) -> Iterator[tuple[Tensor, list[nn.Parameter]]]:
-    """(fp32 tensor that the optimizer updates, the parameters that lie in it), flat under ZeRO."""
-    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
-    if stage == 3:
-        yield from zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True)
-    elif stage > 0:
-        yield from zip(optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups, strict=True)
-    elif hasattr(optimizer, "fp32_groups"):  # bfloat16 without ZeRO
-        for masters, parameters in zip(optimizer.fp32_groups, optimizer.fp16_groups, strict=True):
-            yield from ((master, [parameter]) for master, parameter in zip(masters, parameters, strict=True))
-    else:
-        yield from ((p, [p]) for group in optimizer.param_groups for p in group["params"])
-
-
-def _link_moments(engine: Any) -> None:
-    """ZeRO 1 and 2 note where each parameter's moments are when the first group has them, the others not yet."""
-    if engine.zero_optimization_stage() in (1, 2):
-        engine.optimizer._hp_optimizer_states_linked = False
-        engine.optimizer._lazy_init_hp_params_optimizer_state()
-
-
 def _whole(parameter: nn.Parameter, master: Tensor, what: str, state: dict[str, Any]) -> Tensor:
-    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
+    if is_fragmented(parameter):
         found = (
             safe_get_full_fp32_param(parameter) if what == "fp32" else safe_get_full_optimizer_state(parameter, what)
         )
@@ -140,7 +107,7 @@ def _whole(parameter: nn.Parameter, master: Tensor, what: str, state: dict[str, 
 
 
 def _set_whole(parameter: nn.Parameter, master: Tensor, what: str, state: dict[str, Any], whole: Tensor) -> None:
-    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
+    if is_fragmented(parameter):
         if what == "fp32":
             safe_set_full_fp32_param(parameter, whole)
         else:

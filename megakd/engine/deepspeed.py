@@ -10,24 +10,32 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.runtime.fp16.loss_scaler import LossScaler
-from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
-from deepspeed.runtime.zero.config import ZeroStageEnum
 from torch import Tensor, nn
 
 from megakd.engine.base import Accept, Carried, StepReport, always, saved_buffers
-from megakd.engine.carry_over import hand_over, local_gradient, masters, set_update_counts, take_over, update_counts
+from megakd.engine.carry_over import hand_over, set_update_counts, take_over, update_counts
 from megakd.engine.checkpoint import LAYOUT, elastic
 from megakd.engine.guard import GRADIENT, REJECTED, SCALE
 from megakd.engine.norms import Sums, grad_squares, named, update_squares
 from megakd.engine.optim import set_learning_rate
 from megakd.errors import UserError
+from megakd.system.deepspeed_internals import (
+    STATE_TYPES,
+    clip_with,
+    is_partitioned,
+    load_universal,
+    local_gradient,
+    masters,
+    norm_scale,
+    set_global_norm,
+    skipping_update,
+)
 from megakd.system.dist import World, barrier, sum_over_ranks
 from megakd.system.files import read_json, remove, write_json
 from megakd.system.logging import say
@@ -57,7 +65,7 @@ class DeepSpeedEngine:
             "zero": config["zero_optimization"]["stage"],
         }
         if self.layout["zero"] == 0:
-            self.engine.clip_fp32_gradients = self._clip
+            clip_with(self.engine, self._clip)
 
     def step(
         self, micro_batches: Iterable[Any], tokens: int, factor: float, accept: Accept = always, norms: bool = False
@@ -79,7 +87,7 @@ class DeepSpeedEngine:
                 squares = self._grad_squares() if norms else {}
                 left_out = "" if accept(sums) else REJECTED
             scale = norm_scale(self.engine.optimizer)  # of this step: DeepSpeed may change it in the step
-            with leaving_out(self.engine) if left_out else nullcontext():
+            with skipping_update(self.engine) if left_out else nullcontext():
                 self.engine.step()  # counts micro-batches, updates weights at the last one
         norm = self.engine.get_global_grad_norm()
         grad_norm = 0.0 if norm is None else float(norm) / scale
@@ -95,7 +103,7 @@ class DeepSpeedEngine:
         for name, parameter in self.engine.module.named_parameters():
             packed = getattr(parameter, "packed", None)
             # under ZeRO-3 one parameter is whole on the first rank at a time; without it this gathers nothing
-            with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            with deepspeed.zero.GatheredParameters([parameter], enabled=is_partitioned(parameter)):
                 if packed is not None:
                     yield from packed.whole(name, parameter)
                 elif self.world.first:
@@ -164,7 +172,7 @@ class DeepSpeedEngine:
         copies = self.world.size // self.layout["expert_parallel"]  # of each expert
         spread = sum_over_ranks([squares.get("spread", 0.0)], self.world.device)[0] / copies
         norm = (squares.get("kept", 0.0) + spread) ** 0.5
-        self.engine._global_grad_norm = norm
+        set_global_norm(self.engine, norm)
         for parameter, gradient in gradients:
             if math.isfinite(norm):
                 gradient.mul_(min(1.0, self.engine.gradient_clipping() / (norm + 1e-6)))
@@ -237,7 +245,7 @@ class DeepSpeedEngine:
         for name, parameter in self.engine.module.named_parameters():
             packed = getattr(parameter, "packed", None)
             if packed is not None and packed.frozen:
-                with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+                with deepspeed.zero.GatheredParameters([parameter], enabled=is_partitioned(parameter)):
                     factors = [tensor.float().cpu() for _, tensor in packed.whole(name, parameter)]
                 if self.world.first:
                     remove(zero / name)
@@ -251,7 +259,7 @@ class DeepSpeedEngine:
     def _match_groups(self, path: Path) -> None:
         """As many saved groups as there are here: ZeRO 1 and 2 load the states of no more groups than were saved."""
         if self.layout["zero"] < 3:
-            with torch.serialization.safe_globals([LossScaler, ZeroStageEnum]):
+            with torch.serialization.safe_globals(STATE_TYPES):
                 state = torch.load(path, weights_only=True)
             state["param_groups"] = [{} for _ in self.optimizer.param_groups]  # their settings are ours
             torch.save(state, path)
@@ -259,11 +267,7 @@ class DeepSpeedEngine:
     def _load_universal(self, folder: Path) -> None:
         groups = self.optimizer.param_groups
         kept = [{key: value for key, value in group.items() if key != "params"} for group in groups]
-        self.engine._config.load_universal_checkpoint = True
-        try:
-            self.engine.load_checkpoint(str(folder), tag=UNIVERSAL)
-        finally:
-            self.engine._config.load_universal_checkpoint = False
+        load_universal(self.engine, str(folder), UNIVERSAL)
         # DeepSpeed gives all groups the rates and decay of the saved first one
         for group, settings in zip(groups, kept, strict=True):
             group.update(settings)
@@ -274,39 +278,5 @@ class DeepSpeedEngine:
                 state["step"] = state["step"].clone()
 
 
-def norm_scale(optimizer: Any) -> float:
-    """The divisor of the gradient norm that DeepSpeed reports: float16 without ZeRO leaves the loss scale in it."""
-    return float(optimizer.loss_scale_config.cur_scale) if isinstance(optimizer, FP16_UnfusedOptimizer) else 1.0
-
-
 def describe(layout: dict[str, Any]) -> str:
     return f"{layout['ranks']} ranks with expert_parallel {layout['expert_parallel']}"
-
-
-@contextmanager
-def leaving_out(engine: Any) -> Iterator[None]:
-    """Meanwhile the engine drops its gradients as after an overflow, and makes no update."""
-    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
-
-    def overflow(*_: Any, **__: Any) -> bool:
-        optimizer.overflow = True
-        return True
-
-    def nothing(*_: Any, **__: Any) -> None: ...
-
-    if stage == 3:
-        changes = {"_overflow_check_and_loss_scale_update": overflow, "_update_scale": nothing}
-    elif stage > 0:
-        changes = {"check_grad_overflow": True, "check_overflow": overflow, "_update_scale": nothing}
-    elif hasattr(optimizer, "overflow_checker"):  # 16 bits without ZeRO
-        optimizer, changes = optimizer.overflow_checker, {"check": lambda *_, **__: True}
-    else:
-        changes = {"step": nothing}
-    before = {name: vars(optimizer)[name] for name in changes if name in vars(optimizer)}
-    vars(optimizer).update(changes)
-    try:
-        yield
-    finally:
-        for name in changes:
-            del vars(optimizer)[name]
-        vars(optimizer).update(before)

@@ -1,4 +1,4 @@
-"""Shared-core experts spread over expert-parallel ranks: the one file that knows DeepSpeed's AutoEP names.
+"""Shared-core experts spread over expert-parallel ranks: as DeepSpeed's AutoEP spreads experts.
 
 Every rank of a group keeps E/size of the experts. A token's core runs once, on the rank that has the token; its row
 (x, core(x) of gate and up) goes to each rank that keeps some of its experts, once, however many those are, and what
@@ -10,49 +10,23 @@ N tokens of this rank, M rows sent (token, rank), L rows received, P pairs (row,
 """
 
 from collections.abc import Iterator
-from itertools import pairwise
 from typing import Any
 
 import torch
-from deepspeed.checkpoint.autoep_affine import (
-    autoep_experts_for_rank,
-    autoep_placement_to_affine_map,
-    make_autoep_placement_descriptor,
-)
-from deepspeed.checkpoint.constants import (
-    AFFINE_MAP,
-    AUTOEP_EXPERT_PLACEMENT,
-    AUTOEP_PARAM_EP_RANK,
-    AUTOEP_PARAM_LOCAL_EXPERTS,
-    AUTOEP_PARAM_LOGICAL_SHAPE,
-    CAT_DIM,
-    DS_AUTOEP_UC_META,
-    EP_IS_EXPERT_PARAM,
-    EP_NUM_EXPERTS,
-    PARAM,
-)
-from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer, _AllToAllV
-from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from megakd.errors import UserError
 from megakd.models.shared_core import PROJECTIONS, SharedCoreExperts, factor_shapes, free_and_core_rank
+from megakd.system.deepspeed_internals import (
+    AutoEPMoELayer,
+    all_to_all,
+    expert_group,
+    place_layer,
+    tag_expert,
+    universal_expert,
+)
 
 PACKED = {"gate": "w1", "up": "w3", "down": "w2"}
-
-
-def join_groups(size: int) -> int:
-    """Make the groups of `size` neighbouring ranks that share experts (once a process); this rank's place in its own.
-
-    Called by all ranks together.
-    """
-    groups._create_expert_and_data_parallel(size)
-    return groups._get_expert_parallel_rank(group_name(size))
-
-
-def group_name(size: int) -> str:
-    """What DeepSpeed calls the groups of `size` ranks."""
-    return f"ep_size_{size}"
 
 
 def spread_experts(student: nn.Module, size: int, rank: int) -> None:
@@ -100,7 +74,7 @@ class Packed:
 
     def whole(self, name: str, local: Tensor) -> Iterator[tuple[str, Tensor]]:
         """(canonical name, factor of all experts), on the first rank; called by all ranks, `local` of this one."""
-        group: Any = groups._get_expert_parallel_group(self.group)
+        group = expert_group(self.group)
         if torch.distributed.get_global_rank(group, 0) != 0:
             return  # another group keeps the same
         first = torch.distributed.get_rank() == 0
@@ -114,8 +88,7 @@ class Packed:
         """What a universal checkpoint holds of the parameter; factors: of all experts, in order, flat or not."""
         sizes = [rows * rank for rows, rank in self.shapes.values()]
         parts = [factor.reshape(-1, size) for factor, size in zip(factors, sizes, strict=True)]
-        whole = torch.cat(parts, dim=1)[..., None]
-        return {PARAM: whole, CAT_DIM: 0, EP_IS_EXPERT_PARAM: True, EP_NUM_EXPERTS: len(whole)}
+        return universal_expert(torch.cat(parts, dim=1)[..., None])
 
 
 class LocalExperts(SharedCoreExperts):
@@ -197,34 +170,14 @@ class SpreadExperts(AutoEPMoELayer):
 
     def __init__(self, source: SharedCoreExperts, size: int, rank: int, place: str):
         nn.Module.__init__(self)  # AutoEPMoELayer's own takes a block with a router apart
-        self.num_experts, self.num_local_experts = source.num_experts, source.num_experts // size
-        self.ep_size, self.ep_rank, self.ep_group, self.ep_group_name = size, rank, None, group_name(size)
-        bounds = range(0, source.num_experts + 1, self.num_local_experts)
-        by_rank = [range(start, end) for start, end in pairwise(bounds)]
-        self.expert_placement_descriptor = make_autoep_placement_descriptor(self.num_experts, by_rank)
-        self.folding_group_handles = self._deepep_exchange = self._async_split_plan_pending = None
+        place_layer(self, source.num_experts, size, rank)
         self.held = source.held  # not owned: replicated, ordinary parameters of the block
         for name, buffer in source.named_buffers():
             self.register_buffer(name, buffer)  # of all experts: what a checkpoint's weights hold
         first = rank * self.num_local_experts
         self.experts = LocalExperts(source, first, self.num_local_experts, self.ep_group_name, place)
         for parameter in self.experts.parameters():
-            self._tag(parameter)
-
-    def _tag(self, parameter: Any) -> None:
-        """What DeepSpeed's reduction, partitioning and universal checkpoints ask of an expert's parameter."""
-        parameter.allreduce = False
-        parameter.group_name = parameter.ds_zero_partition_group_name = self.ep_group_name
-        parameter.ds_zero_placement_family = "autoep_expert"
-        placement, shape = self.expert_placement_descriptor, [self.num_experts, *parameter.shape[1:]]
-        meta = {
-            AUTOEP_EXPERT_PLACEMENT: placement,
-            AFFINE_MAP: autoep_placement_to_affine_map(placement, shape).to_dict(),
-            AUTOEP_PARAM_LOGICAL_SHAPE: shape,
-            AUTOEP_PARAM_EP_RANK: self.ep_rank,
-            AUTOEP_PARAM_LOCAL_EXPERTS: list(autoep_experts_for_rank(placement, self.ep_rank)),
-        }
-        setattr(parameter, DS_AUTOEP_UC_META, meta)
+            tag_expert(self, parameter)
 
     def forward(  # type: ignore[override]
         self, x_ND: Tensor, expert_NA: Tensor, weight_NA: Tensor
@@ -256,12 +209,12 @@ class SpreadExperts(AutoEPMoELayer):
         out, back = torch.stack([sent, received]).tolist()
 
         def send(rows_M: Tensor) -> Tensor:
-            return _AllToAllV.apply(self.ep_group, rows_M, out, back)  # type: ignore[return-value]
+            return all_to_all(self.ep_group, rows_M, out, back)
 
         weight_LA, expert_LA = send(weight_NA[token_M]), send(expert_NA[token_M])
         rows_L = send(torch.cat([part[token_M] for part in parts], dim=1))
         made_L = self.experts(rows_L, expert_LA, weight_LA)
-        made_M: Any = _AllToAllV.apply(self.ep_group, made_L, back, out)
+        made_M = all_to_all(self.ep_group, made_L, back, out)
         wide = torch.promote_types(made_M.dtype, torch.float32)
         sums = made_M.new_zeros(len(expert_NA), made_M.shape[1], dtype=wide).index_add(0, token_M, made_M.to(wide))
         return sums.to(made_M.dtype)

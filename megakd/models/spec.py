@@ -95,7 +95,7 @@ def spec_for(config: Any, place: str) -> MoESpec:
 
 def check_preset(family: str, place: object) -> None:
     """UserError, naming `place`, when DeepSpeed cannot shard the experts of a family (a model_type) over ranks."""
-    from deepspeed.module_inject.auto_ep_presets.registry import available_preset_names
+    from megakd.system.deepspeed_internals import available_preset_names
 
     if family not in (known := available_preset_names()):
         raise UserError(

@@ -70,11 +70,12 @@ def join_world() -> World:
     os.environ["RANK"], os.environ["WORLD_SIZE"] = str(world.rank), str(world.size)
     os.environ["LOCAL_RANK"] = str(world.device.index or 0)  # DeepSpeed takes it for the number of the GPU
     import deepspeed
-    import deepspeed.ops
     from deepspeed.utils import logger
 
+    from megakd.system.deepspeed_internals import build_no_shared_memory_op
+
     logger.setLevel("WARNING")
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # type: ignore[index]
+    build_no_shared_memory_op()
     take_device(world)  # before NCCL, which goes by the current device
     deepspeed.init_distributed(verbose=False)
     return world

@@ -61,7 +61,8 @@ def build_engine(
     """
     spread = config.engine.expert_parallel
     if spread > 1:
-        from megakd.models.expert_parallel import join_groups, spread_experts
+        from megakd.models.expert_parallel import spread_experts
+        from megakd.system.deepspeed_internals import join_groups
 
         spread_experts(objective.student, spread, join_groups(spread))
     zero = (config.engine.deepspeed or {}).get("zero_optimization", {}) if config.engine.kind == "deepspeed" else {}

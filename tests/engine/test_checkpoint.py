@@ -291,7 +291,7 @@ def test_gradient_norms_of_float16_without_zero_are_free_of_the_loss_scale():
     pytest.importorskip("deepspeed")
     from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 
-    from megakd.engine.deepspeed import norm_scale
+    from megakd.system.deepspeed_internals import norm_scale
 
     optimizer = object.__new__(FP16_UnfusedOptimizer)
     optimizer.loss_scale_config = SimpleNamespace(cur_scale=1024.0)

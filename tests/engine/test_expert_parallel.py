@@ -319,7 +319,8 @@ def test_bfloat16_trains_close_to_experts_that_are_not_spread(seen):
 def begin(job: dict[str, Any], folder: str, rules: Any, world: World, updates: dict[str, int] | None = None) -> Any:
     """The engine of a job over the student of a folder."""
     from megakd.engine.deepspeed import DeepSpeedEngine
-    from megakd.models.expert_parallel import join_groups, spread_experts
+    from megakd.models.expert_parallel import spread_experts
+    from megakd.system.deepspeed_internals import join_groups
 
     student = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, job["dtype"]))
     objective = Language(student)
@@ -409,7 +410,7 @@ def adam(engine: Any, world: World) -> Iterator[tuple[str, Any]]:
     """(canonical name/what, whole tensor) of the fp32 weights and Adam's moments, and its counts of steps."""
     from megakd.engine import carry_over as border
 
-    border._link_moments(engine.engine)
+    border.link_moments(engine.engine)
     masters, states = border._masters(engine.engine), engine.engine.basic_optimizer.state
     steps = {float(states[master]["step"]) for master in masters.values()}
     for name, parameter in engine.engine.module.named_parameters():

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from megakd.config.train import LrRule, OptimConfig
 from megakd.engine.optim import assign_rules, build_optimizer
 from megakd.errors import UserError
-from megakd.models.expert_parallel import SpreadExperts, join_groups, spread_experts
+from megakd.models.expert_parallel import SpreadExperts, spread_experts
 from megakd.models.shared_core import PROJECTIONS, DenseExperts, Form, SharedCoreExperts, core_shape
+from megakd.system.deepspeed_internals import join_groups
 
 EXPERTS, HIDDEN, EXPERT_HIDDEN, ACTIVE = 6, 7, 5, 3
 SHAPES: dict[str, dict[str, Form]] = {
