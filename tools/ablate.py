@@ -218,7 +218,8 @@ def sar_variants(config: RunConfig) -> dict[str, list[str]]:
     on = {"anchor": SarConfig().anchor, "entropy": WEIGHT, "balance": WEIGHT}
     frozen = routers_at(config, 0.0)
     rates = {"routers-slow": 0.1, "routers-fast": 1.0}
-    # at the student's rate routers run from weak anchors: the teacher becomes as bad as the student (docs/sar-kd.md)
+    # at the student's rate a weak anchor does not hold routers: the teacher becomes as bad as the student
+    # (docs/online-distillation.md)
     strong = {"anchor-x100": [f"sar.anchor={100 * config.sar.anchor:g}"]} if config.sar.anchor else {}
     return {
         BASE: [],

@@ -1,6 +1,6 @@
 """Shared core and wrappers by alternating least squares: W_e ~ M_e L_e C + (M_e Q_e) V_e^T with L_e = I + U_e S_e^T.
 
-W_e [F, D] are whitened (metric.py). Every block has a closed form (docs/compression.md, "Solver"). Nothing of full size
+W_e [F, D] are whitened (metric.py). Every block has a closed form (docs/compression.md). Nothing of full size
 is made for an expert: residuals are known by their products with a few columns, and what M_e does to a product of full
 size is done to its thin factors instead.
 """

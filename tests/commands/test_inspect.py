@@ -150,7 +150,7 @@ def test_shard_is_explained(prepared, capsys, tmp_path):
 def test_run_with_rules_for_what_trains_beside_the_student_is_explained(
     recipe, tokenizer, tmp_path, capsys, kind, pattern
 ):
-    """docs/sar-kd.md and the shipped sar recipes have such rules, which no parameter of the student alone gets."""
+    """docs/online-distillation.md and the sar recipes have such rules; no parameter of the student alone gets them."""
     stages = [{"name": "all", "steps": 2, "lr_multipliers": [{"pattern": pattern, "lr_multiplier": 0.1}]}]
     objective = {"kind": kind, "alpha": 0.7, "temperature": 2.0}
     changes = {} if kind == "sar" else {"sar": {}, "online": {"feature": 0.1}}

@@ -21,8 +21,9 @@ So the whole loss is divided by alpha_kd + alpha_ce. The three weights of router
 minimised is the same. These terms have no unit here: |W - W0|^2 / |W0|^2, 1 - H / log E, and the load balance.
 
 Two defaults are not those of these scripts. --router_lr is a tenth of --student_lr, for at the student's own rate a
-teacher was seen to collapse to the student (docs/sar-kd.md). --router_anchor_weight is larger, for the anchor is
-relative here. A student with another tokenizer than the teacher's learns from spans of text instead of the KL.
+teacher was seen to collapse to the student (docs/online-distillation.md). --router_anchor_weight is larger, for the
+anchor is relative here. A student with another tokenizer than the teacher's learns from spans of text instead of the
+KL.
 """
 
 import argparse
@@ -211,7 +212,7 @@ def warn(args: argparse.Namespace, value: dict[str, Any]) -> None:
     if router_rate(args) > args.student_lr:
         say(
             f"--router_lr {args.router_lr:g} is above --student_lr {args.student_lr:g}: at such rates a teacher was "
-            "seen to collapse to the student; the log's kl_frozen and teacher_ce tell (docs/sar-kd.md)"
+            "seen to collapse to the student; the log's kl_frozen and teacher_ce tell (docs/online-distillation.md)"
         )
     every = value["checkpoint"]["every_steps"]
     if every not in (args.eval_steps, args.save_steps, args.train_steps):
