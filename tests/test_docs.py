@@ -1,6 +1,7 @@
 """The documentation is true: commands, flags, fields, files and links of README and docs exist, examples run."""
 
 import argparse
+import ast
 import importlib.util
 import inspect
 import itertools
@@ -276,6 +277,29 @@ def test_stages_of_the_examples_are_valid():
     first, second = blocks(DOCS / "offline-distillation.md", "json")
     stages = json.loads("{" + first + "}")["stages"] + [json.loads(second)]
     assert [stage.name for stage in parse({"stages": stages}, "the page").stages] == ["experts", "all", "anneal"]
+
+
+@cache
+def messages() -> str:
+    """All texts of the package and the launch files, one per line; … for a value."""
+    found = []
+    for path in (ROOT / "megakd").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = [p.value if isinstance(p, ast.Constant) else "…" for p in node.values]
+                found.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    found += [path.read_text() for path in (ROOT / "launch").glob("*.s*")]
+    return "\n".join(found)
+
+
+def test_messages_of_the_troubleshooting_page_are_messages_of_the_code():
+    """In the first column of its tables, in code: texts without the values, which are … there."""
+    rows = re.findall(r"^\| ([^|]+) \|", (DOCS / "troubleshooting.md").read_text(), re.MULTILINE)
+    for quoted in re.findall(r"`([^`]+)`", " ".join(rows)):
+        for part in re.split(r"…|=…|\bN\b", quoted):
+            assert part.strip() in messages(), f"no message says {part.strip()!r}"
 
 
 # ---- files, links, pages -----------------------------------------------------------------------------------------
