@@ -45,7 +45,8 @@ WORDS: dict[str, str] = {
 PAGES_ONLY: dict[str, str] = {r"\bwindows?\b": "sequences (packed sequences)"}
 
 PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "ds_configs/README.md")]
-PAGES += sorted((ROOT / "docs").rglob("*.md"))
+# configuration.md repeats descriptions of megakd/config: its words are theirs
+PAGES += sorted(p for p in (ROOT / "docs").rglob("*.md") if p.name != "configuration.md")
 OLD_ENTRIES = "\n## 2026-11-29"  # of docs/log.md, which keep their words
 PYTHON: list[str] = []  # globs below the repository, like "megakd/**/*.py"
 
