@@ -40,7 +40,7 @@ WORDS: dict[str, str] = {
     # rule 4: name things
     r"\bwhat is there\b|\bthat which\b|\bthe other one\b|\bof these\b": "the name of the thing",
     # rule 10
-    r"\bthe seeds?\b|\bseeds' form\b": "the unfused form (docs/papers.md)",
+    r"\bthe seeds\b|\bseeds' form\b": "the unfused form (docs/papers.md)",
 }
 PAGES_ONLY: dict[str, str] = {r"\bwindows?\b": "sequences (packed sequences)"}
 
