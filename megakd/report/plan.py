@@ -25,8 +25,9 @@ from megakd.run import Run
 from megakd.system.text import short
 from megakd.train.memory import training_peak
 
-# Measured (docs/benchmarks.md): a sweep over one matrix at rank 64, its time taken as proportional to size and rank;
-# a process's memory with Qwen3-30B-A3B's 128 matrices a projection, and with the demo's, which hardly count.
+# Measured (docs/experiments/2026-11-22-expert-fit.md): a sweep over one matrix at rank 64, its time taken as
+# proportional to size and rank; a process's memory with Qwen3-30B-A3B's 128 matrices a projection, and with the demo's,
+# which hardly count.
 SWEEP_SECONDS, MATRIX, RANK = 0.05, 768 * 2048, 64
 
 
