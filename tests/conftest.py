@@ -200,20 +200,25 @@ def forked(*argv: object, code: int = 0, env: dict[str, str] | None = None) -> s
     return forked_ranks(1, *argv, code=code, env=env)
 
 
-def start_ranks(ranks: int, *argv: object, env: dict[str, str] | None = None, **streams: Any) -> list[Forked]:
-    """`megakd ARGV` on `ranks` forked processes that meet, as a launcher starts them; one alone has no launcher."""
+def start_ranks(ranks: int, *program: object, env: dict[str, str] | None = None, **streams: Any) -> list[Forked]:
+    """A program on `ranks` forked processes that meet, as a launcher starts them; one alone has no launcher."""
     if ranks == 1:
-        return [Forked("megakd", *argv, env=env, **streams)]
+        return [Forked(*program, env=env, **streams)]
     world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     world |= {"DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore::FutureWarning:torch.distributed.c10d_logger"}
     places = ({"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks))
-    return [Forked("megakd", *argv, env={**world, **place, **(env or {})}, **streams) for place in places]
+    return [Forked(*program, env={**world, **place, **(env or {})}, **streams) for place in places]
 
 
 def forked_ranks(ranks: int, *argv: object, code: int = 0, env: dict[str, str] | None = None) -> str:
-    """The output of `start_ranks`, rank by rank, after checking their exit codes; the end of one ends the others."""
+    """`megakd ARGV` by `start_ranks`: the output of all after checking their exit codes."""
+    return run_to_end(ranks, "megakd", *argv, code=code, env=env)
+
+
+def run_to_end(ranks: int, *program: object, code: int = 0, env: dict[str, str] | None = None) -> str:
+    """The same of any program; where one ends with another exit code the others are killed."""
     with TemporaryFile("w+") as out, TemporaryFile("w+") as err:
-        processes = start_ranks(ranks, *argv, env=env, stdout=out, stderr=err)
+        processes = start_ranks(ranks, *program, env=env, stdout=out, stderr=err)
         try:
             deadline = time.monotonic() + 600
             while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
@@ -225,7 +230,7 @@ def forked_ranks(ranks: int, *argv: object, code: int = 0, env: dict[str, str] |
                 process.kill()
         out.seek(0), err.seek(0)
         output, codes = out.read() + err.read(), [process.wait() for process in processes]
-    assert codes == [code] * ranks, f"megakd {' '.join(map(str, argv))}: exit {codes}, expected {code}\n{output}"
+    assert codes == [code] * ranks, f"{' '.join(map(str, program))}: exit {codes}, expected {code}\n{output}"
     return output
 
 
@@ -253,7 +258,7 @@ def kill_when(
 
     script: ARGV is a Python file and its arguments instead. ranks: so many processes that meet, all killed.
     """
-    processes = [Forked(*argv)] if script else start_ranks(ranks, *argv)
+    processes = [Forked(*argv)] if script else start_ranks(ranks, "megakd", *argv)
     deadline = time.monotonic() + timeout
     while all(process.poll() is None for process in processes) and time.monotonic() < deadline:
         if ready():

@@ -25,7 +25,7 @@ from megakd.config.effects import check
 from megakd.config.parsing import apply_overrides, load_recipe, parse
 from megakd.config.run import RunConfig
 from megakd.names import find_recipe
-from tests.conftest import ROOT, megakd
+from tests.conftest import ROOT, forked
 
 README = ROOT / "README.md"
 DOCS = ROOT / "docs"
@@ -263,7 +263,7 @@ def test_readme_walkthrough_runs_line_by_line(tmp_path, monkeypatch, recipe):
         assert program == "megakd"
         if arguments[:2] == ["new", "runs/qwen3"]:
             arguments += small
-        megakd(*arguments)
+        forked(*arguments)
         ran.append(arguments[0])
     assert {"new", "plan", "compress", "tokenize", "generate-logits", "train", "evaluate", "export", "report"} <= set(
         ran

@@ -1,8 +1,6 @@
 """Every verb in one folder, in the order a user types them, each twice, one of them killed."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,7 @@ from megakd.data.shards import ShardSet
 from megakd.models.hub import load_model
 from megakd.models.tiny import train_tokenizer
 from megakd.run import Run
-from tests.conftest import VOCABULARY, files, in_process, kill_when, make_teacher, metrics
+from tests.conftest import VOCABULARY, files, in_process, kill_when, make_teacher, metrics, run_to_end
 from tests.objectives.sar import sar_recipe
 from tests.tools.examples import tool
 from tests.train.test_resume import steps_logged
@@ -158,9 +156,7 @@ def test_trainer_over_the_data_of_a_run(prepared, tmp_path):
     script, out = tmp_path / "train.py", tmp_path / "out"
     script.write_text(TRAINER)
     assert kill_when([script, prepared, out], lambda: (out / "checkpoint-4").exists(), script=True)
-    again = [sys.executable, str(script), str(prepared), str(out), "resume"]
-    done = subprocess.run(again, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    run_to_end(1, script, prepared, out, "resume")
     final = load_model(out / "final", torch.float32)
     assert sum(p.numel() for p in final.parameters()) > 0
     run = tmp_path / "run"

@@ -12,7 +12,7 @@ import pytest
 from megakd.commands.train import launch
 from megakd.errors import UserError
 from megakd.run import Run
-from tests.conftest import ROOT, files, megakd
+from tests.conftest import ROOT, files, in_process
 
 SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), *sorted((ROOT / "launch").glob("*.sbatch")), ROOT / ".ci" / "run"]
 
@@ -39,7 +39,7 @@ def test_hostfile_example_is_one_deepspeed_reads():
 def test_array_tasks_capture_what_one_worker_does(prepared, tmp_path):
     """The job script's own lines, with Slurm's variables set and `srun` standing for the step it would start."""
     run = tmp_path / "run"
-    megakd("new", run, "--from", prepared)
+    in_process("new", run, "--from", prepared)
     (run / "data" / "logits").unlink()
     (tmp_path / "srun").write_text('#!/bin/sh\nexec "$@"\n')
     (tmp_path / "srun").chmod(stat.S_IRWXU)
@@ -60,7 +60,7 @@ def test_array_tasks_capture_what_one_worker_does(prepared, tmp_path):
 def test_tasks_compress_together(recipe, prepared, tmp_path):
     """The job script with `srun` standing for two tasks at once: the student is that of one process."""
     run = tmp_path / "run"
-    megakd("new", run, "--from", recipe)
+    in_process("new", run, "--from", recipe)
     (tmp_path / "srun").write_text('#!/bin/sh\n"$@" & "$@" & wait $! && wait\n')
     (tmp_path / "srun").chmod(stat.S_IRWXU)
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable}

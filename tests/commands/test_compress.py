@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from megakd.errors import UserError
 from megakd.models.hub import load_config, write_config, write_weights
 from megakd.models.spec import spec_for
 from megakd.run import Run
-from tests.conftest import command, files, kill_when, make_teacher
+from tests.conftest import files, kill_when, make_teacher
+from tests.forks import Forked
 from tests.models.students import FAMILIES, logits, make_model, relative
 
 TOKENS = torch.randint(1, 61, (4, 17), generator=torch.Generator().manual_seed(0))
@@ -87,7 +87,7 @@ def test_any_processes_and_kills_give_the_same_bytes(recipe, prepared, tmp_path,
     killed.path("data", "tokens").symlink_to((prepared / "data" / "tokens").resolve())
     assert kill_when(["compress", killed.folder], lambda: len(list(killed.path("compress").glob("*.safetensors"))) > 3)
     assert not killed.path("student-0").exists(), "the kill came too late to test anything"
-    processes = [subprocess.Popen(command("compress", killed.folder)) for _ in range(2)]
+    processes = [Forked("megakd", "compress", killed.folder) for _ in range(2)]
     assert [process.wait() for process in processes] == [0, 0]
     assert files(killed.path("student-0")) == files(alone.path("student-0"))
     assert not killed.path("compress").exists()

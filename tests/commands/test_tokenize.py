@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import time
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
@@ -27,7 +26,8 @@ from megakd.errors import UserError
 from megakd.models.tiny import END_OF_DOCUMENT, train_tokenizer
 from megakd.run import Run
 from megakd.system.files import write_sealed
-from tests.conftest import begin_texts_with_bos, command, files, megakd
+from tests.conftest import begin_texts_with_bos, files, in_process
+from tests.forks import Forked
 
 FRACTION = 0.1
 
@@ -182,8 +182,8 @@ def test_a_killed_worker_costs_no_finished_shard_and_three_go_on(undisturbed, re
 def test_workers_end_with_a_killed_parent(undisturbed, recipe_of_text, tmp_path):
     """kill -9 of the process that the user started, of that alone; then none of its workers is left, and it resumes."""
     run, tokens = tmp_path / "run", tmp_path / "run" / "data" / "tokens"
-    megakd("new", run, "--from", recipe_of_text)
-    process = subprocess.Popen(command("tokenize", run, "data.workers=2"), stderr=subprocess.DEVNULL)
+    in_process("new", run, "--from", recipe_of_text)
+    process = Forked("megakd", "tokenize", run, "data.workers=2")
     family: list[psutil.Process] = []
     while len(family) < 2 or not (tokens / "holdout" / "shard-00000.json").exists():
         assert process.poll() is None, "it ended before it could be killed"

@@ -19,7 +19,7 @@ from megakd.data.stream import Stream
 from megakd.errors import UserError
 from megakd.run import Run
 from megakd.train.build import build_objective
-from tests.conftest import metrics, run_ranks
+from tests.conftest import forked_ranks, metrics
 
 Make = Callable[..., Run]
 
@@ -119,7 +119,7 @@ def test_ranks_leave_out_together_what_one_process_does(sibling: Make):
         for place in (2, 5, 16, *range(80, 96), 120):  # even: the first rank's; the sixth step whole
             flip(train, order[place])
     megakd("train", runs[0].folder)
-    run_ranks(2, runs[1].folder)
+    forked_ranks(2, "train", runs[1].folder)
     local, ranks = (metrics(run.folder) for run in runs)
     assert [row.get("damaged_samples") for row in local] == [2, 3, 3, 3, None, 16, 16, 17, 17, 17]
     for mine, theirs in zip(ranks, local, strict=True):

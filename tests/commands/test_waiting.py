@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import psutil
 import pytest
 import torch
 
@@ -22,7 +21,8 @@ from megakd.run import Run
 from megakd.system.dist import World
 from megakd.system.files import read_json, read_json_lines
 from megakd.train.loop import in_step
-from tests.conftest import command, metrics
+from tests.conftest import forked_ranks, metrics, start_ranks
+from tests.forks import Forked
 
 Make = Callable[..., Run]
 RANKS = ["engine.kind=deepspeed", "engine.config=zero2", "engine.ranks=2"]
@@ -34,24 +34,21 @@ def megakd(*argv: object) -> None:
 
 
 @contextmanager
-def waiting(run: Run) -> Iterator[Any]:
-    """`megakd train RUN` that follows a capture, once it says that it waits; it and its ranks are killed at the end."""
-    argv = command("train", run.folder, "stream.follow=true")
-    process = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    family: list[psutil.Process] = []
-    line = ""
+def waiting(run: Run, ranks: int = 1) -> Iterator[tuple[list[Forked], str]]:
+    """`megakd train RUN` that follows a capture, once it says that it waits; its ranks are killed at the end."""
+    processes = start_ranks(ranks, "megakd", "train", run.folder, "stream.follow=true", stderr=subprocess.PIPE)
+    first, line = processes[0], ""
+    assert first.stderr is not None
     try:
-        for line in process.stderr:
+        for line in first.stderr:
             if "waiting for" in line:
                 break
-        assert process.poll() is None
-        family = psutil.Process(process.pid).children(recursive=True)
-        yield process, line
+        assert first.poll() is None
+        yield processes, line
     finally:
-        for each in [process, *(child for child in family if child.is_running())]:
+        for each in processes:
             each.kill()
-        process.communicate()
+            each.communicate()
 
 
 def captured(run: Run, part: str) -> Run:
@@ -82,7 +79,7 @@ def test_training_follows_an_unfinished_capture(sibling: Make, half_captured: Ru
     """It waits, says for what, and in the end has done what a run does that is started afterwards."""
     with pytest.raises(UserError, match=r"not finished.*stream\.follow=true"):
         megakd("train", half_captured.folder)
-    with waiting(half_captured) as (process, line):
+    with waiting(half_captured) as ((process,), line):
         assert line == "train: waiting for shard-00001 from the capture (the next step needs 1 shards more)\n"
         megakd("generate-logits", half_captured.folder, "--part", "1/2")
         process.communicate(timeout=120)
@@ -99,7 +96,7 @@ def test_training_follows_an_unfinished_capture(sibling: Make, half_captured: Ru
 def test_a_signal_ends_a_run_that_waits(half_captured: Run):
     """It made no step, so there is nothing to save; started again it waits again."""
     for _ in range(2):
-        with waiting(half_captured) as (process, _):
+        with waiting(half_captured) as ((process,), _):
             process.send_signal(signal.SIGTERM)
             process.wait(timeout=60)
             assert process.returncode == 85
@@ -107,29 +104,23 @@ def test_a_signal_ends_a_run_that_waits(half_captured: Run):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("engine", [[], RANKS])
-def test_a_run_that_waits_saves_what_it_has_done_when_a_signal_comes(sibling: Make, engine):
+@pytest.mark.parametrize("ranks, engine", [(1, []), (2, RANKS)])
+def test_a_run_that_waits_saves_what_it_has_done_when_a_signal_comes(sibling: Make, ranks, engine):
     """The signal reaches the last rank alone; what follows is what an undisturbed run does."""
     options = ["stream.lanes=1", "checkpoint.every_steps=100", *engine]
     run = captured(sibling(*options), "0/3")  # shards 0 and 3: some steps, then it waits for shard 1
-    with waiting(run) as (process, line):
+    with waiting(run, ranks) as (processes, line):
         assert "waiting for shard-00001" in line
         done = steps_done(run)
-        ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if "RANK" in p.environ()]
-        last = next(
-            (p for p in ranks if p.environ()["RANK"] == "1" and p.cmdline()[-3:-1] == ["megakd", "train"]), None
-        )
-        assert (last is None) == (not engine)
-        (last or process).send_signal(signal.SIGTERM)
-        process.wait(timeout=60)
-        assert process.returncode == 85
+        processes[-1].send_signal(signal.SIGTERM)
+        assert [process.wait(timeout=60) for process in processes] == [85] * ranks
     assert len(metrics(run.folder)) == done
     newest = sorted(run.path("checkpoints").glob("*/step-*"), key=lambda path: path.name)[-1]
     assert 0 < done < 10 and done % 4 and read_json(newest / "progress.json")["step"] == done
     megakd("generate-logits", run.folder)
-    subprocess.run(command("train", run.folder), check=True, timeout=300)
     undisturbed = sibling(*options)
-    subprocess.run(command("train", undisturbed.folder), check=True, timeout=300)
+    for each in (run, undisturbed):
+        forked_ranks(ranks, "train", each.folder)
     assert metrics(run.folder) == metrics(undisturbed.folder)
 
 
@@ -186,9 +177,13 @@ class Stop:
         return found
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_ranks_take_the_same_steps_whenever_each_gets_its_data(seed):
+def test_ranks_take_the_same_steps_whenever_each_gets_its_data():
     """Each waits (None) when and as long as it likes; in half of the cases one gets a signal in the middle."""
+    for seed in range(40):
+        meet(seed)
+
+
+def meet(seed: int) -> None:
     chooser = random.Random(seed)
     ranks, steps = chooser.randint(1, 4), chooser.randint(0, 8)
     waits = [[chooser.choice([0, 0, 1, 3]) for _ in range(steps)] for _ in range(ranks)]
@@ -213,7 +208,7 @@ def test_ranks_take_the_same_steps_whenever_each_gets_its_data(seed):
         thread.start()
     for thread in threads:
         thread.join(timeout=30)
-    assert not meeting.barrier.broken and not any(thread.is_alive() for thread in threads)
-    assert taken == [list(range(signalled[1] if signalled else steps))] * ranks
+    assert not meeting.barrier.broken and not any(thread.is_alive() for thread in threads), seed
+    assert taken == [list(range(signalled[1] if signalled else steps))] * ranks, seed
     if not signalled:  # one meeting a step, one at the end, one for each time that some rank waits
         assert meeting.meetings == steps + 1 + sum(max(column) for column in zip(*waits, strict=True))

@@ -34,7 +34,7 @@ from megakd.run import Run
 from megakd.system.tasks import claimed
 from megakd.tracking import wandb_id
 from megakd.train.checks import open_dataset
-from tests.conftest import ROOT, command, kill_when
+from tests.conftest import ROOT, kill_when, start_ranks
 from tests.evals.test_tasks import write_tasks
 
 NAMES = ["experts/step-000003", "experts/step-000004", "all/step-000007", "all/step-000010"]
@@ -91,7 +91,7 @@ def test_one_line_a_checkpoint_whatever_is_killed(prepared, tmp_path):
     folder = tmp_path / "run"
     live = ["checkpoint.every_steps=1", "checkpoint.keep=1", "eval.poll_seconds=0.02", "log.tensorboard=true"]
     run_verb(["new", str(folder), "--from", str(prepared), "engine.kind=deepspeed", "engine.ranks=2", *live])
-    training = subprocess.Popen(command("train", folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    training = start_ranks(2, "megakd", "train", folder)
     done = threading.Event()
 
     def scan() -> None:
@@ -109,7 +109,7 @@ def test_one_line_a_checkpoint_whatever_is_killed(prepared, tmp_path):
     try:
         for count in (2, 5):
             assert kill_when(["watch", folder], lambda count=count: after(count))
-        assert training.wait(300) == 0
+        assert [rank.wait(300) for rank in training] == [0, 0]
         watch(folder)
     finally:
         done.set()

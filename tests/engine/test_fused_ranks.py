@@ -4,8 +4,6 @@ Started as a script this file is one rank: it runs every case in turn, and write
 """
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -28,8 +26,8 @@ from megakd.engine.local import LocalEngine
 from megakd.engine.optim import build_optimizer
 from megakd.models.tiny import tiny_moe_config
 from megakd.objectives.cached import CachedDistillation
-from megakd.system.dist import close_world, free_port, join_world
-from tests.conftest import ROOT, SMALL
+from megakd.system.dist import close_world, join_world
+from tests.conftest import SMALL, run_to_end
 
 VOCABULARY, PADDED, WINDOWS, LENGTH, STEPS = 97, 104, 2, 16, 2
 FACTS = {"vocab_size": VOCABULARY, "top_k": 8, "draws": 0, "draw_temperature": None, "temperatures": [1.0, 2.0]}
@@ -121,29 +119,9 @@ def run(case: dict[str, Any], rank: int, ranks: int, zero: bool, folder: Path) -
 
 
 def launch(ranks: int, folder: Path) -> dict[str, Any]:
-    """Every case on real ranks, started once and without DeepSpeed's launcher, which takes as long as they do."""
+    """Every case on real ranks, started once."""
     folder.mkdir()
-    world = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
-    environment["PYTHONWARNINGS"] = "ignore::FutureWarning:torch.distributed.c10d_logger"
-    environment |= {name: str(value) for name, value in world.items()}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder)],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-    try:
-        for process in processes:
-            output, _ = process.communicate(timeout=300)
-            assert process.returncode == 0, output
-    finally:
-        for process in processes:
-            process.kill()
+    run_to_end(ranks, __file__, folder)
     return json.loads((folder / "seen.json").read_text())
 
 
