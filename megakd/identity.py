@@ -1,4 +1,7 @@
-"""Whether two model folders give the same answers: which tensors they hold, and a fingerprint of weights and config.
+"""Identities of teacher, student, tokenizer and data set, which say how they differ; the fingerprint of a model folder.
+
+Each identity is read from the JSON records in manifests, compress.json and history.jsonl, and `record()` gives the same
+JSON back. `difference(now)` is one line about what `now` is instead, or None.
 
 A fingerprint is recorded with everything a model made: manifests, compress.json, history.jsonl. It carries the version
 of its definition ("v2:…"); one without a version was made by a MegaKD that hashed samples of the weights alone.
@@ -9,15 +12,18 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
 from functools import cache
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple, Self
 
 from megakd.errors import UserError
+from megakd.names import resolve
 from megakd.system.files import read_json
 from megakd.system.logging import say
 
+Packing = Literal["packed", "documents"]
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 VERSION = "v2"
 SMALL = 1 << 20  # bytes; a tensor up to here is hashed whole: norms, biases, a router of 128 x 2048 in bfloat16
@@ -106,6 +112,12 @@ def fingerprint_like(recorded: str, folder: Path) -> str:
     return fingerprint(folder)
 
 
+def changed_fingerprint(recorded: str, folder: Path) -> str | None:
+    """The folder's fingerprint where it is another than `recorded`; None where it is the same."""
+    now = fingerprint_like(recorded, folder)
+    return None if now == recorded else now
+
+
 def is_old(recorded: str) -> bool:
     """Whether a recorded fingerprint is one of the weights' samples alone."""
     return ":" not in recorded
@@ -127,13 +139,114 @@ def sampled_files(folder: Path) -> str:
     return total.hexdigest()[:16]
 
 
-class ModelIdentity(NamedTuple):
+# dataclasses, not NamedTuples: two kinds of identity are never equal, and json.dumps refuses one that was not recorded
+@dataclass(frozen=True)
+class Identity:
+    """What all identities have: they are read from a JSON object, and recorded as one with the same keys in order."""
+
+    @classmethod
+    def of(cls, record: dict[str, Any]) -> Self:
+        """From a record. A key it lacks is None; keys that are no fields are ignored."""
+        return cls(**{field.name: record.get(field.name) for field in fields(cls)})
+
+    def record(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class ModelIdentity(Identity):
     """Which model a name meant at a time: commit, of a hub's model; weights, its fingerprint, where they are here."""
 
     id: str
     revision: str | None
     commit: str | None
     weights: str | None
+
+    def difference(self, now: "ModelIdentity") -> str | None:
+        """Fingerprints decide where both are known, else commits."""
+        if self.weights and now.weights:
+            return None if self.weights == now.weights else f"fingerprint {now.weights} instead of {self.weights}"
+        if self.commit and now.commit and self.commit != now.commit:
+            return f"commit {now.commit} instead of {self.commit}"
+        return None
+
+
+@dataclass(frozen=True)
+class TeacherIdentity(Identity):
+    """Which teacher made a student or targets: its name, the revision that was asked for, and its fingerprint."""
+
+    id: str
+    revision: str | None
+    weights: str  # "unknown" where data was converted from a file that names none
+
+    def __str__(self) -> str:
+        at = f", revision {self.revision}" if self.revision else ""
+        return f"{self.id} (weights {self.weights}{at})"
+
+    def difference(self, now: "TeacherIdentity") -> str | None:
+        """Where just one of two records is of an old MegaKD, the teacher's folder decides, if it is here."""
+        return None if self == now or _same_by_folder(self, now) else f"{now} instead of {self}"
+
+
+@dataclass(frozen=True)
+class TokenizerIdentity(Identity):
+    """What must be equal for token ids to mean the same: vocabulary (largest id + 1, end token), hash of behaviour."""
+
+    vocab_size: int
+    eos: int
+    hash: str
+
+    def __str__(self) -> str:
+        return f"{self.vocab_size} entries ({self.hash})"
+
+    def difference(self, now: "TokenizerIdentity") -> str | None:
+        if self.vocab_size != now.vocab_size:
+            return f"a vocabulary of {now.vocab_size} entries instead of {self.vocab_size}"
+        if self.eos != now.eos:
+            return f"end token {now.eos} instead of {self.eos}"
+        return None if self == now else f"other tokens or merges, hash {now.hash} instead of {self.hash}"
+
+
+@dataclass(frozen=True)
+class DataIdentity:
+    """How a folder of shards was made, as far as one loss can be right for two of them: from its manifest's facts."""
+
+    tokenizer: TokenizerIdentity
+    sequence_length: int
+    packing: Packing
+    teacher: TeacherIdentity | None  # of token shards None
+
+    @classmethod
+    def of(cls, facts: dict[str, Any]) -> Self:
+        """From a manifest's facts, which hold those of their tokens where there are targets."""
+        tokens, teacher = text_facts(facts), facts.get("teacher")
+        return cls(
+            TokenizerIdentity.of(tokens["tokenizer"]),
+            tokens["sequence_length"],
+            packing_of(facts),
+            TeacherIdentity.of(teacher) if teacher else None,
+        )
+
+    def difference(self, now: "DataIdentity") -> str | None:
+        if self.teacher and now.teacher and (different := self.teacher.difference(now.teacher)):
+            return f"another teacher: {different}"
+        if different := self.tokenizer.difference(now.tokenizer):
+            return f"another tokenizer: {different}"
+        if self.packing != now.packing:
+            return f"another packing: {now.packing} instead of {self.packing}"
+        if self.sequence_length != now.sequence_length:
+            return f"another sequence length: {now.sequence_length} instead of {self.sequence_length}"
+        return None
+
+
+def text_facts(facts: dict[str, Any]) -> dict[str, Any]:
+    """The facts of a data set's tokens: those of a set with targets are among its facts."""
+    return facts.get("tokens", facts)
+
+
+def packing_of(facts: dict[str, Any]) -> Packing:
+    """How the sequences of a folder of shards were made; data of before `data.packing` is packed."""
+    return text_facts(facts).get("packing", "packed")
 
 
 def identify(name: str, revision: str | None, folder: Path) -> ModelIdentity:
@@ -145,13 +258,25 @@ def identify(name: str, revision: str | None, folder: Path) -> ModelIdentity:
     return ModelIdentity(name, revision, commit, fingerprint(folder) if weights else None)
 
 
-def difference(before: ModelIdentity, now: ModelIdentity) -> str | None:
-    """What says that two identities are of different models; None when nothing does."""
-    if before.weights and now.weights:
-        return None if before.weights == now.weights else f"fingerprint {now.weights} instead of {before.weights}"
-    if before.commit and now.commit and before.commit != now.commit:
-        return f"commit {now.commit} instead of {before.commit}"
-    return None
+def _same_by_folder(one: TeacherIdentity, two: TeacherIdentity) -> bool:
+    """Whether two records are of one teacher where just one of them is of an old MegaKD: its folder tells.
+
+    Where that is not here, nothing can, and this is said.
+    """
+    weights = (one.weights, two.weights)
+    if (one.id, one.revision) != (two.id, two.revision) or "unknown" in weights:
+        return False
+    if is_old(one.weights) == is_old(two.weights):
+        return False
+    try:
+        folder = resolve(one.id, one.revision)
+    except UserError as error:
+        say(
+            f"student and logits were made by {one.id} with fingerprints of two versions, {weights[0]} and "
+            f"{weights[1]}; whether they are of one teacher cannot be checked without it ({error})"
+        )
+        return True
+    return not any(changed_fingerprint(each, folder) for each in weights)
 
 
 def tensor_hash(folder: Path, tensor: StoredTensor) -> str:

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,11 @@ from megakd.errors import UserError
 from megakd.identity import (
     INDEX,
     WEIGHTS,
-    difference,
+    DataIdentity,
+    ModelIdentity,
+    TeacherIdentity,
+    TokenizerIdentity,
+    changed_fingerprint,
     fingerprint,
     fingerprint_like,
     identify,
@@ -144,7 +149,91 @@ def test_identities_differ_by_weights_or_else_by_commit(tmp_path):
     tokenizer.mkdir()
     before, now = identify("a/b", None, weights), identify("a/b", None, tokenizer)
     assert (before.commit, now.commit, now.weights) == ("c1", "c2", None)
-    assert "c2" in str(difference(before, now)) and difference(before, before) is None
-    same = before._replace(commit="c3")
-    assert difference(before, same) is None  # another commit with the same weights and config
-    assert "v2:0" in str(difference(before, same._replace(weights="v2:0")))
+    assert "c2" in str(before.difference(now)) and before.difference(before) is None
+    same = replace(before, commit="c3")
+    assert before.difference(same) is None  # another commit with the same weights and config
+    assert "v2:0" in str(before.difference(replace(same, weights="v2:0")))
+
+
+TOKENIZER = {"vocab_size": 400, "eos": 2, "hash": "abc"}
+TEACHER = {"id": "a/b", "revision": None, "weights": "v2:1"}
+FACTS: dict[str, Any] = {
+    "teacher": TEACHER,
+    "tokens": {"tokenizer": TOKENIZER, "sequence_length": 32, "packing": "documents"},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "record"),
+    [
+        (ModelIdentity, {"id": "a", "revision": "r", "commit": None, "weights": "v2:1"}),
+        (TeacherIdentity, TEACHER),
+        (TokenizerIdentity, TOKENIZER),
+    ],
+)
+def test_records_keep_their_bytes_when_read_and_written(kind, record):
+    """Facts of manifests are compared for equality: a key more, or another order, would make shards again."""
+    assert json.dumps(kind.of(record).record()) == json.dumps(record)
+    assert kind.of({**record, "later": 1}) == kind.of(record)
+    assert kind.of({}) != kind.of(record)  # a record that lacks what is compared is of something else
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"vocab_size": 401}, "a vocabulary of 401 entries instead of 400"),
+        ({"eos": 3}, "end token 3 instead of 2"),
+        ({"hash": "abd"}, "other tokens or merges, hash abd instead of abc"),
+    ],
+)
+def test_tokenizers_say_what_differs(change, said):
+    before = TokenizerIdentity.of(TOKENIZER)
+    assert before.difference(TokenizerIdentity.of(TOKENIZER)) is None
+    assert before.difference(TokenizerIdentity.of(TOKENIZER | change)) == said
+
+
+def test_teachers_differ_by_each_field():
+    before = TeacherIdentity.of(TEACHER)
+    assert before.difference(TeacherIdentity.of(TEACHER)) is None
+    for change in ({"id": "c/d"}, {"revision": "main"}, {"weights": "v2:2"}, {"weights": "unknown"}):
+        now = TeacherIdentity.of(TEACHER | change)
+        assert before.difference(now) == f"{now} instead of {before}" and str(*change.values()) in str(now)
+
+
+def test_teachers_of_two_versions_are_compared_by_their_folder(tmp_path, capsys):
+    folder = folder_of(tmp_path / "teacher")
+    old, new = sampled_files(folder), fingerprint(folder)
+
+    def teacher(weights: str, place: Path = folder) -> TeacherIdentity:
+        return TeacherIdentity(str(place), None, weights)
+
+    assert teacher(old).difference(teacher(new)) is None and teacher(new).difference(teacher(old)) is None
+    assert teacher(old).difference(teacher("v2:0")) and teacher("0" * 16).difference(teacher(new))
+    assert teacher(old).difference(teacher("0" * 16)) and teacher(old).difference(teacher("unknown"))
+    assert "without it" not in capsys.readouterr().err
+    gone = tmp_path / "gone"
+    assert teacher(old, gone).difference(teacher(new, gone)) is None
+    assert "cannot be checked without it" in capsys.readouterr().err
+    assert changed_fingerprint(old, folder) is None and changed_fingerprint("v2:0", folder) == new
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"teacher": TEACHER | {"weights": "v2:2"}}, "another teacher: a/b (weights v2:2) instead of"),
+        ({"tokens": FACTS["tokens"] | {"tokenizer": TOKENIZER | {"eos": 3}}}, "another tokenizer: end token 3"),
+        ({"tokens": FACTS["tokens"] | {"packing": "packed"}}, "another packing: packed instead of documents"),
+        ({"tokens": FACTS["tokens"] | {"sequence_length": 64}}, "another sequence length: 64 instead of 32"),
+    ],
+)
+def test_data_sets_say_what_differs(change, said):
+    before = DataIdentity.of(FACTS)
+    assert before.difference(DataIdentity.of(FACTS)) is None
+    assert str(before.difference(DataIdentity.of(FACTS | change))).startswith(said)
+
+
+def test_data_sets_are_read_with_and_without_targets_and_from_before_packing_was_a_fact():
+    tokens = DataIdentity.of(FACTS["tokens"])
+    assert tokens.teacher is None and tokens.difference(DataIdentity.of(FACTS)) is None
+    older = {key: value for key, value in FACTS["tokens"].items() if key != "packing"}
+    assert DataIdentity.of(older).packing == "packed"

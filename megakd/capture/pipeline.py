@@ -30,7 +30,7 @@ from megakd.data.shards import (
     write_shard,
 )
 from megakd.errors import UserError
-from megakd.identity import fingerprint, fingerprint_like
+from megakd.identity import TeacherIdentity, TokenizerIdentity, changed_fingerprint, fingerprint
 from megakd.models.checks import check_isolation
 from megakd.models.hub import empty_model, load_model
 from megakd.run import Run
@@ -68,8 +68,8 @@ def logits_facts(run: Run, part: str, tokens: dict[str, Any], weights: str, book
     draws = logits.profile != "topk"
     return {
         "tokens": tokens,
-        "teacher": {"id": model.teacher, "revision": model.revision, "weights": weights},
-        "vocab_size": tokens["tokenizer"]["vocab_size"],
+        "teacher": TeacherIdentity(model.teacher, model.revision, weights).record(),
+        "vocab_size": TokenizerIdentity.of(tokens["tokenizer"]).vocab_size,
         "codec": codec.NAME,
         "book": book,
         "profile": logits.profile,
@@ -92,7 +92,7 @@ def teacher_fingerprint(run: Run, folder: Path, recorded: str | None = None) -> 
     """
     found = [recorded] if recorded else [w for part in ("holdout", "train") if (w := _captured_from(run, part))]
     for weights in found:
-        if (now := fingerprint_like(weights, folder)) != weights:
+        if now := changed_fingerprint(weights, folder):
             raise UserError(
                 f"{run.path('data', 'logits')}: captured from a teacher of fingerprint {weights}, {folder} has {now} "
                 "now: its weights or its config.json were changed; restore them, or capture in a new run"
@@ -105,7 +105,7 @@ def _captured_from(run: Run, part: str) -> str | None:
     folder = run.path("data", "logits", part)
     for path, kind in [(folder / "manifest.json", MANIFEST), *((p, SIDECAR) for p in sorted(folder.glob("*.json")))]:
         try:
-            weights = read_sealed(path, kind, VERSION)["facts"]["teacher"]["weights"]
+            weights = TeacherIdentity.of(read_sealed(path, kind, VERSION)["facts"]["teacher"]).weights
         except UserError:  # missing, or damaged: it is made again
             continue
         return None if weights == "unknown" else weights  # converted from a file that names no teacher

@@ -23,8 +23,9 @@ from megakd.capture.pipeline import Capture, Worker, capture_part, make_codebook
 from megakd.data.shards import (
     ShardSet,
 )
-from megakd.data.tokenizers import check_bos, load_tokenizer, tokenizer_facts
+from megakd.data.tokenizers import check_bos, identify_tokenizer, load_tokenizer
 from megakd.errors import UserError
+from megakd.identity import DataIdentity
 from megakd.models.hub import empty_model
 from megakd.models.isolation import check_packing
 from megakd.models.spec import check_preset
@@ -54,29 +55,31 @@ def main(run: Run, args: argparse.Namespace) -> None:
         raise UserError(f"--max-tokens {args.max_tokens:g}: expected a number above 0, like 1e8")
     folder = resolve(run.config.model.teacher, run.config.model.revision)
     reader = load_tokenizer(folder)
-    tokenizer = tokenizer_facts(reader)
+    tokenizer = identify_tokenizer(reader)
     sets = {part: ShardSet(run.path("data", "tokens", part)) for part in ("holdout", "train")}
     live = run.config.objective.kind != "cached"  # training asks the teacher itself
     advice = (
         "two tokenizers have no KL, so evaluate needs no logits" if live else "run: megakd tokenize RUN in a new run"
     )
     for tokens in sets.values():
-        if tokens.facts["tokenizer"] != tokenizer:
-            raise UserError(f"{tokens.folder}: tokenized with another tokenizer than {folder} has; {advice}")
+        if different := tokenizer.difference(DataIdentity.of(tokens.facts).tokenizer):
+            raise UserError(
+                f"{tokens.folder}: tokenized with another tokenizer than {folder} has ({different}); {advice}"
+            )
         check_packing(tokens.facts, run.config.data.packing, tokens.folder)
         if (older := check_bos(tokens.facts, reader, run.config.data.bos, tokens.folder)) and world.first:
             say(f"generate-logits: {older}")
-    if run.config.logits.top_k > tokenizer["vocab_size"]:
-        raise UserError(f"logits.top_k: {run.config.logits.top_k} exceeds the vocabulary of {tokenizer['vocab_size']}")
+    if run.config.logits.top_k > tokenizer.vocab_size:
+        raise UserError(f"logits.top_k: {run.config.logits.top_k} exceeds the vocabulary of {tokenizer.vocab_size}")
     if live:
         unused = "" if args.max_tokens is None else "; --max-tokens has no effect"
         kind = run.config.objective.kind
         say(f"generate-logits: the hold-out alone, for objective.kind={kind} trains without stored logits{unused}")
     model, length = empty_model(folder), run.config.data.sequence_length
-    check_tables(model, folder, tokenizer["vocab_size"], length)
+    check_tables(model, folder, tokenizer.vocab_size, length)
     if run.config.logits.parallel == "autoep":
         check_preset(model.config.model_type, folder)
-    capture = Capture(run, folder, world, tokenizer["vocab_size"])
+    capture = Capture(run, folder, world, tokenizer.vocab_size)
     book = make_codebook(run, capture, sets["train"])
     if live:
         del sets["train"]

@@ -26,7 +26,7 @@ def main(run: Run, args: argparse.Namespace) -> None:
     check_models(run)
     model = run.config.model
     if model.student:
-        run.record("tokenize", student=student_identity(run)._asdict())
+        run.record("tokenize", student=student_identity(run).record())
     if run.config.objective.kind != "cached" and model.student:  # the teacher reads the same text in its own way
         folder = run.student_folder
     else:

@@ -20,9 +20,9 @@ from megakd.compress.planner import allocate
 from megakd.compress.predict import Candidate, measure, reach
 from megakd.data.batches import collate
 from megakd.data.shards import ShardSet, read_manifest
-from megakd.data.tokenizers import load_tokenizer, tokenizer_facts
+from megakd.data.tokenizers import identify_tokenizer, load_tokenizer
 from megakd.errors import UserError
-from megakd.identity import fingerprint, fingerprint_like
+from megakd.identity import DataIdentity, TeacherIdentity, changed_fingerprint, fingerprint
 from megakd.models.checks import check_isolation
 from megakd.models.hub import (
     Checkpoint,
@@ -111,8 +111,11 @@ def open_job(run: Run, describe: Callable[[Path, dict[str, Any]], None] = undesc
         )
     if settings.calibration_tokens:
         tokens = run.path("data", "tokens", "train")
-        if read_manifest(tokens)["facts"]["tokenizer"] != tokenizer_facts(load_tokenizer(folder)):
-            raise UserError(f"{tokens}: tokenized with another tokenizer than {folder} has; tokenize in a new run")
+        made = DataIdentity.of(read_manifest(tokens)["facts"])
+        if different := identify_tokenizer(load_tokenizer(folder)).difference(made.tokenizer):
+            raise UserError(
+                f"{tokens}: tokenized with another tokenizer than {folder} has ({different}); tokenize in a new run"
+            )
         check_isolation(run)
     _same_teacher(job)
     return job
@@ -124,7 +127,7 @@ def _same_teacher(job: Job) -> str:
     if not known.exists():
         write_json(known, {"weights": fingerprint(job.folder)})
     begun = read_json(known)["weights"]
-    if (now := fingerprint_like(begun, job.folder)) != begun:
+    if now := changed_fingerprint(begun, job.folder):
         raise UserError(
             f"{job.parts}: begun with a teacher of fingerprint {begun}, {job.folder} has {now} now: its weights or its "
             "config.json were changed; restore them, or delete that folder to begin again"
@@ -436,12 +439,8 @@ def _assemble(job: Job) -> None:
     )
     settings = run.config.compress
     report = {
-        "teacher": {
-            "id": run.config.model.teacher,
-            "revision": run.config.model.revision,
-            "weights": _same_teacher(job),
-        },
-        "tokenizer": tokenizer_facts(load_tokenizer(job.folder)),
+        "teacher": TeacherIdentity(run.config.model.teacher, run.config.model.revision, _same_teacher(job)).record(),
+        "tokenizer": identify_tokenizer(load_tokenizer(job.folder)).record(),
         "rank": settings.rank if settings.budget is None else None,
         "expert_parameters": stored,
         "calibration_tokens": settings.calibration_tokens,

@@ -22,9 +22,10 @@ from megakd.data.shards import (
     write_manifest,
     write_shard,
 )
-from megakd.data.tokenizers import bos_of, tokenizer_facts
+from megakd.data.tokenizers import bos_of, identify_tokenizer
 from megakd.data.tokenizing import tokenized
 from megakd.errors import UserError
+from megakd.identity import TokenizerIdentity
 from megakd.run import Run
 from megakd.system.files import read_sealed, settle
 from megakd.system.logging import Progress, say
@@ -45,7 +46,7 @@ class State:
 
 
 def token_facts(
-    data: DataConfig, part: str, tokenizer: dict[str, Any], bos: list[int], commit: str | None = None
+    data: DataConfig, part: str, tokenizer: TokenizerIdentity, bos: list[int], commit: str | None = None
 ) -> dict[str, Any]:
     """What a folder of token shards says of itself: everything its content depends on; `files` if there are any.
 
@@ -53,7 +54,7 @@ def token_facts(
     """
     names = ("source", "subset", "split", "text_field", "sequence_length", "packing", "shard_tokens")
     names += ("holdout_fraction",)
-    facts = {"part": part, "tokenizer": tokenizer, "bos": bos, **{name: getattr(data, name) for name in names}}
+    facts = {"part": part, "tokenizer": tokenizer.record(), "bos": bos, **{name: getattr(data, name) for name in names}}
     files = source_files(data.source)
     return {**facts, **({"files": files} if files else {}), **({"commit": commit} if commit else {})}
 
@@ -124,7 +125,7 @@ def tokenize_part(
 ) -> None:
     data, folder = run.config.data, run.path("data", "tokens", part)
     bos = bos_of(tokenizer, data.bos)
-    facts = _agreed(folder, token_facts(data, part, tokenizer_facts(tokenizer), bos, commit))
+    facts = _agreed(folder, token_facts(data, part, identify_tokenizer(tokenizer), bos, commit))
     if known_manifest(folder, facts):
         say(f"tokenize {part}: finished")
         return

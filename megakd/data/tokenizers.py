@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megakd.errors import UserError
+from megakd.identity import TokenizerIdentity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def tokenizer_facts(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
-    """What must be equal for token ids to mean the same: largest id + 1, end token, hash of behaviour.
+def identify_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> TokenizerIdentity:
+    """What must be equal for token ids to mean the same.
 
     The hash covers every (token, id) pair and the ids of probe texts, so that equal vocabularies with other
     merges or normalisation differ.
@@ -20,11 +21,11 @@ def tokenizer_facts(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
     probes = ["Hello, world!\n  x = 1", "Grüße 東京 🙂", "  leading", "3.14159 1,000", "<|endoftext|>"]
     ids = [tokenizer(probe, add_special_tokens=False)["input_ids"] for probe in probes]
     content = json.dumps([sorted(tokenizer.get_vocab().items()), ids], ensure_ascii=False)
-    return {
-        "vocab_size": vocabulary_size(tokenizer),
-        "eos": int(tokenizer.eos_token_id),  # type: ignore[arg-type]
-        "hash": hashlib.sha256(content.encode()).hexdigest()[:16],
-    }
+    return TokenizerIdentity(
+        vocab_size=vocabulary_size(tokenizer),
+        eos=int(tokenizer.eos_token_id),  # type: ignore[arg-type]
+        hash=hashlib.sha256(content.encode()).hexdigest()[:16],
+    )
 
 
 def bos_of(tokenizer: "PreTrainedTokenizerBase", rule: str = "auto") -> list[int]:

@@ -15,8 +15,9 @@ from megakd.data.batches import collate, to_device
 from megakd.data.records import IGNORED, Batch
 from megakd.data.shards import ShardSet
 from megakd.errors import UserError
+from megakd.identity import packing_of
 from megakd.losses.hidden import attention_rows, layer_map
-from megakd.models.isolation import check_model, packing_of
+from megakd.models.isolation import check_model
 from megakd.system.logging import Progress
 
 

@@ -18,15 +18,16 @@ from torch import nn
 from megakd.config.train import HIGHER_IS_BETTER
 from megakd.data.records import Batch
 from megakd.data.shards import ShardSet, read_manifest
-from megakd.data.tokenizers import load_tokenizer, pair_bos, tokenizer_facts, vocabulary_size
+from megakd.data.tokenizers import identify_tokenizer, load_tokenizer, pair_bos, vocabulary_size
 from megakd.engine.checkpoint import BESIDE, Progress
 from megakd.errors import UserError
 from megakd.evals.attention import attention_overlap
 from megakd.evals.holdout import Quality, Tokenizers, evaluate_model
 from megakd.evals.routers import RouterStatistics
 from megakd.evals.tasks import Harness, flat, metric_value
+from megakd.identity import TokenizerIdentity, packing_of, text_facts
 from megakd.models.hub import load_model
-from megakd.models.isolation import check_config, check_model, packing_of
+from megakd.models.isolation import check_config, check_model
 from megakd.models.routing import Router, choices, copies, find_routers, in_place_of
 from megakd.models.tables import check_tables
 from megakd.names import resolve
@@ -166,7 +167,7 @@ class Meter:
     def _load(self, subject: Subject) -> Any:
         try:
             model = load_model(subject.folder, getattr(torch, self.config.model.dtype))
-            facts = self.holdout.facts.get("tokens", self.holdout.facts)
+            facts = text_facts(self.holdout.facts)
             other = self.tokenizers if subject.name == "teacher" else None
             size = vocabulary_size(other.model) if other else facts["tokenizer"]["vocab_size"]
             check_tables(model, subject.folder, size, facts["sequence_length"])
@@ -279,8 +280,7 @@ def _tokenizers(run: Run, facts: dict[str, Any]) -> Tokenizers | None:
     """The student's, which the hold-out was made with, and the teacher's, where they differ."""
     model = run.config.model
     theirs = load_tokenizer(resolve(model.teacher, model.revision, weights=False))
-    same = tokenizer_facts(theirs) == facts["tokenizer"]
-    if same:
+    if not TokenizerIdentity.of(facts["tokenizer"]).difference(identify_tokenizer(theirs)):
         return None
     return Tokenizers(load_tokenizer(run.student_folder), theirs, pair_bos(facts, theirs, run.config.data.bos))
 

@@ -27,11 +27,12 @@ from megakd.config.train import LrRule, OptimConfig
 from megakd.data.batches import collate
 from megakd.data.records import IGNORED, Batch, Rows, Sample, TeacherTargets, with_rows
 from megakd.data.shards import ShardSet
-from megakd.data.tokenizers import bos_of, bos_words, tokenizer_facts
+from megakd.data.tokenizers import bos_of, bos_words, identify_tokenizer
 from megakd.engine.optim import assign_rules, build_optimizer
 from megakd.errors import UserError, foreign
+from megakd.identity import DataIdentity, TokenizerIdentity, packing_of
 from megakd.models.hub import copy_code, is_student, load_model
-from megakd.models.isolation import check_config, check_model, packing_of
+from megakd.models.isolation import check_config, check_model
 from megakd.models.tables import check_tables
 from megakd.objectives.base import LossReport
 from megakd.objectives.cached import CachedDistillation, stored_in
@@ -405,11 +406,10 @@ def _check_data(student: Any, train: DistillationDataset, evaluation: Any, token
     if not hasattr(weight, "ds_id"):  # in pieces over ranks it has no weights to run with
         check_model(student, place, packing)
     if tokenizer is not None:
-        mine, theirs = tokenizer_facts(tokenizer), facts["tokens"]["tokenizer"]
-        if mine != theirs:
+        mine, theirs = identify_tokenizer(tokenizer), TokenizerIdentity.of(facts["tokens"]["tokenizer"])
+        if theirs.difference(mine):
             raise UserError(
-                f"{train.folder}: made with a tokenizer of {theirs['vocab_size']} entries ({theirs['hash']}), but "
-                f"processing_class has {mine['vocab_size']} ({mine['hash']})"
+                f"{train.folder}: made with a tokenizer of {theirs}, but processing_class has one of {mine}"
             )
         own, made = bos_of(tokenizer), facts["tokens"].get("bos", [])
         if own != made:
@@ -432,15 +432,12 @@ def _check_alike(train: DistillationDataset, other: Any) -> None:
     """UserError unless the loss that was made for `train` is right for `other`."""
     if not isinstance(other, DistillationDataset):
         raise UserError(f"eval_dataset: a DistillationDataset or a folder of shards, not {type(other).__name__}")
-    for what, mine, theirs in (
-        ("teacher", train.facts["teacher"], other.facts["teacher"]),
-        ("tokenizer", train.facts["tokens"]["tokenizer"], other.facts["tokens"]["tokenizer"]),
-        ("packing", packing_of(train.facts), packing_of(other.facts)),
-        ("sequence length", *(each.facts["tokens"]["sequence_length"] for each in (train, other))),
-        ("capture", stored_in(train.facts), stored_in(other.facts)),
-    ):
-        if mine != theirs:
-            raise UserError(f"{other.folder}: another {what} than {train.folder}: {theirs} instead of {mine}")
+    different = DataIdentity.of(train.facts).difference(DataIdentity.of(other.facts))
+    mine, theirs = stored_in(train.facts), stored_in(other.facts)
+    if not different and mine != theirs:
+        different = f"another capture: {theirs} instead of {mine}"
+    if different:
+        raise UserError(f"{other.folder}: differs from {train.folder}: {different}")
 
 
 def _whole(weight: nn.Parameter) -> Any:

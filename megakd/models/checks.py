@@ -1,11 +1,12 @@
 """What config.json, tokenizers and fingerprints alone tell of a run's models."""
 
+from dataclasses import replace
 from typing import Any
 
 from megakd.config.run import RunConfig
-from megakd.data.tokenizers import load_tokenizer, tokenizer_facts
+from megakd.data.tokenizers import identify_tokenizer, load_tokenizer
 from megakd.errors import UserError
-from megakd.identity import ModelIdentity, difference, fingerprint, fingerprint_like, identify
+from megakd.identity import ModelIdentity, TokenizerIdentity, changed_fingerprint, fingerprint, identify
 from megakd.models.hub import check_unquantized, empty_model, load_config
 from megakd.models.isolation import check_config
 from megakd.models.spec import check_preset
@@ -15,10 +16,9 @@ from megakd.run import Run
 from megakd.system.logging import say
 
 
-def live_teacher(run: Run, recorded: str | None = None) -> str:
-    """The fingerprint of the live teacher, to be compared with `recorded` where that is given."""
-    folder = resolve(run.config.model.teacher, run.config.model.revision)
-    return fingerprint_like(recorded, folder) if recorded else fingerprint(folder)
+def live_teacher(run: Run) -> str:
+    """The fingerprint of the live teacher, to be recorded when training starts."""
+    return fingerprint(resolve(run.config.model.teacher, run.config.model.revision))
 
 
 def student_identity(run: Run) -> ModelIdentity:
@@ -30,7 +30,8 @@ def student_identity(run: Run) -> ModelIdentity:
 def check_teacher(run: Run) -> None:
     """UserError when the live teacher is another than the one that training started with."""
     begun = next((event["teacher"] for event in run.events("train") if "teacher" in event), None)
-    if begun and begun != (now := live_teacher(run, begun)):
+    folder = resolve(run.config.model.teacher, run.config.model.revision) if begun else None
+    if begun and folder and (now := changed_fingerprint(begun, folder)):
         raise UserError(
             f"{run.config.model.teacher}: its fingerprint is {now}, that of the teacher that {run.folder} has learned "
             f"from is {begun}: its weights or its config.json were changed; restore them, or make a new run"
@@ -43,12 +44,12 @@ def check_student(run: Run, started: bool) -> None:
     A checkpoint is the student's weights with the student's config.json and tokenizer: both must stay what they were.
     """
     events = run.events("train") if started else run.events("tokenize") if run.config.model.student else []
-    before = next((ModelIdentity(**event["student"]) for event in events if event.get("student")), None)
+    before = next((ModelIdentity.of(event["student"]) for event in events if event.get("student")), None)
     if before is None:
         return
     if not started:  # the tokenizer is compared with the tokens'; the weights count from the first step on
-        before = before._replace(weights=None)
-    if different := difference(before, student_identity(run)):
+        before = replace(before, weights=None)
+    if different := before.difference(student_identity(run)):
         raise UserError(
             f"{run.student_folder}: another student than {run.folder} was begun with: {different}; restore it (a hub's "
             "by model.student_revision), or make a new run"
@@ -63,21 +64,21 @@ def check_models(run: Run) -> None:
     config, model, length = run.config, run.config.model, run.config.data.sequence_length
     cached = config.objective.kind == "cached"
     folder = resolve(model.teacher, model.revision, weights=False)
-    theirs, skeleton = tokenizer_facts(load_tokenizer(folder)), empty_model(folder)
+    theirs, skeleton = identify_tokenizer(load_tokenizer(folder)), empty_model(folder)
     mine, student = theirs, None
     if model.student:
         student = resolve(model.student, model.student_revision, weights=False)
-        mine = tokenizer_facts(load_tokenizer(student))
-        if cached and mine != theirs:
+        mine = identify_tokenizer(load_tokenizer(student))
+        if cached and (different := theirs.difference(mine)):
             raise UserError(
-                f"{student}: its tokenizer ({mine['hash']}) is not that of {folder} ({theirs['hash']}); cached targets "
+                f"{student}: its tokenizer is not that of {folder} ({different}); cached targets "
                 "need one tokenizer: set objective.kind=online or sar, or take another student"
             )
         check_unquantized(student, load_config(student), "training")
-        check_tables(empty_model(student), student, mine["vocab_size"], length)
+        check_tables(empty_model(student), student, mine.vocab_size, length)
     else:
         check_unquantized(folder, skeleton.config, "compress")
-    check_tables(skeleton, folder, theirs["vocab_size"], length if mine == theirs else length + length // 4)
+    check_tables(skeleton, folder, theirs.vocab_size, length if mine == theirs else length + length // 4)
     if config.logits.parallel == "autoep" and cached:
         check_preset(skeleton.config.model_type, folder)
 
@@ -103,7 +104,7 @@ def tokenizers(config: RunConfig, facts: dict[str, Any]) -> tuple[Any, Any]:
         return None, None
     folder = resolve(config.model.teacher, config.model.revision, weights=False)
     theirs = load_tokenizer(folder)
-    if tokenizer_facts(theirs) == facts["tokenizer"]:
+    if not TokenizerIdentity.of(facts["tokenizer"]).difference(identify_tokenizer(theirs)):
         return None, None
     assert config.model.student is not None  # one that compress made has the teacher's
     mine = load_tokenizer(resolve(config.model.student, config.model.student_revision, weights=False))

@@ -11,14 +11,14 @@ import copy
 import json
 import math
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from megakd.errors import UserError
+from megakd.identity import Packing, packing_of
 
-Packing = Literal["packed", "documents"]
 FIRST, SECOND = 12, 6  # tokens of the two documents
 
 # Relative movements above these are a leak. Isolated models move by 0 to 3e-6 in float32 and leaking ones by 1e-3 and
@@ -37,11 +37,6 @@ class Leak(NamedTuple):
 
     packed: float
     alone: float
-
-
-def packing_of(facts: dict[str, Any]) -> Packing:
-    """How the sequences of a folder of shards were made; data of before `data.packing` is packed."""
-    return facts.get("tokens", facts).get("packing", "packed")
 
 
 def check_model(model: Any, place: str, packing: Packing) -> None:

@@ -15,10 +15,10 @@ from megakd.config.run import RunConfig, flatten
 from megakd.data.batches import collate
 from megakd.data.records import TeacherTargets
 from megakd.data.shards import ShardSet
-from megakd.data.tokenizers import load_tokenizer, tokenizer_facts
+from megakd.data.tokenizers import identify_tokenizer, load_tokenizer
 from megakd.engine.optim import assign_rules
 from megakd.errors import UserError
-from megakd.identity import fingerprint_like
+from megakd.identity import TeacherIdentity, changed_fingerprint
 from megakd.models.checks import tokenizers
 from megakd.models.hub import Checkpoint, empty_model, load_config, load_model
 from megakd.models.spec import SPECS
@@ -71,7 +71,7 @@ def _trained(run: Run) -> Callable[[RunConfig], nn.Module]:
 
 
 def _tokenizer_facts(run: Run) -> dict[str, Any]:
-    return tokenizer_facts(load_tokenizer(run.student_folder))
+    return identify_tokenizer(load_tokenizer(run.student_folder)).record()
 
 
 def describe_shards(shards: ShardSet) -> str:
@@ -118,15 +118,15 @@ def verify_teacher(shards: ShardSet, where: str | None) -> str:
 
     A record that belongs to other tokens, or to another teacher, is off by whole nats; rounding by a few hundredths.
     """
-    made_by = shards.facts["teacher"]
-    if made_by["id"] == "unknown" or shards.facts.get("converted", {}).get("label_nll", "stored") != "stored":
+    made_by = TeacherIdentity.of(shards.facts["teacher"])
+    if made_by.id == "unknown" or shards.facts.get("converted", {}).get("label_nll", "stored") != "stored":
         return "not compared with a teacher: the data was converted from a file that does not name it or its NLL"
     try:
-        folder = resolve(where or made_by["id"], made_by["revision"])
+        folder = resolve(where or made_by.id, made_by.revision)
     except UserError:
-        return f"not compared with the teacher: {made_by['id']} is not here (say where with --teacher)"
-    if (now := fingerprint_like(made_by["weights"], folder)) != made_by["weights"]:
-        raise UserError(f"{shards.folder}: made by a teacher of fingerprint {made_by['weights']}, {folder} has {now}")
+        return f"not compared with the teacher: {made_by.id} is not here (say where with --teacher)"
+    if now := changed_fingerprint(made_by.weights, folder):
+        raise UserError(f"{shards.folder}: made by a teacher of fingerprint {made_by.weights}, {folder} has {now}")
     keep, device = LogitsConfig(top_k=1, temperatures=(1.0,)), read_world().device
     model = load_model(folder, getattr(torch, shards.facts["dtype"])).eval().to(device)
     teacher = Teacher(model, keep, shards.facts["vocab_size"])
@@ -168,9 +168,9 @@ def _describe_position(targets: TeacherTargets, position: int, show: Any) -> str
 
 
 def _token_text(shards: ShardSet) -> Any:
-    teacher = shards.facts["teacher"]
+    teacher = TeacherIdentity.of(shards.facts["teacher"])
     try:
-        tokenizer = load_tokenizer(resolve(teacher["id"], teacher["revision"], weights=False))
+        tokenizer = load_tokenizer(resolve(teacher.id, teacher.revision, weights=False))
     except UserError:
         return lambda token: f"#{token}"
     return lambda token: repr(tokenizer.decode([int(token)]))

@@ -13,7 +13,7 @@ from megakd.config.model import CompressConfig
 from megakd.config.run import RunConfig
 from megakd.data.pipeline import padding_share
 from megakd.data.shards import read_manifest
-from megakd.data.tokenizers import bos_of, bos_words, load_tokenizer, tokenizer_facts
+from megakd.data.tokenizers import bos_of, bos_words, identify_tokenizer, load_tokenizer
 from megakd.errors import UserError
 from megakd.models.checks import check_isolation
 from megakd.models.hub import empty_model, load_config
@@ -280,9 +280,9 @@ def models_of(run: Run) -> Pair:
         resolve(model.student, model.student_revision, weights=False) if model.student else run.student_folder,
         resolve(model.teacher, model.revision, weights=False),
     ]
-    mine, theirs = (tokenizer_facts(load_tokenizer(folder)) for folder in folders)
-    other = None if mine == theirs else theirs["vocab_size"]
-    return Pair(*(load_config(folder) for folder in folders), mine["vocab_size"], other)
+    mine, theirs = (identify_tokenizer(load_tokenizer(folder)) for folder in folders)
+    other = theirs.vocab_size if mine.difference(theirs) else None
+    return Pair(*(load_config(folder) for folder in folders), mine.vocab_size, other)
 
 
 def advice(config: RunConfig, stage: str, pair: Pair) -> str:

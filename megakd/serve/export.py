@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megakd.engine.checkpoint import BESIDE
 from megakd.errors import UserError
-from megakd.identity import fingerprint, fingerprint_like
+from megakd.identity import TeacherIdentity, changed_fingerprint, fingerprint
 from megakd.models.hub import (
     Checkpoint,
     cast,
@@ -114,7 +114,7 @@ def write_routers(run: Run, source: Path, folder: Path) -> int:
     model, sar = run.config.model, run.config.sar
     source = resolve(model.teacher, model.revision)
     begun = next((event["teacher"] for event in run.events("train") if "teacher" in event), None)
-    if begun and (now := fingerprint_like(begun, source)) != begun:
+    if begun and (now := changed_fingerprint(begun, source)):
         raise UserError(
             f"{source}: its fingerprint is {now}, the routers learned in a teacher of {begun}; its weights or its "
             "config.json were changed: restore them"
@@ -123,11 +123,11 @@ def write_routers(run: Run, source: Path, folder: Path) -> int:
     counts = ("initial_top_k", "final_top_k") if sar.routing == "top_m" else ()
     facts = {
         # a folder's name alone: where it lies is nobody else's business
-        "teacher": {
-            "id": expand(model.teacher).name if model_folder(model.teacher) else model.teacher,
-            "revision": model.revision,
-            "weights": fingerprint(source),
-        },
+        "teacher": TeacherIdentity(
+            expand(model.teacher).name if model_folder(model.teacher) else model.teacher,
+            model.revision,
+            fingerprint(source),
+        ).record(),
         **sar.model_dump(mode="json", include={"routing", "router_patterns", *counts}),
         "step": read_json(checkpoint / "progress.json")["step"],
     }

@@ -1,7 +1,6 @@
 """Refuse a run that cannot train as asked, before any rank starts: data, student, rules, ranks, checkpoint."""
 
 import os
-from typing import Any
 
 import torch
 
@@ -10,12 +9,12 @@ from megakd.config.objective import SarConfig
 from megakd.config.run import RunConfig
 from megakd.data.shards import ShardSet
 from megakd.data.stream import shards_digest
-from megakd.data.tokenizers import bos_of, bos_words, check_bos, load_tokenizer, tokenizer_facts, vocabulary_size
+from megakd.data.tokenizers import bos_of, bos_words, check_bos, identify_tokenizer, load_tokenizer, vocabulary_size
 from megakd.engine.checkpoint import check_ranks, check_shards, published
 from megakd.engine.ds_json import deepspeed_config
 from megakd.engine.optim import assign_rules
 from megakd.errors import UserError
-from megakd.identity import fingerprint_like, is_old
+from megakd.identity import DataIdentity, TeacherIdentity, text_facts
 from megakd.models.checks import check_isolation, check_student, check_teacher, tokenizers
 from megakd.models.hub import check_unquantized, empty_model, load_config
 from megakd.models.isolation import check_packing
@@ -48,7 +47,7 @@ def check(run: Run) -> ShardSet:
     _, other = tokenizers(config, dataset.facts)
     if other is None and not saved:
         _check_one_tokenizer(config)
-    size, length = text_facts(dataset)["tokenizer"]["vocab_size"], config.data.sequence_length
+    size, length = text_facts(dataset.facts)["tokenizer"]["vocab_size"], config.data.sequence_length
     check_tables(skeleton, student, size, length)
     if config.objective.kind != "cached":
         folder = resolve(config.model.teacher, config.model.revision)
@@ -100,35 +99,25 @@ def _check_data(run: Run, dataset: ShardSet) -> None:
     config, student = run.config, run.student_folder
     if config.objective.kind == "cached":
         _check_teacher(run, dataset)
-    tokens, tokenizer = text_facts(dataset), load_tokenizer(student)
-    mine, theirs = tokenizer_facts(tokenizer), tokens["tokenizer"]
-    if mine != theirs:
-        raise UserError(
-            f"{dataset.folder}: made with a tokenizer of {theirs['vocab_size']} entries ({theirs['hash']}), "
-            f"but {student} has one of {mine['vocab_size']} ({mine['hash']})"
-        )
+    tokens, tokenizer = text_facts(dataset.facts), load_tokenizer(student)
+    made, mine = DataIdentity.of(dataset.facts), identify_tokenizer(tokenizer)
+    if made.tokenizer.difference(mine):
+        raise UserError(f"{dataset.folder}: made with a tokenizer of {made.tokenizer}, but {student} has one of {mine}")
     length = config.data.sequence_length
-    if tokens["sequence_length"] != length:
-        raise UserError(
-            f"{dataset.folder}: windows of {tokens['sequence_length']} tokens, data.sequence_length is {length}"
-        )
+    if made.sequence_length != length:
+        raise UserError(f"{dataset.folder}: windows of {made.sequence_length} tokens, data.sequence_length is {length}")
     check_packing(tokens, config.data.packing, dataset.folder)
     if older := check_bos(tokens, tokenizer, config.data.bos, dataset.folder):
         say(f"train: {older}")
     elif config.objective.kind != "cached":
         teacher = load_tokenizer(resolve(config.model.teacher, config.model.revision, weights=False))
-        own, made = bos_of(teacher, config.data.bos), tokens.get("bos", [])
-        if own != made and tokenizer_facts(teacher) == theirs:  # another tokenizer reads the text in its own way
+        own, bos = bos_of(teacher, config.data.bos), tokens.get("bos", [])
+        if own != bos and not made.tokenizer.difference(identify_tokenizer(teacher)):  # another reads in its own way
             say(
-                f"train: the teacher reads documents that begin {bos_words(teacher, made)}, as the student does; its "
+                f"train: the teacher reads documents that begin {bos_words(teacher, bos)}, as the student does; its "
                 f"own texts begin {bos_words(teacher, own)}"
             )
     check_batches(config)
-
-
-def text_facts(dataset: ShardSet) -> dict[str, Any]:
-    """The facts of a data set's tokens: those of a set with targets are among its facts."""
-    return dataset.facts.get("tokens", dataset.facts)
 
 
 def _check_one_tokenizer(config: RunConfig) -> None:
@@ -142,34 +131,16 @@ def _check_one_tokenizer(config: RunConfig) -> None:
 
 
 def _check_teacher(run: Run, dataset: ShardSet) -> None:
-    config, student, made_by = run.config, run.student_folder, dataset.facts["teacher"]
-    teacher = {"id": config.model.teacher, "revision": config.model.revision, "weights": made_by["weights"]}
+    """UserError when the student was compressed from another teacher than the logits come from."""
+    config, student, made_by = run.config, run.student_folder, TeacherIdentity.of(dataset.facts["teacher"])
+    teacher = TeacherIdentity(config.model.teacher, config.model.revision, made_by.weights)
     if (student / "compress.json").exists():
-        teacher = read_json(student / "compress.json")["teacher"]
-    if made_by != teacher and not _same_by_old_fingerprints(made_by, teacher):
+        teacher = TeacherIdentity.of(read_json(student / "compress.json")["teacher"])
+    if teacher.difference(made_by):
         raise UserError(
-            f"{dataset.folder}: logits made by {made_by['id']} (weights {made_by['weights']}), but the student comes "
-            f"from {teacher['id']} (weights {teacher['weights']}); run: megakd generate-logits RUN in a new run"
+            f"{dataset.folder}: logits made by {made_by}, but the student comes from {teacher}; "
+            "run: megakd generate-logits RUN in a new run"
         )
-
-
-def _same_by_old_fingerprints(one: dict[str, Any], two: dict[str, Any]) -> bool:
-    """Whether two records are of one teacher where just one of them is of an old MegaKD: its folder tells.
-
-    Where that is not here, nothing can, and this is said.
-    """
-    names, weights = [{**each, "weights": None} for each in (one, two)], (one["weights"], two["weights"])
-    if names[0] != names[1] or is_old(weights[0]) == is_old(weights[1]) or "unknown" in weights:
-        return False
-    try:
-        folder = resolve(one["id"], one["revision"])
-    except UserError as error:
-        say(
-            f"student and logits were made by {one['id']} with fingerprints of two versions, {weights[0]} and "
-            f"{weights[1]}; whether they are of one teacher cannot be checked without it ({error})"
-        )
-        return True
-    return all(fingerprint_like(each, folder) == each for each in weights)
 
 
 def check_world(config: RunConfig, world: World) -> None:

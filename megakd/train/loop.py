@@ -55,7 +55,7 @@ def train(run: Run, dataset: ShardSet, world: World, stop: StopSignals) -> bool:
             say(f"train: {line}")
         asked: dict[str, Any] = {} if run.config.objective.kind == "cached" else {"teacher": live_teacher(run)}
         resumed = str(saved.folder) if saved else None
-        asked["student"] = student_identity(run)._asdict()
+        asked["student"] = student_identity(run).record()
         run.record("train", ranks=world.size, step=progress.step, resumed=resumed, **asked)
         if saved:
             say(f"train: going on from {saved.folder}")

@@ -16,8 +16,9 @@ from tokenizers import normalizers
 from transformers import AutoTokenizer
 
 from megakd.data.packing import Cursor, Window, pack
-from megakd.data.tokenizers import load_tokenizer, tokenizer_facts
+from megakd.data.tokenizers import identify_tokenizer, load_tokenizer
 from megakd.errors import UserError
+from megakd.identity import TokenizerIdentity
 from megakd.models.tiny import train_tokenizer
 
 
@@ -124,25 +125,25 @@ def test_no_documents_give_no_windows():
 
 
 def test_facts_of_a_saved_tokenizer_are_those_of_the_tokenizer(tokenizer, teacher):
-    facts = tokenizer_facts(tokenizer)
-    assert facts == tokenizer_facts(load_tokenizer(teacher))
-    assert facts["vocab_size"] == len(tokenizer.get_vocab()) and facts["eos"] == tokenizer.eos_token_id
+    facts = identify_tokenizer(tokenizer)
+    assert facts == identify_tokenizer(load_tokenizer(teacher))
+    assert facts.vocab_size == len(tokenizer.get_vocab()) and facts.eos == tokenizer.eos_token_id
 
 
 def test_facts_differ_for_another_vocabulary(tokenizer, documents):
-    facts = tokenizer_facts(tokenizer)
+    facts = identify_tokenizer(tokenizer)
     shorter = train_tokenizer(documents, len(tokenizer) - 1)
     other = train_tokenizer(["zq zq zzq qz"] * 2000 + documents, len(tokenizer))
-    assert tokenizer_facts(shorter)["vocab_size"] == facts["vocab_size"] - 1
-    assert tokenizer_facts(other)["vocab_size"] == facts["vocab_size"]
-    assert len({f["hash"] for f in (facts, tokenizer_facts(shorter), tokenizer_facts(other))}) == 3
+    assert identify_tokenizer(shorter).vocab_size == facts.vocab_size - 1
+    assert identify_tokenizer(other).vocab_size == facts.vocab_size
+    assert len({f.hash for f in (facts, identify_tokenizer(shorter), identify_tokenizer(other))}) == 3
 
 
 def test_facts_differ_for_an_equal_vocabulary_that_reads_text_otherwise(tokenizer, teacher):
     lower = load_tokenizer(teacher)
     lower.backend_tokenizer.normalizer = normalizers.Lowercase()
     assert lower.get_vocab() == tokenizer.get_vocab()
-    assert tokenizer_facts(lower)["hash"] != tokenizer_facts(tokenizer)["hash"]
+    assert identify_tokenizer(lower).hash != identify_tokenizer(tokenizer).hash
 
 
 def test_load_tokenizer_needs_the_files_of_one(tmp_path):
@@ -212,8 +213,8 @@ def test_sentencepiece_models_that_transformers_would_misread_are_refused(
 
 
 def test_facts_tell_sentencepiece_models_apart(tmp_path, tokenizer, documents):
-    def facts(name: str, tokenizer_class: str, **changes: Any) -> dict[str, Any]:
-        return tokenizer_facts(
+    def facts(name: str, tokenizer_class: str, **changes: Any) -> TokenizerIdentity:
+        return identify_tokenizer(
             load_tokenizer(sentencepiece_folder(tmp_path / name, documents, tokenizer_class, **changes))
         )
 
@@ -221,8 +222,8 @@ def test_facts_tell_sentencepiece_models_apart(tmp_path, tokenizer, documents):
     normalising = facts("c", "SentencePieceBackend", normalization_rule_name="nmt_nfkc")
     smaller = facts("d", "LlamaTokenizer", vocab_size=450)
     assert exact == facts("e", "SentencePieceBackend")
-    assert (exact["vocab_size"], smaller["vocab_size"]) == (500, 450) and exact["eos"] == 2
-    hashes = {f["hash"] for f in (exact, converted, normalising, smaller, tokenizer_facts(tokenizer))}
+    assert (exact.vocab_size, smaller.vocab_size) == (500, 450) and exact.eos == 2
+    hashes = {f.hash for f in (exact, converted, normalising, smaller, identify_tokenizer(tokenizer))}
     assert len(hashes) == 5  # converted differs for texts that begin with spaces
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megakd.data.tokenizers import tokenizer_facts, vocabulary_size
+from megakd.data.tokenizers import identify_tokenizer, vocabulary_size
 from megakd.errors import UserError
 from megakd.models.tables import check_tables
 
@@ -53,5 +53,5 @@ def test_vocabulary_is_the_largest_id_and_not_the_number_of_entries(tokenizer):
             return {"input_ids": [0]}
 
     gap: object = Gap()
-    assert tokenizer_facts(gap)["vocab_size"] == 10  # type: ignore[arg-type]
+    assert identify_tokenizer(gap).vocab_size == 10  # type: ignore[arg-type]
     assert vocabulary_size(tokenizer) == len(tokenizer) == 400

@@ -18,7 +18,7 @@ from megakd.data import codec
 from megakd.data.codebook import build_book, save_book
 from megakd.data.records import IGNORED, Sample, TeacherTargets
 from megakd.data.shards import ShardSet, layout_of, shard_name, summary_of, write_manifest, write_shard
-from megakd.data.tokenizers import tokenizer_facts
+from megakd.data.tokenizers import identify_tokenizer
 from tests.conftest import ROOT
 
 LENGTH, SAMPLES = 20, 9
@@ -74,8 +74,8 @@ def make_shards(
 ) -> ShardSet:
     """Shards of 4 windows of 20 positions, the last window shorter; logits: of the LogitsConfig."""
     config = LogitsConfig(**{"top_k": 8, "pmin": 3e-3, **logits})
-    tokens_facts = tokenizer_facts(tokenizer)
-    vocabulary, head, draws = tokens_facts["vocab_size"], config.profile != "sampled", config.profile != "topk"
+    reader = identify_tokenizer(tokenizer)
+    vocabulary, head, draws = reader.vocab_size, config.profile != "sampled", config.profile != "topk"
     found = []
     for index in range(samples):
         tokens, starts = window(seed + index, vocabulary, LENGTH + 1 if index < samples - 1 else 7)
@@ -87,7 +87,7 @@ def make_shards(
     book = build_book(np.concatenate([s.targets.ids[s.targets.logprobs > -np.inf] for s in found]), vocabulary)
     facts = {
         "tokens": {
-            "part": "train", "tokenizer": tokens_facts, "source": "text", "subset": None, "split": "train",
+            "part": "train", "tokenizer": reader.record(), "source": "text", "subset": None, "split": "train",
             "text_field": "text", "sequence_length": LENGTH, "shard_tokens": 4 * LENGTH, "holdout_fraction": 0.1,
         },
         "teacher": {"id": "random", "revision": None, "weights": "0123456789abcdef"},

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from megakd.errors import UserError
-from megakd.identity import INDEX, fingerprint_like
+from megakd.identity import INDEX, changed_fingerprint
 from megakd.models.hub import write_weights
 from megakd.models.router_update import FACTS, UPDATE, TeacherRouters, read_facts, read_update
 from megakd.names import expand, resolve
@@ -55,7 +55,7 @@ def apply(name: str, revision: str | None, update: Path, out: Path) -> None:
     tensors, facts = read_update(update), read_facts(update)
     made_for = facts["teacher"] if facts else None
     folder = resolve(name, revision or (made_for and made_for["revision"]))
-    if made_for and (found := fingerprint_like(made_for["weights"], folder)) != made_for["weights"]:
+    if made_for and (found := changed_fingerprint(made_for["weights"], folder)):
         raise UserError(
             f"{update}: learned in {made_for['id']} (weights {made_for['weights']}), but {name} has weights {found}; "
             f"name that teacher, or take {FACTS} away to check names and shapes alone"

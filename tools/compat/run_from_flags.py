@@ -24,7 +24,7 @@ from megakd.config.effects import idle_fields
 from megakd.config.parsing import apply_overrides, parse
 from megakd.config.run import RunConfig, flatten, is_live
 from megakd.data.documents import source_files
-from megakd.data.tokenizers import load_tokenizer, tokenizer_facts
+from megakd.data.tokenizers import identify_tokenizer, load_tokenizer
 from megakd.errors import UserError
 from megakd.models.router_update import UPDATE
 from megakd.names import expand, model_folder, resolve
@@ -157,8 +157,8 @@ def subset_of(name: str, given: str | None = None) -> str | None:
 def one_tokenizer(config: RunConfig) -> bool:
     """Whether student and teacher read text in the same tokens."""
     names = config.model.teacher, str(config.model.student)
-    mine, theirs = (tokenizer_facts(load_tokenizer(resolve(name, weights=False))) for name in names)
-    return mine == theirs
+    mine, theirs = (identify_tokenizer(load_tokenizer(resolve(name, weights=False))) for name in names)
+    return mine.difference(theirs) is None
 
 
 def open_run(folder: Path, value: dict[str, Any]) -> Run:

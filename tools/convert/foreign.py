@@ -21,8 +21,9 @@ from megakd.data import codec
 from megakd.data.codebook import build_book
 from megakd.data.records import Sample, TeacherTargets
 from megakd.data.shards import ShardSet, layout_of, write_shard
-from megakd.data.tokenizers import bos_of, load_tokenizer, tokenizer_facts
+from megakd.data.tokenizers import bos_of, identify_tokenizer, load_tokenizer
 from megakd.errors import UserError
+from megakd.identity import TeacherIdentity, TokenizerIdentity
 from megakd.names import expand
 from megakd.system.logging import say
 
@@ -177,20 +178,20 @@ def _facts(source: Source, first: Row, args: argparse.Namespace) -> dict[str, An
     if columns != len(temperatures):
         raise UserError(f"{source.path}: has tails at {columns} temperatures, --temperatures names {temperatures}")
     reader = load_tokenizer(args.tokenizer)
-    tokenizer, bos = tokenizer_facts(reader), bos_of(reader)
+    tokenizer, bos = identify_tokenizer(reader), bos_of(reader)
     tokens = {
-        "part": args.part or "train", "tokenizer": tokenizer, "source": source.path.name, "subset": None, "split": None,
-        "text_field": None, "sequence_length": args.sequence_length or source.longest,
+        "part": args.part or "train", "tokenizer": tokenizer.record(), "source": source.path.name,
+        "subset": None, "split": None, "text_field": None, "sequence_length": args.sequence_length or source.longest,
         "shard_tokens": int(args.shard_tokens or SHARD_TOKENS), "holdout_fraction": None,
         "packing": "packed", "bos": bos if first.tokens[: len(bos)].tolist() == bos else [],
     }  # fmt: skip
-    teacher = {"id": args.teacher or "unknown", "revision": args.revision, "weights": args.weights or "unknown"}
-    if "unknown" in teacher.values():
+    teacher = TeacherIdentity(args.teacher or "unknown", args.revision, args.weights or "unknown")
+    if "unknown" in (teacher.id, teacher.weights):
         say(f"{source.path}: the teacher is unknown, so train will refuse these shards; see --teacher and --weights")
     return {
         "tokens": tokens,
-        "teacher": teacher,
-        "vocab_size": tokenizer["vocab_size"],
+        "teacher": teacher.record(),
+        "vocab_size": tokenizer.vocab_size,
         "codec": codec.NAME,
         "book": None,
         "profile": "topk",
@@ -213,8 +214,10 @@ def _restated(source: Source, facts: dict[str, Any], args: argparse.Namespace) -
         if getattr(args, option) is not None:
             raise UserError(f"--{option.replace('_', '-')}: {source.path} states it among its facts; leave it out")
     tokens, teacher = dict(facts["tokens"]), dict(facts["teacher"])
-    if args.tokenizer is not None and tokenizer_facts(load_tokenizer(args.tokenizer)) != tokens["tokenizer"]:
-        raise UserError(f"--tokenizer {args.tokenizer}: is another than {source.path} was made with")
+    if args.tokenizer is not None:
+        made = TokenizerIdentity.of(tokens["tokenizer"])
+        if different := made.difference(identify_tokenizer(load_tokenizer(args.tokenizer))):
+            raise UserError(f"--tokenizer {args.tokenizer}: is another than {source.path} was made with: {different}")
     tokens["part"] = args.part or tokens.get("part")
     tokens["shard_tokens"] = int(args.shard_tokens or tokens["shard_tokens"])
     given = {"id": args.teacher, "revision": args.revision, "weights": args.weights}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from megakd.data.tokenizers import tokenizer_facts
+from megakd.data.tokenizers import identify_tokenizer
 from tests.conftest import VOCABULARY, files
 from tests.tools.convert.handmade import TOP_K, Handmade
 from tests.tools.examples import assert_alike, converted, make_shards, refused, token_shards, tool
@@ -167,7 +167,7 @@ def test_another_tokenizer_and_a_corrected_teacher(tokenizer, hdf5, folder, teac
     found = convert(hdf5, tmp_path / "out", *argv)
     assert found.facts["teacher"] == {"id": "right/one", "revision": "r2", "weights": "0123456789abcdef"}
     assert found.facts["tokens"]["part"] == "holdout" and found.facts["levels"] == 200
-    assert found.facts["tokens"]["tokenizer"] == tokenizer_facts(tokenizer)
+    assert found.facts["tokens"]["tokenizer"] == identify_tokenizer(tokenizer).record()
     said = refused(module, capsys, "from", hdf5, tmp_path / "other", "--tokenizer", teacher_of)
     assert "is another than" in said
 
