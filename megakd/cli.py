@@ -9,6 +9,7 @@ from megakd.errors import UserError
 from megakd.system.files import CANNOT_WRITE
 from megakd.system.launcher import read_launcher
 from megakd.system.terminal import accept_any_encoding
+from megakd.system.version import library_versions, version_line
 
 # verb → (one line, does it open a run)
 VERBS = {
@@ -36,9 +37,17 @@ examples:
   megakd compress runs/a
   megakd train runs/a optim.micro_batch=2                live fields may change later
 
-`megakd VERB --help` explains a verb. Exit codes: 0 fine, 2 a mistake you can mend, 1 a bug, 85 stopped by a signal
-after saving a checkpoint.
+`megakd VERB --help` explains a verb; `megakd --version` prints the versions of MegaKD and of its main libraries.
+Exit codes: 0 fine, 2 a mistake you can mend, 1 a bug, 85 stopped by a signal after saving a checkpoint.
 """
+
+
+class ShowVersion(argparse.Action):
+    """Print MegaKD's version and commit, and the versions of the libraries beside it; then exit."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *args: object) -> None:
+        sys.stdout.write("\n".join([version_line(), *library_versions()]) + "\n")
+        parser.exit()
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -52,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action=ShowVersion, nargs=0, help=argparse.SUPPRESS)
     parser.add_argument("verb", choices=VERBS, metavar="VERB", help=argparse.SUPPRESS)
     return parser
 

@@ -16,8 +16,9 @@ from pathlib import Path
 from megakd.errors import UserError
 from megakd.names import expand, holds_run
 from megakd.system.files import publishing, settle, write_json
+from megakd.system.version import made_with
 
-MARKER = "megakd.json"  # {"made_by": mark, "files": names of all others}
+MARKER = "megakd.json"  # {"made_by": mark, "megakd": its version, "files": names of all others}
 RUN_PARTS = {"config.json", "history.jsonl", "metrics.jsonl", "evals.jsonl", "report.html", "student-0", "compress"}
 RUN_PARTS |= {"data", "checkpoints", "tensorboard", "wandb", "watch", "export", "export-dense"}
 MODEL_FILE = re.compile(
@@ -35,7 +36,7 @@ def producing(path: Path, mark: str, force: bool | None = None, own: Path | None
     with publishing(place) as temporary:
         yield temporary
         names = sorted(str(file.relative_to(temporary)) for file in temporary.rglob("*") if not file.is_dir())
-        write_json(temporary / MARKER, {"made_by": mark, "files": names})
+        write_json(temporary / MARKER, {"made_by": mark, "megakd": made_with(), "files": names})
         check_folder(path, mark, force, own)  # what came there meanwhile
 
 

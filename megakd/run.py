@@ -15,6 +15,7 @@ from megakd.errors import UserError
 from megakd.names import expand, find_recipe, may_be_hub_id, resolve
 from megakd.system.files import append_json, read_json, read_json_lines, settle, write_json
 from megakd.system.launcher import read_launcher
+from megakd.system.version import made_with
 
 # What a sibling run may take over from the run it was made from, and the sections each thing depends on.
 ARTIFACTS = {
@@ -46,7 +47,14 @@ class Run:
         run = cls(folder, config)
         write_json(folder / "config.json", run.config.model_dump(mode="json"))
         fingerprint = run.config.fingerprint()
-        run.record("new", recipe=str(recipe), overrides=overrides, fingerprint=fingerprint, mark=secrets.token_hex(4))
+        run.record(
+            "new",
+            recipe=str(recipe),
+            overrides=overrides,
+            fingerprint=fingerprint,
+            mark=secrets.token_hex(4),
+            megakd=made_with(),
+        )
         run._set_mark()
         if source.name == "config.json":
             run._link_from(cls.open(source.parent))

@@ -41,6 +41,7 @@ from megakd.system.dist import (
 )
 from megakd.system.files import locked, read_sealed, settle
 from megakd.system.logging import Progress, say
+from megakd.system.version import made_with
 
 BOOK_POSITIONS = 4096  # of the training set; from 1024 on they save 2 bytes a token, beyond 4096 0.2
 
@@ -155,7 +156,13 @@ def capture_part(
         assert rest is None, rest
     watch.look()
     watch.progress.close()
-    run.record("generate-logits", part=part, worker=f"{worker.number}/{worker.workers}", shards=[w.name for w in mine])
+    run.record(
+        "generate-logits",
+        part=part,
+        worker=f"{worker.number}/{worker.workers}",
+        shards=[w.name for w in mine],
+        megakd=made_with(),
+    )
     sidecars = {shard["name"]: finished(target, shard["name"], facts) for shard in shards}
     summaries = [summary_of(name, sidecar) for name, sidecar in sidecars.items() if sidecar]
     if missing := len(shards) - len(summaries):

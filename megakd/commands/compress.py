@@ -28,6 +28,7 @@ from megakd.run import Run
 from megakd.system.files import discard, read_json
 from megakd.system.logging import say
 from megakd.system.tasks import run_tasks
+from megakd.system.version import made_with
 
 
 def main(run: Run, args: argparse.Namespace) -> None:
@@ -49,7 +50,7 @@ def main(run: Run, args: argparse.Namespace) -> None:
     say(error_table(report))
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     seconds = time.perf_counter() - started
-    run.record("compress", seconds=round(seconds, 1), tasks=own, peak_memory_gb=round(memory, 2))
+    run.record("compress", seconds=round(seconds, 1), tasks=own, peak_memory_gb=round(memory, 2), megakd=made_with())
     say(
         f"compress: {own} tasks here in {seconds:.0f} s, at most {memory:.2f} GB; "
         f"calibrated on {report['calibration_tokens']:,} tokens"

@@ -52,6 +52,7 @@ from megakd.system.dist import read_world, take_device
 from megakd.system.files import discard, publishing, read_json, write_json
 from megakd.system.logging import say
 from megakd.system.tasks import Task
+from megakd.system.version import made_with
 
 SAMPLE = 8  # experts that a split of ranks is tried on
 
@@ -439,6 +440,7 @@ def _assemble(job: Job) -> None:
     )
     settings = run.config.compress
     report = {
+        "megakd": made_with(),
         "teacher": TeacherIdentity(run.config.model.teacher, run.config.model.revision, _same_teacher(job)).record(),
         "tokenizer": identify_tokenizer(load_tokenizer(job.folder)).record(),
         "rank": settings.rank if settings.budget is None else None,

@@ -30,6 +30,7 @@ from megakd.run import Run
 from megakd.system.files import read_sealed, settle
 from megakd.system.logging import Progress, say
 from megakd.system.text import short
+from megakd.system.version import made_with
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,15 @@ def tokenize_part(
     padding = padding_share(shards, length)
     if data.packing == "documents":
         say(f"tokenize {part}: {state.windows:,} sequences of one document each; {padding:.0%} of a batch is padding")
-    run.record("tokenize", part=part, documents=state.documents, windows=state.windows, tokens=done, wanted=limit)
+    run.record(
+        "tokenize",
+        part=part,
+        documents=state.documents,
+        windows=state.windows,
+        tokens=done,
+        wanted=limit,
+        megakd=made_with(),
+    )
 
 
 def padding_share(shards: Sequence[Mapping[str, Any]], length: int) -> float:

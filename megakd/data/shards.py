@@ -29,6 +29,7 @@ from megakd.data.codebook import load_book
 from megakd.data.records import Sample, TeacherTargets
 from megakd.errors import UserError
 from megakd.system.files import publishing, read_sealed, sha256, write_sealed
+from megakd.system.version import made_with
 
 BLOCK = tarfile.BLOCKSIZE
 OPEN_FILES = 512  # at once; half of what a process may usually have
@@ -158,8 +159,16 @@ def finished(folder: Path, name: str, facts: dict[str, Any], reread: bool = Fals
 def write_manifest(
     folder: Path, facts: dict[str, Any], shards: list[dict[str, Any]], complete: bool, **extra: Any
 ) -> None:
-    """State what the folder holds, or will hold; identical input gives identical bytes, so any worker may write it."""
+    """State what the folder holds, or will hold; identical input gives identical bytes, so any worker may write it.
+
+    A complete one also says which MegaKD completed it. It stays as it is where a later one has nothing else to say.
+    """
     value = {"format": MANIFEST, "version": VERSION, "facts": facts, "complete": complete, "shards": shards, **extra}
+    if complete:
+        before = known_manifest(folder, facts)
+        if before and {key: before[key] for key in before.keys() - {"megakd"}} == value:
+            return
+        value["megakd"] = made_with()
     write_sealed(folder / "manifest.json", value)
 
 

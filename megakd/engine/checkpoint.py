@@ -26,6 +26,7 @@ from megakd.models.hub import write_weights
 from megakd.system.dist import World, barrier, gather, sum_over_ranks
 from megakd.system.files import read_json, remove, swap, sync, write_json
 from megakd.system.logging import say
+from megakd.system.version import made_with
 
 BESIDE = "beside.safetensors"
 REPLACED = ".replaced"  # ends the name of a checkpoint while another takes its place
@@ -108,9 +109,8 @@ def save_checkpoint(
             pass
     if world.first:
         write_json(temporary / "carried.json", updates)
-        write_json(
-            temporary / "progress.json", {**progress._asdict(), "memory": dict(progress.memory), "ranks": world.size}
-        )
+        where = {**progress._asdict(), "memory": dict(progress.memory), "ranks": world.size, "megakd": made_with()}
+        write_json(temporary / "progress.json", where)
     barrier()
     # on shared storage a rank may not see yet what another wrote: each lists its own at least, and all share one list
     mine = [str(path.relative_to(temporary)) for path in temporary.rglob("*") if path.is_file()]

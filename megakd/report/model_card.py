@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from megakd.system.files import read_json
 from megakd.system.text import cell
+from megakd.system.version import version_line
 
 CARD = "README.md"
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # a folder of the teacher is nobody else's
@@ -85,6 +86,7 @@ def _header(config: dict[str, Any], teacher: str | None, license: dict[str, str]
 
 
 def _summary(config: dict[str, Any], teacher: str | None, report: dict[str, Any] | None) -> str:
+    made = f"Made with {version_line('MegaKD')}."
     kind = f"`{config['architectures'][0]}`" if config.get("architectures") else "A causal language model"
     origin = f" [{teacher}](https://huggingface.co/{teacher})" if teacher else " a Mixture-of-Experts teacher"
     if "shared_core" in config:
@@ -94,10 +96,10 @@ def _summary(config: dict[str, Any], teacher: str | None, report: dict[str, Any]
             f"experts share one matrix a projection and store small factors each: {_forms(layers)}."
         )
         kept = sum(map(len, config["shared_core"].get("dense_experts", {}).values()))
-        return text + (f" {kept} experts are kept as they were." if kept else "") + " Made with MegaKD."
+        return text + (f" {kept} experts are kept as they were." if kept else "") + f" {made}"
     if report is not None:
-        return f"{kind}: a student of{origin} whose compressed experts were multiplied out again. Made with MegaKD."
-    return f"{kind}: a student of{origin}. Made with MegaKD."
+        return f"{kind}: a student of{origin} whose compressed experts were multiplied out again. {made}"
+    return f"{kind}: a student of{origin}. {made}"
 
 
 def _forms(layers: dict[str, dict[str, dict[str, Any]]]) -> str:

@@ -32,6 +32,7 @@ from megakd.run import Run
 from megakd.system.files import read_json, read_json_lines
 from megakd.system.logging import say
 from megakd.system.text import short
+from megakd.system.version import made_with
 
 MARK = "megakd export"
 
@@ -62,7 +63,7 @@ def export(run: Run, source: Path, out: Path | None, dense: bool, force: bool) -
         describe(run, source, temporary)
         routers = write_routers(run, source, temporary / UPDATE) if run.config.objective.kind == "sar" else 0
     size = sum(path.stat().st_size for path in target.glob("*.safetensors"))
-    run.record("export", folder=str(target), source=str(source))
+    run.record("export", folder=str(target), source=str(source), megakd=made_with())
     say(f"{target}: {(config.architectures or ['?'])[0]}, {short(size)}B, from {source}")
     if routers:
         say(f"{target / UPDATE}: {routers} routers that learned, for {run.config.model.teacher}")

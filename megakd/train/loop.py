@@ -34,6 +34,7 @@ from megakd.system.dist import (
 )
 from megakd.system.logging import say
 from megakd.system.signals import StopSignals
+from megakd.system.version import made_with
 from megakd.tracking import MetricLog, wandb_id
 from megakd.train.build import build_engine, build_objective
 from megakd.train.data import Step, stage_data
@@ -56,7 +57,7 @@ def train(run: Run, dataset: ShardSet, world: World, stop: StopSignals) -> bool:
         asked: dict[str, Any] = {} if run.config.objective.kind == "cached" else {"teacher": live_teacher(run)}
         resumed = str(saved.folder) if saved else None
         asked["student"] = student_identity(run).record()
-        run.record("train", ranks=world.size, step=progress.step, resumed=resumed, **asked)
+        run.record("train", ranks=world.size, step=progress.step, resumed=resumed, megakd=made_with(), **asked)
         if saved:
             say(f"train: going on from {saved.folder}")
         frozen = run.config.model_dump(mode="json")

@@ -92,7 +92,7 @@ def test_a_student_with_another_tokenizer_is_told_before_a_capture(recipe, stude
 def test_a_student_changed_since_training_began_is_refused(recipe, student, tmp_path):
     """Checkpoints take its config.json: a run resumed after an edit had weights of one model, config of another."""
     run = run_with(recipe, tmp_path / "run", f"model.student={student}")
-    run.record("train", step=0, student=student_identity(run)._asdict())
+    run.record("train", step=0, student=student_identity(run).record())
     check_student(run, started=True)
     edited(student, rms_norm_eps=0.1)
     with pytest.raises(UserError, match=r"another student than .* was begun with: fingerprint v2:"):
@@ -110,7 +110,7 @@ def test_a_student_of_another_commit_since_tokenize_is_refused(recipe, student, 
 
     monkeypatch.setattr("megakd.run.resolve", resolve)
     torch.save({}, second / "unused.bin")  # no weights of the model
-    run.record("tokenize", student=student_identity(run)._asdict())
+    run.record("tokenize", student=student_identity(run).record())
     assert json.loads(run.path("history.jsonl").read_text().splitlines()[-1])["student"]["commit"] == "c1"
     with pytest.raises(UserError, match="commit c2 instead of c1"):
         check_student(Run.open(run.folder), started=False)
