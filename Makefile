@@ -20,10 +20,12 @@ lint: .venv/installed
 # `make check test` runs the tests once
 check: lint test
 
-.venv/installed: requirements.txt requirements-dev.txt pyproject.toml
+# the pins first, then MegaKD and all its extras within their ranges, which must not ask for anything else
+PINS := requirements.txt requirements-dev.txt
+.venv/installed: $(PINS) pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --requirement requirements.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check $(addprefix --requirement ,$(PINS))
+	$(BIN)/pip install --quiet --disable-pip-version-check $(addprefix --constraint ,$(PINS)) --editable '.[dev]'
 	touch $@
 
 # of demo/ only what `make demo` put there

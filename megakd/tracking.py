@@ -10,6 +10,7 @@ from typing import Any
 from megakd.config.run import RunConfig
 from megakd.config.train import LogConfig
 from megakd.errors import foreign
+from megakd.system.extras import require
 from megakd.system.files import append_json, publishing, read_json_lines
 from megakd.system.text import finite
 
@@ -24,6 +25,7 @@ class MetricLog:
             with publishing(self.file) as temporary:
                 temporary.write_text("".join(json.dumps(r) + "\n" for r in rows if r["step"] <= step), encoding="utf-8")
         self.board = self.wandb = None
+        check_libraries(config)
         if config.tensorboard:
             from torch.utils.tensorboard.writer import SummaryWriter
 
@@ -49,6 +51,15 @@ class MetricLog:
             self.wandb.finish()
 
 
+def check_libraries(config: LogConfig) -> None:
+    """UserError when what metrics are written with is not installed."""
+    remedy = "set log.tensorboard=false log.wandb=disabled"
+    if config.tensorboard:
+        require("tensorboard", "log.tensorboard=true", remedy)
+    if config.wandb != "disabled":
+        require("wandb", f"log.wandb={config.wandb}", remedy)
+
+
 def _open_wandb(folder: Path, project: str, name: str, run_id: str, frozen: dict[str, Any], mode: str) -> Any:
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb
@@ -72,6 +83,7 @@ def log_evaluation(folder: Path, config: RunConfig, step: int, numbers: dict[str
     run's id, with a step of its own, for `wandb sync` to append when training has ended; in a folder of its own, for
     sync sends what is in one by age, and a training that was resumed later would have its steps counted on from here.
     """
+    check_libraries(config.log)
     if config.log.tensorboard:
         from torch.utils.tensorboard.writer import SummaryWriter
 

@@ -17,6 +17,7 @@ import numpy as np
 from megakd.config.train import EvalConfig
 from megakd.errors import UserError
 from megakd.names import expand
+from megakd.system.extras import require
 from megakd.system.logging import Progress, say
 
 os.environ.setdefault("DISABLE_MULTIPROC", "1")  # else lm-eval forks this process, which has threads, to resample
@@ -29,6 +30,7 @@ class Harness:
     """The named tasks, opened once: an unknown name or an unreadable data set is said before a model is measured."""
 
     def __init__(self, names: Sequence[str], config: EvalConfig):
+        require("lm_eval", f"tasks {', '.join(names)}")
         self.config = config
         self.tasks: dict[str, Any] = {}
         with _only_errors(), _no_bars():

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megakd.errors import UserError
+from megakd.system.extras import require
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ def spec_for(config: Any, place: str) -> MoESpec:
 
 def check_preset(family: str, place: object) -> None:
     """UserError, naming `place`, when DeepSpeed cannot shard the experts of a family (a model_type) over ranks."""
+    require("deepspeed", "logits.parallel=autoep")
     from megakd.system.deepspeed_internals import available_preset_names
 
     if family not in (known := available_preset_names()):

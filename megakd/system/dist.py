@@ -11,6 +11,7 @@ import torch
 import torch.distributed
 
 from megakd.errors import UserError
+from megakd.system.extras import require
 from megakd.system.launcher import read_launcher
 
 T = TypeVar("T")
@@ -60,6 +61,7 @@ def _device(local_rank: int) -> torch.device:
 
 def join_world() -> World:
     """read_world, then the process group of all ranks through DeepSpeed (NCCL on GPUs, gloo on CPUs)."""
+    require("deepspeed", "several ranks, engine.kind=deepspeed and logits.parallel")
     world = read_world()
     _set_meeting_point(world)
     os.environ["DS_ACCELERATOR"] = world.device.type  # set but empty, it would end DeepSpeed

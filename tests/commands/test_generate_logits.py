@@ -5,6 +5,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,10 @@ from megakd.capture import pipeline as capture_pipeline
 from megakd.data.records import Sample
 from megakd.data.shards import ShardSet, shard_name, write_shard
 from megakd.errors import UserError
-from megakd.identity import fingerprint, sampled_files
+from megakd.identity import TeacherIdentity, fingerprint, sampled_files
 from megakd.run import Run
 from megakd.system.files import read_json, write_json
 from megakd.system.text import clock as in_words
-from megakd.train import checks
 from tests.conftest import files
 
 
@@ -288,11 +288,11 @@ def test_a_capture_begun_by_an_older_version_goes_on(recipe, teacher, prepared, 
     weights = manifest(run)["facts"]["teacher"]["weights"]
     assert weights == sampled_files(config.parent)
     assert {name for name in done if name.endswith(".tar") and after[name] == done[name]}
-    made = {"id": str(config.parent), "revision": None}
-    new = {**made, "weights": fingerprint(config.parent)}
-    assert checks._same_by_old_fingerprints({**made, "weights": weights}, new)
+    captured = TeacherIdentity.of(manifest(run)["facts"]["teacher"])
+    new = TeacherIdentity(str(config.parent), None, fingerprint(config.parent))
+    assert captured == replace(new, weights=weights) and new.difference(captured) is None
     write_json(config, read_json(config) | {"num_experts_per_tok": 1})
-    assert not checks._same_by_old_fingerprints({**made, "weights": weights}, new)
+    assert new.difference(captured)
 
 
 def test_a_family_without_expert_parallel_preset_is_told_what_to_set(recipe, teacher, tmp_path):
