@@ -16,6 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from megakd.errors import UserError
+from megakd.system.deepspeed_internals import SUPPORTED
 from megakd.system.extras import EXTRAS, require
 from megakd.system.version import VERSION, made_with
 from tests.conftest import ROOT, in_process
@@ -122,6 +123,18 @@ def test_evaluation_and_sharded_capture_say_which_extra_they_lack(sibling, monke
     evaluated, captured = sibling('eval.tasks=["piqa"]'), sibling("logits.parallel=zero3")
     assert "needs lm-eval: pip install 'megakd[eval]'" in in_process("evaluate", evaluated.folder, code=2)
     assert "needs deepspeed: pip install 'megakd[deepspeed]'" in in_process("generate-logits", captured.folder, code=2)
+
+
+def test_conversion_says_that_it_lacks_h5py(tmp_path):
+    (tmp_path / "h5py.py").write_text("raise ModuleNotFoundError(name='h5py')")
+    line = [sys.executable, str(ROOT / "tools" / "convert" / "convert_hdf5.py"), "--help"]
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = subprocess.run(line, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    assert (done.returncode, done.stderr) == (2, "convert_hdf5: needs h5py: pip install 'megakd[convert]'\n")
+
+
+def test_deepspeed_is_the_version_whose_internals_are_used():
+    assert PINS["deepspeed"] == SUPPORTED
 
 
 def test_every_verb_starts_without_extras():

@@ -29,11 +29,11 @@ There and back, ids, tokens and documents stay; of the values 2 rows in 100 move
 
 import json
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 from foreign import convert, exported, one_line_errors, sorted_head, two_ways
 from foreign_rows import Names, Row
@@ -44,6 +44,12 @@ from megakd.outputs import check_file
 from megakd.system.files import publishing, sha256
 from megakd.system.logging import Progress
 from megakd.system.terminal import accept_any_encoding
+
+try:
+    import h5py
+except ModuleNotFoundError:
+    sys.stderr.write("convert_hdf5: needs h5py: pip install 'megakd[convert]'\n")
+    sys.exit(2)
 
 CHUNK_CACHE_BYTES = 1 << 30  # of a dataset whose chunks hold many windows, at most
 
