@@ -38,7 +38,7 @@ def run_distillation_training(run: Run | str | Path) -> Path:
     """Run what the run still lacks, verb by verb: each leaves out what is finished. The folder of the final weights."""
     run = run if isinstance(run, Run) else Run.open(run)
     verbs = ["tokenize", *([] if run.config.model.student else ["compress"])]
-    verbs += ["generate-logits"] if run.config.objective.kind == "cached" else []  # else the teacher itself is asked
+    verbs += [] if run.config.objective.live else ["generate-logits"]  # else the teacher itself is asked
     for verb in verbs:
         run_verb([verb, str(run.folder)])
     # in a process of its own: it may start a launcher, and joins the ranks

@@ -14,6 +14,7 @@ from megakd.system.version import library_versions, version_line
 # verb → (one line, does it open a run)
 VERBS = {
     "new": ("make a run folder from a recipe", False),
+    "config": ("every field of a configuration, its values, default and meaning", False),
     "plan": ("parameters, bytes and steps of a run; starts nothing", True),
     "compress": ("teacher experts → shared core and wrappers: RUN/student-0", True),
     "tokenize": ("text → packed windows: RUN/data/tokens", True),

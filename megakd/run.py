@@ -10,7 +10,7 @@ from typing import Any
 
 from megakd.config.effects import check, idle_fields
 from megakd.config.parsing import apply_overrides, load_recipe, parse, parse_frozen
-from megakd.config.run import RunConfig, flatten, is_live
+from megakd.config.run import RunConfig, flatten, is_mutable
 from megakd.errors import UserError
 from megakd.names import expand, find_recipe, may_be_hub_id, resolve
 from megakd.system.files import append_json, read_json, read_json_lines, settle, write_json
@@ -80,7 +80,7 @@ class Run:
             k: [before.get(k), after.get(k)] for k in before.keys() | after.keys() if before.get(k) != after.get(k)
         }
         for path in sorted(changes):
-            if not is_live(path):
+            if not is_mutable(path):
                 raise UserError(
                     f"{folder}: {path} is frozen; make a sibling run: "
                     f"megakd new {folder}-2 --from {folder} {' '.join(overrides)}"

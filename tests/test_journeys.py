@@ -117,8 +117,7 @@ def other_teacher(tmp_path_factory, documents) -> Path:
 def test_run_with_a_live_teacher(kind, tokenizers, recipe, tokenizer, other_teacher, tmp_path):
     value = json.loads(sar_recipe(recipe, tmp_path, tokenizer).read_text())
     if kind == "online":
-        value["objective"]["kind"] = "online"
-        del value["sar"]
+        value["objective"] = {"kind": "online", "alpha": 0.7, "temperature": 2.0}
         value["stages"][0]["lr_multipliers"] = []
     if tokenizers == "two":
         value["model"]["teacher"] = str(other_teacher)

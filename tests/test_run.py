@@ -210,19 +210,21 @@ def test_a_student_is_a_folder_or_a_hub_id(recipe, tmp_path, monkeypatch):
 
 
 def test_routers_of_a_run_that_an_older_version_made_keep_their_rate(recipe, tmp_path):
-    """It had no sar.router_lr_multiplier, and trained them at the student's rate."""
+    """It had no router_lr_multiplier, and trained them at the student's rate."""
     run = Run.create(recipe, ["objective.kind=sar"], tmp_path / "a")
-    assert run.config.sar.router_lr_multiplier == 0.1
+    assert run.config.objective.router_lr_multiplier == 0.1
     frozen = read_json(run.path("config.json"))
-    del frozen["sar"]["router_lr_multiplier"]
+    sar = frozen["objective"]  # 0.1 kept these fields in a section of their own
+    frozen["objective"], frozen["online"] = {"kind": "sar", "alpha": 0.5, "tail": "ghost"}, {"kl": 0.7}
+    frozen["sar"] = {key: sar[key] for key in ("routing", "anchor", "drift_steps", "router_patterns")}
     write_json(run.path("config.json"), frozen)
-    assert Run.open(run.folder).config.sar.router_lr_multiplier == 1.0
-    assert Run.create(run.folder, [], tmp_path / "b").config.sar.router_lr_multiplier == 0.1
+    assert Run.open(run.folder).config.objective.router_lr_multiplier == 1.0
+    assert Run.create(run.folder, [], tmp_path / "b").config.objective.router_lr_multiplier == 0.1
 
 
 def test_a_mutable_field_without_effect_is_not_written(recipe, tmp_path):
     run = Run.create(recipe, [], tmp_path / "a")
     before = run.path("config.json").read_bytes()
     message = error_of(Run.open, run.folder, ["sar.drift_steps=3"])
-    assert message == f"{run.folder}: sar.drift_steps=3 has no effect: objective.kind=sar alone reads this section"
+    assert "sar.drift_steps=3 has no effect: objective.kind=sar alone reads it; leave it out, or set" in message
     assert run.path("config.json").read_bytes() == before

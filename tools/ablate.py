@@ -37,9 +37,9 @@ from typing import Any, NamedTuple, NoReturn
 
 from megakd.cli import run_verb
 from megakd.config.effects import idle_fields
-from megakd.config.objective import OnlineConfig, SarConfig
+from megakd.config.objective import OnlineConfig, SarConfig, of_kind
 from megakd.config.parsing import load_recipe
-from megakd.config.run import RunConfig, flatten, is_live
+from megakd.config.run import RunConfig, flatten, is_mutable
 from megakd.config.train import LrRule
 from megakd.data.tokenizers import load_tokenizer, vocabulary_size
 from megakd.errors import UserError
@@ -144,7 +144,8 @@ def ablate(args: argparse.Namespace) -> None:
     written, drawn = (file and check_file(file, MARK) for file in (args.json, args.plot))
     config = load_recipe(recipe, overrides)
     plan = planned(args, config)
-    overrides.append("objective.kind=sar")  # for all sets: a cached run's text is cut by the teacher's tokenizer
+    # for all sets: a cached run's text is cut by the teacher's tokenizer
+    overrides.append(f"objective={of_kind(config.objective, 'sar').model_dump_json()}")
     if args.list:
         lines = [[f"{name}/{v}", "  ".join(c)] for name, found in plan.items() for v, c in found.items()]
         print(table(["variant", "changes"], lines, left=True))
@@ -161,10 +162,7 @@ def ablate(args: argparse.Namespace) -> None:
     start, made = time.perf_counter(), 0
     for index, (name, variant, changes, seed) in enumerate(jobs):
         source = source_run(args.folder / f"seed-{seed}", recipe, first, overrides, seed, args.student)
-        # the source run keeps no fields of other kinds than its own
-        sections = {"objective": {**config.objective.model_dump(mode="json"), "kind": name}}
-        sections[name] = getattr(config, name).model_dump(mode="json")
-        settings = [f"{section}={json.dumps(value)}" for section, value in sections.items()]
+        settings = [f"objective={of_kind(config.objective, name).model_dump_json()}"]
         settings += [f"name={name}-{variant}-{seed}", *changes]
         run = opened(args.folder / name / variant / f"seed-{seed}", source.folder, settings)
         found = measured(run.folder)
@@ -220,43 +218,50 @@ def sar_variants(config: RunConfig) -> dict[str, list[str]]:
     rates = {"routers-slow": 0.1, "routers-fast": 1.0}
     # at the student's rate a weak anchor does not hold routers: the teacher becomes as bad as the student
     # (docs/online-distillation.md)
-    strong = {"anchor-x100": [f"sar.anchor={100 * config.sar.anchor:g}"]} if config.sar.anchor else {}
+    sar = sar_of(config)
+    strong = {"anchor-x100": [f"objective.anchor={100 * sar.anchor:g}"]} if sar.anchor else {}
     return {
         BASE: [],
         "routers-frozen": frozen,
         **{name: routers_at(config, rate) for name, rate in rates.items() if not in_force(config, rate)},
         "ce-alone": [*frozen, *ce_alone(config)],
-        **switched("sar", config.sar, on),
+        **switched(sar, on),
         **strong,
-        **routings("sar", config.sar, {"all-experts": ("all",), "top-2-to-4": ("top_m", 2, 4)}),
+        **routings(sar, {"all-experts": ("all",), "top-2-to-4": ("top_m", 2, 4)}),
     }
+
+
+def sar_of(config: RunConfig) -> SarConfig:
+    objective = of_kind(config.objective, "sar")
+    assert isinstance(objective, SarConfig), objective
+    return objective
 
 
 def online_variants(config: RunConfig) -> dict[str, list[str]]:
     parts = {name: getattr(OnlineConfig(), name) for name in ("kl", "feature", "attention", "layers", "contrastive")}
-    inside = [f"online.{name}=0" for name in parts if name != "kl"]
-    plain = ["online.gap=0", "online.importance=0", "online.routing=trained"]
+    inside = [f"objective.{name}=0" for name in parts if name != "kl"]
+    plain = ["objective.gap=0", "objective.importance=0", "objective.routing=trained"]
     return {
         BASE: [],
-        "ce-alone": [*ce_alone(config), "online.kl=0", *inside, *plain],
+        "ce-alone": [*ce_alone(config), "objective.kl=0", *inside, *plain],
         "kl-alone": [*inside, *plain],
-        **switched("online", config.online, {**parts, "gap": 1.0, "importance": 1.0}),
-        **routings("online", config.online, {"capacity": ("capacity", 1, 4), "all-experts": ("all",)}),
+        **switched(of_kind(config.objective, "online"), {**parts, "gap": 1.0, "importance": 1.0}),
+        **routings(of_kind(config.objective, "online"), {"capacity": ("capacity", 1, 4), "all-experts": ("all",)}),
     }
 
 
-def switched(section: str, settings: Any, on: dict[str, float]) -> dict[str, list[str]]:
+def switched(settings: Any, on: dict[str, float]) -> dict[str, list[str]]:
     """A variant for each weight: 0 where it is on, else what `on` says."""
     return {
-        **{f"no-{name}": [f"{section}.{name}=0"] for name in on if getattr(settings, name)},
-        **{name: [f"{section}.{name}={value}"] for name, value in on.items() if not getattr(settings, name)},
+        **{f"no-{name}": [f"objective.{name}=0"] for name in on if getattr(settings, name)},
+        **{name: [f"objective.{name}={value}"] for name, value in on.items() if not getattr(settings, name)},
     }
 
 
-def routings(section: str, settings: Any, rules: dict[str, tuple[Any, ...]]) -> dict[str, list[str]]:
+def routings(settings: Any, rules: dict[str, tuple[Any, ...]]) -> dict[str, list[str]]:
     """A variant for each (rule, first, last) that is not the one in force."""
     now = settings.routing, settings.initial_top_k, settings.final_top_k
-    keys = [f"{section}.{key}" for key in ("routing", "initial_top_k", "final_top_k")]
+    keys = [f"objective.{key}" for key in ("routing", "initial_top_k", "final_top_k")]
     return {
         name: [f"{key}={value}" for key, value in zip(keys, rule, strict=False)]
         for name, rule in rules.items()
@@ -272,12 +277,12 @@ def routers_at(config: RunConfig, multiplier: float) -> list[str]:
         for i, (stage, kept) in enumerate(zip(config.stages, rules, strict=True))
         if len(kept) < len(stage.lr_multipliers)
     ]
-    return [f"sar.router_lr_multiplier={multiplier}", *changed]
+    return [f"objective.router_lr_multiplier={multiplier}", *changed]
 
 
 def in_force(config: RunConfig, multiplier: float) -> bool:
     """Whether the routers of every stage have that rate anyway."""
-    own = config.sar.router_lr_multiplier
+    own = sar_of(config).router_lr_multiplier
     return all(
         multiplier == next((r.lr_multiplier for r in stage.lr_multipliers if _of_routers(r)), own)
         for stage in config.stages
@@ -324,7 +329,7 @@ def opened(folder: Path, source: Path, overrides: Sequence[str]) -> Run:
     wanted = load_recipe(file, overrides)
     before, now = (dict(flatten(each.model_dump(mode="json"))) for each in (run.config, wanted))
     for key in {**before, **now}:
-        if before.get(key) != now.get(key) and not is_live(key):
+        if before.get(key) != now.get(key) and not is_mutable(key):
             was, asked = (json.dumps(each.get(key)) for each in (before, now))
             raise UserError(
                 f"{folder}: {key} of the run that is there is {was}, now it is {asked}; name another --folder"

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from megakd.capture.teacher import Teacher
 from megakd.config.data import LogitsConfig
-from megakd.config.objective import ObjectiveConfig, OnlineConfig, SarConfig
+from megakd.config.objective import CachedConfig, OnlineConfig, SarConfig
 from megakd.data.batches import collate, to_device
 from megakd.data.records import Batch, Paired, Sample, Side, TeacherTargets, with_rows
 from megakd.losses.head import DenseTeacher
@@ -218,28 +218,28 @@ def _real() -> Iterator[None]:
 def _cached(tail: str, form: str = "wrappers", exempt: bool = False, **fields: Any) -> Callable[[], nn.Module]:
     facts = {**FACTS, "top_k": 0, "tails": False} if tail == "sampled" else FACTS
     facts = {**facts, "draws": 0} if tail in ("ghost", "truncated") else facts
-    config = ObjectiveConfig(**{"tail": tail, "temperature": 2.0, **fields})
+    config = CachedConfig(**{"tail": tail, "temperature": 2.0, **fields})
     return lambda: CachedDistillation(make_student(form, exempt), config, facts)
 
 
 def _online(paired: bool, **fields: Any) -> Callable[[], nn.Module]:
     every = {"gap": 0.5, "importance": 0.5, "routing": "capacity", **fields}
-    config, size = ObjectiveConfig(kind="online", temperature=2.0), OTHER_VOCABULARY if paired else None
+    config, size = OnlineConfig(temperature=2.0, **every), OTHER_VOCABULARY if paired else None
     return lambda: OnlineDistillation(
-        make_student("wrappers"), make_teacher(size or VOCABULARY), config, OnlineConfig(**every), VOCABULARY, size
+        make_student("wrappers"), make_teacher(size or VOCABULARY), config, VOCABULARY, size
     )
 
 
 def _sar(paired: bool, away: bool = False, again: bool = False, **fields: Any) -> Callable[[], nn.Module]:
-    config, size = ObjectiveConfig(kind="sar", temperature=2.0), OTHER_VOCABULARY if paired else None
     every = {"entropy": 0.1, "balance": 0.1, "drift_steps": 1, "routing": "all", **fields}
+    config, size = SarConfig(temperature=2.0, **every), OTHER_VOCABULARY if paired else None
 
     def make() -> nn.Module:
         teacher = make_teacher(size or VOCABULARY)
         if away:
             for layer in teacher.get_decoder().layers:
                 layer.forward = _streamed(layer, layer.forward, DEVICE)
-        objective: Any = SarDistillation(dense_student(), teacher, config, SarConfig(**every), VOCABULARY, size)
+        objective: Any = SarDistillation(dense_student(), teacher, config, VOCABULARY, size)
         if again:
             objective.checkpoint_activations()
         if away:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from megakd.cli import run_verb
 from megakd.config.parsing import load_recipe
-from megakd.config.run import flatten, is_live
+from megakd.config.run import flatten, is_mutable
 from megakd.errors import UserError
 from megakd.evals.evaluate import evaluate
 from megakd.names import expand, find_recipe, holds_run, model_folder
@@ -86,7 +86,7 @@ def _begun(folder: Path, settings: list[str]) -> bool:
         for each in (Run.open(folder).config, load_recipe(find_recipe(RECIPE), settings))
     )
     for key in sorted(now.keys() | asked.keys()):
-        if not is_live(key) and now.get(key) != asked.get(key):
+        if not is_mutable(key) and now.get(key) != asked.get(key):
             raise UserError(
                 f"{folder}: {key} of the run that is there is {now.get(key)}, asked for is {asked.get(key)}; "
                 "name another --folder, or delete this one to begin anew"

@@ -57,7 +57,7 @@ def main(run: Run, args: argparse.Namespace) -> None:
     reader = load_tokenizer(folder)
     tokenizer = identify_tokenizer(reader)
     sets = {part: ShardSet(run.path("data", "tokens", part)) for part in ("holdout", "train")}
-    live = run.config.objective.kind != "cached"  # training asks the teacher itself
+    live = run.config.objective.live  # training asks the teacher itself
     advice = (
         "two tokenizers have no KL, so evaluate needs no logits" if live else "run: megakd tokenize RUN in a new run"
     )

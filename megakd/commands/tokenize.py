@@ -27,7 +27,7 @@ def main(run: Run, args: argparse.Namespace) -> None:
     model = run.config.model
     if model.student:
         run.record("tokenize", student=student_identity(run).record())
-    if run.config.objective.kind != "cached" and model.student:  # the teacher reads the same text in its own way
+    if run.config.objective.live and model.student:  # the teacher reads the same text in its own way
         folder = run.student_folder
     else:
         folder = resolve(model.teacher, model.revision, weights=False)

@@ -1,63 +1,73 @@
-"""Where text comes from, what is kept of the teacher's logits, and how training reads both."""
+"""Where text comes from, what is cached of the teacher's logits, and how training reads both."""
 
 from typing import Annotated, Literal
 
-from pydantic import (
-    Field,
-    model_validator,
-)
+from pydantic import Field, model_validator
 
-from megakd.config.base import Count, Section, live
+from megakd.config.base import Count, Section, mutable
 
 
 class DataConfig(Section):
-    """Where text comes from and how it is packed; see `megakd.data.documents` for what `source` may be.
+    """Where text comes from and how it is packed into sequences."""
 
-    revision: branch, tag or commit of a source on the hub; tokenize records the commit and stays at it.
-    bos: whether documents begin with the tokenizer's BOS token. auto: as tokenizer("text") itself begins; always: also
-    where it does not; never.
-    packing: packed fills every sequence with documents, separated by position_ids; a model that does not separate them
-    so (recurrent and convolutional layers, masks that ignore position_ids) is refused. documents puts one document, or
-    a piece of one, into each sequence, shorter where the document is: right for every model, padded in batches.
-    workers: processes that tokenize, 0: the one that reads.
-    """
-
-    source: str = "HuggingFaceFW/fineweb"
-    revision: str | None = None
-    subset: str | None = None
-    split: str = "train"
-    text_field: str = "text"
-    streaming: bool = True
-    bos: Literal["auto", "always", "never"] = "auto"
-    sequence_length: Count = Field(2048, ge=2, le=65535)
-    packing: Literal["packed", "documents"] = "packed"
-    tokens: Count = Field(int(2e9), ge=1)
-    holdout_fraction: float = Field(0.001, gt=0, lt=1)
-    holdout_tokens: Count = Field(int(1e6), ge=1)
-    shard_tokens: Count = Field(int(4e6), ge=1)
-    workers: int = live(0, ge=0)
+    source: str = Field(
+        "HuggingFaceFW/fineweb",
+        description="a data set of the hub, a file or folder (parquet, jsonl, txt), or python-docs, which needs no "
+        "network",
+    )
+    revision: str | None = Field(
+        None, description="branch, tag or commit of a source on the hub; tokenize records the commit and stays at it"
+    )
+    subset: str | None = Field(None, description="configuration of a hub data set, like sample-10BT")
+    split: str = Field("train", description="split of a hub data set")
+    text_field: str = Field("text", description="column or key that holds the text")
+    streaming: bool = Field(True, description="stream a hub data set instead of downloading it first")
+    bos: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description='whether documents begin with the tokenizer\'s BOS token; auto: as tokenizer("text") itself begins',
+    )
+    sequence_length: Count = Field(2048, ge=2, le=65535, description="tokens per sequence")
+    packing: Literal["packed", "documents"] = Field(
+        "packed",
+        description="packed: documents one after another, separated by position_ids (a model that does not separate "
+        "them "
+        "so is refused); documents: one document, or a piece of one, per sequence, padded in batches: right for every "
+        "model",
+    )
+    tokens: Count = Field(int(2e9), ge=1, description="tokens of the training set")
+    holdout_fraction: float = Field(
+        0.001, gt=0, lt=1, description="share of the documents that no training sees, by a hash of their text"
+    )
+    holdout_tokens: Count = Field(int(1e6), ge=1, description="tokens of the validation set, from those documents")
+    shard_tokens: Count = Field(int(4e6), ge=1, description="tokens per shard")
+    workers: int = mutable(0, ge=0, description="processes that tokenize; 0: the one that reads")
 
 
 class LogitsConfig(Section):
-    """What is kept of the teacher at each position.
+    """What generate-logits keeps of the teacher at each position."""
 
-    topk     the top_k most probable tokens with p >= pmin, and the mass of all others at each declared temperature
-    sampled  `draws` draws from the whole distribution at draw_temperature
-    hybrid   both: what topk keeps, and draws from the rest
-    levels: how finely probabilities are rounded, see `megakd.data.codec`.
-    parallel: a teacher on each rank (replica), or one over all ranks (zero3, or autoep: experts spread too).
-    """
-
-    profile: Literal["topk", "sampled", "hybrid"] = "topk"
-    top_k: int = Field(64, ge=1, le=65535)
-    pmin: float = Field(3e-4, ge=0, lt=1)
-    levels: int = Field(238, ge=2, le=255)
-    draws: int = Field(50, ge=1, le=255)
-    draw_temperature: float = Field(1.0, gt=0)
-    temperatures: tuple[Annotated[float, Field(gt=0)], ...] = Field((1.0, 2.0), max_length=16)
-    parallel: Literal["replica", "zero3", "autoep"] = live("replica")
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    batch_size: int = live(8, ge=1)
+    profile: Literal["topk", "sampled", "hybrid"] = Field(
+        "topk",
+        description="topk: the top_k most probable tokens with p >= pmin, and the mass of all others at each of "
+        "`temperatures`; sampled: `draws` draws from the whole distribution; hybrid: what topk keeps, and draws from "
+        "the "
+        "rest",
+    )
+    top_k: int = Field(64, ge=1, le=65535, description="tokens kept per position, at most")
+    pmin: float = Field(3e-4, ge=0, lt=1, description="smallest probability that is kept")
+    levels: int = Field(238, ge=2, le=255, description="levels to which probabilities are rounded")
+    draws: int = Field(50, ge=1, le=255, description="profile=sampled or hybrid: draws per position")
+    draw_temperature: float = Field(1.0, gt=0, description="temperature of the draws")
+    temperatures: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (1.0, 2.0), max_length=16, description="temperatures at which the mass of the tail is kept; 1 always is"
+    )
+    parallel: Literal["replica", "zero3", "autoep"] = mutable(
+        "replica",
+        description="a teacher on each rank (replica), or one over all ranks: zero3, or autoep with experts sharded "
+        "too",
+    )
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="of the teacher's weights and arithmetic")
+    batch_size: int = mutable(8, ge=1, description="sequences per forward pass of the teacher")
 
     @model_validator(mode="after")
     def _tail_for_draws(self) -> "LogitsConfig":
@@ -72,14 +82,12 @@ class LogitsConfig(Section):
 
 
 class StreamConfig(Section):
-    """How training reads its shards; see `megakd.data.stream` for lanes.
+    """How training reads its shards."""
 
-    follow: begin while the capture still runs, waiting for shards (needs lanes). workers: threads that decode.
-    on_damage: skip leaves out samples that are damaged, counts and names them. scratch: a local folder for copies.
-    """
-
-    lanes: int = Field(0, ge=0)
-    follow: bool = live(False)
-    workers: int = live(2, ge=1)
-    on_damage: Literal["raise", "skip"] = live("raise")
-    scratch: str | None = live(None)
+    lanes: int = Field(0, ge=0, description="interleaved shard readers; 0: one permutation of all sequences per epoch")
+    follow: bool = mutable(False, description="train while the capture still runs, waiting for shards; needs lanes")
+    workers: int = mutable(2, ge=1, description="threads that decode")
+    on_damage: Literal["raise", "skip"] = mutable(
+        "raise", description="a damaged sample ends the run, or is skipped, counted and named"
+    )
+    scratch: str | None = mutable(None, description="a folder on a local disk for copies of shards; needs lanes")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megakd.config.base import Section
-from megakd.config.objective import ObjectiveConfig
+from megakd.config.objective import CachedConfig
 from megakd.config.run import RunConfig
 from megakd.config.train import HIGHER_IS_BETTER, EvalConfig
 from megakd.errors import UserError
@@ -48,7 +48,12 @@ class Idle(NamedTuple):
 
 
 def _live(config: RunConfig) -> bool:
-    return config.objective.kind != "cached"
+    return config.objective.live
+
+
+def _of(config: RunConfig, field: str) -> Any:
+    """A field of the objective; None where its kind has no such field."""
+    return getattr(config.objective, field, None)
 
 
 def _is_folder(model: str) -> bool:
@@ -56,33 +61,31 @@ def _is_folder(model: str) -> bool:
 
 
 RULES: tuple[Rule, ...] = (
-    Rule(("sar",), lambda c: c.objective.kind != "sar", "objective.kind=sar alone reads this section"),
-    Rule(("online",), lambda c: c.objective.kind != "online", "objective.kind=online alone reads this section"),
-    Rule(("objective.tail",), _live, "a live teacher gives its whole distribution, which has no tail"),
     Rule(
         ("objective.mix",),
         lambda c: c.objective.divergence not in ("jsd", "skew_kl"),
         "objective.divergence=jsd and skew_kl alone mix teacher and student",
     ),
     Rule(
-        ("sar.initial_top_k", "sar.final_top_k"),
-        lambda c: c.sar.routing != "top_m",
-        "sar.routing=top_m alone changes the number of experts per token",
+        ("objective.initial_top_k", "objective.final_top_k"),
+        lambda c: _of(c, "routing") not in ("top_m", "capacity"),
+        "objective.routing=top_m and capacity alone change the number of experts per token",
     ),
     Rule(
-        ("online.initial_top_k", "online.final_top_k"),
-        lambda c: c.online.routing not in ("top_m", "capacity"),
-        "online.routing=top_m and capacity alone change the number of experts per token",
+        ("objective.router_patterns",),
+        lambda c: not c.objective.trains_routers and _of(c, "routing") == "trained" and not _of(c, "importance"),
+        "with objective.routing=trained and objective.importance=0 the teacher's routers are not touched",
     ),
     Rule(
-        ("online.router_patterns",),
-        lambda c: c.online.routing == "trained" and not c.online.importance,
-        "with online.routing=trained and online.importance=0 the teacher's routers are not touched",
+        ("objective.contrastive_temperature",),
+        lambda c: not _of(c, "contrastive"),
+        "objective.contrastive=0 switches it off",
     ),
     Rule(
-        ("online.contrastive_temperature",), lambda c: not c.online.contrastive, "online.contrastive=0 switches it off"
+        ("objective.gap",),
+        lambda c: not _of(c, "kl"),
+        "it weighs positions of the divergence, which objective.kl=0 drops",
     ),
-    Rule(("online.gap",), lambda c: not c.online.kl, "it weighs positions of the divergence, which online.kl=0 drops"),
     Rule(
         ("logits.profile", "logits.draws", "logits.draw_temperature"),
         _live,
@@ -213,10 +216,14 @@ def _paths(fields: Iterable[str]) -> Iterator[tuple[str, str]]:
     for field in fields:
         section, _, key = field.partition(".")
         kind: Any = RunConfig.model_fields[section].annotation
-        yield from ((section, name) for name in ([key] if key else kind.model_fields))
+        yield from (
+            (section, name) for name in ([key] if key else kind.model_fields)
+        )  # no rule is for a whole objective
 
 
 def _differs(section: Section, key: str, path: str, rule: Rule) -> Iterator[Idle]:
+    if key not in type(section).model_fields:  # of another kind of objective
+        return
     value, default = getattr(section, key), type(section).model_fields[key].default
     if value != default:
         whole = path.rpartition(".")[0] in rule.fields  # a section of another kind
@@ -242,8 +249,9 @@ def check(config: RunConfig, source: str) -> None:
             raise UserError(f"{source}: {place}: {pattern!r} is not a regular expression: {error}") from error
     for index, stage in enumerate(config.stages):
         try:
-            if config.objective.kind == "cached":
-                check_targets(config.at(stage).objective, *_captured(config))
+            objective = config.at(stage).objective
+            if isinstance(objective, CachedConfig):
+                check_targets(objective, *_captured(config))
         except UserError as error:
             raise UserError(f"{source}: stages.{index} ({stage.name}): {error}") from error
 
@@ -273,7 +281,7 @@ def check_evaluation(config: EvalConfig) -> None:
 
 def notices(config: RunConfig) -> list[str]:
     """A line for each thing that is done otherwise than the configuration may lead to expect."""
-    found = [str(each) for each in idle_fields(config)]
+    found = [*config.dropped, *(str(each) for each in idle_fields(config))]
     for stage in config.stages:
         optim, steps = config.at(stage).optim, None if stage.epochs else config.steps_of(stage)
         if steps is not None and optim.warmup_steps > steps // 2:
@@ -287,8 +295,7 @@ def notices(config: RunConfig) -> list[str]:
 def _patterns(config: RunConfig) -> Iterator[tuple[str, str]]:
     for index, stage in enumerate(config.stages):
         yield from ((f"stages.{index}.lr_multipliers", rule.pattern) for rule in stage.lr_multipliers)
-    for section in ("sar", "online"):
-        yield from ((f"{section}.router_patterns", each) for each in getattr(config, section).router_patterns)
+    yield from (("objective.router_patterns", each) for each in _of(config, "router_patterns") or ())
 
 
 def _captured(config: RunConfig) -> tuple[bool, tuple[float, ...], float | None]:
@@ -300,7 +307,7 @@ def _captured(config: RunConfig) -> tuple[bool, tuple[float, ...], float | None]
 
 
 def check_targets(
-    config: ObjectiveConfig, head: bool, temperatures: tuple[float, ...], draw_temperature: float | None
+    config: CachedConfig, head: bool, temperatures: tuple[float, ...], draw_temperature: float | None
 ) -> None:
     """UserError when cached targets do not hold what the loss needs.
 
@@ -346,7 +353,7 @@ def check_targets(
             )
 
 
-def _check_divergence(config: ObjectiveConfig) -> None:
+def _check_divergence(config: CachedConfig) -> None:
     """UserError when the divergence is infinite, or no sum over what is stored."""
     if config.divergence != "kl" and config.tail in ("sampled", "hybrid"):
         raise UserError(

@@ -2,58 +2,74 @@
 
 from typing import Annotated, Literal
 
-from pydantic import (
-    Field,
-    model_validator,
-)
+from pydantic import Field, model_validator
 
 from megakd.config.base import Count, Section
 
 
 class ModelConfig(Section):
-    """teacher and student: a folder, a hub id, or `demo` (shipped). student None: made by `megakd compress`.
+    """Teacher and student."""
 
-    revision, student_revision: branch, tag or commit of a hub's model; a commit cannot change later.
-    """
-
-    teacher: str = "demo"
-    revision: str | None = None
-    student: str | None = None
-    student_revision: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    teacher: str = Field("demo", description="a model folder, a hub id, or demo, which ships with MegaKD")
+    revision: str | None = Field(
+        None, description="branch, tag or commit of a teacher on the hub; a commit cannot change later"
+    )
+    student: str | None = Field(
+        None, description="a model folder or hub id to train; null: the student that `megakd compress` makes"
+    )
+    student_revision: str | None = Field(None, description="branch, tag or commit of a student on the hub")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "bfloat16", description="of weights and arithmetic in training, and of exports"
+    )
 
 
 class CompressConfig(Section):
-    """How the teacher's experts become shared cores and small factors (docs/compression.md).
+    """How the teacher's experts become shared cores and low-rank factors (docs/compression.md)."""
 
-    rank: of both wrappers of every expert; split: free divides their parameters unequally where that fits better.
-    budget: instead of rank, the share of the teacher's expert parameters to keep, spent by a planner over all layers on
-    any of `shapes`; flops: at most this share of the experts' FLOPs a token too.
-    solver: als, at most `sweeps` rounds until one gains less than `tolerance`; adam, `steps` at rate `lr`.
-    calibration_tokens: tokens of the run's training shards that measure what the experts' inputs are, 0: weights alone
-    count; damping: candidates for the share of the identity in these measurements, the best on held-out tokens is kept;
-    sequential: measured behind the layers that are compressed already.
-    align: permute hidden units first where experts are copies of each other. super_experts: keep those dense that make
-    the massive activations (auto finds them, needs calibration).
-    """
-
-    rank: int = Field(64, ge=1)
-    split: Literal["equal", "free"] = "equal"
-    budget: float | None = Field(None, gt=0, lt=1)
-    flops: float | None = Field(None, gt=0, le=1)
-    shapes: tuple[Literal["wrappers", "additive", "basis"], ...] = Field(
-        ("wrappers", "additive", "basis"), min_length=1
+    rank: int = Field(64, ge=1, description="rank of the input and of the output wrapper of every expert")
+    split: Literal["equal", "free"] = Field(
+        "equal", description="free: divide a matrix's rank unequally between its two wrappers where that fits better"
     )
-    solver: Literal["als", "adam"] = "als"
-    sweeps: int = Field(20, ge=0)
-    tolerance: float = Field(1e-4, ge=0)
-    steps: int = Field(1000, ge=1)
-    lr: float = Field(1e-2, gt=0)
-    calibration_tokens: Count = Field(32768, ge=0)
-    damping: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field((0.1,), min_length=1)
-    sequential: bool = False
-    align: Literal["auto", "off"] = "auto"
-    super_experts: Literal["auto", "off"] = "off"
+    budget: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="instead of rank: share of the teacher's expert parameters to keep, spent by the planner over all "
+        "layers and any of `shapes`",
+    )
+    flops: float | None = Field(
+        None, gt=0, le=1, description="with budget: at most this share of the experts' FLOPs per token"
+    )
+    shapes: tuple[Literal["wrappers", "additive", "basis"], ...] = Field(
+        ("wrappers", "additive", "basis"), min_length=1, description="with budget: the shapes the planner chooses from"
+    )
+    solver: Literal["als", "adam"] = Field(
+        "als", description="als: alternating least squares, closed form; adam: gradient descent"
+    )
+    sweeps: int = Field(20, ge=0, description="solver=als: at most so many rounds")
+    tolerance: float = Field(1e-4, ge=0, description="solver=als: stop when a round gains less, relative")
+    steps: int = Field(1000, ge=1, description="solver=adam: gradient steps")
+    lr: float = Field(1e-2, gt=0, description="solver=adam: learning rate")
+    calibration_tokens: Count = Field(
+        32768,
+        ge=0,
+        description="tokens of the run's training shards on which the experts' inputs are measured; 0: only the "
+        "weights "
+        "count",
+    )
+    damping: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
+        (0.1,),
+        min_length=1,
+        description="candidates for the share of the identity in these measurements; the best on held-out tokens is "
+        "kept",
+    )
+    sequential: bool = Field(False, description="measure behind the layers that are compressed already")
+    align: Literal["auto", "off"] = Field(
+        "auto", description="auto: permute hidden units first where experts are copies of each other"
+    )
+    super_experts: Literal["auto", "off"] = Field(
+        "off", description="auto: keep those experts dense that make the massive activations (needs calibration)"
+    )
 
     @model_validator(mode="after")
     def _needs(self) -> "CompressConfig":

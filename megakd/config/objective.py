@@ -1,18 +1,17 @@
-"""What the student learns from: cached teacher logits or a live teacher."""
+"""What the student learns from: cached teacher logits, or a live teacher (online distillation).
+
+`objective` is one of three sections, told apart by `kind`. Each has the fields that it honours and no others, and
+answers what the rest of the code needs to know of the kind.
+"""
 
 import math
 import operator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    Field,
-    PlainSerializer,
-    PlainValidator,
-    model_validator,
-)
+from pydantic import Discriminator, Field, PlainSerializer, PlainValidator, Tag, model_validator
 from pydantic_core import PydanticCustomError, PydanticKnownError
 
-from megakd.config.base import Section, live
+from megakd.config.base import Section, mutable
 
 
 def _ramp(**bounds: float) -> PlainValidator:
@@ -41,86 +40,160 @@ def _ramp(**bounds: float) -> PlainValidator:
 
 
 _AS_IT_IS = PlainSerializer(lambda value: value)
-
-
 # pydantic's own union would name its members in every error
 Share = Annotated[float | tuple[float, float], _ramp(ge=0, le=1), _AS_IT_IS]
-
-
 Temperature = Annotated[float | tuple[float, float], _ramp(gt=0), _AS_IT_IS]
 
 
-class ObjectiveConfig(Section):
-    """(1 - alpha) * CE + alpha * T^2 * KL; tail: what stands for the tokens that are not in the stored head.
+class LossConfig(Section):
+    """What every objective has: loss = (1 - alpha) * CE + alpha * T^2 * D(teacher || student)."""
 
-    kind: cached learns from stored targets; sar from the teacher itself, whose routers learn too; online from the
-    teacher itself, and from what is inside it. Both have sections of their names.
+    live: ClassVar[bool] = False  # whether the teacher runs while the student trains
+    trains_routers: ClassVar[bool] = False  # whether the teacher's routers train beside the student
+    reads: ClassVar[Literal["logits", "tokens"]] = "logits"  # RUN/data/…: the shards that training reads
+    across_tokenizers: ClassVar[tuple[str, ...]] = ()  # fields that have an effect with two tokenizers alone
 
-    ghost: one more bucket. truncated: nothing. sampled, hybrid: the stored draws, from everything or from the rest.
-    alpha, temperature: a number, or [start, end]: linear over each stage. divergence: instead of the KL; mix: the
-    teacher's share of the mixture in jsd and skew_kl.
-    """
+    kind: Any
+    alpha: Share = Field(
+        0.5, description="weight of the teacher in the loss, 0 to 1; [start, end]: linear over each stage"
+    )
+    temperature: Temperature = Field(
+        2.0, description="temperature T of both distributions; [start, end]: linear over each stage"
+    )
+    divergence: Literal["kl", "reverse_kl", "jsd", "skew_kl", "tvd"] = Field(
+        "kl", description="D, the divergence from teacher to student"
+    )
+    mix: float = Field(0.5, description="share of the teacher in the mixture of jsd and skew_kl, between 0 and 1")
 
-    kind: Literal["cached", "sar", "online"] = "cached"
-    alpha: Share = 0.5
-    temperature: Temperature = 2.0
-    tail: Literal["ghost", "truncated", "sampled", "hybrid"] = "ghost"
-    divergence: Literal["kl", "reverse_kl", "jsd", "skew_kl", "tvd"] = "kl"
-    mix: float = 0.5
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """Regular expressions for names of routers that are not found by role and shape."""
+        return getattr(self, "router_patterns", ())
+
+    @property
+    def learns_across_tokenizers(self) -> bool:
+        """Whether anything is left to learn from a teacher whose tokenizer is not the student's."""
+        return self.live
 
     @model_validator(mode="after")
-    def _mixes(self) -> "ObjectiveConfig":
+    def _mixes(self) -> "LossConfig":
         if self.divergence in ("jsd", "skew_kl") and not 0 < self.mix < 1:
             raise ValueError(f"{self.divergence} mixes teacher and student: mix is between 0 and 1, like 0.1")
         return self
 
 
-class SarConfig(Section):
-    """The teacher's side of objective.kind=sar: which experts a token takes while distilling, and what holds routers.
+class CachedConfig(LossConfig):
+    """Offline distillation: the student learns from cached teacher logits."""
 
-    routing: trained takes as many experts as the teacher was trained with, all takes all; top_m goes from initial_top_k
-    to final_top_k in equal steps over each stage (at most all experts).
-    router_lr_multiplier: of routers that no rule of a stage matches; at the student's rate (1) teachers collapse.
-    anchor, entropy, balance: weights a token of |W - W0|^2 / |W0|^2, of the routers' lack of entropy (1 - H / log E)
-    and of the load balance (1 where experts are used alike).
-    likelihood, features: of a teacher with another tokenizer, in the place of the KL: weights of how likely spans of
-    text are that both tokenizers end alike, and of the last hidden states of these spans behind a projection.
-    router_patterns: regular expressions for the names of routers that are not found by role and shape.
-    drift_steps: every how many steps the teacher as it was is asked too, for the log; 0 never.
+    kind: Literal["cached"] = Field("cached", description="cached teacher logits, made by generate-logits")
+    tail: Literal["ghost", "truncated", "sampled", "hybrid"] = Field(
+        "ghost",
+        description="what stands for tokens that are not among the cached ones: ghost, one bucket on both sides; "
+        "truncated, nothing (biased); sampled, draws from the whole distribution; hybrid, draws from the rest",
+    )
+
+
+class SarConfig(LossConfig):
+    """SAR-KD: a live teacher whose routers, and nothing else, also learn to be easy to follow."""
+
+    live: ClassVar[bool] = True
+    trains_routers: ClassVar[bool] = True
+    reads: ClassVar[Literal["logits", "tokens"]] = "tokens"
+    across_tokenizers: ClassVar[tuple[str, ...]] = ("likelihood", "features")
+
+    kind: Literal["sar"] = Field("sar", description="a live teacher whose routers learn too")
+    routing: Literal["trained", "all", "top_m"] = Field(
+        "trained",
+        description="experts per token of the teacher: trained, as many as it was trained with; all; top_m, from "
+        "initial_top_k to final_top_k in equal steps over each stage",
+    )
+    initial_top_k: int = Field(1, ge=1, description="routing=top_m: experts per token at the start of a stage")
+    final_top_k: int = Field(4, ge=1, description="routing=top_m: experts per token at its end, at most all")
+    router_lr_multiplier: float = Field(
+        0.1,
+        ge=0,
+        description="learning rate of routers that no rule of a stage matches, relative to the student's; at 1 "
+        "teachers "
+        "collapse",
+    )
+    anchor: float = Field(0.1, ge=0, description="weight per token of the router drift |W - W0|^2 / |W0|^2")
+    entropy: float = Field(0.0, ge=0, description="weight per token of 1 - normalised router entropy, 1 - H / log E")
+    balance: float = Field(0.0, ge=0, description="weight per token of the load-balancing loss, 1 for equal use")
+    likelihood: float = Field(
+        1.0, ge=0, description="two tokenizers: weight of the likelihood of text spans, in the place of the KL"
+    )
+    features: float = Field(
+        1.0, ge=0, description="two tokenizers: weight of the last hidden states of text spans behind a projection"
+    )
+    router_patterns: tuple[str, ...] = Field(
+        (), description="regular expressions for names of routers that are not found by role and shape"
+    )
+    drift_steps: int = mutable(
+        10, ge=0, description="every how many steps the KL to the teacher with its original routers is logged; 0: never"
+    )
+
+    @property
+    def learns_across_tokenizers(self) -> bool:
+        return bool(self.likelihood or self.features)
+
+
+class OnlineConfig(LossConfig):
+    """Multi-component distillation from a frozen live teacher.
+
+    loss = (1 - alpha) * CE + alpha * (kl * T^2 * D + feature * F + attention * A + layers * L + contrastive * C);
+    a component of weight 0 is not computed.
     """
 
-    routing: Literal["trained", "all", "top_m"] = "trained"
-    initial_top_k: int = Field(1, ge=1)
-    final_top_k: int = Field(4, ge=1)
-    router_lr_multiplier: float = Field(0.1, ge=0)
-    anchor: float = Field(0.1, ge=0)
-    entropy: float = Field(0.0, ge=0)
-    balance: float = Field(0.0, ge=0)
-    likelihood: float = Field(1.0, ge=0)
-    features: float = Field(1.0, ge=0)
-    router_patterns: tuple[str, ...] = ()
-    drift_steps: int = live(10, ge=0)
+    live: ClassVar[bool] = True
+    reads: ClassVar[Literal["logits", "tokens"]] = "tokens"
+
+    kind: Literal["online"] = Field("online", description="a frozen live teacher, several components")
+    kl: float = Field(0.7, ge=0, description="weight of T^2 * D")
+    feature: float = Field(0.1, ge=0, description="weight of the last hidden states")
+    attention: float = Field(0.1, ge=0, description="weight of the attention maps")
+    layers: float = Field(0.05, ge=0, description="weight of every layer's hidden states")
+    contrastive: float = Field(0.05, ge=0, description="weight of the contrastive loss over a sequence's positions")
+    contrastive_temperature: float = Field(0.1, gt=0, description="temperature of the contrastive loss")
+    gap: float = Field(0.0, ge=0, description="positions count for D by their KL at T = 1 to this power")
+    importance: float = Field(
+        0.0, ge=0, description="experts of the teacher count by their share of that KL to this power"
+    )
+    routing: Literal["trained", "all", "top_m", "capacity"] = Field(
+        "trained",
+        description="experts per token of the teacher, as in sar; capacity: from initial_top_k to final_top_k by "
+        "exp(-KL), how much of the teacher the student reaches",
+    )
+    initial_top_k: int = Field(1, ge=1, description="routing=top_m or capacity: experts per token at the start")
+    final_top_k: int = Field(
+        4, ge=1, description="routing=top_m or capacity: experts per token at the end, at most all"
+    )
+    router_patterns: tuple[str, ...] = Field(
+        (), description="regular expressions for names of routers that are not found by role and shape"
+    )
 
 
-class OnlineConfig(Section):
-    """What objective.kind=online learns from the teacher itself; a part with weight 0 is not computed.
+KINDS: dict[str, type[LossConfig]] = {"cached": CachedConfig, "sar": SarConfig, "online": OnlineConfig}
 
-    The loss is (1 - alpha) CE + alpha times the sum of: kl * T^2 KL; feature, of last hidden states; attention, of its
-    maps; layers, of every layer's hidden states; contrastive, of a window's positions, at contrastive_temperature.
-    gap: positions count for the KL by their KL at T = 1 to this power. importance: experts of the teacher count by
-    their share of that KL to this power. routing as in `sar`, or capacity: the way from initial_top_k to final_top_k by
-    exp(-KL), how much of the teacher the student reaches.
-    """
 
-    kl: float = Field(0.7, ge=0)
-    feature: float = Field(0.1, ge=0)
-    attention: float = Field(0.1, ge=0)
-    layers: float = Field(0.05, ge=0)
-    contrastive: float = Field(0.05, ge=0)
-    contrastive_temperature: float = Field(0.1, gt=0)
-    gap: float = Field(0.0, ge=0)
-    importance: float = Field(0.0, ge=0)
-    routing: Literal["trained", "all", "top_m", "capacity"] = "trained"
-    initial_top_k: int = Field(1, ge=1)
-    final_top_k: int = Field(4, ge=1)
-    router_patterns: tuple[str, ...] = ()
+def of_kind(objective: LossConfig, kind: str) -> LossConfig:
+    """The objective itself where it is of this kind; else one of that kind with the same loss, and defaults besides."""
+    if objective.kind == kind:
+        return objective
+    return KINDS[kind].model_validate(
+        {name: getattr(objective, name) for name in LossConfig.model_fields if name != "kind"}
+    )
+
+
+def _kind(value: Any) -> str | None:
+    kind = value.get("kind", "cached") if isinstance(value, dict) else getattr(value, "kind", None)
+    return kind if isinstance(kind, str) else None
+
+
+ObjectiveConfig = Annotated[
+    Annotated[CachedConfig, Tag("cached")] | Annotated[SarConfig, Tag("sar")] | Annotated[OnlineConfig, Tag("online")],
+    Discriminator(
+        _kind,
+        custom_error_type="kind",
+        custom_error_message="Input should be 'cached', 'sar' or 'online'",
+    ),
+]

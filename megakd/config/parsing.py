@@ -6,14 +6,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pydantic import (
-    ValidationError,
-)
+from pydantic import ValidationError
 
-from megakd.config.run import RunConfig, _nearest
+from megakd.config.migration import migrate
+from megakd.config.objective import KINDS
+from megakd.config.run import RunConfig, nearest
 from megakd.errors import UserError
 from megakd.names import find_deepspeed
 from megakd.system.files import read_json
+from megakd.system.logging import say
 
 
 def load_recipe(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -24,9 +25,24 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
     overrides = list(overrides)
     if any(item.startswith("engine.config=") for item in overrides) and isinstance(raw.get("engine"), dict):
         raw["engine"] = {k: v for k, v in raw["engine"].items() if k != "deepspeed"}  # the copy that it replaces
-    config = parse(apply_overrides(raw, overrides), str(path))
+    config = parse(_of_one_kind(raw, apply_overrides(raw, overrides)), str(path))
     _check_distinct([stage.name for stage in config.stages], path)
     return _with_deepspeed(config, path.parent)
+
+
+def _of_one_kind(before: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:
+    """`raw` without what belongs to the kind of objective that it had before overrides changed the kind."""
+    objectives = before.get("objective", {}), raw.get("objective", {})
+    if not all(isinstance(each, dict) for each in objectives):
+        return raw
+    was, now = objectives
+    kind = now.get("kind", "cached")
+    if kind == was.get("kind", "cached") or not isinstance(kind, str) or kind not in KINDS:
+        return raw
+    foreign = [key for key in now if key not in KINDS[kind].model_fields and key in was and now[key] == was[key]]
+    if foreign:
+        say(f"objective.kind={kind}: leaves out {', '.join(foreign)}, which kind {was.get('kind', 'cached')} has")
+    return {**raw, "objective": {key: value for key, value in now.items() if key not in foreign}}
 
 
 def _check_distinct(names: list[str], path: Path) -> None:
@@ -42,27 +58,48 @@ def _check_distinct(names: list[str], path: Path) -> None:
         seen[key] = name
 
 
-def parse(raw: dict[str, Any], source: str) -> RunConfig:
-    """Validate; the first thing wrong becomes a UserError `SOURCE: key: what is wrong and what would be right`."""
+def parse(raw: dict[str, Any], source: str, frozen: bool = False) -> RunConfig:
+    """Validate; the first thing wrong becomes a UserError `SOURCE: key: what is wrong and what would be right`.
+
+    frozen: a run's own config.json, in which fields of an older version that have no effect are left out; else they are
+    refused.
+    """
+    raw, dropped = migrate(raw)
+    if dropped and not frozen:
+        more = f" (and {len(dropped) - 1} more)" if dropped[1:] else ""
+        raise UserError(f"{source}: {dropped[0]}{more}")
     try:
-        return RunConfig.model_validate(raw)
+        config = RunConfig.model_validate(raw)
     except ValidationError as error:
-        first = error.errors()[0]
-        path = ".".join(str(part) for part in first["loc"])
-        others = sum(e["type"] != "too_short" for e in error.errors()[1:])  # a broken list also counts as too short
-        more = f" (and {others} more)" if others else ""
-        if first["type"] == "extra_forbidden":
-            raise UserError(f"{source}: unknown key {path!r}{_nearest(first['loc'])}{more}") from None
-        got = "" if first["type"] == "missing" else f", got {json.dumps(first['input'], default=str)[:80]}"
-        message = first["msg"][:1].lower() + first["msg"][1:]
-        raise UserError(f"{source}: {path}: {message}{got}{more}") from None
+        raise UserError(f"{source}: {_first_fault(error, raw)}") from None
+    vars(config)["dropped"] = tuple(dropped)
+    return config
+
+
+def _first_fault(error: ValidationError, raw: Any) -> str:
+    first = error.errors()[0]
+    location: tuple[int | str, ...] = first["loc"]
+    if location[:1] == ("objective",):  # pydantic names the member of the union too
+        location = tuple(part for at, part in enumerate(location) if at != 1 or part not in KINDS)
+    value = first["input"]
+    if first["type"] == "kind":  # what tells the members of the union apart
+        location, value = (*location, "kind"), value.get("kind") if isinstance(value, dict) else value
+    path = ".".join(str(part) for part in location)
+    others = sum(e["type"] != "too_short" for e in error.errors()[1:])  # a broken list also counts as too short
+    more = f" (and {others} more)" if others else ""
+    if first["type"] == "extra_forbidden":
+        kind = raw["objective"].get("kind", "cached") if location[0] == "objective" else "cached"
+        return f"unknown key {path!r}{nearest(location, kind)}{more}"
+    got = "" if first["type"] == "missing" else f", got {json.dumps(value, default=str)[:80]}"
+    message = first["msg"][:1].lower() + first["msg"][1:]
+    return f"{path}: {message}{got}{more}"
 
 
 def parse_frozen(raw: Any, source: str) -> RunConfig:
     """`parse` of a run's own config.json, in which fields that its version did not have mean what that version did."""
-    if isinstance(raw, dict) and raw.get("objective", {}).get("kind") == "sar":
-        raw.get("sar", {}).setdefault("router_lr_multiplier", 1.0)
-    return parse(raw, source)
+    if isinstance(raw, dict) and raw.get("objective", {}).get("kind") == "sar" and isinstance(raw.get("sar"), dict):
+        raw["sar"].setdefault("router_lr_multiplier", 1.0)
+    return parse(raw, source, frozen=True)
 
 
 def apply_overrides(raw: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:

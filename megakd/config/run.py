@@ -6,16 +6,12 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import Any, get_args
 
-from pydantic import (
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import Field, ValidationError, model_validator
 
 from megakd.config.base import Section
 from megakd.config.data import DataConfig, LogitsConfig, StreamConfig
 from megakd.config.model import CompressConfig, ModelConfig
-from megakd.config.objective import ObjectiveConfig, OnlineConfig, SarConfig
+from megakd.config.objective import KINDS, CachedConfig, LossConfig, ObjectiveConfig
 from megakd.config.train import (
     CheckpointConfig,
     EngineConfig,
@@ -29,16 +25,16 @@ from megakd.system.files import digest
 
 
 class RunConfig(Section):
-    name: str = "run"
-    seed: int = Field(0, ge=0)
+    """Everything a run is."""
+
+    name: str = Field("run", description="its name in W&B and in model cards")
+    seed: int = Field(0, ge=0, description="of the order of samples, of draws, and of everything else that is random")
     model: ModelConfig = ModelConfig()
     compress: CompressConfig = CompressConfig()
     data: DataConfig = DataConfig()
     logits: LogitsConfig = LogitsConfig()
     stream: StreamConfig = StreamConfig()
-    objective: ObjectiveConfig = ObjectiveConfig()
-    sar: SarConfig = SarConfig()
-    online: OnlineConfig = OnlineConfig()
+    objective: ObjectiveConfig = CachedConfig()
     optim: OptimConfig = OptimConfig()
     stages: tuple[StageConfig, ...] = Field((StageConfig(name="all", tokens=int(1e9)),), min_length=1)
     engine: EngineConfig = EngineConfig()
@@ -50,23 +46,23 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _stages_fit(self) -> "RunConfig":
         for index, stage in enumerate(self.stages):
-            for name in ("objective", "optim"):
+            for name, changes in (("objective", _same_kind(stage.objective)), ("optim", stage.optim)):
                 try:
-                    _changed(getattr(self, name), getattr(stage, name))
+                    _changed(getattr(self, name), changes)
                 except ValidationError as error:
                     first = error.errors()[0]
-                    place = (name, *first["loc"])
-                    what = _nearest(place) if first["type"] == "extra_forbidden" else ""
-                    path = ".".join(map(str, place))
+                    unknown = first["type"] == "extra_forbidden"
+                    what = nearest((name, *first["loc"]), self.objective.kind) if unknown else ""
+                    path = ".".join(map(str, (name, *first["loc"])))
                     raise ValueError(f"stages.{index}.{path}: {first['msg']}{what}") from error
-            live = [key for key in stage.optim if is_live(f"optim.{key}")]
-            if live:
-                raise ValueError(f"stages.{index}.optim.{live[0]} is one for all stages; set it in the run's optim")
+            fixed = [key for key in stage.optim if is_mutable(f"optim.{key}")]
+            if fixed:
+                raise ValueError(f"stages.{index}.optim.{fixed[0]} is one for all stages; set it in the run's optim")
         return self
 
     @model_validator(mode="after")
     def _teacher_is_there(self) -> "RunConfig":
-        if self.engine.offload_teacher and self.objective.kind == "cached":
+        if self.engine.offload_teacher and not self.objective.live:
             raise ValueError("engine.offload_teacher is for objective.kind sar and online; cached asks no teacher")
         return self
 
@@ -81,7 +77,7 @@ class RunConfig(Section):
         engine = {} if stage.config is None else {"config": stage.config, "deepspeed": stage.deepspeed}
         return self.model_copy(
             update={
-                "objective": _changed(self.objective, stage.objective),
+                "objective": _changed(self.objective, _same_kind(stage.objective)),
                 "optim": _changed(self.optim, optim),
                 "engine": self.engine.model_copy(update=engine),
             }
@@ -103,13 +99,18 @@ class RunConfig(Section):
         return max(math.ceil(stage.epochs * windows / max(config.windows_per_step, 1)), 1)
 
     @cached_property
+    def dropped(self) -> tuple[str, ...]:
+        """What an older version's config.json held without effect (`megakd.config.migration`)."""
+        return ()
+
+    @cached_property
     def mark(self) -> str:
         """Tells runs of one recipe apart: `Run` sets it to what its folder's history holds. No part of a recipe."""
         return ""
 
     def fingerprint(self, *sections: str) -> str:
-        """A hash of the named sections without their live fields; of the whole run when none is named."""
-        frozen = {path: v for path, v in flatten(self.model_dump(mode="json")) if not is_live(path)}
+        """A hash of the named sections without their mutable fields; of the whole run when none is named."""
+        frozen = {path: v for path, v in flatten(self.model_dump(mode="json")) if not is_mutable(path)}
         return digest({k: v for k, v in frozen.items() if not sections or k.split(".")[0] in sections})
 
 
@@ -122,25 +123,42 @@ def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, value
 
 
-def is_live(path: str) -> bool:
+def is_mutable(path: str) -> bool:
     """Whether the field at a dotted path may change after the run was made."""
     section, _, key = path.partition(".")
-    model = RunConfig.model_fields[section].annotation
-    if not (isinstance(model, type) and issubclass(model, Section)) or key not in model.model_fields:
-        return False
-    return bool((model.model_fields[key].json_schema_extra or {}).get("live"))  # type: ignore[union-attr]
+    extras = [kind.model_fields[key].json_schema_extra or {} for kind in kinds_of(section) if key in kind.model_fields]
+    return any(extra.get("mutable") for extra in extras)  # type: ignore[union-attr]
 
 
-def _nearest(location: tuple[int | str, ...]) -> str:
+def kinds_of(section: str) -> list[type[Section]]:
+    """The classes that a section may have: one, but for the objective; none for a plain field."""
+    if section == "objective":
+        return list(KINDS.values())
+    kind = RunConfig.model_fields[section].annotation if section in RunConfig.model_fields else None
+    return [kind] if isinstance(kind, type) and issubclass(kind, Section) else []
+
+
+def nearest(location: tuple[int | str, ...], objective: str = "cached") -> str:
+    """What may have been meant by an unknown key: a similar name beside it, or another kind of objective."""
     model: Any = RunConfig
     for part in location[:-1]:
-        if isinstance(part, str):
+        if part == "objective":
+            model = KINDS[objective]
+        elif isinstance(part, str):
             model = model.model_fields[part].annotation
             inner = [a for a in get_args(model) if isinstance(a, type) and issubclass(a, Section)]
             model = inner[0] if inner else model
-    names = list(getattr(model, "model_fields", {}))
-    close = difflib.get_close_matches(str(location[-1]), names, n=1, cutoff=0.5)
+    key, names = str(location[-1]), list(getattr(model, "model_fields", {}))
+    owners = [name for name, kind in KINDS.items() if issubclass(model, LossConfig) and key in kind.model_fields]
+    if owners:
+        return f": it is a field of objective.kind={' and '.join(owners)}, and the kind is {objective}"
+    close = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; known keys are {', '.join(names)}"
+
+
+def _same_kind(objective: dict[str, Any]) -> dict[str, Any]:
+    """A stage's changes of the objective but for its kind, which `config.effects.check_stages` looks at."""
+    return {key: value for key, value in objective.items() if key != "kind"}
 
 
 def _changed(section: Section, changes: dict[str, Any]) -> Any:

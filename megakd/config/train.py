@@ -2,35 +2,31 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    Field,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, model_validator
 
-from megakd.config.base import Count, Section, live
+from megakd.config.base import Count, Section, mutable
 
 
 class OptimConfig(Section):
-    """AdamW. batch_tokens: positions a step over all ranks; micro_batch: windows a rank runs at once."""
+    """AdamW and its learning-rate schedule."""
 
-    lr: float = Field(5e-5, gt=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.1, ge=0)
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_steps: int = Field(100, ge=0)
-    final_lr_ratio: float = Field(0.1, ge=0, le=1)
-    clip_norm: float = Field(1.0, gt=0)
-    batch_tokens: Count = Field(1048576, ge=1)
-    micro_batch: int = live(1, ge=1)
+    lr: float = Field(5e-5, gt=0, description="peak learning rate")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="decay of AdamW's two moments")
+    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
+    weight_decay: float = Field(0.1, ge=0, description="of matrices; vectors and routers have none")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="learning rate over a stage")
+    warmup_steps: int = Field(100, ge=0, description="linear warmup of each stage, at most half of its steps")
+    final_lr_ratio: float = Field(0.1, ge=0, le=1, description="learning rate at a stage's end, relative to lr")
+    clip_norm: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    batch_tokens: Count = Field(1048576, ge=1, description="positions per optimizer step over all ranks")
+    micro_batch: int = mutable(1, ge=1, description="sequences per forward pass on each rank")
 
 
 class LrRule(Section):
     """Parameters whose name `pattern` (a regex, searched) finds train at lr * lr_multiplier; 0 freezes them."""
 
-    pattern: str
-    lr_multiplier: float = Field(ge=0)
+    pattern: str = Field(description="regular expression, searched in the parameter's name")
+    lr_multiplier: float = Field(ge=0, description="learning rate relative to lr; 0 freezes")
 
 
 LONGEST_NAME = 200  # bytes; file systems take 255, and names of files get endings
@@ -48,24 +44,27 @@ def _folder_name(name: str) -> str:
 
 
 class StageConfig(Section):
-    """A stretch of training with its own length and rules; the first rule that matches a parameter counts.
+    """A stretch of training with its own length and rules; exactly one of tokens, steps and epochs is its length.
 
-    Exactly one of tokens (positions), steps and epochs (passes over the run's training samples) says how long it is.
-    lr, objective, optim: what differs from the run's sections, like {"alpha": 0.9} or {"batch_tokens": 524288}.
-    config: a DeepSpeed file of its own, copied into `deepspeed`.
     Adam's moments and fp32 masters of parameters that a stage goes on training come from the stage before.
     """
 
-    name: Annotated[str, AfterValidator(_folder_name)] = Field(pattern=r"^[\w.-]+$")
-    tokens: Count | None = Field(None, ge=1)
-    steps: Count | None = Field(None, ge=1)
-    epochs: float | None = Field(None, gt=0)
-    lr: float | None = Field(None, gt=0)
-    lr_multipliers: tuple[LrRule, ...] = ()
-    objective: dict[str, Any] = Field(default={})
-    optim: dict[str, Any] = Field(default={})
-    config: str | None = None
-    deepspeed: dict[str, Any] | None = None
+    name: Annotated[str, AfterValidator(_folder_name)] = Field(
+        pattern=r"^[\w.-]+$", description="its folder of checkpoints"
+    )
+    tokens: Count | None = Field(None, ge=1, description="length in positions, rounded up to whole steps")
+    steps: Count | None = Field(None, ge=1, description="length in optimizer steps")
+    epochs: float | None = Field(None, gt=0, description="length in passes over the run's training samples")
+    lr: float | None = Field(None, gt=0, description="instead of optim.lr")
+    lr_multipliers: tuple[LrRule, ...] = Field(
+        (), description="learning rates by parameter name; the first rule that matches counts"
+    )
+    objective: dict[str, Any] = Field(
+        default={}, description='fields of the run\'s objective that differ, {"alpha": 0.9}'
+    )
+    optim: dict[str, Any] = Field(default={}, description="fields of the run's optim that differ")
+    config: str | None = Field(None, description="a DeepSpeed file of its own")
+    deepspeed: dict[str, Any] | None = Field(None, description="the content of that file, copied when a run is made")
 
     @model_validator(mode="after")
     def _one_length(self) -> "StageConfig":
@@ -78,45 +77,61 @@ class StageConfig(Section):
 
 
 class GuardConfig(Section):
-    """What happens to a step whose loss or gradient is not finite, or whose loss jumps.
+    """What happens at steps whose loss or gradient is not finite, or whose loss jumps.
 
-    nonfinite: stop ends the run, weights as they were; skip leaves out the update and goes on with the next data.
-    spike: skip updates whose loss per token is more than so many times the median of the last `window` steps; losses
-    below and near 0 are measured as `engine/guard.py` says.
-    rollback: after so many updates left out in a row weights and moments go back to the stage's last checkpoint, while
-    step, schedule and data go on; 0 never does. float16's loss scaler leaves out updates of its own.
+    float16's loss scaler skips updates of its own, besides.
     """
 
-    nonfinite: Literal["stop", "skip"] = live("stop")
-    spike: float | None = live(None, gt=1)
-    window: int = live(64, ge=8)
-    rollback: int = live(0, ge=0)
+    nonfinite: Literal["stop", "skip"] = mutable(
+        "stop", description="stop: end the run, weights as they were; skip the update and go on with the next data"
+    )
+    spike: float | None = mutable(
+        None,
+        gt=1,
+        description="skip updates whose loss per token is more than so many times the median of the last `window` "
+        "steps; "
+        "null: never",
+    )
+    window: int = mutable(64, ge=8, description="steps of that median")
+    rollback: int = mutable(
+        0,
+        ge=0,
+        description="after so many skipped updates in a row weights and moments go back to the stage's last "
+        "checkpoint, "
+        "while step, schedule and data go on; 0: never",
+    )
 
 
 class EngineConfig(Section):
-    """local: one process. deepspeed: `config` names a file of ds_configs/ or a path, copied into `deepspeed`.
+    """What executes a step: one process, or DeepSpeed on any number of ranks."""
 
-    expert_parallel: how many neighbouring ranks share the experts, each keeping its part of them (deepspeed alone);
-    tokens travel to their experts. 1: every rank keeps or partitions all of them. May change with `ranks`.
-    activation_checkpointing: forget what layers computed, and compute it again in the backward pass.
-    offload_teacher: the layers of a teacher that is asked while training lie in CPU memory, and come to the device one
-    at a time; where its routers train they are computed again in the backward pass.
-    """
-
-    kind: Literal["local", "deepspeed"] = "deepspeed"
-    config: str = "zero3"
-    deepspeed: dict[str, Any] | None = None
-    ranks: int = live(1, ge=1)
-    expert_parallel: int = live(1, ge=1)
-    activation_checkpointing: bool = live(False)
-    offload_teacher: bool = live(False)
+    kind: Literal["local", "deepspeed"] = Field("deepspeed", description="local: one process, no DeepSpeed")
+    config: str = Field("zero3", description="a DeepSpeed file: a name in ds_configs/, or a path")
+    deepspeed: dict[str, Any] | None = Field(None, description="the content of that file, copied when a run is made")
+    ranks: int = mutable(1, ge=1, description="processes on this machine, one per GPU")
+    expert_parallel: int = mutable(
+        1,
+        ge=1,
+        description="neighbouring ranks that share the experts, each keeping its part of them (all-to-all dispatch); "
+        "1: "
+        "every rank keeps or partitions all of them",
+    )
+    activation_checkpointing: bool = mutable(
+        False, description="recompute each layer's activations in the backward pass instead of keeping them"
+    )
+    offload_teacher: bool = mutable(
+        False,
+        description="keep the layers of a live teacher in CPU memory and copy them to the device one at a time; where "
+        "its "
+        "routers train, they are computed again in the backward pass",
+    )
 
 
 class CheckpointConfig(Section):
-    """every_steps: besides the end of each stage. keep: how many of the newest stay, 0 keeps all."""
+    """When checkpoints are written, and how many stay."""
 
-    every_steps: int = live(500, ge=1)
-    keep: int = live(0, ge=0)
+    every_steps: int = mutable(500, ge=1, description="steps between checkpoints, besides the end of each stage")
+    keep: int = mutable(0, ge=0, description="how many of the newest stay; 0: all")
 
 
 # Measures of the hold-out by which a checkpoint can be the best, and whether higher is better.
@@ -124,30 +139,31 @@ HIGHER_IS_BETTER = {"kl": False, "perplexity": False, "bits_per_byte": False, "n
 
 
 class EvalConfig(Section):
-    """What `evaluate` and `watch` measure beside the hold-out, and how (docs/evaluation.md).
+    """What `evaluate` and `watch` measure besides the validation set, and how (docs/evaluation.md)."""
 
-    batch_size: windows of the hold-out at once. tasks: of lm-eval, its own or those of YAML files below task_folder.
-    limit: questions of each task, the first ones, null: all. few_shot: examples before a question, null: as each task
-    says. task_batch_size: requests of lm-eval at once.
-    attention: windows of the hold-out, the first ones, on which attention is compared with the teacher's; 0: none.
-    best: the measure by which `watch` keeps a checkpoint from rotation: kl, perplexity, bits_per_byte, nll, top1, topk,
-    or TASK/METRIC like hellaswag/acc_norm; auto: kl where held-out teacher targets are stored, else perplexity.
-    poll_seconds: how often it looks for new ones.
-    """
-
-    batch_size: int = live(8, ge=1)
-    tasks: tuple[str, ...] = live(())
-    task_folder: str | None = live(None)
-    limit: int | None = live(None, ge=1)
-    few_shot: int | None = live(None, ge=0)
-    task_batch_size: int = live(8, ge=1)
-    attention: int = live(0, ge=0)
-    best: str = live("auto")
-    poll_seconds: float = live(5.0, gt=0)
+    batch_size: int = mutable(8, ge=1, description="sequences of the validation set per forward pass")
+    tasks: tuple[str, ...] = mutable((), description="tasks of lm-eval, its own or those below task_folder")
+    task_folder: str | None = mutable(None, description="a folder of lm-eval task files (YAML)")
+    limit: int | None = mutable(None, ge=1, description="questions of each task, the first ones; null: all")
+    few_shot: int | None = mutable(None, ge=0, description="examples before a question; null: as each task says")
+    task_batch_size: int = mutable(8, ge=1, description="requests of lm-eval per forward pass")
+    attention: int = mutable(
+        0, ge=0, description="sequences on which attention is compared with the teacher's; 0: none"
+    )
+    best: str = mutable(
+        "auto",
+        description="the measure whose best checkpoint `watch` keeps from rotation: kl, perplexity, bits_per_byte, "
+        "nll, "
+        "top1, topk, or TASK/METRIC like hellaswag/acc_norm; auto: kl where teacher logits of the validation set are "
+        "cached, else perplexity",
+    )
+    poll_seconds: float = mutable(5.0, gt=0, description="seconds between looks for new checkpoints")
 
 
 class LogConfig(Section):
-    every_steps: int = live(10, ge=1)
-    tensorboard: bool = live(True)
-    wandb: Literal["offline", "online", "disabled"] = live("offline")
-    wandb_project: str = live("megakd", pattern=r"^[^/\\#?%:]{1,128}$")
+    """Where metrics go besides RUN/metrics.jsonl."""
+
+    every_steps: int = mutable(10, ge=1, description="steps between lines at the terminal")
+    tensorboard: bool = mutable(True, description="write RUN/tensorboard")
+    wandb: Literal["offline", "online", "disabled"] = mutable("offline", description="Weights & Biases")
+    wandb_project: str = mutable("megakd", pattern=r"^[^/\\#?%:]{1,128}$", description="project in W&B")

@@ -75,7 +75,7 @@ def checkpoint_subject(run: Run, folder: Path, name: str | None = None) -> Subje
         stage = run.config.stages[progress.stage].name
     except (UserError, TypeError, KeyError, IndexError) as error:
         raise Unusable(f"{file}: does not say where training stood: {error}") from error
-    beside = folder / BESIDE if run.config.objective.kind == "sar" else None
+    beside = folder / BESIDE if run.config.objective.trains_routers else None
     return Subject(name or f"{folder.parent.name}/{folder.name}", folder / "weights", progress, stage, beside)
 
 
@@ -90,7 +90,7 @@ class Meter:
     def __init__(self, run: Run, tasks: Sequence[str] | None = None):
         self.config = run.config
         stored, tokens = (run.path("data", kind, "holdout") for kind in ("logits", "tokens"))
-        self.compares = run.config.objective.kind == "cached" or (stored / "manifest.json").exists()
+        self.compares = not run.config.objective.live or (stored / "manifest.json").exists()
         self.holdout = ShardSet(stored if self.compares else tokens)
         text = read_manifest(tokens)
         if not text["text_bytes"]:
@@ -194,7 +194,7 @@ class Meter:
         place, config = str(subject.folder), self.config
         if subject.name != "teacher":
             return _finite(_given(self._measured(model, subject.name, None)), place)
-        routers = find_routers(model, place, config.sar.router_patterns) if config.objective.kind == "sar" else []
+        routers = find_routers(model, place, config.objective.patterns) if config.objective.trains_routers else []
         quality, chosen = self._with_choices(model, routers, subject.name)
         return _finite(_given(quality) | chosen, place)
 
@@ -242,8 +242,8 @@ class Meter:
         folder = resolve(self.config.model.teacher, self.config.model.revision)
         teacher = load_model(folder, getattr(torch, self.config.model.dtype)).eval().to(self.device)
         self._check_isolation(teacher, str(folder))
-        learns = self.config.objective.kind == "sar"
-        routers = find_routers(teacher, str(folder), self.config.sar.router_patterns) if learns else []
+        learns = self.config.objective.trains_routers
+        routers = find_routers(teacher, str(folder), self.config.objective.patterns) if learns else []
         return teacher, routers, copies(routers)
 
     def lacks(self, row: dict[str, Any]) -> bool:

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from megakd.config.objective import ObjectiveConfig
+from megakd.config.objective import CachedConfig
 from megakd.config.train import LrRule, OptimConfig
 from megakd.data.batches import collate
 from megakd.data.records import IGNORED, Batch, Rows, Sample, TeacherTargets, with_rows
@@ -74,10 +74,10 @@ class DistillationTrainingArguments(TrainingArguments):
         self.lr_rules()
         super().__post_init__()
 
-    def objective_config(self) -> ObjectiveConfig:
+    def objective_config(self) -> CachedConfig:
         names = ("alpha", "temperature", "tail", "divergence", "mix")
         values = {name: getattr(self, f"distillation_{name}") for name in names}
-        return _checked(lambda: ObjectiveConfig.model_validate(values), "distillation_")
+        return _checked(lambda: CachedConfig.model_validate(values), "distillation_")
 
     def lr_rules(self) -> tuple[LrRule, ...]:
         rules = TypeAdapter(tuple[LrRule, ...])

@@ -62,7 +62,7 @@ def check_models(run: Run) -> None:
     Ids and positions stay inside the tables, a given student is no quantized one, experts can be sharded as asked.
     """
     config, model, length = run.config, run.config.model, run.config.data.sequence_length
-    cached = config.objective.kind == "cached"
+    cached = not config.objective.live
     folder = resolve(model.teacher, model.revision, weights=False)
     theirs, skeleton = identify_tokenizer(load_tokenizer(folder)), empty_model(folder)
     mine, student = theirs, None
@@ -100,7 +100,7 @@ def check_isolation(run: Run) -> None:
 
 def tokenizers(config: RunConfig, facts: dict[str, Any]) -> tuple[Any, Any]:
     """Student's and teacher's, where the teacher is asked while training and has another one; else (None, None)."""
-    if config.objective.kind == "cached":
+    if not config.objective.live:
         return None, None
     folder = resolve(config.model.teacher, config.model.revision, weights=False)
     theirs = load_tokenizer(folder)
@@ -111,9 +111,10 @@ def tokenizers(config: RunConfig, facts: dict[str, Any]) -> tuple[Any, Any]:
     for place, tokenizer in ((folder, theirs), (config.model.student, mine)):
         if not getattr(tokenizer, "is_fast", False):
             raise UserError(f"{place}: a slow tokenizer; to align two of them both must give character offsets")
-    if config.objective.kind == "sar" and not config.sar.likelihood and not config.sar.features:
+    if not config.objective.learns_across_tokenizers:
         raise UserError(
-            f"{folder}: its tokenizer is not the student's, so there is no KL, and sar.likelihood and sar.features are "
+            f"{folder}: its tokenizer is not the student's, so there is no KL, and objective.likelihood and "
+            "objective.features are "
             "0: nothing is left to learn from the teacher"
         )
     return mine, theirs

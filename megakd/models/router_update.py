@@ -26,7 +26,7 @@ class TeacherRouters:
     """The routers of a teacher's folder, and what its files call their tensors.
 
     found: the routers, without weights. stored: {name in the modules: name in the files} of all that trains in them.
-    patterns: sar.router_patterns.
+    patterns: objective.router_patterns.
     """
 
     def __init__(self, folder: Path, patterns: Sequence[str] = ()):

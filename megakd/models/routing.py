@@ -73,12 +73,13 @@ def find_routers(model: nn.Module, place: str, patterns: Sequence[str] = ()) -> 
     if not found:
         names = ", ".join(repr(p) for p in patterns)
         raise UserError(
-            f"sar.router_patterns: {names} find no matrix in {place} but projections of experts, which are no routers"
+            f"objective.router_patterns: {names} find no matrix in {place} but projections of experts, which are no "
+            "routers"
             if any(re.search(p, name) for p in patterns for name in modules if name.endswith(PROJECTIONS))
-            else f"sar.router_patterns: {names} find no matrix in {place}"
+            else f"objective.router_patterns: {names} find no matrix in {place}"
             if patterns
             else f"{place}: no module with a matrix [experts, hidden] beside the experts of its block; a model without "
-            "experts has no router to train, and odd names are found by sar.router_patterns"
+            "experts has no router to train, and odd names are found by objective.router_patterns"
         )
     return found
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from megakd.config.objective import ObjectiveConfig
+from megakd.config.objective import LossConfig
 from megakd.data.records import Batch, Side
 from megakd.errors import UserError
 from megakd.losses.divergence import Divergence
@@ -30,7 +30,7 @@ class Objective(nn.Module):
     memory: what steps leave for those after them; in checkpoints.
     """
 
-    def __init__(self, student: Any, config: ObjectiveConfig):
+    def __init__(self, student: Any, config: LossConfig):
         super().__init__()
         self.student = student
         self.config = config
@@ -74,7 +74,7 @@ class Objective(nn.Module):
         return damaged
 
 
-def check_spans(config: ObjectiveConfig) -> None:
+def check_spans(config: LossConfig) -> None:
     """UserError for a divergence that spans of text, the units of two tokenizers, do not have."""
     if config.divergence != "kl":
         raise UserError(

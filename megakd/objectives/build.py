@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from megakd.config.objective import CachedConfig, OnlineConfig
 from megakd.config.run import RunConfig
 from megakd.objectives.base import Objective
 from megakd.objectives.cached import CachedDistillation
@@ -17,9 +18,10 @@ def build(
     teacher: None where targets are stored. facts: those of the data's manifest. teacher_vocab_size: of a teacher with
     another tokenizer than the student's, which is the data's.
     """
-    if config.objective.kind == "cached":
-        return CachedDistillation(student, config.objective, facts)
+    objective = config.objective
+    if isinstance(objective, CachedConfig):
+        return CachedDistillation(student, objective, facts)
     size = facts["tokenizer"]["vocab_size"]
-    if config.objective.kind == "online":
-        return OnlineDistillation(student, teacher, config.objective, config.online, size, teacher_vocab_size)
-    return SarDistillation(student, teacher, config.objective, config.sar, size, teacher_vocab_size)
+    if isinstance(objective, OnlineConfig):
+        return OnlineDistillation(student, teacher, objective, size, teacher_vocab_size)
+    return SarDistillation(student, teacher, objective, size, teacher_vocab_size)

@@ -7,11 +7,11 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from megakd.config.effects import check_targets
-from megakd.config.objective import ObjectiveConfig
+from megakd.config.objective import CachedConfig
 from megakd.data.records import Batch, TeacherTargets, labelled
 from megakd.errors import UserError
 from megakd.losses.head import FusedHead, SparseTeacher
-from megakd.losses.reference import Stored
+from megakd.losses.reference import Stored, Tail
 from megakd.objectives.base import LossReport, Objective
 
 
@@ -24,9 +24,10 @@ class CachedDistillation(Objective):
     Both distributions are cut to the real entries of the vocabulary, without the padding of the embedding.
     """
 
-    def __init__(self, student: Any, config: ObjectiveConfig, facts: dict[str, Any]):
+    def __init__(self, student: Any, config: CachedConfig, facts: dict[str, Any]):
         super().__init__(student, config)
         self.stored = stored_in(facts)
+        self.tail: Tail = config.tail
         check_support(config, self.stored)
         self.head = fused_head(student, facts["vocab_size"])  # after the student, whose name its weight keeps
         self.at(0.0)
@@ -38,8 +39,7 @@ class CachedDistillation(Objective):
         hidden = decoder(batch.tokens, position_ids=batch.position_ids, use_cache=False).last_hidden_state
         counted = labelled(batch)
         targets = TeacherTargets(*map(counted.pick, batch.targets))
-        config = self.config
-        teacher = SparseTeacher(targets, self.stored, config.tail)
+        teacher = SparseTeacher(targets, self.stored, self.tail)
         # a batch without labels passes through too: 0 with a live graph, so that every rank takes part in the backward
         rows = counted.pick(hidden), counted.pick(batch.labels)
         terms = self.head(*rows, teacher, self.alpha, self.temperature, self.divergence)
@@ -108,6 +108,6 @@ def stored_in(facts: dict[str, Any]) -> Stored:
     return Stored(facts["top_k"] > 0, tails, facts["draw_temperature"] if facts["draws"] else None)
 
 
-def check_support(config: ObjectiveConfig, stored: Stored) -> None:
+def check_support(config: CachedConfig, stored: Stored) -> None:
     """UserError when the targets do not hold what the loss needs."""
     check_targets(config, *stored)

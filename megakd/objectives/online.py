@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from megakd.config.objective import ObjectiveConfig, OnlineConfig
+from megakd.config.objective import OnlineConfig
 from megakd.data.records import IGNORED, Batch, Paired, Rows, Side, labelled, shared_spans
 from megakd.losses.head import FusedHead
 from megakd.losses.hidden import attention_loss, contrastive_loss, feature_loss, gap_weights, layer_map
@@ -49,13 +49,12 @@ class OnlineDistillation(Objective):
         self,
         student: Any,
         teacher: Any,
-        config: ObjectiveConfig,
-        online: OnlineConfig,
+        config: OnlineConfig,
         vocab_size: int,
         teacher_vocab_size: int | None = None,
     ):
         super().__init__(student, config)
-        self.online = online
+        self.online = online = config
         if teacher_vocab_size is not None:
             check_spans(config)
         teacher.requires_grad_(False).eval()

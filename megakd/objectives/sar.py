@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megakd.config.objective import ObjectiveConfig, SarConfig
+from megakd.config.objective import SarConfig
 from megakd.data.records import IGNORED, Batch, Paired, Side, labelled, shared_spans
 from megakd.errors import UserError
 from megakd.losses.head import FusedHead
@@ -53,19 +53,18 @@ class SarDistillation(Objective):
         self,
         student: Any,
         teacher: Any,
-        config: ObjectiveConfig,
-        sar: SarConfig,
+        config: SarConfig,
         vocab_size: int,
         teacher_vocab_size: int | None = None,
     ):
         super().__init__(student, config)
-        self.sar, self.teacher_vocab_size = sar, teacher_vocab_size
+        self.settings, self.teacher_vocab_size = config, teacher_vocab_size
         if teacher_vocab_size is not None:
             check_spans(config)
         self.head = LiveHead(fused_head(student, vocab_size))
         teacher.requires_grad_(False).eval()
-        self.found = find_routers(teacher, teacher.name_or_path or teacher.config.model_type, sar.router_patterns)
-        check_schedule(self.found, sar)
+        self.found = find_routers(teacher, teacher.name_or_path or teacher.config.model_type, config.router_patterns)
+        check_schedule(self.found, config)
         # in tuples: held, but no children, so that engines, optimizers and checkpoints see the routers alone
         self.held = (teacher, fused_head(teacher, teacher_vocab_size or vocab_size))
         self.initial = tuple(copies(self.found))
@@ -74,8 +73,8 @@ class SarDistillation(Objective):
         for parameter in self.routers.parameters():
             parameter.requires_grad_()
             parameter.no_decay = True  # type: ignore[attr-defined]  # the anchor holds them, not 0
-            parameter.lr_multiplier = sar.router_lr_multiplier  # type: ignore[attr-defined]  # where no rule is theirs
-        if teacher_vocab_size is not None and sar.features:
+            parameter.lr_multiplier = config.router_lr_multiplier  # type: ignore[attr-defined]  # where no rule is theirs
+        if teacher_vocab_size is not None and config.features:
             self.projector = projection(student.config.hidden_size, teacher.config.hidden_size)
         self.largest: Tensor | None = None  # of this rank's router gradients, in the first step whose are finite
         self.hooks = [parameter.register_hook(self._note) for parameter in self.routers.parameters()]
@@ -90,7 +89,7 @@ class SarDistillation(Objective):
         self.step = step
         if self.hooks and self.largest is not None:
             self._check_gradient()
-        rule = self.sar.routing, self.sar.initial_top_k, self.sar.final_top_k
+        rule = self.settings.routing, self.settings.initial_top_k, self.settings.final_top_k
         for router in self.found:
             router.take(scheduled(router, *rule, share))
 
@@ -123,7 +122,7 @@ class SarDistillation(Objective):
         for name, weight, value in self._router_terms(chosen, counted_there, tokens_B):
             total = total + weight * value
             named[name] = value.detach()
-        if self.sar.drift_steps and self.step % self.sar.drift_steps == 0:
+        if self.settings.drift_steps and self.step % self.settings.drift_steps == 0:
             alike = rows.pick(hidden).detach() if batch.paired is None else None
             named |= self._drift(theirs, alike, rows_there.pick(taught).detach(), tokens_B)
         return LossReport(total, named)
@@ -141,9 +140,9 @@ class SarDistillation(Objective):
         weights: list[Any] = [module.weight for module in self.routers.values()]
         moved = anchor(weights, self._initial_weights(weights[0].device))
         return [
-            ("router_anchor", self.sar.anchor, moved * tokens_B.sum()),
-            ("router_certainty", self.sar.entropy, certainty),
-            ("router_balance", self.sar.balance, balance),
+            ("router_anchor", self.settings.anchor, moved * tokens_B.sum()),
+            ("router_certainty", self.settings.entropy, certainty),
+            ("router_balance", self.settings.balance, balance),
         ]
 
     def _initial_weights(self, device: torch.device) -> list[Tensor]:
@@ -216,14 +215,14 @@ class LiveHead(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         scores = span_scores(self.head, sar.held[1], hidden_BTD, taught_BUG, paired)
         likelihood = span_likelihood_loss(scores.student_BS, scores.teacher_BS, scores.there, sar.temperature)
-        divergence = sar.sar.likelihood * sar.temperature * likelihood
+        divergence = sar.settings.likelihood * sar.temperature * likelihood
         named = {"ce": scores.ce, "span_kl": likelihood, "teacher_ce": scores.teacher_ce}
-        if sar.sar.features:
+        if sar.settings.features:
             there = shared_spans(paired)
             student_BSD, _ = span_means(hidden_BTD, paired.student.spans, there.length)
             teacher_BSG, _ = span_means(taught_BUG, paired.teacher.spans, there.length)
             features = span_feature_loss(sar.projector(student_BSD), teacher_BSG, there)
-            divergence = divergence + sar.sar.features * features
+            divergence = divergence + sar.settings.features * features
             named["features"] = features
         total = (1 - sar.alpha) * scores.ce + sar.alpha * divergence
         return total, {name: value.detach() for name, value in named.items()}
@@ -248,7 +247,8 @@ def check_schedule(routers: list[Router], sar: SarConfig) -> None:
         router.take(before)
         if nothing:
             raise UserError(
-                f"sar.routing: {sar.routing} gives {router.name} one expert a token, and this family normalises the "
+                f"objective.routing: {sar.routing} gives {router.name} one expert a token, and this family normalises "
+                "the "
                 "routing weights: the one weight is x / x = 1, so the router's gradient is exactly zero; set "
-                "sar.routing=all, or top_m with sar.initial_top_k=2"
+                "objective.routing=all, or top_m with objective.initial_top_k=2"
             )

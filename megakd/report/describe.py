@@ -59,7 +59,7 @@ def describe_run(run: Run) -> str:
 def _trained(run: Run) -> Callable[[RunConfig], nn.Module]:
     """What a stage's rules apply to: the student; beside a live teacher its routers and projectors too."""
     student = empty_model(run.student_folder)
-    if all(run.config.at(stage).objective.kind == "cached" for stage in run.config.stages):
+    if not run.config.objective.live:
         return lambda config: student
     teacher = empty_model(resolve(run.config.model.teacher, run.config.model.revision))
     manifest = run.path("data", "tokens", "train", "manifest.json")
@@ -67,7 +67,7 @@ def _trained(run: Run) -> Callable[[RunConfig], nn.Module]:
     facts = ShardSet(manifest.parent).facts if manifest.exists() else {"tokenizer": _tokenizer_facts(run)}
     _, other = tokenizers(run.config, facts)
     size = None if other is None else len(other)
-    return lambda config: student if config.objective.kind == "cached" else build(config, student, teacher, facts, size)
+    return lambda config: student if not config.objective.live else build(config, student, teacher, facts, size)
 
 
 def _tokenizer_facts(run: Run) -> dict[str, Any]:

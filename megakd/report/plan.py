@@ -176,7 +176,7 @@ def beginnings(run: Run) -> list[list[str]]:
     """What documents begin with, by `data.bos`, as they are tokenized and as a live teacher reads them."""
     config, rule = run.config, run.config.data.bos
     folders = [("documents begin", resolve(config.model.teacher, config.model.revision, weights=False))]
-    if config.objective.kind != "cached" and config.model.student:
+    if config.objective.live and config.model.student:
         folders = [("documents begin", run.student_folder), ("  for the teacher", folders[0][1])]
     tokenizers = [(name, load_tokenizer(folder)) for name, folder in folders]
     return [[name, f"{bos_words(own, bos_of(own, rule))} (data.bos={rule})"] for name, own in tokenizers]
@@ -196,7 +196,7 @@ def lengths(run: Run) -> list[list[str]]:
     logits = config.logits
     # measured, docs/data-format.md: about 12 bits an entry of the head, 16 a distinct draw
     upper = 4 + (logits.profile != "sampled") * 1.7 * logits.top_k + (logits.profile != "topk") * 1.2 * logits.draws
-    cached = config.objective.kind == "cached"
+    cached = not config.objective.live
     rows = [
         [
             "tokens to cache" if cached else "tokens",
@@ -251,7 +251,7 @@ def away_bytes(run: Run) -> int:
 
 def predictable(config: RunConfig) -> bool:
     """Whether training_peak is right: one process that holds student and teacher."""
-    return config.objective.kind != "cached" and config.engine.kind == "local"
+    return config.objective.live and config.engine.kind == "local"
 
 
 def gib(size: float) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megakd.config.objective import SarConfig
 from megakd.engine.checkpoint import BESIDE
 from megakd.errors import UserError
 from megakd.identity import TeacherIdentity, changed_fingerprint, fingerprint
@@ -61,7 +62,7 @@ def export(run: Run, source: Path, out: Path | None, dense: bool, force: bool) -
         write_config(temporary, config)
         copy_side_files(source, temporary)
         describe(run, source, temporary)
-        routers = write_routers(run, source, temporary / UPDATE) if run.config.objective.kind == "sar" else 0
+        routers = write_routers(run, source, temporary / UPDATE) if run.config.objective.trains_routers else 0
     size = sum(path.stat().st_size for path in target.glob("*.safetensors"))
     run.record("export", folder=str(target), source=str(source), megakd=made_with())
     say(f"{target}: {(config.architectures or ['?'])[0]}, {short(size)}B, from {source}")
@@ -112,7 +113,8 @@ def write_routers(run: Run, source: Path, folder: Path) -> int:
         why = "the student was not trained" if source == run.student_folder else f"{checkpoint / BESIDE} is not there"
         say(f"export: no router update: {why}")
         return 0
-    model, sar = run.config.model, run.config.sar
+    model, sar = run.config.model, run.config.objective
+    assert isinstance(sar, SarConfig), sar  # nothing else trains routers
     source = resolve(model.teacher, model.revision)
     begun = next((event["teacher"] for event in run.events("train") if "teacher" in event), None)
     if begun and (now := changed_fingerprint(begun, source)):

@@ -30,13 +30,13 @@ def build_objective(config: RunConfig, folder: Path, dataset: ShardSet, device: 
     # without DeepSpeed's fp32 masters the weights themselves stay float32, and the forward runs under autocast
     dtype = half if config.engine.kind == "deepspeed" else torch.float32
     student, teacher = load_model(folder, dtype), None
-    if config.objective.kind != "cached":
+    if config.objective.live:
         teacher = load_model(resolve(config.model.teacher, config.model.revision), half)
         if config.engine.offload_teacher:
             offload(teacher, device)
         else:
             teacher.to(device)
-    other = None if config.objective.kind == "cached" else tokenizers(config, dataset.facts)[1]
+    other = tokenizers(config, dataset.facts)[1]
     objective = build(config, student, teacher, dataset.facts, None if other is None else vocabulary_size(other))
     # after `build`, which chooses how they attend
     check_model(student, str(folder), config.data.packing)

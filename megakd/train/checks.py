@@ -5,7 +5,6 @@ import os
 import torch
 
 from megakd.config.effects import check_batches, check_stages, idle_fields
-from megakd.config.objective import SarConfig
 from megakd.config.run import RunConfig
 from megakd.data.shards import ShardSet
 from megakd.data.stream import shards_digest
@@ -54,7 +53,7 @@ def check(run: Run) -> ShardSet:
         _check_one_tokenizer(config)
     size, length = text_facts(dataset.facts)["tokenizer"]["vocab_size"], config.data.sequence_length
     check_tables(skeleton, student, size, length)
-    if config.objective.kind != "cached":
+    if config.objective.live:
         folder = resolve(config.model.teacher, config.model.revision)
         teacher = empty_model(folder)
         size, length = (size, length) if other is None else (vocabulary_size(other), length + length // 4)
@@ -95,14 +94,15 @@ def open_dataset(run: Run) -> ShardSet:
     if scratch and not scratch.is_dir():
         raise UserError(f"stream.scratch: {scratch} is no folder")
     tolerant = stream.on_damage == "skip"
-    kind = "logits" if run.config.objective.kind == "cached" else "tokens"
-    return ShardSet(run.path("data", kind, "train"), stream.follow, tolerant, scratch, 2 * stream.lanes)
+    return ShardSet(
+        run.path("data", run.config.objective.reads, "train"), stream.follow, tolerant, scratch, 2 * stream.lanes
+    )
 
 
 def _check_data(run: Run, dataset: ShardSet) -> None:
     """The logits come from the student's teacher, with the student's tokenizer, in windows of the run's length."""
     config, student = run.config, run.student_folder
-    if config.objective.kind == "cached":
+    if not config.objective.live:
         _check_teacher(run, dataset)
     tokens, tokenizer = text_facts(dataset.facts), load_tokenizer(student)
     made, mine = DataIdentity.of(dataset.facts), identify_tokenizer(tokenizer)
@@ -114,7 +114,7 @@ def _check_data(run: Run, dataset: ShardSet) -> None:
     check_packing(tokens, config.data.packing, dataset.folder)
     if older := check_bos(tokens, tokenizer, config.data.bos, dataset.folder):
         say(f"train: {older}")
-    elif config.objective.kind != "cached":
+    elif config.objective.live:
         teacher = load_tokenizer(resolve(config.model.teacher, config.model.revision, weights=False))
         own, bos = bos_of(teacher, config.data.bos), tokens.get("bos", [])
         if own != bos and not made.tokenizer.difference(identify_tokenizer(teacher)):  # another reads in its own way
@@ -127,11 +127,12 @@ def _check_data(run: Run, dataset: ShardSet) -> None:
 
 def _check_one_tokenizer(config: RunConfig) -> None:
     """UserError for weights of losses over spans of text, which one tokenizer has no use for."""
-    for name in ("likelihood", "features") if config.objective.kind == "sar" else ():
-        value, default = getattr(config.sar, name), SarConfig.model_fields[name].default
+    for name in config.objective.across_tokenizers:
+        value, default = getattr(config.objective, name), type(config.objective).model_fields[name].default
         if value != default:
             raise UserError(
-                f"sar.{name}={value:g} has no effect: teacher and student have one tokenizer; leave it out of a new run"
+                f"objective.{name}={value:g} has no effect: teacher and student have one tokenizer; leave it out of a "
+                "new run"
             )
 
 

@@ -54,7 +54,7 @@ def train(run: Run, dataset: ShardSet, world: World, stop: StopSignals) -> bool:
         remove_unpublished(run.path("checkpoints"))
         for line in notices(run.config):
             say(f"train: {line}")
-        asked: dict[str, Any] = {} if run.config.objective.kind == "cached" else {"teacher": live_teacher(run)}
+        asked: dict[str, Any] = {"teacher": live_teacher(run)} if run.config.objective.live else {}
         resumed = str(saved.folder) if saved else None
         asked["student"] = student_identity(run).record()
         run.record("train", ranks=world.size, step=progress.step, resumed=resumed, megakd=made_with(), **asked)

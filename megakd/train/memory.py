@@ -63,7 +63,7 @@ def training_peak(
         if "capacity" in objective.memory:
             objective.memory["capacity"] = [1.0]
         objective.at(1.0, 0)
-        settings = config.sar if config.objective.kind == "sar" else config.online
+        settings: Any = config.objective
         for router in getattr(objective, "found", []):
             rule = settings.routing, settings.initial_top_k, settings.final_top_k
             router.take(max(scheduled(router, *rule, share) for share in (0.0, 1.0)))

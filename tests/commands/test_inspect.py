@@ -153,8 +153,8 @@ def test_run_with_rules_for_what_trains_beside_the_student_is_explained(
     """docs/online-distillation.md and the sar recipes have such rules; no parameter of the student alone gets them."""
     stages = [{"name": "all", "steps": 2, "lr_multipliers": [{"pattern": pattern, "lr_multiplier": 0.1}]}]
     objective = {"kind": kind, "alpha": 0.7, "temperature": 2.0}
-    changes = {} if kind == "sar" else {"sar": {}, "online": {"feature": 0.1}}
-    made = sar_recipe(recipe, tmp_path, tokenizer, objective=objective, stages=stages, **changes)
+    objective |= {"routing": "all"} if kind == "sar" else {"feature": 0.1}
+    made = sar_recipe(recipe, tmp_path, tokenizer, objective=objective, stages=stages)
     cli.run_verb(["new", str(tmp_path / "run"), "--from", str(made)])
     if kind == "online":  # with and without tokens
         cli.run_verb(["tokenize", str(tmp_path / "run")])

@@ -155,17 +155,19 @@ SETTINGS = {
     "sar, small": run_config("sar", "float32", 128, 4),
     "sar, bfloat16": run_config("sar", "bfloat16", 256, 4),
     "sar, float16 with its scaler": run_config("sar", "float16", 256, 2),
-    "sar, checkpointed, all experts": run_config("sar", "float32", 384, 2, **CHECKPOINTED, sar={"routing": "all"}),
+    "sar, checkpointed, all experts": run_config(
+        "sar", "float32", 384, 2, **CHECKPOINTED, objective={"routing": "all"}
+    ),
     "sar, a part frozen": run_config(
         "sar", "bfloat16", 128, 4, stages=[{"name": "all", "steps": 1, "lr_multipliers": FROZEN}]
     ),
     "sar, teacher offloaded": run_config("sar", "bfloat16", 128, 2, engine={"offload_teacher": True}),
     "online, teacher offloaded": run_config(
-        "online", "float32", 128, 2, engine={"offload_teacher": True}, online={"attention": 0}
+        "online", "float32", 128, 2, engine={"offload_teacher": True}, objective={"attention": 0}
     ),
     "online with attention": run_config("online", "float32", 192, 4),
     "online, bfloat16, gap and importance": run_config(
-        "online", "bfloat16", 256, 4, **CHECKPOINTED, online={"gap": 1.0, "importance": 0.5}
+        "online", "bfloat16", 256, 4, **CHECKPOINTED, objective={"gap": 1.0, "importance": 0.5}
     ),
 }
 
@@ -198,7 +200,7 @@ def test_other_families_can_be_teachers(family: str):
 
 def test_a_student_of_shared_cores_is_near():
     """Its experts are a loop here and grouped products on a GPU; the prediction is of these."""
-    teacher, config = tiny_moe_config(VOCABULARY), run_config("online", "bfloat16", 128, 4, online={"attention": 0})
+    teacher, config = tiny_moe_config(VOCABULARY), run_config("online", "bfloat16", 128, 4, objective={"attention": 0})
     layers = {i: {p: Form("wrappers", 16, 16) for p in PROJECTIONS} for i in range(teacher.num_hidden_layers)}
     student = shared_core_config(teacher, layers)
     predicted = predicted_peak(config, teacher, None, student_config=student).total
@@ -315,7 +317,7 @@ def test_plan_says_what_to_change_first(live_run, tmp_path, monkeypatch):
 
 
 def test_a_student_that_compress_makes_is_awaited_then_predicted(recipe, prepared, tmp_path):
-    live = ["objective.kind=online", "online.layers=0", "online.attention=0"]
+    live = ["objective.kind=online", "objective.layers=0", "objective.attention=0"]
     in_process("new", tmp_path / "new", "--from", recipe, *live)
     assert plan.memory(Run.open(tmp_path / "new"))[0][1].startswith("known when there is a student; run: megakd comp")
     run = Run.create(prepared, live, tmp_path / "run")

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from megakd.config.effects import check, idle_fields, notices
-from megakd.config.parsing import parse
+from megakd.config.objective import OnlineConfig, SarConfig
+from megakd.config.parsing import apply_overrides, parse
 from megakd.config.run import RunConfig
 from megakd.errors import UserError
 from megakd.run import Run
@@ -21,11 +22,8 @@ def config_of(**sections: object) -> RunConfig:
 @pytest.mark.parametrize(
     "sections, said",
     [
-        ({"objective": {**SAR, "tail": "truncated"}}, 'objective.tail="truncated" has no effect: a live teacher'),
         ({"objective": {"mix": 0.1}}, "objective.mix=0.1 has no effect"),
-        ({"sar": {"anchor": 1.0, "entropy": 1.0}}, r"sar.anchor=1.0 .*, or set sar=\{\} \(and 1 more\)$"),
-        ({"objective": SAR, "online": {"kl": 1.0}}, "online.kl=1.0 has no effect"),
-        ({"objective": ONLINE, "online": {"final_top_k": 2}}, "online.final_top_k=2 has no effect"),
+        ({"objective": {**ONLINE, "final_top_k": 2}}, "objective.final_top_k=2 has no effect: objective.routing=top_m"),
         ({"objective": ONLINE, "logits": {"profile": "sampled"}}, 'logits.profile="sampled" has no effect'),
         ({"logits": {"draws": 5}}, "logits.draws=5 has no effect: logits.profile=topk stores no draws"),
         ({"stream": {"scratch": "/tmp"}}, 'stream.scratch="/tmp" has no effect: it needs stream.lanes'),
@@ -96,13 +94,39 @@ def test_an_evaluation_that_cannot_be_is_told_before_anything_is_made(fields, sa
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "sections, said",
+    [
+        ({"objective": {**SAR, "tail": "truncated"}},
+         "unknown key 'objective.tail': it is a field of objective.kind=cached, and the kind is sar"),
+        ({"objective": {"anchor": 1.0}}, "unknown key 'objective.anchor': it is a field of objective.kind=sar, and"),
+        ({"objective": {"routing": "all"}}, "'objective.routing': it is a field of objective.kind=sar and online, and"),
+        ({"objective": {**SAR, "ancor": 1}}, "unknown key 'objective.ancor'; did you mean 'anchor'?"),
+        ({"objective": {"kind": "dense"}}, "objective.kind: input should be 'cached', 'sar' or 'online', got"),
+        ({"sar": {"anchor": 1.0, "entropy": 1.0}}, r"sar.anchor=1.0 has no effect: .*sar \(and 1 more\)$"),
+        ({"objective": SAR, "online": {"kl": 1.0}}, "online.kl=1.0 has no effect: objective.kind=online alone"),
+    ],
+)  # fmt: skip
+def test_a_field_of_another_kind_of_objective_is_refused_by_name(sections, said):
+    with pytest.raises(UserError, match=f"^recipe: .*{said}"):
+        config_of(**sections)
+
+
+def test_sections_of_older_recipes_and_overrides_mean_what_they_did():
+    """0.1 had sections sar and online; what is its default under another kind goes without a word."""
+    old = {"objective": {"kind": "sar", "alpha": 0.7, "tail": "ghost"}, "sar": {"anchor": 0.7}, "online": {"kl": 0.7}}
+    assert config_of(**old).objective == SarConfig(alpha=0.7, anchor=0.7)
+    again = config_of(**config_of(**old).model_dump(mode="json"))
+    assert again.objective == SarConfig(alpha=0.7, anchor=0.7)
+    changed = apply_overrides({"objective": {"tail": "ghost"}}, ["objective.kind=online", "online.gap=1"])
+    assert parse(changed, "recipe").objective == OnlineConfig(gap=1)
+
+
 def frozen_with(run: Run, **sections: dict[str, object]) -> None:
     """The config.json that an older version would have written."""
     path = run.path("config.json")
     value = json.loads(path.read_text())
-    for name, changes in sections.items():
-        value[name] |= changes
-    path.write_text(json.dumps(value))
+    path.write_text(json.dumps({**value, **sections}))
 
 
 def test_an_older_run_whose_stage_has_another_kind_is_refused_in_one_line(sibling):
@@ -117,13 +141,14 @@ def test_an_older_run_whose_stage_has_another_kind_is_refused_in_one_line(siblin
 
 def test_an_older_run_opens_with_fields_without_effect_and_goes_on_when_it_has_begun(sibling):
     run = sibling("stages.0.steps=1", "stages.0.tokens=null", "stages.1.steps=1", "stages.1.tokens=null")
-    frozen_with(run, sar={"anchor": 0.7})
-    assert Run.open(run.folder).config.sar.anchor == 0.7
-    assert "sar.anchor=0.7 has no effect" in in_process("train", run.folder, code=2)
-    frozen_with(run, sar={"anchor": 0.1})
-    in_process("train", run.folder)
-    frozen_with(run, sar={"anchor": 0.7})
-    assert "train: sar.anchor=0.7 has no effect" in in_process("train", run.folder)
+    stages = json.loads(run.path("config.json").read_text())["stages"]
+    idle = [{**stages[0], "config": "zero2"}, stages[1]]
+    frozen_with(run, stages=idle)
+    assert 'stages.0.config="zero2" has no effect' in in_process("train", run.folder, code=2)
+    frozen_with(run, stages=stages, sar={"anchor": 0.7})
+    assert "train: sar.anchor=0.7 has no effect: objective.kind=sar alone" in in_process("train", run.folder)
+    frozen_with(run, stages=idle)
+    assert 'train: stages.0.config="zero2" has no effect' in in_process("train", run.folder)
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "launch" / "recipes").glob("*.json")))

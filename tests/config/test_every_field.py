@@ -20,6 +20,7 @@ from torch import nn
 from megakd.capture.targets import targets_from_logits
 from megakd.config.base import Section
 from megakd.config.effects import check, idle_fields, notices
+from megakd.config.objective import KINDS as OBJECTIVES
 from megakd.config.parsing import load_recipe
 from megakd.config.run import RunConfig
 from megakd.config.train import StageConfig
@@ -65,12 +66,12 @@ material: dict[str, Any] = {}  # dataset and teacher of the session, for functio
 
 
 @cache
-def _trained(objective: str, sar: str, online: str, source: str) -> dict[str, Any]:
-    """What an objective of these sections does with two windows, and what it trains."""
+def _trained(objective: str, source: str) -> dict[str, Any]:
+    """What an objective does with two windows, and what it trains."""
     config = RunConfig.model_validate_json(source)
     dataset = material["dataset"]
     batch = collate([dataset[0], dataset[1]], 32)
-    live = config.objective.kind != "cached"
+    live = config.objective.live
     teacher = load_model(material["teacher"], torch.float32) if live else None
     facts = dataset.facts["tokens"] if live else dataset.facts
     made = build(config, dense_student(), teacher, facts)
@@ -90,11 +91,10 @@ def _trained(objective: str, sar: str, online: str, source: str) -> dict[str, An
 
 def objective(config: RunConfig) -> Any:
     stage = config.at(config.stages[0])
-    sections = (getattr(stage, name).model_dump_json() for name in ("objective", "sar", "online"))
     # engine and data have no say: what was computed under one engine holds under the other
     plain = stage.model_copy(update={"engine": RunConfig().engine, "stages": RunConfig().stages})
     try:
-        return _trained(*sections, plain.model_dump_json())
+        return _trained(stage.objective.model_dump_json(), plain.model_dump_json())
     except UserError as error:  # one normalised expert per token, the default of sar.initial_top_k, teaches nothing
         return str(error)
 
@@ -348,37 +348,33 @@ FIELDS: dict[str, Seen | Listed] = {
     "objective.tail": Seen("truncated", objective),
     "objective.divergence": Seen("jsd", objective),
     "objective.mix": Seen(0.2, objective, {"objective.divergence": "skew_kl"}),
-    "sar.routing": Seen("all", objective),
-    "sar.initial_top_k": Seen(2, objective, {"sar.routing": "top_m"}),
-    "sar.final_top_k": Seen(2, objective, {"sar.routing": "top_m", "sar.initial_top_k": 3}),
-    "sar.router_lr_multiplier": Seen(0.3, objective),
-    "sar.anchor": Seen(0.7, objective),
-    "sar.entropy": Seen(0.5, objective),
-    "sar.balance": Seen(0.5, objective),
-    "sar.likelihood": Listed(
+    "objective.routing": Seen("all", objective),
+    "objective.initial_top_k": Seen(2, objective, {"objective.routing": "top_m"}),
+    "objective.final_top_k": Seen(2, objective, {"objective.routing": "top_m", "objective.initial_top_k": 3}),
+    "objective.router_patterns": Seen(["layers.0.mlp.gate$"], objective, {"objective.routing": "all"}),
+    "objective.router_lr_multiplier": Seen(0.3, objective),
+    "objective.anchor": Seen(0.7, objective),
+    "objective.entropy": Seen(0.5, objective),
+    "objective.balance": Seen(0.5, objective),
+    "objective.likelihood": Listed(
         0.5,
         "two tokenizers alone; refused by train where there is one",
         T + "train/test_sar.py::test_slow_tokenizers_and_nothing_to_learn_are_refused",
     ),
-    "sar.features": Listed(
+    "objective.features": Listed(
         0.5,
         "two tokenizers alone; refused by train where there is one",
         T + "train/test_sar.py::test_weights_of_spans_are_refused_where_there_is_one_tokenizer",
     ),
-    "sar.router_patterns": Seen(["layers.0.mlp.gate$"], objective),
-    "sar.drift_steps": Seen(7, objective),
-    "online.kl": Seen(0.2, objective),
-    "online.feature": Seen(0.5, objective),
-    "online.attention": Seen(0.5, objective),
-    "online.layers": Seen(0.5, objective),
-    "online.contrastive": Seen(0.5, objective),
-    "online.contrastive_temperature": Seen(0.5, objective),
-    "online.gap": Seen(1.0, objective),
-    "online.importance": Seen(1.0, objective),
-    "online.routing": Seen("capacity", objective),
-    "online.initial_top_k": Seen(2, objective, {"online.routing": "top_m"}),
-    "online.final_top_k": Seen(2, objective, {"online.routing": "top_m"}),
-    "online.router_patterns": Seen(["layers.0.mlp.gate$"], objective, {"online.routing": "all"}),
+    "objective.drift_steps": Seen(7, objective),
+    "objective.kl": Seen(0.2, objective),
+    "objective.feature": Seen(0.5, objective),
+    "objective.attention": Seen(0.5, objective),
+    "objective.layers": Seen(0.5, objective),
+    "objective.contrastive": Seen(0.5, objective),
+    "objective.contrastive_temperature": Seen(0.5, objective),
+    "objective.gap": Seen(1.0, objective),
+    "objective.importance": Seen(1.0, objective),
     "optim.lr": Seen(1.0, engine),
     "optim.betas": Seen([0.5, 0.5], engine),
     "optim.eps": Seen(1e-3, engine),
@@ -457,7 +453,9 @@ FIELDS: dict[str, Seen | Listed] = {
 def all_fields() -> list[str]:
     found = []
     for name, field in RunConfig.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+        if name == "objective":
+            found += {f"objective.{key}": None for kind in OBJECTIVES.values() for key in kind.model_fields}
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             found += [f"{name}.{key}" for key in field.annotation.model_fields]
         elif name == "stages":
             found += [f"stages.0.{key}" for key in StageConfig.model_fields]
@@ -471,9 +469,7 @@ def test_every_field_has_a_line_and_every_line_a_field():
 
 
 def test_every_listed_field_is_read_and_its_test_exists():
-    code = "\n".join(
-        path.read_text() for path in (ROOT / "megakd").rglob("*.py") if path.name not in ("config.py", "effects.py")
-    )
+    code = "\n".join(path.read_text() for path in (ROOT / "megakd").rglob("*.py") if path.parent.name != "config")
     for path, line in FIELDS.items():
         if isinstance(line, Listed):
             assert re.search(rf"\.{path.rpartition('.')[2]}\b", code), f"{path}: nobody reads it"
@@ -506,6 +502,12 @@ def test_a_field_that_needs_another_is_refused_or_said_without_it(made):
             assert path in {each.path for each in idle_fields(alone)}, path
 
 
+def of_kind(path: str, kind: str) -> bool:
+    """Whether a field is one that a run of this kind has."""
+    section, _, key = path.partition(".")
+    return section != "objective" or key in OBJECTIVES[kind].model_fields
+
+
 @pytest.mark.parametrize("engine_kind", ENGINES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_field_is_without_effect_unsaid(kind, engine_kind, made):
@@ -513,7 +515,12 @@ def test_no_field_is_without_effect_unsaid(kind, engine_kind, made):
     for path, line in FIELDS.items():
         if path in ("objective.kind", "engine.kind"):
             continue
-        about = {"objective.kind": kind, "engine.kind": engine_kind, **line.beside}
+        if not of_kind(path, kind):
+            with pytest.raises(UserError, match=rf"unknown key '{path}': it is a field of objective.kind="):
+                made({"objective.kind": kind, path: line.value})
+            continue
+        beside = {other: value for other, value in line.beside.items() if of_kind(other, kind)}
+        about = {"objective.kind": kind, "engine.kind": engine_kind, **beside}
         try:
             before, after = made(about), made({**about, path: line.value})
         except UserError as error:

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from megakd.config.objective import SarConfig
 from megakd.config.parsing import apply_overrides, load_recipe, parse
-from megakd.config.run import RunConfig, flatten, is_live
+from megakd.config.run import RunConfig, flatten, is_mutable
 from megakd.errors import UserError
 from megakd.names import shipped
 
@@ -20,7 +21,7 @@ LIVE = {
     "stream.on_damage",
     "stream.scratch",
     "optim.micro_batch",
-    "sar.drift_steps",
+    "objective.drift_steps",
     "engine.ranks",
     "engine.expert_parallel",
     "engine.activation_checkpointing",
@@ -299,9 +300,9 @@ def test_deepspeed_file_that_is_no_object_is_named(tmp_path, content):
     assert "mine.json" in error_of(tmp_path, {}, "engine.config=mine.json")
 
 
-def test_live_fields_are_these():
-    assert {path for path in leaves(RunConfig()) if is_live(path)} == LIVE
-    assert not is_live("stages") and not is_live("engine.deepspeed.zero_optimization.stage")
+def test_mutable_fields_are_these():
+    assert {path for path in leaves(RunConfig(objective=SarConfig())) if is_mutable(path)} == LIVE
+    assert not is_mutable("stages") and not is_mutable("engine.deepspeed.zero_optimization.stage")
 
 
 def test_fingerprint_changes_with_every_frozen_field_and_with_no_live_one():

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import Qwen3MoeForCausalLM
 
 from megakd.capture.targets import targets_from_logits
-from megakd.config.objective import ObjectiveConfig
+from megakd.config.objective import CachedConfig
 from megakd.config.parsing import parse
 from megakd.config.train import LrRule
 from megakd.data.records import IGNORED, Batch, TeacherTargets
@@ -61,7 +61,7 @@ def objective_of(case: dict[str, Any]) -> CachedDistillation:
     for parameter in student.parameters():
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=0.15)
-    config = ObjectiveConfig(alpha=ALPHAS, temperature=2.0)
+    config = CachedConfig(alpha=ALPHAS, temperature=2.0)
     return CachedDistillation(student.to(getattr(torch, case["dtype"])), config, FACTS)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megakd.config.objective import ObjectiveConfig, OnlineConfig, SarConfig
+from megakd.config.objective import CachedConfig, OnlineConfig, SarConfig
 from megakd.config.train import OptimConfig
 from megakd.data.batches import collate, to_device
 from megakd.engine.local import LocalEngine
@@ -85,16 +85,15 @@ def test_sums_are_those_of_plain_numbers():
 def test_a_micro_batch_waits_for_nothing(waits, kind, teacher, dataset):
     """What a kind asks the device for in a step does not grow with the micro-batches."""
     batch = collate([dataset[i] for i in range(2)], 32)
-    config = ObjectiveConfig(kind=kind)
     if kind == "cached":
-        objective: Any = CachedDistillation(dense_student(), config, dataset.facts)
+        objective: Any = CachedDistillation(dense_student(), CachedConfig(), dataset.facts)
     else:
         batch, frozen = batch._replace(targets=None), load_model(teacher, torch.float32)
         if kind == "sar":
-            objective = SarDistillation(dense_student(), frozen, config, SarConfig(drift_steps=0), VOCABULARY)
+            objective = SarDistillation(dense_student(), frozen, SarConfig(drift_steps=0), VOCABULARY)
         else:
             online = OnlineConfig(gap=1.0, importance=0.5, routing="capacity", initial_top_k=2)
-            objective = OnlineDistillation(dense_student(), frozen, config, online, VOCABULARY)
+            objective = OnlineDistillation(dense_student(), frozen, online, VOCABULARY)
     batch = to_device(batch, CPU)  # as the loop gives it: which positions count is known
     engine, found = engine_of(objective), []
     for step, micro in enumerate((1, 3, 1)):

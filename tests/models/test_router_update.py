@@ -113,7 +113,7 @@ def test_what_is_not_this_teachers_is_refused(qwen, name, tensor, said):
 
 
 def test_a_teacher_without_experts_or_without_its_routers_is_refused(qwen, tmp_path):
-    with pytest.raises(UserError, match=r"sar.router_patterns: 'odd' find no matrix"):
+    with pytest.raises(UserError, match=r"objective.router_patterns: 'odd' find no matrix"):
         TeacherRouters(qwen, ["odd"])
     shutil.copytree(qwen, tmp_path / "teacher")
     file, name = tmp_path / "teacher" / "model.safetensors", "model.layers.1.mlp.gate.weight"

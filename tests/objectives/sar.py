@@ -37,9 +37,9 @@ def sar_recipe(recipe: Path, folder: Path, tokenizer: Any, **sections: Any) -> P
     tokenizer.save_pretrained(folder / "student")
     value = json.loads(recipe.read_text())
     value["model"]["student"] = str(folder / "student")
-    value["objective"] = {"kind": "sar", "alpha": 0.7, "temperature": 2.0}
-    value["sar"] = {"routing": "top_m", "initial_top_k": 1, "final_top_k": 3, "entropy": 0.01, "balance": 0.01}
-    value["sar"] |= {"initial_top_k": 2, "drift_steps": 2}
+    routing = {"routing": "top_m", "initial_top_k": 2, "final_top_k": 3}
+    value["objective"] = {"kind": "sar", "alpha": 0.7, "temperature": 2.0, **routing}
+    value["objective"] |= {"entropy": 0.01, "balance": 0.01, "drift_steps": 2}
     value["optim"]["lr"] = 1e-2
     value["stages"] = [
         {"name": "first", "steps": 3, "lr_multipliers": [{"pattern": "^routers", "lr_multiplier": 0.5}]},

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from megakd.capture.targets import targets_from_logits
 from megakd.config.data import LogitsConfig
-from megakd.config.objective import ObjectiveConfig
+from megakd.config.objective import CachedConfig
 from megakd.data.batches import collate
 from megakd.data.records import IGNORED, Batch, TeacherTargets
 from megakd.data.shards import ShardSet
@@ -84,7 +84,7 @@ def objective(
     profile: str | None = None,
     **changes: Any,
 ) -> CachedDistillation:
-    config = ObjectiveConfig(alpha=alpha, temperature=temperature, tail=tail)
+    config = CachedConfig(alpha=alpha, temperature=temperature, tail=tail)
     return CachedDistillation(student, config, facts(profile or profile_of(tail), temperature, **changes))
 
 
@@ -264,7 +264,7 @@ REFUSED = [
 def test_a_loss_that_the_targets_do_not_support_is_refused(
     student, profile, drawn_at, tail, temperature, begins, advice
 ):
-    config = ObjectiveConfig(temperature=temperature, tail=tail)
+    config = CachedConfig(temperature=temperature, tail=tail)
     with pytest.raises(UserError) as caught:
         CachedDistillation(student, config, facts(profile, drawn_at))
     message = str(caught.value)
@@ -277,7 +277,7 @@ def test_what_is_not_refused_is_supported(student, batch, teacher_logits):
     for profile in ("topk", "sampled", "hybrid"):
         for tail in TAILS:
             for temperature in (1.0, 2.0, 3.0):
-                config = ObjectiveConfig(temperature=temperature, tail=tail)
+                config = CachedConfig(temperature=temperature, tail=tail)
                 try:
                     module = CachedDistillation(student, config, facts(profile, 2.0))
                 except UserError:
@@ -421,7 +421,7 @@ def test_a_student_whose_logits_are_made_otherwise_is_refused(family, settings):
 
 def test_alpha_and_temperature_may_run_over_the_stage(student, batch, teacher_logits):
     whole = exact(batch, teacher_logits, "truncated")
-    config = ObjectiveConfig(alpha=(0.9, 0.1), temperature=(4.0, 1.0), tail="truncated")
+    config = CachedConfig(alpha=(0.9, 0.1), temperature=(4.0, 1.0), tail="truncated")
     module = CachedDistillation(student, config, facts())
     for share, alpha, temperature in ((None, 0.9, 4.0), (0.0, 0.9, 4.0), (0.25, 0.7, 3.25), (1.0, 0.1, 1.0)):
         if share is not None:
@@ -430,16 +430,16 @@ def test_alpha_and_temperature_may_run_over_the_stage(student, batch, teacher_lo
             reference(student, teacher_logits, whole, alpha, temperature, "truncated"), rel=1e-9
         )
     assert module.at(0.0) is None and module.alpha == 0.9
-    constant = ObjectiveConfig(alpha=(0.2, 0.4), temperature=(2.0, 2.0))
+    constant = CachedConfig(alpha=(0.2, 0.4), temperature=(2.0, 2.0))
     assert CachedDistillation(student, constant, facts()).temperature == 2.0
 
 
 @pytest.mark.parametrize("divergence, mix", [("reverse_kl", 0.5), ("jsd", 0.1), ("skew_kl", 0.1), ("tvd", 0.5)])
 def test_other_divergences(student, batch, teacher_logits, divergence, mix):
     whole = exact(batch, teacher_logits)
-    config = ObjectiveConfig(alpha=1.0, divergence=divergence, mix=mix)
+    config = CachedConfig(alpha=1.0, divergence=divergence, mix=mix)
     report = CachedDistillation(student, config, facts())(whole)
-    expected = CachedDistillation(student, ObjectiveConfig(alpha=1.0), facts())(whole)
+    expected = CachedDistillation(student, CachedConfig(alpha=1.0), facts())(whole)
     counted = batch.labels != IGNORED
     with torch.no_grad():
         logits = student(batch.tokens, position_ids=batch.position_ids, use_cache=False).logits[counted]
@@ -465,5 +465,5 @@ REFUSED_FORMS: list[tuple[str, dict[str, Any], str]] = [
 @pytest.mark.parametrize("profile, form, message", REFUSED_FORMS)
 def test_divergences_and_ramps_that_the_targets_do_not_support_are_refused(student, profile, form, message):
     with pytest.raises(UserError, match=message) as caught:
-        CachedDistillation(student, ObjectiveConfig(**form), facts(profile))
+        CachedDistillation(student, CachedConfig(**form), facts(profile))
     assert "\n" not in str(caught.value) and "objective.tail=" in str(caught.value)

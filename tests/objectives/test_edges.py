@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megakd.config.objective import ObjectiveConfig, OnlineConfig, SarConfig
+from megakd.config.objective import CachedConfig, OnlineConfig, SarConfig
 from megakd.config.train import OptimConfig
 from megakd.data.batches import collate
 from megakd.data.records import IGNORED, Batch, Paired, Sample, Side
@@ -50,15 +50,14 @@ def read(samples: list[Sample], tokenizer: Any, documents: list[str]) -> dict[st
 @pytest.fixture(params=KINDS)
 def made(request, batches, teacher, dataset) -> tuple[Objective, Batch]:
     kind, batch = request.param.split()[0], batches[request.param]
-    config = ObjectiveConfig(kind=kind, alpha=0.7)
     if kind == "cached":
-        return CachedDistillation(dense_student(), config, dataset.facts), batch
+        return CachedDistillation(dense_student(), CachedConfig(alpha=0.7), dataset.facts), batch
     frozen, other = load_model(teacher, torch.float32), None if batch.paired is None else VOCABULARY
     if kind == "sar":
-        sar = SarConfig(entropy=0.1, balance=0.1, drift_steps=1)
-        return SarDistillation(dense_student(), frozen, config, sar, VOCABULARY, other), batch
-    online = OnlineConfig(gap=1.0, importance=1.0, routing="capacity", initial_top_k=2)
-    return OnlineDistillation(dense_student(), frozen, config, online, VOCABULARY, other), batch
+        sar = SarConfig(alpha=0.7, entropy=0.1, balance=0.1, drift_steps=1)
+        return SarDistillation(dense_student(), frozen, sar, VOCABULARY, other), batch
+    online = OnlineConfig(alpha=0.7, gap=1.0, importance=1.0, routing="capacity", initial_top_k=2)
+    return OnlineDistillation(dense_student(), frozen, online, VOCABULARY, other), batch
 
 
 def with_labels(batch: Batch, keep: Callable[[Tensor], Tensor]) -> Batch:

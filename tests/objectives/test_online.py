@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from megakd.config.objective import ObjectiveConfig, OnlineConfig
+from megakd.config.objective import OnlineConfig
 from megakd.data.batches import collate
 from megakd.data.records import IGNORED, Batch
 from megakd.errors import UserError
@@ -31,11 +31,9 @@ def made(teacher):
     def make(
         alpha: float = 0.7, depth: int = 2, config: dict[str, Any] | None = None, **online: Any
     ) -> OnlineDistillation:
-        fields = ObjectiveConfig(kind="online", alpha=alpha, temperature=2.0, **(config or {}))
+        fields = OnlineConfig(alpha=alpha, temperature=2.0, **(config or {}), **online)
         student = dense_student(num_hidden_layers=depth)
-        return OnlineDistillation(
-            student, load_model(teacher, torch.float32), fields, OnlineConfig(**online), VOCABULARY
-        )
+        return OnlineDistillation(student, load_model(teacher, torch.float32), fields, VOCABULARY)
 
     return make
 
@@ -200,6 +198,6 @@ def test_the_divergence_that_is_asked_for_is_trained(made, batch, kind, mix):
 
 
 def test_a_divergence_across_tokenizers_is_refused_by_name(teacher):
-    config = ObjectiveConfig(kind="online", divergence="tvd")
+    config = OnlineConfig(divergence="tvd")
     with pytest.raises(UserError, match=r"^objective.divergence: tvd compares .* set objective.divergence=kl"):
-        OnlineDistillation(dense_student(), load_model(teacher, torch.float32), config, OnlineConfig(), VOCABULARY, 61)
+        OnlineDistillation(dense_student(), load_model(teacher, torch.float32), config, VOCABULARY, 61)

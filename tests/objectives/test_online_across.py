@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from megakd.config.objective import ObjectiveConfig, OnlineConfig
+from megakd.config.objective import OnlineConfig
 from megakd.data.batches import collate
 from megakd.data.records import IGNORED, Batch, Paired, Side
 from megakd.data.spans import pair
@@ -38,10 +38,8 @@ def batch(samples, tokenizer, documents) -> Batch:
 @pytest.fixture
 def made(teacher):
     def make(alpha: float = 0.7, **online: Any) -> OnlineDistillation:
-        fields = ObjectiveConfig(kind="online", alpha=alpha, temperature=2.0)
-        return OnlineDistillation(
-            dense_student(), load_model(teacher, torch.float32), fields, OnlineConfig(**online), VOCABULARY, VOCABULARY
-        )
+        fields = OnlineConfig(alpha=alpha, temperature=2.0, **online)
+        return OnlineDistillation(dense_student(), load_model(teacher, torch.float32), fields, VOCABULARY, VOCABULARY)
 
     return make
 

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional
 from transformers import Qwen3MoeForCausalLM
 
-from megakd.config.objective import ObjectiveConfig, SarConfig
+from megakd.config.objective import SarConfig
 from megakd.config.train import LrRule, OptimConfig
 from megakd.data.batches import collate
 from megakd.data.records import IGNORED, Batch
@@ -36,9 +36,9 @@ def made(teacher):
     """made(objective fields, sar fields): the objective over the tests' teacher, in float32."""
 
     def make(config: dict[str, Any] | None = None, teach: Any = None, **sar: Any) -> SarDistillation:
-        fields = ObjectiveConfig(kind="sar", **{"alpha": 0.7, "temperature": 2.0, **(config or {})})
+        fields = SarConfig(**{"alpha": 0.7, "temperature": 2.0, "anchor": 0.0, **(config or {}), **sar})
         model = load_model(teacher, torch.float32) if teach is None else teach
-        return SarDistillation(dense_student(), model, fields, SarConfig(**{"anchor": 0.0, **sar}), VOCABULARY)
+        return SarDistillation(dense_student(), model, fields, VOCABULARY)
 
     return make
 
@@ -231,7 +231,7 @@ def test_one_normalised_expert_is_refused_with_the_reason(made, normalised):
     if not normalised:
         assert made(teach=single).routers
         return
-    with pytest.raises(UserError, match=r"sar.routing: trained gives model.layers.0.mlp.gate one expert .* x / x = 1"):
+    with pytest.raises(UserError, match=r"routing: trained gives model.layers.0.mlp.gate one expert .* x / x = 1"):
         made(teach=copy.deepcopy(single))
     assert made(teach=single, routing="all").routers
 
@@ -253,7 +253,7 @@ def test_routers_without_a_gradient_end_the_run_after_a_step(made, batch):
 def test_every_familys_routers_learn_and_are_restored(family):
     """Buffers too: a correction bias of DeepSeek-V3 is in a checkpoint with its router."""
     teacher, student = make_model(family), dense_student(vocab_size=61)
-    objective = SarDistillation(student, teacher, ObjectiveConfig(kind="sar"), SarConfig(routing="all"), 61)
+    objective = SarDistillation(student, teacher, SarConfig(routing="all"), 61)
     tokens = torch.randint(1, 61, (2, 9), generator=torch.Generator().manual_seed(1))
     batch = Batch(tokens, tokens.roll(-1, 1), torch.arange(9).expand(2, 9))
     objective(batch).total.backward()
@@ -285,8 +285,8 @@ def test_the_divergence_that_is_asked_for_is_trained(made, batch, kind, mix):
 
 def test_a_divergence_across_tokenizers_is_refused_by_name(teacher):
     with pytest.raises(UserError, match=r"^objective.divergence: jsd compares .* set objective.divergence=kl"):
-        config = ObjectiveConfig(kind="sar", divergence="jsd")
-        SarDistillation(dense_student(), load_model(teacher, torch.float32), config, SarConfig(), VOCABULARY, 61)
+        config = SarConfig(divergence="jsd")
+        SarDistillation(dense_student(), load_model(teacher, torch.float32), config, VOCABULARY, 61)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from megakd.config.objective import of_kind
 from megakd.config.parsing import load_recipe
 from megakd.config.run import RunConfig
 from megakd.models.hub import load_model
@@ -182,13 +183,13 @@ def test_variants_change_what_they_say(sar):
         *("base", "routers-frozen", "routers-slow", "routers-fast", "ce-alone", "no-anchor", "no-entropy"),
         *("no-balance", "anchor-x100", "all-experts", "top-2-to-4"),
     ]
-    assert config_of(sar, *found["anchor-x100"]).sar.anchor == 10
+    assert config_of(sar, *found["anchor-x100"]).objective.anchor == 10
     for name in ("routers-slow", "routers-fast"):  # left out where it is what the recipe does
         assert list(module.variants("sar", config_of(sar, *found[name]))) == [each for each in found if each != name]
     frozen = config_of(sar, *found["routers-frozen"])
     rules = [[(rule.pattern, rule.lr_multiplier) for rule in stage.lr_multipliers] for stage in frozen.stages]
-    assert rules == [[], [("embed_tokens", 0)]] and frozen.sar.router_lr_multiplier == 0
-    staged = ('stages.1.objective={"alpha": 0.9, "temperature": 1.0}', "sar.routing=all", "sar.entropy=0")
+    assert rules == [[], [("embed_tokens", 0)]] and frozen.objective.router_lr_multiplier == 0
+    staged = ('stages.1.objective={"alpha": 0.9, "temperature": 1.0}', "objective.routing=all", "objective.entropy=0")
     found = module.variants("sar", config_of(sar, *staged))
     assert "entropy" in found and "all-experts" not in found
     alone = config_of(sar, *staged, *found["ce-alone"])
@@ -201,14 +202,16 @@ def test_variants_change_what_they_say(sar):
         *("base", "ce-alone", "kl-alone", *(f"no-{name}" for name in parts), "gap", "importance"),
         *("capacity", "all-experts"),
     ]
-    only = config_of(sar, *found["kl-alone"]).online
+    online = f"objective={of_kind(config_of(sar).objective, 'online').model_dump_json()}"
+    only = config_of(sar, online, *found["kl-alone"]).objective
     assert only.kl and not any(getattr(only, name) for name in parts[1:])
-    found = module.variants("online", config_of(sar, *found["kl-alone"], "online.gap=2"))
+    found = module.variants("online", config_of(sar, online, *found["kl-alone"], "objective.gap=2"))
     assert list(found)[3:] == ["no-kl", "no-gap", *parts[1:], "importance", "capacity", "all-experts"]
     for name in ("sar", "online"):
-        base = config_of(sar)
+        kind = [online] if name == "online" else []
+        base = config_of(sar, *kind)
         for variant, changes in module.variants(name, base).items():
-            assert (config_of(sar, *changes) == base) == (variant == "base"), variant
+            assert (config_of(sar, *kind, *changes) == base) == (variant == "base"), variant
 
 
 def test_students_start_alike_for_a_seed(teacher, recipe, tmp_path):
@@ -233,8 +236,8 @@ def test_students_start_alike_for_a_seed(teacher, recipe, tmp_path):
         ("--student 33x2 model.student=null", "--student: '33x2' is no HIDDENxLAYERS with a multiple of 32"),
         ("--student big model.student=null", "--student: 'big' is no HIDDENxLAYERS"),
         ("engine.kind=deepspeed", "engine.kind: deepspeed starts processes of its own; add engine.kind=local"),
-        ("sar.anker=1", "unknown key 'sar.anker'; did you mean 'anchor'?"),
-        ("--set sar sar.anker=1", "unknown key 'sar.anker'"),
+        ("objective.anker=1", "unknown key 'objective.anker'; did you mean 'anchor'?"),
+        ("--set sar objective.anker=1", "unknown key 'objective.anker'"),
         ("--nothing", "unrecognized arguments: --nothing; see --help"),
     ],
 )
@@ -253,7 +256,7 @@ def test_another_recipe_in_the_same_folder_is_refused(done, capsys):
 
 def test_list_and_help(sar, tmp_path, capsys):
     module.main([str(sar), "--list", "--set", "sar", "--folder", str(tmp_path / "runs")])
-    assert "sar/no-anchor       sar.anchor=0\n" in capsys.readouterr().out and not (tmp_path / "runs").exists()
+    assert "sar/no-anchor       objective.anchor=0\n" in capsys.readouterr().out and not (tmp_path / "runs").exists()
     with pytest.raises(SystemExit) as ended:
         module.main(["--help"])
     assert ended.value.code == 0 and "python tools/ablate.py demo --student 128x4" in capsys.readouterr().out

@@ -22,7 +22,7 @@ ONLINE = {"gap": 1.0, "importance": 0.5, "routing": "capacity", "initial_top_k":
 def trained(tmp_path_factory, recipe, tokenizer) -> Path:
     folder = tmp_path_factory.mktemp("online")
     value = json.loads(sar_recipe(recipe, folder, tokenizer).read_text())
-    value["objective"]["kind"], value["online"], value["sar"] = "online", ONLINE, {}
+    value["objective"] = {"kind": "online", "alpha": 0.7, "temperature": 2.0, **ONLINE}
     value["stages"][0]["lr_multipliers"] = [{"pattern": "projector", "lr_multiplier": 2.0}]
     (folder / "online.json").write_text(json.dumps(value))
     for verb in (["new", folder / "run", "--from", folder / "online.json"], ["tokenize", folder / "run"]):

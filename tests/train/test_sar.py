@@ -104,7 +104,7 @@ def test_what_does_not_fit_is_refused_in_one_line(again):
     dense = again(f"model.teacher={again().config.model.student}")
     in_process("tokenize", dense.folder)
     assert "no module with a matrix [experts, hidden]" in in_process("train", dense.folder, code=2)
-    assert "'odd' find no matrix" in in_process("train", again('sar.router_patterns=["odd"]').folder, code=2)
+    assert "'odd' find no matrix" in in_process("train", again('objective.router_patterns=["odd"]').folder, code=2)
 
 
 @pytest.fixture(scope="module")
@@ -165,21 +165,22 @@ def test_another_teacher_is_refused_on_the_way(across, tmp_path):
 
 
 def test_slow_tokenizers_and_nothing_to_learn_are_refused(across, tmp_path):
-    run = Run.create(across, ["sar.likelihood=0", "sar.features=0"], tmp_path / "run")
+    run = Run.create(across, ["objective.likelihood=0", "objective.features=0"], tmp_path / "run")
     assert "nothing is left to learn from the teacher" in in_process("train", run.folder, code=2)
 
 
 def test_weights_of_spans_are_refused_where_there_is_one_tokenizer(again):
     """They were ignored: there are no spans."""
-    said = in_process("train", again("sar.likelihood=0.5").folder, code=2)
-    assert "sar.likelihood=0.5 has no effect: teacher and student have one tokenizer" in said
+    said = in_process("train", again("objective.likelihood=0.5").folder, code=2)
+    assert "objective.likelihood=0.5 has no effect: teacher and student have one tokenizer" in said
 
 
 @pytest.mark.ranks
 def test_many_parts_across_tokenizers_resume_and_ranks_give_the_local_curve(across, tmp_path):
     """objective.kind=online over spans: what it remembers comes back too."""
-    parts = ["online.gap=1", "online.importance=0.5", "online.routing=capacity", "online.initial_top_k=2"]
-    settings = ["objective.kind=online", "sar={}", "stages.0.lr_multipliers=[]", *parts]
+    parts = {"gap": 1, "importance": 0.5, "routing": "capacity", "initial_top_k": 2}
+    objective = {"kind": "online", "alpha": 0.7, "temperature": 2.0, **parts}
+    settings = [f"objective={json.dumps(objective)}", "stages.0.lr_multipliers=[]"]
     whole = Run.create(across, settings, tmp_path / "whole")
     assert run_distillation_training(whole) == whole.path("checkpoints/second/step-000007/weights")
     rows = metrics(whole.folder)

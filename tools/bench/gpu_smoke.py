@@ -178,14 +178,15 @@ def _objective(kind: str, device: Any, dtype: Any, away: bool = False, two: bool
     """A small objective as `assemble.build_objective` makes it: teacher and its routers on the device."""
     import fake_cuda as small
 
-    from megakd.config.objective import ObjectiveConfig, OnlineConfig, SarConfig
+    from megakd.config.objective import CachedConfig, OnlineConfig, SarConfig
     from megakd.models.offload import offload
     from megakd.objectives.cached import CachedDistillation
     from megakd.objectives.online import OnlineDistillation
     from megakd.objectives.sar import SarDistillation
 
-    settings, other = ObjectiveConfig(kind=kind, temperature=2.0), small.OTHER_VOCABULARY if two else None  # type: ignore
+    other = small.OTHER_VOCABULARY if two else None
     if kind == "cached":
+        settings = CachedConfig(temperature=2.0)
         return CachedDistillation(small.make_student("wrappers"), settings, {**small.FACTS, "draws": 0})
     teacher = small.make_teacher(other or small.VOCABULARY).to(dtype)
     if away:
@@ -193,13 +194,11 @@ def _objective(kind: str, device: Any, dtype: Any, away: bool = False, two: bool
     else:
         teacher.to(device)
     if kind == "online":
-        online = OnlineConfig(gap=0.5, importance=0.5, routing="capacity", initial_top_k=2)
-        made: Any = OnlineDistillation(
-            small.make_student("wrappers"), teacher, settings, online, small.VOCABULARY, other
-        )
+        online = OnlineConfig(temperature=2.0, gap=0.5, importance=0.5, routing="capacity", initial_top_k=2)
+        made: Any = OnlineDistillation(small.make_student("wrappers"), teacher, online, small.VOCABULARY, other)
     else:
-        sar = SarConfig(routing="all", entropy=0.1, balance=0.1, drift_steps=3)
-        made = SarDistillation(small.make_student("wrappers"), teacher, settings, sar, small.VOCABULARY, other)
+        sar = SarConfig(temperature=2.0, routing="all", entropy=0.1, balance=0.1, drift_steps=3)
+        made = SarDistillation(small.make_student("wrappers"), teacher, sar, small.VOCABULARY, other)
     for name, parameter in made.named_parameters():
         if not name.startswith("student."):
             parameter.data = parameter.data.to(device, parameter.dtype)

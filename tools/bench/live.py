@@ -24,7 +24,7 @@ from megakd.data.records import Batch
 from megakd.engine.local import LocalEngine
 from megakd.models.offload import offload
 from megakd.models.tiny import tiny_moe_config
-from megakd.objectives.sar import SarDistillation
+from megakd.objectives.build import build
 from megakd.system.dist import World
 from megakd.train.build import build_engine
 
@@ -140,8 +140,7 @@ def make_engine(case: Case, learn: bool, away: bool, device: torch.device) -> Lo
     config: RunConfig = parse({
         "model": {"dtype": "float16" if gpu else "float32"},
         "data": {"sequence_length": case.length},
-        "objective": {"kind": "sar", "alpha": 0.5, "temperature": TEMPERATURE},
-        "sar": {"anchor": 0.0, "drift_steps": 0},
+        "objective": {"kind": "sar", "alpha": 0.5, "temperature": TEMPERATURE, "anchor": 0.0, "drift_steps": 0},
         "optim": {"micro_batch": case.windows, "batch_tokens": case.windows * case.length},
         "stages": [{"name": "all", "steps": 1, "lr_multipliers": [rate]}],
         "engine": {"kind": "local", "offload_teacher": away, "activation_checkpointing": gpu},
@@ -153,7 +152,8 @@ def make_engine(case: Case, learn: bool, away: bool, device: torch.device) -> Lo
         offload(teacher, device)
     else:
         teacher.to(device)
-    objective = SarDistillation(student, teacher, config.objective, config.sar, case.student.vocab_size)
+    facts = {"tokenizer": {"vocab_size": case.student.vocab_size}}
+    objective: Any = build(config, student, teacher, facts)
     for parameter in objective.routers.parameters():
         parameter.data = parameter.data.to(device, torch.float32)
     stage: StageConfig = config.stages[0]

@@ -39,7 +39,7 @@ from megakd.models.shared_core import PROJECTIONS, Form
 from megakd.models.student import student_config
 from megakd.models.tiny import tiny_moe_config
 from megakd.names import shipped
-from megakd.objectives.cached import CachedDistillation
+from megakd.objectives.build import build
 from megakd.system.dist import World, close_world, join_world, sum_over_ranks
 from megakd.train.data import Step, stage_data
 
@@ -100,7 +100,7 @@ def compare(name: str, folder: Path, rounds: int, device: str) -> list[Row]:
     case, dataset = CASES[name], ShardSet(folder)
     gpu = device != "cpu"
     config, world = configuration(case, gpu), World(0, 1, torch.device(device))
-    objective = CachedDistillation(make_student(case), config.objective, dataset.facts)
+    objective = build(config, make_student(case), None, dataset.facts)
     optimizer = build_optimizer(objective, (), config.optim)
     engine = LocalEngine(objective, optimizer, config.optim.clip_norm, config.model.dtype, world.device)
     with closing(prefetch(stage_data(config, dataset, Progress(), 1, world))) as data:
@@ -157,7 +157,7 @@ def wait(name: str, folder: Path, steps: int, device: str) -> list[Row]:
     """The loop of `megakd train` on one device."""
     case, dataset = CASES[name], ShardSet(folder)
     config, world = configuration(case, device != "cpu"), World(0, 1, torch.device(device))
-    objective = CachedDistillation(make_student(case), config.objective, dataset.facts)
+    objective = build(config, make_student(case), None, dataset.facts)
     optimizer = build_optimizer(objective, (), config.optim)
     engine = LocalEngine(objective, optimizer, config.optim.clip_norm, config.model.dtype, world.device)
     found = run(config, dataset, engine, world, steps)
@@ -238,7 +238,7 @@ def main_of_rank(name: str, folder: str, steps: str) -> None:
     gpu = world.device.type != "cpu"
     config = configuration(case, gpu, world.size)
     student = make_student(case).to(torch.bfloat16 if gpu else torch.float32)
-    objective = CachedDistillation(student, config.objective, dataset.facts)
+    objective = build(config, student, None, dataset.facts)
     settings = deepspeed_config(config, world.size, config.windows_per_step)
     engine = DeepSpeedEngine(objective, build_optimizer(objective, (), config.optim), settings, world)
     found = run(config, dataset, engine, world, int(steps))

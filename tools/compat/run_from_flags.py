@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 from megakd.cli import run_verb
 from megakd.config.effects import idle_fields
 from megakd.config.parsing import apply_overrides, parse
-from megakd.config.run import RunConfig, flatten, is_live
+from megakd.config.run import RunConfig, flatten, is_mutable
 from megakd.data.documents import source_files
 from megakd.data.tokenizers import identify_tokenizer, load_tokenizer
 from megakd.errors import UserError
@@ -116,11 +116,11 @@ def settled(value: dict[str, Any], overrides: Sequence[str], kind: str, source: 
     source: what an error names. UserError where values do not fit, or a model is missing.
     """
     value = apply_overrides(value, overrides)
-    config = parse(value, source)
-    if config.engine.kind != "local" or config.objective.kind != kind:
+    if value["engine"]["kind"] != "local" or value["objective"]["kind"] != kind:
         raise UserError(
             f"engine.kind and objective.kind: are local and {kind} here; megakd new makes a run of another kind"
         )
+    config = parse(value, source)
     for idle in idle_fields(config):
         if not idle.replaced and not any(item.startswith(f"{idle.path}=") for item in overrides):
             say(str(idle))
@@ -171,7 +171,7 @@ def open_run(folder: Path, value: dict[str, Any]) -> Run:
         changes = [key for key in {**before, **now} if before.get(key) != now.get(key)]
         if any((folder / made).exists() for made in ("data", "checkpoints")):
             for key in changes:
-                if not is_live(key):
+                if not is_mutable(key):
                     was, asked = (json.dumps(values.get(key)) for values in (before, now))
                     raise UserError(
                         f"{folder}: {key} of the run that is there is {was}, asked for is {asked}; name another "
@@ -213,7 +213,7 @@ def to_the_end(run: Run, compares: bool, evaluate: bool = True) -> None:
     for verb in verbs:
         run_verb(verb)
         gc.collect()  # models point to themselves: without it the next verb meets them on the device
-        if verb[0] == "export" and run.config.objective.kind == "sar":
+        if verb[0] == "export" and run.config.objective.trains_routers:
             publish_routers(run)
     print(f"student: {student}")
 

@@ -164,8 +164,10 @@ def recipe(args: argparse.Namespace) -> dict[str, Any]:
             **HOLDOUT,
             "holdout_tokens": args.eval_tokens,
         },
-        "objective": {"kind": "sar", "alpha": args.alpha_kd / both, "temperature": args.temperature},
-        "sar": {
+        "objective": {
+            "kind": "sar",
+            "alpha": args.alpha_kd / both,
+            "temperature": args.temperature,
             "routing": args.routing or SarConfig().routing,
             "initial_top_k": args.initial_top_k or SarConfig().initial_top_k,
             "final_top_k": args.final_top_k or SarConfig().final_top_k,
@@ -190,10 +192,12 @@ def recipe(args: argparse.Namespace) -> dict[str, Any]:
         "log": {"every_steps": args.logging_steps},
     }
     value = settled(value, args.overrides, "sar", "flags")
-    free = args.routing is None and not any(item.startswith("sar.routing=") for item in args.overrides)
+    free = args.routing is None and not any(
+        item.startswith(("objective.routing=", "sar.routing=")) for item in args.overrides
+    )
     if free and one_of_weight_one(value["model"]["teacher"]):
         say("--routing top_m, 2 experts a token: the one that the teacher takes has weight x / x, no gradient")
-        value["sar"] |= {"routing": "top_m", "initial_top_k": 2, "final_top_k": 2}
+        value["objective"] |= {"routing": "top_m", "initial_top_k": 2, "final_top_k": 2}
     return value
 
 

@@ -2,7 +2,7 @@
 
     python tools/compat/train_student_aware.py --config launch/student-aware.json
     python tools/compat/train_student_aware.py --config config.json --datasets text.jsonl --batch-size 2 --epochs 1 \\
-        --learning-rate 1e-4 --output_dir runs/components log.wandb=disabled online.gap=1
+        --learning-rate 1e-4 --output_dir runs/components log.wandb=disabled objective.gap=1
 
 The keys are those of single-file scripts for student-aware routing, the run is an ordinary one in checkpoint_dir (or
 --output_dir), made from recipe.json there: tokenize, train, export, generate-logits of the held-out text, evaluate. The
@@ -46,6 +46,7 @@ from run_from_flags import (
 )
 
 from megakd.config.data import DataConfig
+from megakd.config.objective import of_kind
 from megakd.config.parsing import parse
 from megakd.config.run import RunConfig
 from megakd.data.documents import SUFFIXES, find_files, iter_documents
@@ -252,8 +253,10 @@ def recipe(settings: Settings, folder: Path, dataset: str, seed: int) -> dict[st
             **HOLDOUT,
         },
         "stream": {"workers": max(settings.num_workers, 1)},
-        "objective": {"kind": "online", "alpha": 1.0, "temperature": temperature},
-        "online": {
+        "objective": {
+            "kind": "online",
+            "alpha": 1.0,
+            "temperature": temperature,
             "kl": settings.alpha_kd,
             "feature": settings.alpha_feature,
             "attention": settings.alpha_attention,
@@ -289,9 +292,10 @@ def warn(args: argparse.Namespace, settings: Settings, config: RunConfig, folder
     say_unused([name for name, value in anyway.items() if name in given and getattr(settings, name) != value])
     if args.resume:
         say(f"--resume has no effect: the run in {folder} goes on from its last checkpoint by itself")
-    if config.online.routing != "trained":
+    objective = of_kind(config.objective, "online")
+    if getattr(objective, "routing", "trained") != "trained":
         teacher = resolve(config.model.teacher, config.model.revision, weights=False)
-        routers = find_routers(empty_model(teacher), config.model.teacher, config.online.router_patterns)
+        routers = find_routers(empty_model(teacher), config.model.teacher, objective.patterns)
         facts = {"num_experts": {router.experts for router in routers}, "top_k": {router.active for router in routers}}
         if any(name in given and {getattr(settings, name)} != facts[name] for name in facts):
             say(f"num_experts and top_k are the teacher's to say: {describe(routers)}")

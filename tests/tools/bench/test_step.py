@@ -41,7 +41,7 @@ def test_alpha_0_is_the_step_of_transformers(case, tmp_path):
     step = next(iter(bench.stage_data(config, dataset, Progress(), 1, world)))
     found = {}
     for form in ("plain", 0.0, 0.5):
-        objective = bench.CachedDistillation(bench.make_student(case), config.objective, dataset.facts)
+        objective = bench.build(config, bench.make_student(case), None, dataset.facts)
         optimizer = bench.build_optimizer(objective, (), config.optim)
         engine = bench.LocalEngine(objective, optimizer, config.optim.clip_norm, "float32", world.device)
         if form == "plain":

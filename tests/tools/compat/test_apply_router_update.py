@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megakd.config.objective import ObjectiveConfig, SarConfig
+from megakd.config.objective import SarConfig
 from megakd.models.hub import Checkpoint, load_config, load_model
 from megakd.models.router_update import TeacherRouters, write_update
 from megakd.objectives.sar import SarDistillation
@@ -55,8 +55,8 @@ def test_the_teacher_that_is_written_is_the_one_that_learned(run, teacher, updat
     apply(teacher, update / given, tmp_path / "out")
     said = capsys.readouterr().out
     assert "2 of 2 tensors of 2 routers replaced" in said and "0.0% of what they learned is rounded away" in said
-    config, whole = ObjectiveConfig(kind="sar"), load_model(teacher, torch.float32)
-    objective = SarDistillation(dense_student(), whole, config, SarConfig(), VOCABULARY)
+    whole = load_model(teacher, torch.float32)
+    objective = SarDistillation(dense_student(), whole, SarConfig(), VOCABULARY)
     objective.restore(load_file(run / "checkpoints" / "second" / "step-000007" / "beside.safetensors"))
     expected, found = logits(objective.held[0]), logits(load_model(tmp_path / "out", torch.float32))
     assert torch.equal(found, expected)

@@ -168,7 +168,7 @@ def test_the_recipe_says_what_the_flags_say(flags, student):
     more += "--seed 7 --train_tokens 2e3 --dataset_split a --text_field body --save_steps 3 --model_dtype float16 "
     more += "--offload_teacher_to_cpu --router_patterns gate$ router data.workers=1"
     config = config_of(flags, *shlex.split(more))
-    sar, optim, data = config.sar, config.optim, config.data
+    sar, optim, data = config.objective, config.optim, config.data
     assert (config.objective.kind, config.objective.alpha, config.objective.temperature) == ("sar", 0.75, 1.5)
     assert (sar.anchor, sar.entropy, sar.balance) == (0.1, 0.01, 0.02)
     assert (sar.routing, sar.initial_top_k, sar.final_top_k) == ("top_m", 2, 3)
@@ -188,7 +188,7 @@ def test_the_recipe_says_what_the_flags_say(flags, student):
 
 def test_defaults_are_those_of_the_scripts_but_for_two(hub):
     config = config_of([])
-    optim, data, sar = config.optim, config.data, config.sar
+    optim, data, sar = config.optim, config.data, config.objective
     assert (config.model.teacher, config.model.student) == tuple(str((hub / n).resolve()) for n in (TEACHER, STUDENT))
     assert (data.source, data.sequence_length, optim.micro_batch, config.windows_per_step) == (
         str(hub / "wikitext"), 1024, 1, 8,
@@ -220,7 +220,7 @@ def test_routers_may_be_frozen_and_data_few(flags, capsys):
     """In bfloat16, all experts a token."""
     more = "--train_tokens 1000 --model_dtype bfloat16 --router_lr 0 --gradient_checkpointing --routing all"
     run = train(flags, *shlex.split(f"{more} --initial_top_k 2"))
-    assert "sar.initial_top_k=2 has no effect: sar.routing=top_m alone" in capsys.readouterr().err
+    assert "objective.initial_top_k=2 has no effect: objective.routing=top_m and" in capsys.readouterr().err
     assert len(metrics(run.folder)) == 4 and len(ShardSet(run.path("data", "tokens", "train"))) == 32
     facts = read_json(run.path("router_update.json"))
     assert facts["routing"] == "all" and "initial_top_k" not in facts
@@ -231,12 +231,12 @@ def test_one_expert_of_weight_one_becomes_two(flags, tmp_path, tokenizer, docume
     """Else nothing would reach the router: its only weight is x / x."""
     place = make_teacher(tmp_path / "one", tokenizer, documents, seed=5, steps=1, num_experts_per_tok=1)
     run = train(flags, "--teacher_model", str(place))
-    sar = run.config.sar
+    sar = run.config.objective
     assert (sar.routing, sar.initial_top_k, sar.final_top_k) == ("top_m", 2, 2)
     assert "--routing top_m, 2 experts a token" in capsys.readouterr().err
     assert all(row["router_anchor"] > 0 for row in metrics(run.folder)[1:])
-    for asked in (["--routing", "all"], ["sar.routing=all"]):
-        assert config_of(flags, "--teacher_model", str(place), *asked).sar.routing == "all"
+    for asked in (["--routing", "all"], ["objective.routing=all"]):
+        assert config_of(flags, "--teacher_model", str(place), *asked).objective.routing == "all"
     assert "--routing" not in capsys.readouterr().err
 
 

@@ -136,7 +136,7 @@ def test_the_recipe_says_what_the_keys_say(small, tmp_path):
         "use_temperature_curriculum": True, "min_temperature": 1.5,
     }  # fmt: skip
     config = config_of([*argv_of(small, tmp_path, **changes), "--batch-size", "2", "--epochs", "0.5", "--seed", "7"])
-    online, optim = config.online, config.optim
+    online, optim = config.objective, config.optim
     weights = online.kl, online.feature, online.attention, online.layers, online.contrastive
     assert weights == (0.6, 0.2, 0.3, 0.04, 0.02)
     assert (online.contrastive_temperature, online.routing) == (0.2, "capacity")
@@ -157,7 +157,7 @@ def test_the_recipe_says_what_the_keys_say(small, tmp_path):
 
 def test_defaults_of_the_keys(tmp_path):
     config = config_of(argv_of({}, tmp_path))
-    online, optim = config.online, config.optim
+    online, optim = config.objective, config.optim
     weights = online.kl, online.feature, online.attention, online.layers, online.contrastive
     assert weights == (0.7, 0.1, 0.1, 0.05, 0.05) and online.contrastive_temperature == 0.07
     assert (optim.lr, optim.weight_decay, optim.clip_norm, optim.warmup_steps) == (5e-5, 0.01, 1.0, 500)
@@ -224,7 +224,7 @@ def test_a_teacher_without_experts_is_refused(small, text, tmp_path, capsys):
     argv = argv_of(small, tmp_path, "--datasets", text, "--skip-eval", teacher_model=small["student_model"])
     assert "no module with a matrix [experts, hidden]" in refused(module, capsys, *argv)
     assert not (tmp_path / "out").exists()
-    module.main([*argv, "online.routing=trained", 'stages=[{"name": "online", "steps": 1}]'])
+    module.main([*argv, "objective.routing=trained", 'stages=[{"name": "online", "steps": 1}]'])
     assert len(metrics(tmp_path / "out")) == 1
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from megakd.config.objective import ObjectiveConfig
+from megakd.config.objective import CachedConfig
 from megakd.data.shards import ShardSet
 from megakd.errors import UserError
 from megakd.losses.reference import topk_kl
@@ -91,7 +91,7 @@ def test_log_probabilities_know_their_tail(folder, tmp_path, capsys):
     assert facts["tails"] and facts["temperatures"] == [1.0] and facts["pmin"] == 0.01 and facts["top_k"] == TOP_K
     assert facts["teacher"] == {"id": "some/teacher", "revision": None, "weights": "0123"}
     assert facts["tokens"]["sequence_length"] == 13 and facts["vocab_size"] == VOCABULARY
-    check_support(ObjectiveConfig(temperature=1.0), stored_in(facts))
+    check_support(CachedConfig(temperature=1.0), stored_in(facts))
     said = capsys.readouterr().err
     assert "5 windows" in said and "are below 0.01 and left out" in said and "of the mass" in said
     assert "unknown" not in said
@@ -117,8 +117,8 @@ def test_raw_logits_have_no_tail(folder, tmp_path):
     assert found.facts["tails"] is False
     stored = stored_in(found.facts)
     with pytest.raises(UserError, match=r"set objective\.tail=truncated"):
-        check_support(ObjectiveConfig(tail="ghost", temperature=1.0), stored)
-    check_support(ObjectiveConfig(tail="truncated", temperature=2.0), stored)
+        check_support(CachedConfig(tail="ghost", temperature=1.0), stored)
+    check_support(CachedConfig(tail="truncated", temperature=2.0), stored)
     student = random_logits(12, VOCABULARY, seed=99)
     for index in range(5):
         targets = found[index].targets

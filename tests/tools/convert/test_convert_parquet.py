@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megakd.config.objective import ObjectiveConfig
+from megakd.config.objective import CachedConfig
 from megakd.errors import UserError
 from megakd.objectives.cached import check_support, stored_in
 from tests.conftest import VOCABULARY, files
@@ -98,7 +98,7 @@ def test_rows_of_others(folder, tmp_path, form):
     found = convert(source, tmp_path / "out", "--tokenizer", folder, "--values", "logprobs", "--pmin", 0)
     facts = found.facts
     assert facts["top_k"] == 6 and facts["tokens"]["sequence_length"] == 13 and facts["temperatures"] == [1.0]
-    check_support(ObjectiveConfig(temperature=1.0), stored_in(facts))
+    check_support(CachedConfig(temperature=1.0), stored_in(facts))
     for index, row in enumerate(rows):
         sample = found[index]
         assert sample.tokens.tolist() == row["input_ids"] and sample.starts.tolist() == [0]
@@ -126,7 +126,7 @@ def test_fixed_size_lists_and_raw_logits(folder, tmp_path):
     argv = ["--tokenizer", folder, "--values", "logits", "--pmin", 0]
     found = convert(tmp_path / "mine.parquet", tmp_path / "out", *argv)
     with pytest.raises(UserError, match="truncated"):
-        check_support(ObjectiveConfig(tail="ghost", temperature=1.0), stored_in(found.facts))
+        check_support(CachedConfig(tail="ghost", temperature=1.0), stored_in(found.facts))
     for index, position in itertools.product(range(2), range(8)):
         expected = np.exp(numbers[index, position]) / np.exp(numbers[index, position]).sum()
         mine = head(found[index].targets, position)
