@@ -3,6 +3,10 @@
 This imports neither torch nor transformers: the students are registered when AutoConfig.from_pretrained, through which
 every Auto class goes, is called for the first time. Not when transformers is imported: its modules import one another
 through the Auto classes, and are half there at that time.
+
+Why a finder: transformers has no entry points, and to register in its tables takes importing them, with torch 4 s where
+`megakd --help` takes 0.2 s. The finder waits for one module, and leaves sys.meta_path when that is loaded. `register()`
+does it at once.
 """
 
 import functools
@@ -13,7 +17,15 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
+from megakd.system.version import VERSION as __version__
+
+__all__ = ["__version__", "register"]
 AUTO = "transformers.models.auto.configuration_auto"
+
+
+def register() -> None:
+    """Make compressed students known to transformers' Auto classes now; imports torch and transformers."""
+    importlib.import_module("megakd.models.student")
 
 
 def _register_on_first_use(module: ModuleType) -> None:
@@ -23,7 +35,7 @@ def _register_on_first_use(module: ModuleType) -> None:
     @functools.wraps(original.__func__)
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
         config.from_pretrained = original
-        importlib.import_module("megakd.models.student")
+        register()
         return cls.from_pretrained(*args, **kwargs)
 
     config.from_pretrained = classmethod(from_pretrained)
@@ -44,6 +56,8 @@ class _AfterAuto:
 
             def execute_and_change(module: ModuleType) -> None:
                 execute(module)
+                if _AfterAuto in sys.meta_path:
+                    sys.meta_path.remove(_AfterAuto)  # type: ignore[arg-type]
                 _register_on_first_use(module)
 
             spec.loader.exec_module = execute_and_change

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -40,8 +41,19 @@ SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4, 
 VOCABULARY = 400
 
 
+THINGS = {"gpu": "on_card", "cluster": "slurm"}  # mark → the fixture that skips where the thing is not there
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes long first: with `-n 2` no process is left with a long test at the end."""
+    """What takes long first: with `-n 2` no process is left with a long test at the end.
+
+    A test of a thing that most machines lack has both its mark and its fixture: `-m` finds it, and it skips itself.
+    """
+    for item in items:
+        asks = getattr(item, "fixturenames", ())
+        for mark, fixture in THINGS.items():
+            if (item.get_closest_marker(mark) is not None) != (fixture in asks):
+                raise pytest.UsageError(f"{item.nodeid}: mark {mark} and fixture {fixture} go together")
     marks = ("demo", "ranks")
     order = {item.path: len(marks) for item in items}
     for item in items:
@@ -58,6 +70,18 @@ def on_card() -> dict[str, str]:
         pytest.skip("no NVIDIA GPU on this machine, or CUDA_VISIBLE_DEVICES hides it")
     environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
     return environment if CARDS is None else {**environment, "CUDA_VISIBLE_DEVICES": CARDS}
+
+
+@pytest.fixture
+def slurm() -> str:
+    """The program that gives jobs to Slurm; skips where there is none, or no controller answers it."""
+    sbatch = shutil.which("sbatch")
+    if sbatch is None:
+        pytest.skip("no Slurm on this machine (no sbatch)")
+    asked = subprocess.run(["scontrol", "ping"], capture_output=True, text=True)
+    if asked.returncode:
+        pytest.skip(f"Slurm's controller does not answer: {(asked.stdout + asked.stderr).strip()}")
+    return sbatch
 
 
 @pytest.fixture(scope="session")

@@ -161,3 +161,23 @@ def array_job(folder: Path, variables: dict[str, str]) -> tuple[int, str]:
     script = str(ROOT / "launch" / "generate_logits.sbatch")
     done = subprocess.run(["bash", script, "runs/a"], capture_output=True, text=True, env=environment)
     return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("script", [path.name for path in SCRIPTS if path.suffix == ".sbatch"])
+def test_slurm_accepts_the_job_files(script, slurm, tmp_path):
+    """Their own options, as Slurm reads them, with sizes that any cluster has; nothing is started."""
+    small = ["--nodes=1", "--ntasks=1", "--cpus-per-task=1", "--time=1"]
+    line = [slurm, "--test-only", *small, str(ROOT / "launch" / script), str(tmp_path)]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.cluster
+def test_tasks_of_srun_know_rank_and_size(slurm):
+    """By the variables that this Slurm really sets."""
+    script = "from megakd.system.launcher import read_launcher as read; found = read(); print(found.rank, found.size)"
+    line = ["srun", "--ntasks=2", "--time=2", sys.executable, "-c", script]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(line, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0 and sorted(done.stdout.splitlines()) == ["0 2", "1 2"], done.stdout + done.stderr

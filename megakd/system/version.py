@@ -5,7 +5,6 @@ hatch_build.py loads this file by its path when a wheel is built, so it imports 
 
 import re
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 
 VERSION = "0.1.0"
@@ -30,6 +29,8 @@ def version_line(name: str = "megakd") -> str:
 
 def library_versions() -> list[str]:
     """A line for each library whose version results depend on most; none of them is imported."""
+    from importlib import metadata  # 20 ms, which `import megakd` does without
+
     found = []
     for name in BESIDE:
         try:

@@ -18,6 +18,7 @@ from megakd.models.spec import spec_for
 from megakd.models.student import SharedCoreQwen3MoeForCausalLM, stock_config, student_config
 from megakd.run import Run
 from megakd.system.files import read_json
+from megakd.system.version import VERSION
 from tests.conftest import ROOT, make_teacher
 from tests.models.students import FULL, logits, make_model, make_student
 
@@ -309,6 +310,28 @@ def test_importing_megakd_imports_neither_torch_nor_transformers(tmp_path):
     script = "import megakd; print(*sorted(sys.modules))"
     modules = in_a_process(script, tmp_path, installed=True).split()
     assert "megakd" in modules and not {"torch", "transformers"} & set(modules)
+
+
+def test_the_import_hook_is_gone_once_transformers_has_its_auto_classes(tmp_path):
+    script = """
+import megakd
+def ours():
+    return sum(getattr(finder, "__module__", "") == "megakd" for finder in sys.meta_path)
+before = ours()
+from transformers import AutoConfig
+print(before, ours())
+"""
+    assert in_a_process(script, tmp_path, installed=True).split() == ["1", "0"]
+
+
+def test_register_makes_students_known_at_once(mixed, tmp_path):
+    script = """
+import megakd
+megakd.register()
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+print(megakd.__version__, "deepseek_v3_shared_core" in CONFIG_MAPPING)
+"""
+    assert in_a_process(script, tmp_path, installed=True).split() == [VERSION, "True"]
 
 
 def test_our_loaders_run_no_code_of_a_folder(mixed, tmp_path):
