@@ -10,10 +10,11 @@ import pytest
 import megakd.commands.demo as module
 from megakd.cli import run_verb
 from megakd.names import resolve
-from tests.conftest import in_process, megakd
+from tests.conftest import forked, in_process
 
-SHORT = ["data.tokens=80000", "data.shard_tokens=20000", "data.holdout_tokens=8000", "optim.warmup_steps=4"]
-SHORT += ["stages.0.tokens=65536", "stages.1.tokens=49152", "compress.sweeps=5", "log.wandb=disabled"]
+SHORT = ["data.tokens=60000", "data.shard_tokens=15000", "data.holdout_tokens=6000", "optim.warmup_steps=4"]
+SHORT += ["stages.0.tokens=32768", "stages.1.tokens=24576", "optim.batch_tokens=2048", "optim.micro_batch=4"]
+SHORT += ["compress.sweeps=5", "log.wandb=disabled"]
 
 
 def test_shipped_teacher_is_the_one_whose_training_is_recorded():
@@ -28,7 +29,7 @@ def test_shipped_teacher_is_the_one_whose_training_is_recorded():
 @pytest.mark.demo
 @pytest.mark.ranks
 def test_demo_ends_with_a_table_in_which_distillation_wins(tmp_path):
-    output = megakd("demo", "--folder", tmp_path / "demo", *SHORT)
+    output = forked("demo", "--folder", tmp_path / "demo", *SHORT)
     rows = {}
     for run in ("kd", "ce"):
         lines = map(json.loads, (tmp_path / "demo" / run / "evals.jsonl").read_text().splitlines())

@@ -30,21 +30,29 @@ def content(run: Path) -> dict[str, bytes]:
 
 def look(run: Path) -> None:
     """The verbs that only look at a run."""
-    for verb in ("inspect", "plan", "report"):
+    for verb in ("inspect", "plan"):
         in_process(verb, run)
+
+
+def draw(run: Path) -> None:
+    """The page, which takes a second: of a new run, in the midst of training, measured, and at the end."""
+    in_process("report", run)
     assert (run / "report.html").stat().st_size > 1000
 
 
 def walk(run: Path, verbs: tuple[str, ...]) -> None:
     """Each verb, a look at the run, the verb again: the second time changes nothing. Training is killed once."""
-    for line in verbs:
+    for number, line in enumerate(verbs, start=1):
         verb, *flags = line.split()
         if verb == "train":
             assert kill_when(["train", run], lambda: steps_logged(Run.open(run)) >= 2)
             look(run)
+            draw(run)
         in_process(verb, run, *flags)
         before, rows = content(run), measured(run)
         look(run)
+        if number in (1, len(verbs)) or verb == "evaluate":
+            draw(run)
         in_process(verb, run, *flags)
         after = content(run)
         assert after.keys() == before.keys(), (line, after.keys() ^ before.keys())
