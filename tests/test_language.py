@@ -45,10 +45,10 @@ WORDS: dict[str, str] = {
 PAGES_ONLY: dict[str, str] = {r"\bwindows?\b": "sequences (packed sequences)"}
 
 PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "ds_configs/README.md")]
-# configuration.md repeats descriptions of megakd/config: its words are theirs
-PAGES += sorted(p for p in (ROOT / "docs").rglob("*.md") if p.name != "configuration.md")
-OLD_ENTRIES = "\n## 2026-11-29"  # of docs/log.md, which keep their words
 PYTHON: list[str] = []  # globs below the repository, like "megakd/**/*.py"
+# configuration.md repeats descriptions of megakd/config, and joins with them
+PAGES += sorted(p for p in (ROOT / "docs").rglob("*.md") if PYTHON or p.name != "configuration.md")
+OLD_ENTRIES = "\n## 2026-11-29"  # of docs/log.md, which keep their words
 
 
 def prose(path: Path) -> Iterator[tuple[int, str]]:
