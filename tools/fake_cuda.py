@@ -31,7 +31,7 @@ from megakd.config.data import LogitsConfig
 from megakd.config.objective import CachedConfig, OnlineConfig, SarConfig
 from megakd.data.batches import collate, to_device
 from megakd.data.records import Batch, Paired, Sample, Side, TeacherTargets, with_rows
-from megakd.losses.head import DenseTeacher
+from megakd.losses.signals import Dense
 from megakd.models.memory import _grouped_mm
 from megakd.models.offload import _streamed
 from megakd.models.shared_core import PROJECTIONS, SharedCoreExperts, make_form
@@ -275,7 +275,7 @@ def _dense_teacher(mode: FakeTensorMode) -> None:
     hidden = torch.empty(9, SHAPE["hidden_size"], device=DEVICE, requires_grad=True)
     labels, logits = torch.empty(9, dtype=torch.int64, device=DEVICE), torch.empty(9, VOCABULARY, device=DEVICE)
     with NoCopies():
-        objective.head(hidden, labels, DenseTeacher(logits), 0.5, 2.0)
+        objective.head(hidden, labels, Dense(logits), 0.5, 2.0)
 
 
 def cases() -> dict[str, Case]:

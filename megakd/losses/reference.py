@@ -7,29 +7,17 @@ float64); sums, not means: who calls divides once by the tokens of all ranks.
 """
 
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from megakd.data.records import TeacherTargets
 from megakd.losses.divergence import Divergence, divergence_terms
+from megakd.losses.signals import Sparse, Tail
 
-Tail = Literal["ghost", "truncated", "sampled", "hybrid"]
 KL = Divergence()
 # A tail is stored as a byte: mass below (0.5 / 255)^2 = 4e-6 reads as none, and KL(Q || P) would be infinite.
 TAIL_FLOOR = 1e-6
-
-
-class Stored(NamedTuple):
-    """What the targets of a data set are: temperatures with a tail, that of the draws (None: there are none)."""
-
-    head: bool
-    temperatures: tuple[float, ...]
-    draw_temperature: float | None
-
-    def column(self, temperature: float) -> int:
-        return self.temperatures.index(temperature)
 
 
 class DistillTerms(NamedTuple):
@@ -48,26 +36,24 @@ class DistillTerms(NamedTuple):
 def distill_loss(
     logits_NV: Tensor,
     labels_N: Tensor,
-    targets: TeacherTargets,
-    stored: Stored,
+    teacher: Sparse,
     alpha: float,
     temperature: float,
-    tail: Tail,
     divergence: Divergence = KL,
 ) -> DistillTerms:
     """sum over tokens of (1 - alpha) * CE + alpha * T^2 * KL_T(teacher || student) (Hinton et al. 2015, section 2).
 
-    labels_N: every entry a real token id: rows that do not count are left out by the caller, of `targets` too.
+    labels_N: every entry a real token id: rows that do not count are left out by the caller, of the targets too.
     T^2 is inside `total`, so that gradients carry it. KL at T = 1 is always measured, as well as the data allows.
     """
     logits_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
     ce = torch.nn.functional.cross_entropy(logits_NV, labels_N, reduction="sum")
-    kl = kl_to_targets(logits_NV, targets, stored, temperature, tail, divergence).sum()
-    if is_kl_t1(temperature, tail, divergence):
+    kl = kl_to_targets(logits_NV, teacher, temperature, divergence).sum()
+    if is_kl_t1(temperature, teacher.tail, divergence):
         kl_t1: Tensor | None = kl.detach()
-    elif knows_kl_t1(stored, temperature, tail, divergence):
+    elif knows_kl_t1(teacher, temperature, divergence):
         with torch.no_grad():
-            kl_t1 = kl_to_targets(logits_NV, targets, stored, 1.0, "ghost").sum()
+            kl_t1 = kl_to_targets(logits_NV, teacher._replace(tail="ghost"), 1.0).sum()
     else:
         kl_t1 = None
     total = (1 - alpha) * ce + alpha * temperature**2 * kl
@@ -79,20 +65,20 @@ def is_kl_t1(temperature: float, tail: Tail, divergence: Divergence) -> bool:
     return temperature == 1.0 and tail != "truncated" and divergence.kind == "kl"
 
 
-def knows_kl_t1(stored: Stored, temperature: float, tail: Tail, divergence: Divergence) -> bool:
+def knows_kl_t1(teacher: Sparse, temperature: float, divergence: Divergence) -> bool:
     """Whether the KL at T = 1 can be told: it is what trains, or there is a head with a tail for T = 1."""
-    return is_kl_t1(temperature, tail, divergence) or (stored.head and 1.0 in stored.temperatures)
+    told = teacher.stored.head and 1.0 in teacher.stored.temperatures
+    return is_kl_t1(temperature, teacher.tail, divergence) or told
 
 
 def kl_to_targets(
     logits_NV: Tensor,
-    targets: TeacherTargets,
-    stored: Stored,
+    teacher: Sparse,
     temperature: float,
-    tail: Tail,
     divergence: Divergence = KL,
 ) -> Tensor:
-    """KL(teacher || student) at temperature T per token in the form that `tail` names, or another divergence, [N]."""
+    """KL(teacher || student) at temperature T per token in the form that the tail names, or another divergence, [N]."""
+    targets, stored, tail = teacher
     if tail in ("ghost", "truncated"):
         column = stored.column(temperature) if tail == "ghost" else 0
         log_tail_N = targets.log_tails[:, column] if tail == "ghost" else torch.zeros_like(logits_NV[:, 0])

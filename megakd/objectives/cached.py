@@ -10,8 +10,8 @@ from megakd.config.effects import check_targets
 from megakd.config.objective import CachedConfig
 from megakd.data.records import Batch, TeacherTargets, labelled
 from megakd.errors import UserError
-from megakd.losses.head import FusedHead, SparseTeacher
-from megakd.losses.reference import Stored, Tail
+from megakd.losses.head import FusedHead
+from megakd.losses.signals import Sparse, Stored, Tail
 from megakd.objectives.base import LossReport, Objective
 
 
@@ -39,7 +39,7 @@ class CachedDistillation(Objective):
         hidden = decoder(batch.tokens, position_ids=batch.position_ids, use_cache=False).last_hidden_state
         counted = labelled(batch)
         targets = TeacherTargets(*map(counted.pick, batch.targets))
-        teacher = SparseTeacher(targets, self.stored, self.tail)
+        teacher = Sparse(targets, self.stored, self.tail)
         # a batch without labels passes through too: 0 with a live graph, so that every rank takes part in the backward
         rows = counted.pick(hidden), counted.pick(batch.labels)
         terms = self.head(*rows, teacher, self.alpha, self.temperature, self.divergence)

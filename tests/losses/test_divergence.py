@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from megakd.losses.divergence import Divergence, Kind, divergence_slopes, divergence_terms
-from megakd.losses.reference import TAIL_FLOOR, Stored, kl_to_targets, teacher_buckets
+from megakd.losses.reference import TAIL_FLOOR, kl_to_targets, teacher_buckets
+from megakd.losses.signals import Sparse, Stored
 from tests.losses.test_reference import example, with_fillers
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -66,7 +67,7 @@ def test_on_targets_it_is_the_reference(divergence, tail, temperature):
         kept = targets.logprobs[i] > -torch.inf
         ids = targets.ids[i][kept].tolist()
         expected.append(reference_token(divergence, teacher[i], student[i], ids, temperature, tail))
-    found = kl_to_targets(student, with_fillers(targets, 3), stored, temperature, tail, divergence)
+    found = kl_to_targets(student, Sparse(with_fillers(targets, 3), stored, tail), temperature, divergence)
     assert found.tolist() == pytest.approx(expected, rel=1e-9)
 
 
@@ -124,7 +125,7 @@ def test_reverse_kl_takes_a_tail_that_was_rounded_away_as_a_small_one():
     """A byte cannot hold a tail below 4e-6; without a floor one such row makes the loss infinite."""
     _, student, _, targets, stored = example((7, 33, 8), 2.0)
     rounded = targets._replace(log_tails=torch.full_like(targets.log_tails, -torch.inf))
-    found = kl_to_targets(student, rounded, stored, 2.0, "ghost", Divergence("reverse_kl"))
+    found = kl_to_targets(student, Sparse(rounded, stored, "ghost"), 2.0, Divergence("reverse_kl"))
     assert found.isfinite().all() and (found > 0).all()
     buckets = teacher_buckets(rounded.logprobs, rounded.log_tails[:, 0], 2.0, "ghost", Divergence("reverse_kl"))
     assert torch.allclose(buckets.exp().sum(-1), torch.ones(7, dtype=torch.float64))
@@ -138,7 +139,7 @@ def test_reverse_kl_takes_a_tail_that_was_rounded_away_as_a_small_one():
 def test_all_entries_stored_is_the_dense_divergence(divergence):
     teacher, student, _, targets, _ = example((5, 13, 13), 2.0, pmin=0.0)
     student.requires_grad_()
-    found = kl_to_targets(student, targets, Stored(True, (1.0, 2.0, 4.0), None), 2.0, "ghost", divergence)
+    found = kl_to_targets(student, Sparse(targets, Stored(True, (1.0, 2.0, 4.0), None), "ghost"), 2.0, divergence)
     both = [(logits.detach() / 2).log_softmax(-1) for logits in (teacher, student)]
     assert torch.allclose(found, divergence_terms(divergence, *both).sum(-1), rtol=1e-4)  # of reverse_kl's floor
     found.sum().backward()

@@ -11,8 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megakd.data.records import TeacherTargets
 from megakd.losses import head as fused
 from megakd.losses.divergence import Divergence, divergence_terms
-from megakd.losses.head import DenseTeacher, FusedHead, SparseTeacher
-from megakd.losses.reference import KL, Stored, Tail, distill_loss
+from megakd.losses.head import FusedHead
+from megakd.losses.reference import KL, distill_loss
+from megakd.losses.signals import Dense, Sparse, Stored, Tail
 from tests.losses.test_divergence import ALL, ON_DATA
 from tests.losses.test_reference import TEMPERATURES, example, with_fillers
 
@@ -74,7 +75,8 @@ def dense_run(labels: Tensor, targets: TeacherTargets, stored: Stored, *form: An
     def run(hidden: Tensor, weight: Tensor) -> Any:
         logits = hidden @ weight[:VOCABULARY].T * scale
         logits = logits if cap is None else cap * (logits / cap).tanh()
-        return distill_loss(logits, labels, targets, stored, *form)
+        alpha, temperature, tail, *divergence = form
+        return distill_loss(logits, labels, Sparse(targets, stored, tail), alpha, temperature, *divergence)
 
     return run
 
@@ -92,7 +94,7 @@ def test_it_is_the_dense_form(tail, alpha, temperature, padding, dtype):
     hidden, weight = inputs(dtype, padding)
     dense = dense_run(labels, targets, stored, alpha, temperature, tail)
     expected = differentiated(dense, hidden.double(), weight.double())
-    found = differentiated(fused_run(labels, SparseTeacher(targets, stored, tail), alpha, temperature), hidden, weight)
+    found = differentiated(fused_run(labels, Sparse(targets, stored, tail), alpha, temperature), hidden, weight)
     same(found, expected, dtype)
     assert not found[1][1][VOCABULARY:].any()
 
@@ -110,7 +112,7 @@ def test_the_rows_of_a_block_are_of_no_account(monkeypatch, tail, temperature, r
     monkeypatch.setitem(fused.BLOCK_BYTES, "cpu", rows * dtype.itemsize * VOCABULARY)
     dense = dense_run(labels, targets, stored, 0.3, temperature, tail)
     expected = differentiated(dense, hidden.double(), weight.double())
-    found = differentiated(fused_run(labels, SparseTeacher(targets, stored, tail), 0.3, temperature), hidden, weight)
+    found = differentiated(fused_run(labels, Sparse(targets, stored, tail), 0.3, temperature), hidden, weight)
     same(found, expected, dtype)
 
 
@@ -120,7 +122,7 @@ def test_every_divergence_is_that_of_the_dense_form(divergence, tail, dtype):
     labels, targets, stored = stored_targets(tail, 2.0)
     hidden, weight = inputs(dtype)
     dense = dense_run(labels, targets, stored, 0.7, 2.0, tail, divergence)
-    teacher = SparseTeacher(targets, stored, tail)
+    teacher = Sparse(targets, stored, tail)
     found = differentiated(fused_run(labels, teacher, 0.7, 2.0, divergence), hidden, weight)
     same(found, differentiated(dense, hidden.double(), weight.double()), dtype)
 
@@ -131,7 +133,7 @@ def test_any_temperature(temperature):
     labels, targets, stored = stored_targets("truncated", 2.0)
     hidden, weight = inputs()
     expected = differentiated(dense_run(labels, targets, stored, 0.5, temperature, "truncated"), hidden, weight)
-    teacher = SparseTeacher(targets, stored, "truncated")
+    teacher = Sparse(targets, stored, "truncated")
     same(differentiated(fused_run(labels, teacher, 0.5, temperature), hidden, weight), expected, torch.float64)
 
 
@@ -165,7 +167,7 @@ def test_a_teacher_that_is_there(divergence, temperature, dtype):
     seen: list[slice] = []
     for teacher in (logits, lambda chunk: seen.append(chunk) or logits[chunk]):
         before = logits.clone()
-        same(differentiated(fused_run(labels, DenseTeacher(teacher), *form), hidden, weight), expected, dtype)
+        same(differentiated(fused_run(labels, Dense(teacher), *form), hidden, weight), expected, dtype)
         assert torch.equal(logits, before)
     assert [s.start for s in seen] == [0, *(s.stop for s in seen[:-1])] and seen[-1].stop == TOKENS
 
@@ -177,7 +179,7 @@ def test_scales_and_soft_caps(temperature, scale, cap, dtype):
     labels, targets, stored = stored_targets("ghost", 2.0)
     hidden, weight = inputs(dtype)
     dense = dense_run(labels, targets, stored, 0.5, temperature, "ghost", scale=scale, cap=cap)
-    teacher = SparseTeacher(targets, stored, "ghost")
+    teacher = Sparse(targets, stored, "ghost")
     found = differentiated(fused_run(labels, teacher, 0.5, temperature, scale=scale, cap=cap), hidden, weight)
     same(found, differentiated(dense, hidden.double(), weight.double()), dtype)
     head = FusedHead(nn.Parameter(weight), VOCABULARY, scale, cap)
@@ -191,9 +193,9 @@ def test_gradient_is_that_of_the_returned_loss(tail, temperature, divergence):
     if tail in ("sampled", "hybrid") and divergence != KL:
         return
     labels, targets, stored = stored_targets("ghost" if tail == "online" else tail, temperature)
-    teacher: Any = SparseTeacher(targets, stored, tail)
+    teacher: Any = Sparse(targets, stored, tail)
     if tail == "online":
-        teacher = DenseTeacher(torch.randn(TOKENS, VOCABULARY, generator=torch.Generator().manual_seed(5)).double())
+        teacher = Dense(torch.randn(TOKENS, VOCABULARY, generator=torch.Generator().manual_seed(5)).double())
     hidden, weight = inputs()
     run = fused_run(labels, teacher, 0.6, temperature, divergence)
     _, (by_hidden, by_weight) = differentiated(run, hidden, weight)
@@ -218,7 +220,7 @@ def test_student_equal_to_teacher_gives_zero_and_no_gradient(tail, divergence):
         ids.int(), log_p.gather(1, ids), torch.stack(tails, 1), ids[:, :0], log_p[:, :0], nothing, nothing
     )
     stored = Stored(True, TEMPERATURES, None)
-    teacher = DenseTeacher(logits) if tail == "online" else SparseTeacher(targets, stored, "ghost")
+    teacher = Dense(logits) if tail == "online" else Sparse(targets, stored, "ghost")
     terms, gradients = differentiated(fused_run(ids[:, 0], teacher, 1.0, 2.0, divergence), hidden, weight)
     assert terms[0] == pytest.approx(0, abs=1e-11) and terms[3] == pytest.approx(0, abs=1e-11)
     if divergence.kind != "tvd":  # which has a kink there
@@ -233,7 +235,7 @@ def test_extreme_students(tail, scale, dtype):
     labels, targets, stored = stored_targets(tail, 2.0)
     hidden, weight = inputs(dtype)
     weight *= scale
-    found = differentiated(fused_run(labels, SparseTeacher(targets, stored, tail), 0.5, 2.0), hidden, weight)
+    found = differentiated(fused_run(labels, Sparse(targets, stored, tail), 0.5, 2.0), hidden, weight)
     dense = dense_run(labels, targets, stored, 0.5, 2.0, tail)
     expected = differentiated(dense, hidden.double(), weight.double())
     assert alike(found[0], expected[0], 1e-12 if dtype == torch.float64 else 1e-6)
@@ -248,7 +250,7 @@ def test_stored_mass_that_rounds_to_one(dtype):
     ids, logprobs, nothing = torch.tensor([[0]]), torch.tensor([[-1e-9]]), torch.zeros(1)
     targets = TeacherTargets(ids, logprobs, torch.tensor([[1e-9]]).log(), ids[:, :0], logprobs[:, :0], nothing, nothing)
     hidden, weight = torch.ones(1, 1, dtype=dtype, requires_grad=True), nn.Parameter(weight)
-    teacher = SparseTeacher(targets, Stored(True, (1.0,), None), "ghost")
+    teacher = Sparse(targets, Stored(True, (1.0,), None), "ghost")
     terms = FusedHead(weight, 4)(hidden, torch.tensor([0]), teacher, 1.0, 1.0)
     terms.total.backward()
     q = weight.detach()[:, 0].double().softmax(0)
@@ -268,10 +270,10 @@ def test_all_entries_stored(tail, divergence):
     weight = weight[:13]
 
     def run(hidden: Tensor, weight: Tensor) -> Any:
-        return distill_loss(hidden @ weight.T, labels, targets, stored, 0.5, 2.0, tail, divergence)
+        return distill_loss(hidden @ weight.T, labels, Sparse(targets, stored, tail), 0.5, 2.0, divergence)
 
     def mine(hidden: Tensor, weight: Any) -> Any:
-        teacher = SparseTeacher(targets, stored, tail)
+        teacher = Sparse(targets, stored, tail)
         return FusedHead(weight, 13)(hidden, labels, teacher, 0.5, 2.0, divergence)
 
     same(differentiated(mine, hidden, weight), differentiated(run, hidden, weight), torch.float64)
@@ -291,7 +293,7 @@ class Products(TorchDispatchMode):
 def test_what_needs_no_gradient_costs_no_product(dtype):
     labels, targets, stored = stored_targets("ghost", 2.0)
     hidden, weight = inputs(dtype)
-    run = fused_run(labels, SparseTeacher(targets, stored, "ghost"), 0.5, 2.0)
+    run = fused_run(labels, Sparse(targets, stored, "ghost"), 0.5, 2.0)
     expected, both = differentiated(run, hidden, weight)
     chunks = 4
     for needs in ((True, True), (True, False), (False, True), (False, False)):
@@ -319,7 +321,7 @@ def test_a_tied_head_adds_both_gradients():
         loss(table(ids).tanh(), table.weight).total.backward()
         return table.weight.grad
 
-    found = gradient(fused_run(labels, SparseTeacher(targets, stored, "ghost"), 0.5, 2.0))
+    found = gradient(fused_run(labels, Sparse(targets, stored, "ghost"), 0.5, 2.0))
     assert torch.allclose(found, gradient(dense_run(labels, targets, stored, 0.5, 2.0, "ghost")), atol=1e-11)
 
 
@@ -327,8 +329,8 @@ def test_a_tied_head_adds_both_gradients():
 def test_no_tokens_is_zero_with_a_live_graph(tail):
     labels, targets, stored = stored_targets("ghost" if tail == "online" else tail, 2.0)
     nobody = torch.zeros(TOKENS, dtype=torch.bool)
-    teacher: Any = SparseTeacher(TeacherTargets(*(field[nobody] for field in targets)), stored, tail)
-    teacher = DenseTeacher(torch.zeros(0, VOCABULARY)) if tail == "online" else teacher
+    teacher: Any = Sparse(TeacherTargets(*(field[nobody] for field in targets)), stored, tail)
+    teacher = Dense(torch.zeros(0, VOCABULARY)) if tail == "online" else teacher
     hidden, weight = inputs(torch.float32)
     hidden.requires_grad_()
     parameter = nn.Parameter(weight)
@@ -343,7 +345,7 @@ def test_under_autocast_products_are_in_its_dtype():
     """float32 weights, as on the local engine with bfloat16: the result is that of bfloat16 weights."""
     labels, targets, stored = stored_targets("ghost", 2.0)
     hidden, weight = inputs(torch.bfloat16)
-    run = fused_run(labels, SparseTeacher(targets, stored, "ghost"), 0.5, 2.0)
+    run = fused_run(labels, Sparse(targets, stored, "ghost"), 0.5, 2.0)
     expected = differentiated(run, hidden, weight)
     with torch.autocast("cpu", torch.bfloat16):
         found = differentiated(run, hidden.float(), weight.float())
@@ -357,8 +359,8 @@ def test_the_gradient_of_a_head_is_summed_in_float32():
     labels, targets, stored = stored_targets("ghost", 2.0)
     hidden, weight = inputs(torch.bfloat16)
     many = TeacherTargets(*(field.repeat(40, *(1,) * (field.ndim - 1)) for field in targets))
-    run = fused_run(labels.repeat(40), SparseTeacher(many, stored, "ghost"), 0.5, 2.0)
-    _, (_, once) = differentiated(fused_run(labels, SparseTeacher(targets, stored, "ghost"), 0.5, 2.0), hidden, weight)
+    run = fused_run(labels.repeat(40), Sparse(many, stored, "ghost"), 0.5, 2.0)
+    _, (_, once) = differentiated(fused_run(labels, Sparse(targets, stored, "ghost"), 0.5, 2.0), hidden, weight)
     _, (_, found) = differentiated(run, hidden.repeat(40, 1), weight)
     assert (found - 40 * once).norm() <= 4e-3 * (40 * once).norm()
 
@@ -366,7 +368,7 @@ def test_the_gradient_of_a_head_is_summed_in_float32():
 def test_gradients_are_handed_over_once():
     labels, targets, stored = stored_targets("ghost", 2.0)
     hidden, weight = inputs()
-    total = fused_run(labels, SparseTeacher(targets, stored, "ghost"), 0.5, 2.0)(hidden, nn.Parameter(weight)).total
+    total = fused_run(labels, Sparse(targets, stored, "ghost"), 0.5, 2.0)(hidden, nn.Parameter(weight)).total
     total.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="handed over by an earlier backward"):
         total.backward()
@@ -376,10 +378,10 @@ def test_calls_do_not_disturb_each_other():
     """Buffers are kept between calls; results are not in them. Also for other sizes and dtypes through one module."""
     labels, targets, stored = stored_targets("ghost", 2.0)
     hidden, weight = inputs(torch.float32)
-    teacher = SparseTeacher(targets, stored, "ghost")
+    teacher = Sparse(targets, stored, "ghost")
     head = FusedHead(nn.Parameter(weight), VOCABULARY)
     first = head(hidden, labels, teacher, 0.5, 2.0)
-    few = SparseTeacher(TeacherTargets(*(field[:3] for field in targets)), stored, "ghost")
+    few = Sparse(TeacherTargets(*(field[:3] for field in targets)), stored, "ghost")
     second = head(hidden[:3], labels[:3], few, 0.5, 1.0)
     (first.total + second.total).backward()
     found = head.weight.grad.clone()
@@ -423,9 +425,9 @@ def test_peak_memory_is_the_gradients_and_two_buffers(allocations, monkeypatch, 
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(tokens, size, generator=generator).to(dtype).requires_grad_()
     weight = nn.Parameter(torch.randn(vocabulary, size, generator=generator).to(dtype))
-    teacher = SparseTeacher(targets, stored, "ghost")
+    teacher = Sparse(targets, stored, "ghost")
     if form == "online":
-        teacher = DenseTeacher(lambda part: torch.randn(part.stop - part.start, vocabulary, dtype=dtype))
+        teacher = Dense(lambda part: torch.randn(part.stop - part.start, vocabulary, dtype=dtype))
     head = FusedHead(weight, vocabulary, softcap=30.0 if form == "capped" else None)
     peak = allocations(lambda: head(hidden, labels, teacher, 0.5, 2.0).total.backward())
     gradients = 4 * (weight.numel() + hidden.numel())

@@ -8,7 +8,8 @@ from torch import Tensor
 from megakd.capture.targets import draw, targets_from_logits
 from megakd.config.data import LogitsConfig
 from megakd.data.records import TeacherTargets
-from megakd.losses.reference import Stored, Tail, distill_loss, head_and_tail, kl_to_targets, sampled_kl, topk_kl
+from megakd.losses.reference import distill_loss, head_and_tail, kl_to_targets, sampled_kl, topk_kl
+from megakd.losses.signals import Sparse, Stored, Tail
 
 TAILS: tuple[Tail, ...] = get_args(Tail)
 SHAPES = [(1, 5, 2), (7, 33, 8), (3, 11, 10)]  # N, V, K
@@ -67,7 +68,7 @@ def reference(teacher: Tensor, student: Tensor, targets: TeacherTargets, tempera
 @pytest.mark.parametrize("shape", SHAPES)
 def test_kl_matches_the_reference(shape, pmin, temperature, tail):
     teacher, student, _, targets, stored = example(shape, temperature, tail, pmin)
-    found = kl_to_targets(student, targets, stored, temperature, tail)
+    found = kl_to_targets(student, Sparse(targets, stored, tail), temperature)
     # shares of draws are float32: a seventh is 1e-8 off
     tolerance = 1e-10 if tail in ("ghost", "truncated") else 1e-6
     assert found.tolist() == pytest.approx(reference(teacher, student, targets, temperature, tail), abs=tolerance)
@@ -83,11 +84,11 @@ def test_ghost_is_the_dense_coarsening(shape, temperature):
     p, q = (teacher / temperature).softmax(-1), (student / temperature).softmax(-1)
     bucket_p, bucket_q = (torch.where(inside, 0.0, x).sum(-1) for x in (p, q))
     expected = torch.where(inside, p * (p / q).log(), 0.0).sum(-1) + bucket_p * (bucket_p / bucket_q).log()
-    found = kl_to_targets(student, targets, stored, temperature, "ghost")
+    found = kl_to_targets(student, Sparse(targets, stored, "ghost"), temperature)
     assert torch.allclose(found, expected, atol=1e-10)
     single = TeacherTargets(*(field.float() if field.is_floating_point() else field for field in targets))
     assert torch.allclose(
-        kl_to_targets(student.float(), single, stored, temperature, "ghost").double(), expected, atol=1e-5
+        kl_to_targets(student.float(), Sparse(single, stored, "ghost"), temperature).double(), expected, atol=1e-5
     )
     dense = (p * (p / q).log()).sum(-1)
     assert (found <= dense + 1e-12).all()  # coarser: a lower bound
@@ -106,7 +107,7 @@ def test_ghost_is_never_negative(dtype, tolerance):
         config = LogitsConfig(top_k=1 + case % 40, pmin=(0.0, 1e-4, 0.1)[case % 3], temperatures=TEMPERATURES)
         targets = targets_from_logits(teacher, torch.zeros(16, dtype=torch.int64), config, torch.zeros(16))
         for temperature in TEMPERATURES:
-            found = kl_to_targets(student, targets, Stored(True, TEMPERATURES, None), temperature, "ghost")
+            found = kl_to_targets(student, Sparse(targets, Stored(True, TEMPERATURES, None), "ghost"), temperature)
             size = 1 + max(teacher.abs().max(), student.abs().max()).item()
             assert found.isfinite().all() and (found >= -tolerance * size).all(), (case, temperature, found.min())
 
@@ -133,7 +134,7 @@ def test_fillers_change_neither_value_nor_gradient(tail, temperature):
     results = []
     for each in (targets, with_fillers(targets, 5)):
         logits = student.clone().requires_grad_()
-        kl = kl_to_targets(logits, each, stored, temperature, tail)
+        kl = kl_to_targets(logits, Sparse(each, stored, tail), temperature)
         kl.sum().backward()
         assert logits.grad is not None and logits.grad.isfinite().all()
         results.append((kl.detach(), logits.grad))
@@ -149,16 +150,16 @@ def test_dropped_entries_are_as_if_they_had_not_been_among_the_first(tail):
     assert 1 < kept < 8
     config = LogitsConfig(top_k=kept, pmin=0.0, temperatures=TEMPERATURES)
     few = targets_from_logits(teacher, labels, config, torch.zeros(1))
-    found = kl_to_targets(student, targets, stored, 2.0, tail)
-    assert torch.allclose(found, kl_to_targets(student, few, stored, 2.0, tail), atol=1e-12)
+    found = kl_to_targets(student, Sparse(targets, stored, tail), 2.0)
+    assert torch.allclose(found, kl_to_targets(student, Sparse(few, stored, tail), 2.0), atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 @pytest.mark.parametrize("tail", TAILS)
 def test_lower_precision_stays_close(dtype, tolerance, tail):
     _, student, labels, targets, stored = example((7, 33, 8), 2.0, tail)
-    exact = distill_loss(student.to(dtype).double(), labels, targets, stored, 0.5, 2.0, tail).total
-    found = distill_loss(student.to(dtype), labels, targets, stored, 0.5, 2.0, tail).total
+    exact = distill_loss(student.to(dtype).double(), labels, Sparse(targets, stored, tail), 0.5, 2.0).total
+    found = distill_loss(student.to(dtype), labels, Sparse(targets, stored, tail), 0.5, 2.0).total
     assert found.dtype == torch.float32  # reductions are float32 whatever the logits are
     assert abs(found - exact) <= tolerance * abs(exact)
 
@@ -170,7 +171,7 @@ def test_gradient_is_that_of_the_returned_loss(alpha, temperature, tail):
     _, student, labels, targets, stored = example((3, 9, 4), temperature, tail)
 
     def loss(logits: Tensor) -> Tensor:
-        return distill_loss(logits, labels, targets, stored, alpha, temperature, tail).total
+        return distill_loss(logits, labels, Sparse(targets, stored, tail), alpha, temperature).total
 
     assert torch.autograd.gradcheck(loss, (student.requires_grad_(),), atol=1e-6)
 
@@ -178,7 +179,7 @@ def test_gradient_is_that_of_the_returned_loss(alpha, temperature, tail):
 @pytest.mark.parametrize("tail", TAILS)
 def test_total_is_the_documented_formula(tail):
     teacher, student, labels, targets, stored = example((7, 33, 8), 2.0, tail)
-    terms = distill_loss(student.requires_grad_(), labels, targets, stored, 0.3, 2.0, tail)
+    terms = distill_loss(student.requires_grad_(), labels, Sparse(targets, stored, tail), 0.3, 2.0)
     ce = sum(-torch.log_softmax(s, 0)[label].item() for s, label in zip(student, labels, strict=True))
     kl = sum(reference(teacher, student, targets, 2.0, tail))
     assert terms.total.item() == pytest.approx(0.7 * ce + 0.3 * 4 * kl, abs=1e-5)
@@ -194,7 +195,7 @@ def test_total_is_the_documented_formula(tail):
 def test_kl_at_one_is_absent_only_where_it_cannot_be_known():
     def kl_t1(tail: Tail, temperature: float, **changes: object) -> float | None:
         _, student, labels, targets, stored = example((7, 33, 8), temperature, tail)
-        found = distill_loss(student, labels, targets, stored._replace(**changes), 0.5, temperature, tail)
+        found = distill_loss(student, labels, Sparse(targets, stored._replace(**changes), tail), 0.5, temperature)
         return None if found.kl_t1 is None else found.kl_t1.item() / (found.kl.item() or 1)
 
     assert kl_t1("ghost", 1.0) == kl_t1("hybrid", 1.0) == kl_t1("sampled", 1.0) == 1  # it is the KL itself
@@ -206,16 +207,16 @@ def test_kl_at_one_is_absent_only_where_it_cannot_be_known():
 @pytest.mark.parametrize("tail", ["ghost", "hybrid"])
 def test_tails_are_taken_by_temperature_not_by_place(tail):
     _, student, _, targets, stored = example((7, 33, 8), 2.0, tail)
-    expected = kl_to_targets(student, targets, stored, 2.0, tail)
+    expected = kl_to_targets(student, Sparse(targets, stored, tail), 2.0)
     other = stored._replace(temperatures=(4.0, 1.0, 2.0))
     moved = targets._replace(log_tails=targets.log_tails[:, [2, 0, 1]])
-    assert torch.equal(kl_to_targets(student, moved, other, 2.0, tail), expected)
+    assert torch.equal(kl_to_targets(student, Sparse(moved, other, tail), 2.0), expected)
 
 
 def test_student_equal_to_teacher_gives_zero_and_no_gradient():
     teacher, _, _, targets, stored = example((7, 33, 8), 2.0)
     student = teacher.clone().requires_grad_()
-    loss = kl_to_targets(student, targets, stored, 2.0, "ghost").sum()
+    loss = kl_to_targets(student, Sparse(targets, stored, "ghost"), 2.0).sum()
     loss.backward()
     assert abs(loss.item()) < 1e-12
     assert student.grad is not None and student.grad.abs().max() < 1e-12
@@ -229,7 +230,7 @@ def test_all_entries_stored_is_the_dense_kl(tail):
         (student / 2).log_softmax(-1), (teacher / 2).log_softmax(-1), reduction="none", log_target=True
     ).sum(-1)
     student.requires_grad_()
-    found = kl_to_targets(student, targets, stored, 2.0, tail)
+    found = kl_to_targets(student, Sparse(targets, stored, tail), 2.0)
     assert torch.allclose(found, dense, atol=1e-12)
     found.sum().backward()
     assert torch.isfinite(student.grad).all()
@@ -249,7 +250,7 @@ def test_extreme_students_give_finite_values_and_gradients(tail):
     _, student, labels, targets, stored = example((7, 33, 8), 2.0, tail)
     for scale in (1e-3, 30.0, 3e4):
         logits = (scale * student).float().detach().requires_grad_()
-        terms = distill_loss(logits, labels, targets, stored, 0.5, 2.0, tail)
+        terms = distill_loss(logits, labels, Sparse(targets, stored, tail), 0.5, 2.0)
         terms.total.backward()
         assert terms.total.isfinite() and logits.grad is not None and logits.grad.isfinite().all(), scale
 
@@ -258,7 +259,7 @@ def test_extreme_students_give_finite_values_and_gradients(tail):
 def test_tokens_outside_the_stored_ones_get_gradient(tail):
     _, student, _, targets, stored = example((4, 20, 3), 1.0, tail)
     student.requires_grad_()
-    kl_to_targets(student, targets, stored, 1.0, tail).sum().backward()
+    kl_to_targets(student, Sparse(targets, stored, tail), 1.0).sum().backward()
     named = torch.cat([targets.ids, targets.draw_ids], 1).long()
     outside = torch.ones_like(student, dtype=torch.bool).scatter(1, named, False)
     assert (student.grad[outside].abs() > 0).all()
@@ -317,7 +318,7 @@ def test_the_mean_over_captures_is_the_dense_loss_and_its_gradient(head, tempera
     many = many._replace(draw_ids=ids, draw_shares=shares)
     stored = Stored(head > 0, (1.0, 2.0), temperature)
     logits = (hidden @ weight.T).repeat(SETS, 1)
-    kl = kl_to_targets(logits, many, stored, temperature, "hybrid" if head else "sampled")
+    kl = kl_to_targets(logits, Sparse(many, stored, "hybrid" if head else "sampled"), temperature)
     (found,) = torch.autograd.grad(kl.sum() / SETS, weight)
     log_p, log_q = (teacher / temperature).log_softmax(-1), (hidden @ weight.T / temperature).log_softmax(-1)
     dense = (log_p.exp() * (log_p - log_q)).sum(-1)

@@ -17,7 +17,8 @@ from megakd.data.records import IGNORED, Batch, TeacherTargets
 from megakd.data.shards import ShardSet
 from megakd.errors import UserError
 from megakd.losses.divergence import Divergence
-from megakd.losses.reference import Stored, distill_loss, kl_to_targets
+from megakd.losses.reference import distill_loss, kl_to_targets
+from megakd.losses.signals import Sparse, Stored
 from megakd.models.hub import load_model
 from megakd.models.shared_core import Form
 from megakd.models.student import STUDENTS, student_config
@@ -390,7 +391,7 @@ def test_it_is_the_loss_of_the_students_own_logits(family, batch, teacher_logits
     counted = batch.labels != IGNORED
     logits = student(batch.tokens, position_ids=batch.position_ids, use_cache=False).logits[counted]
     targets = TeacherTargets(*(field[counted] for field in whole.targets))
-    terms = distill_loss(logits, batch.labels[counted], targets, stored_in(facts()), 0.7, 2.0, "ghost")
+    terms = distill_loss(logits, batch.labels[counted], Sparse(targets, stored_in(facts()), "ghost"), 0.7, 2.0)
     assert objective(student)(whole).total.item() == pytest.approx(terms.total.item(), rel=1e-5)
     student.zero_grad()
     terms.total.backward()
@@ -444,7 +445,11 @@ def test_other_divergences(student, batch, teacher_logits, divergence, mix):
     with torch.no_grad():
         logits = student(batch.tokens, position_ids=batch.position_ids, use_cache=False).logits[counted]
     targets = TeacherTargets(*(field[counted] for field in whole.targets))
-    kl = kl_to_targets(logits, targets, stored_in(facts()), 2.0, "ghost", Divergence(divergence, mix)).sum().item()
+    kl = (
+        kl_to_targets(logits, Sparse(targets, stored_in(facts()), "ghost"), 2.0, Divergence(divergence, mix))
+        .sum()
+        .item()
+    )
     assert report.terms["kl"].item() == pytest.approx(kl, rel=1e-9) != expected.terms["kl"].item()
     assert report.total.item() == pytest.approx(4 * kl, rel=1e-9)
     assert report.terms["kl_t1"].item() == pytest.approx(expected.terms["kl_t1"].item(), rel=1e-12)

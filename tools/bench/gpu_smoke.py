@@ -89,9 +89,10 @@ def loss(device: Any, folder: Path) -> dict[str, Any]:
     from megakd.capture.targets import targets_from_logits
     from megakd.config.data import LogitsConfig
     from megakd.data.records import TeacherTargets
-    from megakd.losses.head import FusedHead, SparseTeacher
+    from megakd.losses.head import FusedHead
     from megakd.losses.online import live_loss
-    from megakd.losses.reference import Stored, Tail, distill_loss
+    from megakd.losses.reference import distill_loss
+    from megakd.losses.signals import Sparse, Stored, Tail
 
     tokens, vocabulary, size = 700, 5000, 64
     torch.manual_seed(0)
@@ -122,8 +123,8 @@ def loss(device: Any, folder: Path) -> dict[str, Any]:
     def cached(targets: TeacherTargets, there: TeacherTargets, stored: Stored, tail: Tail) -> list[Callable[..., Any]]:
         """The fused loss with targets on the device, and its reference with those on the CPU."""
         return [
-            lambda h, w: head(w)(h, labels.to(device), SparseTeacher(there, stored, tail), 0.7, 2.0).total,
-            lambda h, w: distill_loss(h @ w[:vocabulary].T, labels, targets, stored, 0.7, 2.0, tail).total,
+            lambda h, w: head(w)(h, labels.to(device), Sparse(there, stored, tail), 0.7, 2.0).total,
+            lambda h, w: distill_loss(h @ w[:vocabulary].T, labels, Sparse(targets, stored, tail), 0.7, 2.0).total,
         ]
 
     for dtype in (torch.float32, torch.bfloat16, torch.float16):

@@ -22,8 +22,9 @@ from bench.experts import clocked
 from bench.rows import Row
 from megakd.data.records import TeacherTargets
 from megakd.losses import head as fused
-from megakd.losses.head import DenseTeacher, FusedHead, SparseTeacher
-from megakd.losses.reference import Stored, distill_loss
+from megakd.losses.head import FusedHead
+from megakd.losses.reference import distill_loss
+from megakd.losses.signals import Dense, Sparse, Stored
 
 VOCABULARY, ENTRIES = 151_936, 64
 ALPHA, TEMPERATURE = 0.5, 2.0
@@ -75,7 +76,7 @@ def make_case(tokens: int, size: int, device: str, dtype: torch.dtype, vocabular
 def methods(case: Case, more: dict[str, Callable[[], Tensor]]) -> dict[str, Callable[[], None]]:
     """Name → forward and backward; gradients are made anew each time, as a training step does."""
     head, other = (FusedHead(case.weight_VD, len(case.weight_VD)) for _ in range(2))
-    stored, online = SparseTeacher(case.targets, STORED, "ghost"), teacher_in_chunks(case)
+    stored, online = Sparse(case.targets, STORED, "ghost"), teacher_in_chunks(case)
     dense: dict[str, Callable[[], Tensor]] = {
         "megakd, fused": lambda: head(case.hidden_ND, case.labels_N, stored, ALPHA, TEMPERATURE).total,
         "megakd, dense": lambda: dense_loss(case),
@@ -123,7 +124,7 @@ def floor(case: Case) -> Callable[[], None]:
 
 def dense_loss(case: Case) -> Tensor:
     logits = case.hidden_ND @ case.weight_VD.T
-    return distill_loss(logits, case.labels_N, case.targets, STORED, ALPHA, TEMPERATURE, "ghost").total
+    return distill_loss(logits, case.labels_N, Sparse(case.targets, STORED, "ghost"), ALPHA, TEMPERATURE).total
 
 
 def densified_loss(case: Case) -> Tensor:
@@ -136,9 +137,9 @@ def densified_loss(case: Case) -> Tensor:
     return (1 - ALPHA) * ce + ALPHA * TEMPERATURE**2 * kl
 
 
-def teacher_in_chunks(case: Case) -> DenseTeacher:
+def teacher_in_chunks(case: Case) -> Dense:
     """A teacher that is there: its logits are made a chunk at a time, like the student's."""
-    return DenseTeacher(lambda chunk: case.teacher_ND[chunk] @ case.teacher_VD.T)
+    return Dense(lambda chunk: case.teacher_ND[chunk] @ case.teacher_VD.T)
 
 
 def others(case: Case) -> dict[str, Callable[[], Tensor]]:
