@@ -85,6 +85,7 @@ def _run_verb(argv: list[str]) -> None:
         prog=f"megakd {verb}",
         description=command.__doc__ or line,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=_sections(getattr(command, "SECTIONS", ())),
     )
     if opens_run:
         parser.add_argument("run", metavar="RUN", help="a run folder, made by `megakd new`")
@@ -99,6 +100,11 @@ def _run_verb(argv: list[str]) -> None:
     from megakd.run import Run
 
     command.main(Run.open(args.run, args.overrides), args)
+
+
+def _sections(names: tuple[str, ...]) -> str | None:
+    """Which sections of the configuration a verb reads."""
+    return f"reads the sections {', '.join(names)} of RUN/config.json; see: megakd config SECTION" if names else None
 
 
 def main() -> None:

@@ -103,6 +103,20 @@ def test_every_file_says_in_one_line_what_it_is(module: str):
     assert docstring.splitlines()[0].endswith((".", ":", ";")) or "\n" not in docstring.strip(), module
 
 
+def test_the_kind_of_the_objective_is_asked_in_config_and_objectives_alone():
+    """What follows from it are attributes of `config.objective`: live, trains_routers, reads, …"""
+    for module, path in MODULES.items():
+        if module.split(".")[1] not in ("config", "objectives"):
+            asked = [
+                node.lineno
+                for node in ast.walk(ast.parse(path.read_text()))
+                if isinstance(node, ast.Attribute)
+                and node.attr == "kind"
+                and ast.unparse(node).endswith("objective.kind")
+            ]
+            assert not asked, (module, asked)
+
+
 def test_nothing_foreign_is_unpickled():
     for module, path in MODULES.items():
         for node in ast.walk(ast.parse(path.read_text())):

@@ -1,6 +1,7 @@
 """Wrong input: one clear line, exit 2, nothing half-written."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megakd import cli
+from megakd.config.describe import parts
 from megakd.errors import UserError
 from megakd.run import Run
 from megakd.system.files import read_json, write_json
@@ -240,6 +242,10 @@ def test_every_verb_explains_itself_with_examples(verb, capsys, monkeypatch):
         cli.main()
     text = capsys.readouterr().out
     assert ended.value.code == 0 and "examples:" in text and f"megakd {verb}" in text
+    named = re.findall(r"reads the sections ([\w, ]+) of RUN/config.json", text)
+    assert bool(named) == (cli.VERBS[verb][1] and verb != "report")  # the page shows whatever there is
+    for section in named[0].split(", ") if named else ():
+        assert parts(section), (verb, section)
 
 
 def test_unknown_verb_exits_2(monkeypatch, capsys):

@@ -30,6 +30,8 @@ from megakd.system.logging import say
 from megakd.system.tasks import run_tasks
 from megakd.system.version import made_with
 
+SECTIONS = ("model", "compress", "data")  # of the configuration
+
 
 def main(run: Run, args: argparse.Namespace) -> None:
     target = run.path("student-0")

@@ -20,6 +20,8 @@ from megakd.evals.measure import (
 from megakd.report.tables import quality_table, ratio_table, task_table, teacher_table
 from megakd.run import Run
 
+SECTIONS = ("model", "data", "eval")  # of the configuration
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(

@@ -24,6 +24,8 @@ from megakd.names import expand
 from megakd.run import Run
 from megakd.serve.export import export
 
+SECTIONS = ("model", "objective")  # of the configuration
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dense", action="store_true", help="expand to the stock architecture")

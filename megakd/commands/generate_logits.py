@@ -41,6 +41,8 @@ from megakd.system.dist import (
 )
 from megakd.system.logging import say
 
+SECTIONS = ("model", "data", "logits")  # of the configuration
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=float, help="capture only the first shards that hold so many tokens")
@@ -73,8 +75,7 @@ def main(run: Run, args: argparse.Namespace) -> None:
         raise UserError(f"logits.top_k: {run.config.logits.top_k} exceeds the vocabulary of {tokenizer.vocab_size}")
     if live:
         unused = "" if args.max_tokens is None else "; --max-tokens has no effect"
-        kind = run.config.objective.kind
-        say(f"generate-logits: the hold-out alone, for objective.kind={kind} trains without stored logits{unused}")
+        say(f"generate-logits: the validation set alone, for training has a live teacher{unused}")
     model, length = empty_model(folder), run.config.data.sequence_length
     check_tables(model, folder, tokenizer.vocab_size, length)
     if run.config.logits.parallel == "autoep":

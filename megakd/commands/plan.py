@@ -12,6 +12,18 @@ from megakd.report.plan import beginnings, compression, lengths, memory, packing
 from megakd.run import Run
 from megakd.system.text import table
 
+SECTIONS = (
+    "model",
+    "compress",
+    "data",
+    "logits",
+    "objective",
+    "optim",
+    "stages",
+    "engine",
+    "eval",
+)  # of the configuration
+
 
 def main(run: Run, args: argparse.Namespace) -> None:
     check_models(run)

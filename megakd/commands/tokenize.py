@@ -21,6 +21,8 @@ from megakd.names import resolve
 from megakd.run import Run
 from megakd.system.logging import say
 
+SECTIONS = ("model", "data")  # of the configuration
+
 
 def main(run: Run, args: argparse.Namespace) -> None:
     check_models(run)

@@ -34,6 +34,19 @@ from megakd.system.signals import STOPPED, StopSignals
 from megakd.train.checks import check, check_world, was_launched
 from megakd.train.loop import train
 
+SECTIONS = (
+    "model",
+    "data",
+    "stream",
+    "objective",
+    "optim",
+    "stages",
+    "engine",
+    "guard",
+    "checkpoint",
+    "log",
+)  # of the configuration
+
 
 def main(run: Run, args: argparse.Namespace) -> None:
     dataset = check(run)

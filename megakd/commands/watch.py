@@ -23,6 +23,8 @@ from megakd.run import Run
 from megakd.system.logging import say
 from megakd.system.signals import STOPPED
 
+SECTIONS = ("eval", "checkpoint", "log")  # of the configuration
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     ends = parser.add_mutually_exclusive_group()

@@ -36,12 +36,14 @@ def _of_one_kind(before: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:
     if not all(isinstance(each, dict) for each in objectives):
         return raw
     was, now = objectives
-    kind = now.get("kind", "cached")
-    if kind == was.get("kind", "cached") or not isinstance(kind, str) or kind not in KINDS:
+    kind, old = now.get("kind", "cached"), was.get("kind", "cached")
+    if kind == old or not all(isinstance(each, str) and each in KINDS for each in (kind, old)):
         return raw
     foreign = [key for key in now if key not in KINDS[kind].model_fields and key in was and now[key] == was[key]]
-    if foreign:
-        say(f"objective.kind={kind}: leaves out {', '.join(foreign)}, which kind {was.get('kind', 'cached')} has")
+    defaults = KINDS[old]().model_dump(mode="json")
+    changed = [key for key in foreign if now[key] != defaults.get(key)]
+    if changed:
+        say(f"objective.kind={kind}: drops {', '.join(changed)}, which objective.kind={old} had")
     return {**raw, "objective": {key: value for key, value in now.items() if key not in foreign}}
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from megakd.config.effects import check, idle_fields, notices
 from megakd.config.objective import OnlineConfig, SarConfig
-from megakd.config.parsing import apply_overrides, parse
+from megakd.config.parsing import apply_overrides, load_recipe, parse
 from megakd.config.run import RunConfig
 from megakd.errors import UserError
 from megakd.run import Run
@@ -155,3 +155,15 @@ def test_an_older_run_opens_with_fields_without_effect_and_goes_on_when_it_has_b
 def test_shipped_recipes_keep_what_they_say(recipe):
     config = parse(json.loads(recipe.read_text()), recipe.name)
     assert not [str(each) for each in idle_fields(config)]
+
+
+def test_an_override_of_the_kind_drops_the_other_kinds_fields_and_says_so(tmp_path, capsys):
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps({"engine": {"kind": "local"}, "objective": {**SAR, "anchor": 0.7, "alpha": 0.9}}))
+    assert load_recipe(recipe, ["objective.kind=online"]).objective == OnlineConfig(alpha=0.9)
+    assert "objective.kind=online: drops anchor, which objective.kind=sar had" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"unknown key 'objective\.anchor': it is a field of objective.kind=sar"):
+        load_recipe(recipe, ["objective.kind=online", "objective.anchor=0.2"])
+    recipe.write_text(json.dumps({"engine": {"kind": "local"}, "objective": {"tail": "ghost"}}))
+    assert load_recipe(recipe, ["objective.kind=sar"]).objective == SarConfig()
+    assert not capsys.readouterr().err

@@ -154,7 +154,7 @@ def test_without_targets_what_needs_none_is_measured(run, teacher):
 def test_the_holdout_alone_is_captured_of_the_teacher_as_it_was(run, prepared):
     """The same bytes as in a run that trains on stored logits."""
     said = in_process("generate-logits", run)
-    assert said.count("the hold-out alone, for objective.kind=sar trains without stored logits\n") == 1
+    assert said.count("the validation set alone, for training has a live teacher\n") == 1
     stored = files(run / "data" / "logits")
     theirs = files(prepared / "data" / "logits")
     assert stored == {name: content for name, content in theirs.items() if not name.startswith("train/")}
