@@ -1,5 +1,6 @@
 """What tests share: a teacher that is made in a second, runs over it, and processes started as a user would."""
 
+import inspect
 import io
 import json
 import os
@@ -7,8 +8,9 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stderr, redirect_stdout, suppress
+from functools import wraps
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -61,6 +63,35 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             order[item.path], *(marks.index(m.name) for m in item.iter_markers() if m.name in marks), 9
         )
     items.sort(key=lambda item: order[item.path])
+
+
+def for_each(
+    names: str, values: Iterable[Any], ids: Any = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """pytest.mark.parametrize as a loop in one test, for hundreds of cases of a millisecond; a failure names its case.
+
+    Not for tests whose fixtures one case changes for the next. ids is there for parametrize's sake.
+    """
+    split = [name.strip() for name in names.split(",")]
+    cases = [dict(zip(split, value if len(split) > 1 else (value,), strict=True)) for value in values]
+    assert cases, names
+
+    def decorate(test: Callable[..., None]) -> Callable[..., None]:
+        @wraps(test)
+        def loop(**others: Any) -> None:
+            for case in cases:
+                try:
+                    test(**others, **case)
+                except BaseException as error:
+                    error.add_note(f"where {case}")
+                    raise
+
+        whole = inspect.signature(test)
+        left = [parameter for name, parameter in whole.parameters.items() if name not in split]
+        loop.__signature__ = whole.replace(parameters=left)  # type: ignore[attr-defined]
+        return loop
+
+    return decorate
 
 
 @pytest.fixture

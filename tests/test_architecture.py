@@ -3,9 +3,7 @@
 import ast
 from pathlib import Path
 
-import pytest
-
-from tests.conftest import ROOT
+from tests.conftest import ROOT, for_each
 
 # Downward only: a layer sees those before it and itself; rooms in one layer do not see each other.
 ORDER: tuple[set[str], ...] = (
@@ -57,7 +55,7 @@ def level(module: str) -> int:
     return next(index for index, names in enumerate(ORDER) if part in names)
 
 
-@pytest.mark.parametrize("module", MODULES)
+@for_each("module", MODULES)
 def test_imports_go_downward(module: str):
     for other in imports(MODULES[module]) - {module}:
         if (module, other) in ALLOWED:
@@ -96,7 +94,7 @@ def test_packages_are_empty_and_no_file_is_called_utils():
         assert path.stem not in ("utils", "helpers", "common", "misc"), path
 
 
-@pytest.mark.parametrize("module", MODULES)
+@for_each("module", MODULES)
 def test_every_file_says_in_one_line_what_it_is(module: str):
     docstring = ast.get_docstring(ast.parse(MODULES[module].read_text())) or ""
     assert docstring.strip(), f"{module} has no docstring"

@@ -18,6 +18,7 @@ from megakd.data.records import IGNORED, Sample, TeacherTargets
 from megakd.errors import UserError
 from megakd.models.hub import load_model
 from megakd.models.tiny import tiny_moe_config
+from tests.conftest import for_each
 
 TEMPERATURES = (1.0, 0.5, 2.0, 5.0)
 REAL, PADDED = 43, 50  # vocabulary with and without the rows that pad the embedding
@@ -101,11 +102,11 @@ def logits_of(tokens: int, vocabulary: int, seed: int = 0, scale: float = 4.0) -
     return logits, labels, torch.rand(tokens, generator=generator, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 2e-5)])
-@pytest.mark.parametrize("draw_temperature", [1.0, 2.0])
-@pytest.mark.parametrize("pmin", [0.0, 3e-3, 0.2])
-@pytest.mark.parametrize("shape", [(1, 5, 2), (7, 33, 8), (3, 11, 10), (40, 9, 1)])  # N, V, K
-@pytest.mark.parametrize("profile", ["topk", "sampled", "hybrid"])
+@for_each("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 2e-5)])
+@for_each("draw_temperature", [1.0, 2.0])
+@for_each("pmin", [0.0, 3e-3, 0.2])
+@for_each("shape", [(1, 5, 2), (7, 33, 8), (3, 11, 10), (40, 9, 1)])  # N, V, K
+@for_each("profile", ["topk", "sampled", "hybrid"])
 def test_targets_are_those_of_the_reference(profile, shape, pmin, draw_temperature, dtype, tolerance):
     tokens, vocabulary, top_k = shape
     config = LogitsConfig(
@@ -127,8 +128,8 @@ def test_targets_are_those_of_the_reference(profile, shape, pmin, draw_temperatu
         assert len({len(row.head) for row in found}) > 1  # adaptive counts
 
 
-@pytest.mark.parametrize("vocabulary, top_k", [(6, 6), (1, 1)])
-@pytest.mark.parametrize("profile", ["topk", "hybrid"])
+@for_each("vocabulary, top_k", [(6, 6), (1, 1)])
+@for_each("profile", ["topk", "hybrid"])
 def test_a_head_of_everything_leaves_no_tail(profile, vocabulary, top_k):
     """Draws from nothing: a row of them all the same, whose weight is the tail's zero."""
     logits, labels, offsets = logits_of(5, vocabulary)
@@ -168,7 +169,7 @@ def test_tail_is_the_sum_of_powers():
     assert targets.log_tails.exp().tolist() == [pytest.approx([0.5, 1.0])]
 
 
-@pytest.mark.parametrize("profile", ["topk", "sampled", "hybrid"])
+@for_each("profile", ["topk", "sampled", "hybrid"])
 def test_extreme_logits_stay_finite(profile):
     logits = torch.tensor([[1e4, 0.0, -1e4, 5.0], [-30.0, -30.0, -30.0, -30.0]])
     config = LogitsConfig(profile=profile, top_k=2, pmin=0.0, draws=5, temperatures=TEMPERATURES)
@@ -216,8 +217,8 @@ def dirichlet(rows: int, vocabulary: int, seed: int, zeros: bool = True) -> Tens
     return torch.from_numpy(p / p.sum(1, keepdims=True))
 
 
-@pytest.mark.parametrize("number", [1, 2, 12, 50, 255])
-@pytest.mark.parametrize("vocabulary", [5, 400])
+@for_each("number", [1, 2, 12, 50, 255])
+@for_each("vocabulary", [5, 400])
 def test_draws_are_those_of_the_reference(number, vocabulary):
     p = dirichlet(40, vocabulary, number)
     offsets = torch.from_numpy(np.random.default_rng(1).random(40))
@@ -233,7 +234,7 @@ def test_draws_are_those_of_the_reference(number, vocabulary):
         assert all(abs(share - p[row, i].item()) < 1 / number + 1e-6 for i, share in found.items())
 
 
-@pytest.mark.parametrize("number, grid", [(1, 720), (12, 60), (50, 8)])
+@for_each("number, grid", [(1, 720), (12, 60), (50, 8)])
 def test_the_mean_share_over_all_offsets_is_p(number, grid):
     """p in multiples of 1 / (number * grid), offsets at the middles of the grid: exact, not only in expectation."""
     chooser = np.random.default_rng(0)
@@ -393,7 +394,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@for_each("change", CHANGES)
 def test_a_family_whose_logits_are_not_its_heads_is_refused(change):
     """Gemma 2 caps them, Granite and Cohere scale them: targets of bare heads would be another distribution's."""
     model, batch = tiny(), collate([sample("a", 20, [0])], 20)

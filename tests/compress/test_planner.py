@@ -25,6 +25,7 @@ from megakd.models.hub import Checkpoint, load_config
 from megakd.models.shared_core import PROJECTIONS, SHAPES, Form, free_and_core_rank, make_form, stored_parameters
 from megakd.models.spec import spec_for
 from megakd.names import resolve
+from tests.conftest import for_each
 
 
 def demo_experts(layer: int, projection: str) -> torch.Tensor:
@@ -53,7 +54,7 @@ def whole_fit(weights: torch.Tensor, projection: str, form: Form) -> float:
     return float((fit.errors.square() * norms).sum() / norms.sum()) ** 0.5
 
 
-@pytest.mark.parametrize("projection, layer", [("gate", 1), ("down", 2)])
+@for_each("projection, layer", [("gate", 1), ("down", 2)])
 def test_predictions_on_a_trained_model_are_those_of_whole_fits(projection, layer):
     weights = demo_experts(layer, projection)
     forms = [make_form("additive", projection, r, 0) for r in (16, 56)]
@@ -65,7 +66,7 @@ def test_predictions_on_a_trained_model_are_those_of_whole_fits(projection, laye
         assert found.error**0.5 == pytest.approx(exact, rel=tolerance), found.form
 
 
-@pytest.mark.parametrize("experts", [24, 80])
+@for_each("experts", [24, 80])
 def test_predictions_from_a_sample_are_those_of_whole_fits(experts):
     """8 of the experts are fitted: their core flatters, by up to 25 % here, unless that is accounted for."""
     weights = related(experts, 40, 100)
@@ -126,7 +127,7 @@ def test_progress_ends_at_one():
     assert seen == sorted(seen) and seen[-1] == pytest.approx(1) and len(seen) > 3
 
 
-@pytest.mark.parametrize("counts", [(1,), (1, 2, 4), (3,)])
+@for_each("counts", [(1,), (1, 2, 4), (3,)])
 def test_basis_curves_are_those_of_singular_value_decompositions(counts):
     weights = related(7, 5, 9).double()
     with lanes_over(weights) as lanes:
@@ -153,8 +154,8 @@ def test_a_prediction_where_all_experts_are_fitted_is_the_fit():
     assert found**0.5 == pytest.approx(whole_fit(weights, "gate", form), rel=1e-5)
 
 
-@pytest.mark.parametrize("sizes", [(128, 2048, 768), (8, 192, 192), (8, 4096, 14336), (4, 32, 24), (256, 7168, 2048)])
-@pytest.mark.parametrize("projection", PROJECTIONS)
+@for_each("sizes", [(128, 2048, 768), (8, 192, 192), (8, 4096, 14336), (4, 32, 24), (256, 7168, 2048)])
+@for_each("projection", PROJECTIONS)
 def test_candidates_span_the_shares(sizes, projection):
     experts, hidden, expert_hidden = sizes
     active = max(2, experts // 16)
@@ -206,7 +207,7 @@ def totals(found: list[Candidate] | tuple[Candidate, ...]) -> tuple[float, float
     return sum(c.parameters for c in found), sum(c.flops for c in found), sum(c.error for c in found)
 
 
-@pytest.mark.parametrize("seed", range(8))
+@for_each("seed", range(8))
 def test_allocation_is_optimal_but_for_its_last_step(seed):
     """Against every combination: no more is lost than the best with one step of the hull less to spend."""
     tables = random_tables(seed, 4, 6)
@@ -220,7 +221,7 @@ def test_allocation_is_optimal_but_for_its_last_step(seed):
         assert best - 1e-12 <= error <= min(poorer, default=float("inf")) + 1e-12
 
 
-@pytest.mark.parametrize("seed", range(8))
+@for_each("seed", range(8))
 def test_fine_tables_are_spent_optimally(seed):
     """Convex tables with small steps: as good as every combination, within a step's gain."""
     draw = random.Random(seed)
@@ -235,7 +236,7 @@ def test_fine_tables_are_spent_optimally(seed):
     assert totals(chosen(tables, allocate(tables, 320, 0.5)))[2] == pytest.approx(best, abs=1e-12)
 
 
-@pytest.mark.parametrize("seed", range(20))
+@for_each("seed", range(20))
 def test_more_budget_is_never_worse(seed):
     tables = random_tables(seed, 7, 12)
     errors = []
@@ -246,7 +247,7 @@ def test_more_budget_is_never_worse(seed):
     assert errors == sorted(errors, reverse=True)
 
 
-@pytest.mark.parametrize("seed", range(12))
+@for_each("seed", range(12))
 def test_flops_are_kept_to(seed):
     """And no more is lost than the best of all with a tenth less of both."""
     tables = random_tables(seed, 4, 7)

@@ -20,6 +20,7 @@ from megakd.data.records import IGNORED, Paired, Sample, Side
 from megakd.data.spans import _ends, _Layout, _match, _view, pair, unaligned_labels
 from megakd.data.tokenizers import load_tokenizer
 from megakd.errors import UserError
+from tests.conftest import for_each
 from tests.data.test_tokenizers import sentencepiece_folder
 
 PIECES = [
@@ -284,8 +285,8 @@ PAIRS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("names", PAIRS, ids="-".join)
-@pytest.mark.parametrize("seed", range(2))
+@for_each("names", PAIRS, ids="-".join)
+@for_each("seed", range(2))
 def test_pair_matches_reference(made, names, seed):
     """Windows of random texts, whole, mid-document and mid-character; with room to spare, and cut on either side."""
     student, teacher = (made[name] for name in names)
@@ -295,7 +296,7 @@ def test_pair_matches_reference(made, names, seed):
         check(pair(samples, student, teacher, *lengths), samples, student, teacher, lengths)
 
 
-@pytest.mark.parametrize("names", PAIRS, ids="-".join)
+@for_each("names", PAIRS, ids="-".join)
 def test_pair_matches_reference_on_prose_and_code(made, documents, names):
     student, teacher = (made[name] for name in names)
     texts = [document[:300] for document in documents[:3]]
@@ -304,7 +305,7 @@ def test_pair_matches_reference_on_prose_and_code(made, documents, names):
     check(pair(samples, student, teacher, 200, 300), samples, student, teacher, (200, 300))
 
 
-@pytest.mark.parametrize("seed", range(200))
+@for_each("seed", range(200))
 def test_any_offsets_match_reference(seed):
     """Offsets as no tokenizer here gives them: empty, over one another, with gaps; several texts in a batch."""
     chooser = random.Random(seed)
@@ -376,7 +377,7 @@ def squash(text: str, *forms: Callable[[str], str]) -> str:
     return "".join(text.split())
 
 
-@pytest.mark.parametrize("names", [*PAIRS[:8], ("nfc", "wordpiece")], ids="-".join)
+@for_each("names", [*PAIRS[:8], ("nfc", "wordpiece")], ids="-".join)
 def test_spans_hold_the_same_characters_on_both_sides(made, names):
     """What the tokens of a span stand for, apart from whitespace and from what the normalisations change."""
     student, teacher = (made[name] for name in names)
@@ -413,7 +414,7 @@ def labels_by_span(side: Side) -> list[dict[int, list[int]]]:
     return rows
 
 
-@pytest.mark.parametrize("name", ["bytes", "digits", "nfc", "wordpiece"])
+@for_each("name", ["bytes", "digits", "nfc", "wordpiece"])
 def test_a_tokenizer_with_itself_gives_the_windows_of_collate(made, documents, name):
     """One span a token, and the tokens, labels and positions as they were stored."""
     tokenizer = made[name]
@@ -497,7 +498,7 @@ def test_spans_grow_until_both_sides_hold_the_same_text():
     assert unaligned_labels(paired.student).tolist() == [3]
 
 
-@pytest.mark.parametrize(
+@for_each(
     "student, teacher, spans",
     [
         ("\n|  |<think>|b", "\n | <think>|b", ["\n  <think>", "b"]),
@@ -537,7 +538,7 @@ def test_byte_level_against_metaspace_around_a_special_token():
     check(paired, [one], student, teacher, (80, 80))
 
 
-@pytest.mark.parametrize("strips", [{"lstrip": True}, {"rstrip": True}, {"lstrip": True, "rstrip": True}], ids=str)
+@for_each("strips", [{"lstrip": True}, {"rstrip": True}, {"lstrip": True, "rstrip": True}], ids=str)
 def test_added_tokens_that_strip_hold_the_whitespace(strips):
     """The added token covers the whitespace around it: the span holds what the other side has there."""
     student, teacher = plain(), plain(AddedToken("<think>", **strips))
@@ -548,7 +549,7 @@ def test_added_tokens_that_strip_hold_the_whitespace(strips):
     assert spans == [*text.split(before + "<think>")[0], f"{before}<think>{behind}", *text.split("<think>" + behind)[1]]
 
 
-@pytest.mark.parametrize(
+@for_each(
     "form, spans",
     [
         (normalizers.NFC(), ["x", "a\u0301\u0328", "y"]),  # → ą, U+0301
@@ -576,7 +577,7 @@ def test_what_a_normaliser_rewrites_is_one_span(form, spans):
     check(paired, [one], *sides, (40, 40))
 
 
-@pytest.mark.parametrize("form", [normalizers.NFC(), normalizers.NFD(), normalizers.NFKC()], ids=repr)
+@for_each("form", [normalizers.NFC(), normalizers.NFD(), normalizers.NFKC()], ids=repr)
 def test_random_marks_match_reference(form):
     chooser = random.Random(0)
     letters = "aeq\u1112\u1161\u11ab가\uff76\uff9eﬁ \n\u0301\u0323\u0328\u0302\u0345क\u093c\u09be\u200d\ufffd"
@@ -610,7 +611,7 @@ def test_text_that_a_side_has_no_tokens_for_is_left_out_of_both(made):
     assert all((side.spans == -1).all() and (side.labels == IGNORED).all() for side in paired[:2])
 
 
-@pytest.mark.parametrize("name", ["digits", "llama"])
+@for_each("name", ["digits", "llama"])
 def test_a_window_cut_inside_characters_keeps_the_whole_ones(made, name):
     """Also where all of it is byte tokens, of which the decoder reads none when one is missing."""
     student, teacher = made[name], made["bytes"]
@@ -637,7 +638,7 @@ def test_names_of_special_tokens_in_text_are_text(made):
     assert paired.span_count == len(teacher(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]) + 1
 
 
-@pytest.mark.parametrize("names", PAIRS[:7], ids="-".join)
+@for_each("names", PAIRS[:7], ids="-".join)
 def test_rows_depend_on_nothing_beside_them(made, names):
     """Not on other samples of the batch, nor on the room behind them; and cutting keeps a beginning."""
     student, teacher = (made[name] for name in names)
@@ -664,7 +665,7 @@ def test_rows_depend_on_nothing_beside_them(made, names):
             assert cut.span_count[0] <= whole.span_count[row]
 
 
-@pytest.mark.parametrize("names", PAIRS, ids="-".join)
+@for_each("names", PAIRS, ids="-".join)
 def test_both_sides_score_the_same_spans(made, names):
     """Every token is in a span, spans only go up, and a scored one has labels on both sides, all of them predicted."""
     student, teacher = (made[name] for name in names)
@@ -764,7 +765,7 @@ def begins_with(
     return changed, ids
 
 
-@pytest.mark.parametrize("copies", [1, 2])
+@for_each("copies", [1, 2])
 def test_each_side_begins_documents_as_its_own_tokenizer_does(made, copies):
     """Windows that cut documents: BOS where the student's has it, and a span with the teacher's."""
     (student, mine), (teacher, theirs) = begins_with(made["bytes"], "<a>"), begins_with(made["digits"], "<b>", copies)
@@ -816,7 +817,7 @@ def test_a_teacher_with_bos_gets_it_where_the_students_documents_have_none(made)
     assert theirs[0] not in with_bos.teacher.labels
 
 
-@pytest.mark.parametrize("text", ["", "a"])
+@for_each("text", ["", "a"])
 def test_a_window_that_ends_behind_bos_keeps_its_row(made, text):
     (student, mine), (teacher, theirs) = begins_with(made["bytes"], "<a>"), begins_with(made["digits"], "<b>")
     ids = [*mine, *student(text, add_special_tokens=False)["input_ids"], student.eos_token_id, *mine]

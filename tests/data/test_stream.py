@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from megakd.data.stream import Stream, shards_digest, share
-from tests.conftest import ROOT
+from tests.conftest import ROOT, for_each
 
 
 def shard_of(sizes: Sequence[int], index: int) -> int:
@@ -23,8 +23,8 @@ def reference_shards(sizes: Sequence[int], order: Sequence[int], lanes: int) -> 
     return turns
 
 
-@pytest.mark.parametrize("lanes", [0, 1, 3])
-@pytest.mark.parametrize("sizes", [[1], [2], [3, 0, 4], [5, 9, 1, 7, 8]])
+@for_each("lanes", [0, 1, 3])
+@for_each("sizes", [[1], [2], [3, 0, 4], [5, 9, 1, 7, 8]])
 def test_take_is_a_pure_function_of_position(sizes, lanes):
     size = sum(sizes)
     whole = Stream(sizes, 5, lanes).take(0, 4 * size + 3)
@@ -37,8 +37,8 @@ def test_take_is_a_pure_function_of_position(sizes, lanes):
         assert Stream(sizes, 5, lanes).take(position, count) == whole[position : position + count]
 
 
-@pytest.mark.parametrize("lanes", [0, 1, 2, 4, 9])
-@pytest.mark.parametrize("sizes", [[1], [2], [3, 0, 4], [5, 9, 1, 7, 8]])
+@for_each("lanes", [0, 1, 2, 4, 9])
+@for_each("sizes", [[1], [2], [3, 0, 4], [5, 9, 1, 7, 8]])
 def test_each_epoch_has_every_sample_once(sizes, lanes):
     size = sum(sizes)
     stream = Stream(sizes, 0, lanes)
@@ -46,7 +46,7 @@ def test_each_epoch_has_every_sample_once(sizes, lanes):
         assert sorted(stream.take(epoch * size, size)) == list(range(size))
 
 
-@pytest.mark.parametrize("lanes", [0, 1, 4])
+@for_each("lanes", [0, 1, 4])
 def test_epochs_and_seeds_have_other_orders(lanes):
     sizes = [7, 8, 6, 9]
     orders = [Stream(sizes, seed, lanes).take(30 * epoch, 30) for seed in range(4) for epoch in range(4)]
@@ -58,7 +58,7 @@ def test_without_lanes_shards_make_no_difference():
     assert Stream([30], 3).take(0, 90) == Stream([11, 19], 3).take(0, 90)
 
 
-@pytest.mark.parametrize("seed", range(20))
+@for_each("seed", range(20))
 def test_lanes_take_shards_in_turn(seed):
     """The first epoch in the order of the manifest; later ones in orders of their own, but by the same rule."""
     chooser = random.Random(seed)
@@ -72,8 +72,8 @@ def test_lanes_take_shards_in_turn(seed):
     assert epochs == [reference_shards(equal, order, lanes) for order in orders]
 
 
-@pytest.mark.parametrize("epoch", [0, 1, 2])
-@pytest.mark.parametrize("seed", range(10))
+@for_each("epoch", [0, 1, 2])
+@for_each("seed", range(10))
 def test_at_most_as_many_shards_as_lanes_are_open(seed, epoch):
     """Open: from the first of its samples in an epoch to the last."""
     chooser = random.Random(seed)
@@ -90,7 +90,7 @@ def test_samples_of_a_shard_come_in_random_order():
     assert [i - 50 for i in order[50:]] != order[:50]
 
 
-@pytest.mark.parametrize("seed", range(5))
+@for_each("seed", range(5))
 def test_the_order_of_shards_is_not_that_within_the_first_of_them(seed):
     """They came from one generator: as many samples in a shard as there are shards, and both were shuffled alike."""
     count, epoch = 20, 3
@@ -120,9 +120,9 @@ def steps(stream: Stream, position: int, count: int, world: int, micro_batch: in
     return seen
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
-@pytest.mark.parametrize("micro_batch", [1, 2])
-@pytest.mark.parametrize("lanes", [0, 2])
+@for_each("world", [1, 2, 3, 4])
+@for_each("micro_batch", [1, 2])
+@for_each("lanes", [0, 2])
 def test_any_number_of_ranks_covers_the_same_order(world, micro_batch, lanes):
     """24 samples a step of 31: steps cross the border of epochs."""
     found = steps(Stream([12, 19], 3, lanes), 0, 5, world, micro_batch, 24)
@@ -130,7 +130,7 @@ def test_any_number_of_ranks_covers_the_same_order(world, micro_batch, lanes):
     assert found == [order[i : i + 24] for i in range(0, len(order), 24)]
 
 
-@pytest.mark.parametrize("seed", range(200))
+@for_each("seed", range(200))
 def test_stopping_and_resuming_with_other_ranks_never_changes_the_order(seed):
     """Any shards, batch and lanes; stops at random steps, in the middle of epochs; from 1 to 4 ranks, micro-batches."""
     chooser = random.Random(seed)

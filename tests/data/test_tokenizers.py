@@ -20,6 +20,7 @@ from megakd.data.tokenizers import identify_tokenizer, load_tokenizer
 from megakd.errors import UserError
 from megakd.identity import TokenizerIdentity
 from megakd.models.tiny import train_tokenizer
+from tests.conftest import for_each
 
 
 def random_documents(seed: int, sequence_length: int) -> list[list[int]]:
@@ -78,7 +79,7 @@ def test_an_example():
     assert windows[0].tokens.dtype == windows[0].starts.dtype == np.int32
 
 
-@pytest.mark.parametrize("seed, sequence_length", CASES)
+@for_each("seed, sequence_length", CASES)
 def test_every_pair_inside_a_document_appears_once(seed, sequence_length):
     documents = random_documents(seed, sequence_length)
     expected = Counter(pair for document in documents for pair in pairwise(document))
@@ -88,7 +89,7 @@ def test_every_pair_inside_a_document_appears_once(seed, sequence_length):
     assert found == expected
 
 
-@pytest.mark.parametrize("seed, sequence_length", CASES)
+@for_each("seed, sequence_length", CASES)
 def test_windows_are_full_but_the_last_and_starts_are_where_documents_meet(seed, sequence_length):
     documents = random_documents(seed, sequence_length)
     document_of = {token: i for i, document in enumerate(documents) for token in document}
@@ -100,7 +101,7 @@ def test_windows_are_full_but_the_last_and_starts_are_where_documents_meet(seed,
         assert window.starts.tolist() == [0] + [i for i in range(1, len(owners)) if owners[i] != owners[i - 1]]
 
 
-@pytest.mark.parametrize("seed, sequence_length", CASES)
+@for_each("seed, sequence_length", CASES)
 def test_packing_goes_on_from_any_window(seed, sequence_length):
     documents = random_documents(seed, sequence_length)
     windows = list(pack(enumerate(documents), sequence_length))
@@ -273,7 +274,7 @@ def test_loading_asks_nobody_on_the_network(tmp_path, teacher, documents, monkey
     load_tokenizer(sentencepiece_folder(tmp_path, documents, "LlamaTokenizer", "llama"))
 
 
-@pytest.mark.parametrize("seed", range(6))
+@for_each("seed", range(6))
 def test_documents_apart_have_windows_of_their_own(seed):
     """Each window is a piece of one document, all pairs are predicted once, and packing goes on after any window."""
     length = 7

@@ -8,6 +8,7 @@ from torch import Tensor
 from megakd.losses.divergence import Divergence, Kind, divergence_slopes, divergence_terms
 from megakd.losses.reference import TAIL_FLOOR, kl_to_targets, teacher_buckets
 from megakd.losses.signals import Sparse, Stored
+from tests.conftest import for_each
 from tests.losses.test_reference import example, with_fillers
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -58,8 +59,8 @@ def distributions(rows: int, buckets: int, empty: float = 0.0) -> tuple[Tensor, 
     return both[0], both[1]
 
 
-@pytest.mark.parametrize("divergence, tail", ON_DATA)
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@for_each("divergence, tail", ON_DATA)
+@for_each("temperature", [1.0, 2.0])
 def test_on_targets_it_is_the_reference(divergence, tail, temperature):
     teacher, student, _, targets, stored = example((7, 33, 8), temperature, tail, pmin=0.02)
     expected = []
@@ -71,7 +72,7 @@ def test_on_targets_it_is_the_reference(divergence, tail, temperature):
     assert found.tolist() == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.parametrize("divergence", ALL)
+@for_each("divergence", ALL)
 def test_never_negative_and_zero_for_equals(divergence):
     log_p, log_q = distributions(50, 9)
     assert (divergence_terms(divergence, log_p, log_q).sum(-1) > 0).all()
@@ -81,7 +82,7 @@ def test_never_negative_and_zero_for_equals(divergence):
     assert gradient.abs().max() < 1e-14
 
 
-@pytest.mark.parametrize("divergence", ALL)
+@for_each("divergence", ALL)
 def test_merged_buckets_are_a_lower_bound(divergence):
     log_p, log_q = distributions(50, 9)
     merged = [torch.cat([x[:, :4], x[:, 4:].logsumexp(-1, keepdim=True)], 1) for x in (log_p, log_q)]
@@ -89,8 +90,8 @@ def test_merged_buckets_are_a_lower_bound(divergence):
     assert (coarse <= whole + 1e-14).all() and (coarse < whole - 1e-6).any()
 
 
-@pytest.mark.parametrize("divergence", ALL)
-@pytest.mark.parametrize("empty", [0.0, 0.3])
+@for_each("divergence", ALL)
+@for_each("empty", [0.0, 0.3])
 def test_slopes_are_those_of_the_terms(divergence, empty):
     """By autograd, where a bucket is one side's alone or nobody's too; reverse KL is infinite without the teacher."""
     log_p, log_q = distributions(20, 9, empty)
@@ -135,7 +136,7 @@ def test_reverse_kl_takes_a_tail_that_was_rounded_away_as_a_small_one():
     assert torch.equal(*same)
 
 
-@pytest.mark.parametrize("divergence", ALL)
+@for_each("divergence", ALL)
 def test_all_entries_stored_is_the_dense_divergence(divergence):
     teacher, student, _, targets, _ = example((5, 13, 13), 2.0, pmin=0.0)
     student.requires_grad_()

@@ -10,6 +10,7 @@ from megakd.config.data import LogitsConfig
 from megakd.data.records import TeacherTargets
 from megakd.losses.reference import distill_loss, head_and_tail, kl_to_targets, sampled_kl, topk_kl
 from megakd.losses.signals import Sparse, Stored, Tail
+from tests.conftest import for_each
 
 TAILS: tuple[Tail, ...] = get_args(Tail)
 SHAPES = [(1, 5, 2), (7, 33, 8), (3, 11, 10)]  # N, V, K
@@ -62,10 +63,10 @@ def reference(teacher: Tensor, student: Tensor, targets: TeacherTargets, tempera
     return [reference_token(t, s, row, temperature, tail) for t, s, row in zip(teacher, student, rows, strict=True)]
 
 
-@pytest.mark.parametrize("tail", TAILS)
-@pytest.mark.parametrize("temperature", TEMPERATURES)
-@pytest.mark.parametrize("pmin", [0.0, 0.02, 0.5])
-@pytest.mark.parametrize("shape", SHAPES)
+@for_each("tail", TAILS)
+@for_each("temperature", TEMPERATURES)
+@for_each("pmin", [0.0, 0.02, 0.5])
+@for_each("shape", SHAPES)
 def test_kl_matches_the_reference(shape, pmin, temperature, tail):
     teacher, student, _, targets, stored = example(shape, temperature, tail, pmin)
     found = kl_to_targets(student, Sparse(targets, stored, tail), temperature)
@@ -75,8 +76,8 @@ def test_kl_matches_the_reference(shape, pmin, temperature, tail):
     assert found.dtype == torch.float64 and (tail in ("sampled", "hybrid") or (found >= -1e-12).all())
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize("shape", [(40, 300, 16), (40, 300, 1)])
+@for_each("temperature", [1.0, 2.0])
+@for_each("shape", [(40, 300, 16), (40, 300, 1)])
 def test_ghost_is_the_dense_coarsening(shape, temperature):
     """Log-probabilities of the student's bucket from scatter-added probabilities, the same for all rows."""
     teacher, student, _, targets, stored = example(shape, temperature, pmin=0.0)
@@ -94,7 +95,7 @@ def test_ghost_is_the_dense_coarsening(shape, temperature):
     assert (found <= dense + 1e-12).all()  # coarser: a lower bound
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+@for_each("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6)])
 def test_ghost_is_never_negative(dtype, tolerance):
     """Many kinds of teacher and student, equal ones and logits of thousands; relative to the size of the logits."""
     generator = torch.Generator().manual_seed(0)
@@ -127,8 +128,8 @@ def with_fillers(targets: TeacherTargets, more: int) -> TeacherTargets:
     return targets._replace(ids=ids, logprobs=logprobs, draw_ids=draw_ids, draw_shares=shares)
 
 
-@pytest.mark.parametrize("tail", TAILS)
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@for_each("tail", TAILS)
+@for_each("temperature", [1.0, 2.0])
 def test_fillers_change_neither_value_nor_gradient(tail, temperature):
     _, student, _, targets, stored = example((7, 33, 8), temperature, tail)
     results = []
@@ -142,7 +143,7 @@ def test_fillers_change_neither_value_nor_gradient(tail, temperature):
     assert torch.allclose(one, two, atol=1e-14) and torch.allclose(one_grad, two_grad, atol=1e-14)
 
 
-@pytest.mark.parametrize("tail", ["ghost", "truncated"])
+@for_each("tail", ["ghost", "truncated"])
 def test_dropped_entries_are_as_if_they_had_not_been_among_the_first(tail):
     """A row with 3 of 8 entries above pmin is the row of a head of 3."""
     teacher, student, labels, targets, stored = example((1, 33, 8), 2.0, tail, pmin=0.05, seed=3)
@@ -154,8 +155,8 @@ def test_dropped_entries_are_as_if_they_had_not_been_among_the_first(tail):
     assert torch.allclose(found, kl_to_targets(student, Sparse(few, stored, tail), 2.0), atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
-@pytest.mark.parametrize("tail", TAILS)
+@for_each("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@for_each("tail", TAILS)
 def test_lower_precision_stays_close(dtype, tolerance, tail):
     _, student, labels, targets, stored = example((7, 33, 8), 2.0, tail)
     exact = distill_loss(student.to(dtype).double(), labels, Sparse(targets, stored, tail), 0.5, 2.0).total
@@ -164,8 +165,8 @@ def test_lower_precision_stays_close(dtype, tolerance, tail):
     assert abs(found - exact) <= tolerance * abs(exact)
 
 
-@pytest.mark.parametrize("tail", TAILS)
-@pytest.mark.parametrize("alpha, temperature", [(0.0, 1.0), (0.5, 2.0), (1.0, 1.0), (1.0, 4.0)])
+@for_each("tail", TAILS)
+@for_each("alpha, temperature", [(0.0, 1.0), (0.5, 2.0), (1.0, 1.0), (1.0, 4.0)])
 def test_gradient_is_that_of_the_returned_loss(alpha, temperature, tail):
     """Finite differences: T^2 must be inside what is differentiated, not only in what is reported."""
     _, student, labels, targets, stored = example((3, 9, 4), temperature, tail)
@@ -176,7 +177,7 @@ def test_gradient_is_that_of_the_returned_loss(alpha, temperature, tail):
     assert torch.autograd.gradcheck(loss, (student.requires_grad_(),), atol=1e-6)
 
 
-@pytest.mark.parametrize("tail", TAILS)
+@for_each("tail", TAILS)
 def test_total_is_the_documented_formula(tail):
     teacher, student, labels, targets, stored = example((7, 33, 8), 2.0, tail)
     terms = distill_loss(student.requires_grad_(), labels, Sparse(targets, stored, tail), 0.3, 2.0)
@@ -204,7 +205,7 @@ def test_kl_at_one_is_absent_only_where_it_cannot_be_known():
     assert kl_t1("truncated", 4.0, temperatures=(4.0,)) is None and kl_t1("ghost", 4.0, temperatures=(4.0,)) is None
 
 
-@pytest.mark.parametrize("tail", ["ghost", "hybrid"])
+@for_each("tail", ["ghost", "hybrid"])
 def test_tails_are_taken_by_temperature_not_by_place(tail):
     _, student, _, targets, stored = example((7, 33, 8), 2.0, tail)
     expected = kl_to_targets(student, Sparse(targets, stored, tail), 2.0)
@@ -222,7 +223,7 @@ def test_student_equal_to_teacher_gives_zero_and_no_gradient():
     assert student.grad is not None and student.grad.abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("tail", ["ghost", "truncated", "hybrid"])
+@for_each("tail", ["ghost", "truncated", "hybrid"])
 def test_all_entries_stored_is_the_dense_kl(tail):
     """Draws from nothing have no weight, so hybrid too."""
     teacher, student, _, targets, stored = example((5, 13, 13), 2.0, tail, pmin=0.0)
@@ -245,7 +246,7 @@ def test_stored_mass_that_rounds_to_one_gives_finite_gradients():
     assert torch.isfinite(loss) and torch.isfinite(student.grad).all()
 
 
-@pytest.mark.parametrize("tail", TAILS)
+@for_each("tail", TAILS)
 def test_extreme_students_give_finite_values_and_gradients(tail):
     _, student, labels, targets, stored = example((7, 33, 8), 2.0, tail)
     for scale in (1e-3, 30.0, 3e4):
@@ -255,7 +256,7 @@ def test_extreme_students_give_finite_values_and_gradients(tail):
         assert terms.total.isfinite() and logits.grad is not None and logits.grad.isfinite().all(), scale
 
 
-@pytest.mark.parametrize("tail", ["ghost", "sampled", "hybrid"])
+@for_each("tail", ["ghost", "sampled", "hybrid"])
 def test_tokens_outside_the_stored_ones_get_gradient(tail):
     _, student, _, targets, stored = example((4, 20, 3), 1.0, tail)
     student.requires_grad_()
@@ -276,7 +277,7 @@ def test_weights_of_draws_are_not_renormalised():
     assert torch.allclose(sampled_kl(logits, ids, weights / 2, entropy, 1.0) + entropy, (whole + entropy) / 2)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.0, 0.5])
+@for_each("temperature", [1.0, 2.0, 0.5])
 def test_head_and_tail_are_the_tempered_probabilities(temperature):
     p = torch.tensor([[0.5, 0.2, 0.2, 0.1]], dtype=torch.float64)
     powers = p ** (1 / temperature)
@@ -298,9 +299,9 @@ def drawn(p_NV: Tensor, how: str) -> tuple[Tensor, Tensor]:
     return draw(p_NV, DRAWS, torch.rand(len(p_NV), generator=generator, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("how", ["multinomial", "systematic"])
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize("head", [0, 4])
+@for_each("how", ["multinomial", "systematic"])
+@for_each("temperature", [1.0, 2.0])
+@for_each("head", [0, 4])
 def test_the_mean_over_captures_is_the_dense_loss_and_its_gradient(head, temperature, how):
     """A linear head on random hidden states; 10^4 captures side by side as rows of one call."""
     positions, vocabulary, size = PROBE

@@ -18,6 +18,7 @@ from megakd.models.shared_core import (
     naive_experts,
     stored_parameters,
 )
+from tests.conftest import for_each
 
 EXPERTS, ACTIVE, HIDDEN, EXPERT_HIDDEN = 5, 2, 7, 6
 FORMS = {
@@ -127,13 +128,13 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
-every_set = pytest.mark.parametrize("name", SETS)
-every_exempt = pytest.mark.parametrize("exempt", [(), (1,), (4, 0)], ids=["none dense", "one dense", "two dense"])
+every_set = for_each("name", SETS)
+every_exempt = for_each("exempt", [(), (1,), (4, 0)], ids=["none dense", "one dense", "two dense"])
 
 
 @every_set
 @every_exempt
-@pytest.mark.parametrize("tokens", [1, 18])
+@for_each("tokens", [1, 18])
 @torch.no_grad()
 def test_forward_is_that_of_the_expanded_experts(name, exempt, tokens):
     block, given = make_block(name, exempt), rows(tokens)
@@ -144,7 +145,7 @@ def test_forward_is_that_of_the_expanded_experts(name, exempt, tokens):
 
 
 @every_set
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
+@for_each("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
 @torch.no_grad()
 def test_lower_precision_stays_close(name, dtype, tolerance):
     block, given = make_block(name, (1,), dtype), rows(17, dtype)
@@ -178,7 +179,7 @@ def test_autocast_computes_in_bfloat16(name, path, monkeypatch):
 
 
 @every_set
-@pytest.mark.parametrize("chosen", [[0], [4], [1, 3]])
+@for_each("chosen", [[0], [4], [1, 3]])
 def test_experts_without_tokens(name, chosen):
     """The output is that of the others, the others' factors alone get gradient, and the gradient is not None."""
     block, (x, _, weights) = make_block(name), rows(6)
@@ -212,7 +213,7 @@ def test_gradients_are_those_of_the_naive_experts(name, exempt):
         assert (found[parameter] - gradient).norm() <= 1e-11 * gradient.norm() + 1e-14, parameter
 
 
-@pytest.mark.parametrize("name", ["unequal", "mixed down"])
+@for_each("name", ["unequal", "mixed down"])
 def test_gradients_are_those_of_finite_differences(name):
     block = make_block(name, (2,))
     x, chosen, weights = rows(3)
@@ -254,8 +255,8 @@ def looped(block: Block) -> Any:
 
 
 @every_set
-@pytest.mark.parametrize("tokens", [1, 5, 40])  # with one token, three of five experts have no row
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 3e-2)])
+@for_each("tokens", [1, 5, 40])  # with one token, three of five experts have no row
+@for_each("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 3e-2)])
 def test_grouped_products_are_the_loop(name, tokens, dtype, tolerance):
     """Forward and all gradients."""
     block = make_block(name, (), dtype, (EXPERTS, 16, 8), scale=8)
@@ -270,7 +271,7 @@ def test_grouped_products_are_the_loop(name, tokens, dtype, tolerance):
         assert relative(one[parameter], gradient) <= 3 * tolerance, parameter
 
 
-@pytest.mark.parametrize("sizes, scale", [((5, 12, 8), 8), ((5, 16, 8), 3)])
+@for_each("sizes, scale", [((5, 12, 8), 8), ((5, 16, 8), 3)])
 def test_odd_sizes_are_not_for_grouped_products(sizes, scale):
     assert not make_block("wrappers", (), torch.float32, sizes, scale).experts._aligned()
 
@@ -345,7 +346,7 @@ def test_parameters_have_the_names_that_rules_are_written_for():
     assert named == expected
 
 
-@pytest.mark.parametrize("exempt", [(), (1,)])
+@for_each("exempt", [(), (1,)])
 def test_every_input_calls_the_same_modules(exempt):
     """ZeRO-3 ends the run when ranks call different modules: an expert without tokens must not show in the calls."""
     block = make_block("wrappers", exempt)
