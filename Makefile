@@ -4,13 +4,19 @@ BIN := .venv/bin
 # a file's tests stay in one process, for they share what is slow to make
 PYTEST := pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test lint check clean
+# losses, codec, stream and config: a minute, while one works on them
+FAST := tests/losses tests/config tests/data/test_codebook.py tests/data/test_codec.py tests/data/test_stream.py
+
+.PHONY: demo test fast lint check clean
 
 demo: .venv/installed
 	$(BIN)/megakd demo
 
 test: .venv/installed
 	$(BIN)/$(PYTEST)
+
+fast: .venv/installed
+	$(BIN)/$(PYTEST) -m 'not ranks' $(FAST)
 
 lint: .venv/installed
 	$(BIN)/ruff format --check .

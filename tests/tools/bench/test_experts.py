@@ -1,13 +1,10 @@
 """The forms that the benchmark of experts compares are one function; its figures come from running it whole."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_to_end
 from tests.tools.examples import tool
 
 bench, show = tool("bench.experts"), tool("bench.rows").show
@@ -86,6 +83,4 @@ def test_rows(small, monkeypatch):
     ],
 )
 def test_what_cannot_be_measured_is_refused(arguments, message):
-    command = [sys.executable, str(ROOT / "tools" / "bench.py"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr == f"error: {message}\n"
+    assert run_to_end(1, ROOT / "tools" / "bench.py", *arguments, code=2) == f"error: {message}\n"

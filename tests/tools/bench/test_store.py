@@ -1,14 +1,12 @@
 """The benchmark's own parts on a small vocabulary; its figures come from running it whole."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 from megakd.config.data import LogitsConfig
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_to_end
 from tests.tools.examples import tool
 
 bench, show = tool("bench.store"), tool("bench.rows").show
@@ -73,7 +71,6 @@ def test_fidelity_is_that_of_a_loop(captured):
 
 
 def test_help_and_a_missing_model():
-    command = [sys.executable, str(ROOT / "tools" / "bench.py")]
-    assert "examples:" in subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout
-    done = subprocess.run([*command, "store", "--quick", "--real", "/nowhere"], capture_output=True, text=True)
-    assert done.returncode == 2 and "/nowhere" in done.stderr.splitlines()[-1]
+    script = ROOT / "tools" / "bench.py"
+    assert "examples:" in run_to_end(1, script, "--help")
+    assert "/nowhere" in run_to_end(1, script, "store", "--quick", "--real", "/nowhere", code=2).splitlines()[-1]

@@ -1,8 +1,6 @@
 import json
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +16,7 @@ from megakd.models.hub import load_model
 from megakd.models.tiny import train_tokenizer
 from megakd.run import Run
 from megakd.system.files import read_json, read_json_lines
-from tests.conftest import ROOT, VOCABULARY, make_teacher, metrics
+from tests.conftest import ROOT, VOCABULARY, make_teacher, metrics, run_to_end
 from tests.objectives.sar import dense_student
 from tests.tools.examples import refused, tool
 
@@ -127,13 +125,12 @@ def test_published_command_lines_say_what_has_no_effect(hub, capsys):
 
 def test_the_same_command_resumes(flags, teacher, tmp_path, capsys, monkeypatch):
     """As a script of its own, then from elsewhere: after the checkpoint of step 2, then with nothing left to do."""
-    script = [sys.executable, str(ROOT / "tools" / "compat" / "train_sar_kd.py"), *flags]
-    done = subprocess.run(script, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    said = run_to_end(1, ROOT / "tools" / "compat" / "train_sar_kd.py", *flags)
     run = Run.open(tmp_path / "out")
     verbs = f"megakd tokenize {run.folder} && megakd train {run.folder} && megakd export {run.folder} --out "
     verbs += f"{run.folder / 'student'} && megakd generate-logits {run.folder} && megakd evaluate {run.folder}"
-    assert done.stdout.startswith(f"recipe: {run.folder / 'recipe.json'}\nto go on by hand: {verbs}\n")
+    assert said.startswith(f"recipe: {run.folder / 'recipe.json'}\nto go on by hand: {verbs}\n")
     rows, measured = metrics(run.folder), (run.folder / "evals.jsonl").read_text()
     assert [row["step"] for row in rows] == [1, 2, 3, 4] and rows[-1]["loss"] < rows[0]["loss"]
     assert {row["lr"] for row in rows} == {1e-2}  # constant without --use_scheduler
