@@ -125,3 +125,8 @@ def test_nothing_foreign_is_unpickled():
                     assert keywords.get("weights_only") == "True", module
                 if call == "np.load":
                     assert keywords.get("allow_pickle") == "False", module
+
+
+def test_the_package_mocks_nothing():
+    for module, path in MODULES.items():
+        assert "unittest" not in path.read_text(), module

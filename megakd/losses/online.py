@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from megakd.losses.divergence import Divergence, divergence_slopes, divergence_terms, teacher_slopes
-from megakd.losses.head import FusedHead, add_product, compute_dtype
+from megakd.losses.head import FusedHead, add_product, compute_dtype, rows_within
 from megakd.losses.hidden import wide
 
 # of float32 logits of one model; some six of them are there at once
@@ -45,9 +45,11 @@ def live_loss(
     labels_N: Tensor,
     alpha: float,
     temperature: float,
+    *,
     weights_N: Tensor | None = None,
     kl_weight: float = 1.0,
     divergence: Divergence = KL,
+    chunk_bytes: int | None = None,
 ) -> LiveTerms:
     """sum over tokens of (1 - alpha) CE + alpha kl_weight T^2 D_T(teacher, student), from last hidden states.
 
@@ -55,12 +57,14 @@ def live_loss(
     vocabulary; KL(teacher || student) = sum of p (log p - log q) with p the teacher's: its entropy is a part of what is
     differentiated, for a teacher that learns it is not constant (a soft cross entropy would teach the router to be
     certain). weights_N: how much each token's D counts, a constant; 1 each where it is None.
+    chunk_bytes: of one model's logits in float32 that exist at once; None: what suits the device (CHUNK_BYTES).
 
     Gradients are made with the loss, chunk by chunk, so no logits are kept, and none are computed again; one backward.
     """
     assert student.vocab_size == teacher.vocab_size, (student.vocab_size, teacher.vocab_size)
     differentiate = torch.is_grad_enabled()
-    job = _Job((student, teacher), labels_N, weights_N, alpha, temperature, kl_weight, divergence, differentiate)
+    rows = _chunk_rows(labels_N.device, student.vocab_size, chunk_bytes)
+    job = _Job((student, teacher), labels_N, weights_N, alpha, temperature, kl_weight, divergence, differentiate, rows)
     return LiveTerms(*_LiveLoss.apply(job, student_ND, teacher_NG, student.weight, teacher.weight))
 
 
@@ -73,6 +77,7 @@ class _Job(NamedTuple):
     kl_weight: float
     divergence: Divergence
     differentiate: bool
+    rows: int  # of a chunk
 
     @property
     def slopes(self) -> tuple[float, float]:
@@ -117,9 +122,9 @@ def _run(
     ]
     vocab_size = job.heads[0].vocab_size
     real_VD = [weight[:vocab_size].to(dtype) for weight, dtype in zip(tensors[2:], dtypes, strict=True)]
-    rows, parts = _chunk_rows(tensors[0].device, vocab_size), []
-    for start in range(0, len(job.labels_N), rows):
-        chunk = slice(start, start + rows)
+    parts = []
+    for start in range(0, len(job.labels_N), job.rows):
+        chunk = slice(start, start + job.rows)
         hidden = [side[chunk].to(dtype) for side, dtype in zip(tensors[:2], dtypes, strict=True)]
         logits = [
             _capped(head, wide(h_cD @ w_VD.T)) for head, h_cD, w_VD in zip(job.heads, hidden, real_VD, strict=True)
@@ -220,18 +225,24 @@ def _slopes(
     return each_N1, by_s, by_t
 
 
-def label_logprobs(logits: Callable[[Tensor], Tensor], hidden_ND: Tensor, labels_N: Tensor, vocab_size: int) -> Tensor:
+def label_logprobs(
+    logits: Callable[[Tensor], Tensor],
+    hidden_ND: Tensor,
+    labels_N: Tensor,
+    vocab_size: int,
+    chunk_bytes: int | None = None,
+) -> Tensor:
     """log p of each label, [N], from last hidden states; chunk by chunk, computed again in the backward pass."""
 
     def chunk(hidden: Tensor, labels: Tensor) -> Tensor:
         return -functional.cross_entropy(wide(logits(hidden)[:, :vocab_size]), labels, reduction="none")
 
-    return torch.cat(_chunked(chunk, vocab_size, hidden_ND, labels_N))
+    rows = _chunk_rows(hidden_ND.device, vocab_size, chunk_bytes)
+    return torch.cat(_chunked(chunk, rows, hidden_ND, labels_N))
 
 
-def _chunked(function: Callable[..., Any], vocab_size: int, *tensors: Tensor) -> list[Any]:
-    """function of the tensors' rows, so many at once that a model's logits of them fit CHUNK_BYTES."""
-    rows = _chunk_rows(tensors[0].device, vocab_size)
+def _chunked(function: Callable[..., Any], rows: int, *tensors: Tensor) -> list[Any]:
+    """function of so many of the tensors' rows at once."""
     # no tokens: one chunk of none, 0 with a live graph
     parts = zip(*(tensor.split(rows) if len(tensor) else (tensor,) for tensor in tensors), strict=True)
     if not torch.is_grad_enabled():
@@ -239,8 +250,11 @@ def _chunked(function: Callable[..., Any], vocab_size: int, *tensors: Tensor) ->
     return [checkpoint(function, *part, use_reentrant=False) for part in parts]
 
 
-def _chunk_rows(device: torch.device, vocab_size: int) -> int:
-    return max(CHUNK_BYTES["cpu" if device.type == "cpu" else "cuda"] // (4 * vocab_size), 1)
+def _chunk_rows(device: torch.device, vocab_size: int, chunk_bytes: int | None) -> int:
+    """How many rows of a model's logits fit chunk_bytes; None: CHUNK_BYTES of the device."""
+    if chunk_bytes is None:
+        return rows_within(CHUNK_BYTES, device, vocab_size)
+    return max(chunk_bytes // (4 * vocab_size), 1)
 
 
 def kl_rows(teacher_NV: Tensor, student_NV: Tensor) -> Tensor:

@@ -26,11 +26,18 @@ class Scores(NamedTuple):
     there: Rows
 
 
-def span_scores(own: FusedHead, theirs: FusedHead, hidden_BTD: Tensor, taught_BUG: Tensor, paired: Paired) -> Scores:
-    """Scores of last hidden states; gradients to both sides."""
+def span_scores(
+    own: FusedHead,
+    theirs: FusedHead,
+    hidden_BTD: Tensor,
+    taught_BUG: Tensor,
+    paired: Paired,
+    chunk_bytes: int | None = None,
+) -> Scores:
+    """Scores of last hidden states; gradients to both sides. chunk_bytes: as for `live_loss`."""
     there = scored_spans(paired)
     each = [
-        _label_scores(head, hidden, side)
+        _label_scores(head, hidden, side, chunk_bytes)
         for head, hidden, side in zip((own, theirs), (hidden_BTD, taught_BUG), paired[:2], strict=True)
     ]
     (student_BS, _), (teacher_BS, _) = (
@@ -46,7 +53,8 @@ def per_token(counted_BU: Tensor, tokens_B: Tensor) -> Tensor:
     return counted_BU * (tokens_B / counted_BU.sum(1).clamp(min=1))[:, None]
 
 
-def _label_scores(head: FusedHead, hidden_BTD: Tensor, side: Side) -> Tensor:
+def _label_scores(head: FusedHead, hidden_BTD: Tensor, side: Side, chunk_bytes: int | None) -> Tensor:
     """log p of each label, [B, T], 0 where there is none."""
     rows = labelled(side)
-    return rows.place(label_logprobs(head.logits, rows.pick(hidden_BTD), rows.pick(side.labels), head.vocab_size))
+    picked = rows.pick(hidden_BTD), rows.pick(side.labels)
+    return rows.place(label_logprobs(head.logits, *picked, head.vocab_size, chunk_bytes))

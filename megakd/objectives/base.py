@@ -28,6 +28,7 @@ class Objective(nn.Module):
 
     alpha, temperature: what is in force, by `at`. divergence: of the stage.
     memory: what steps leave for those after them; in checkpoints.
+    chunk_bytes: of a live loss's logits (`live_loss`); None: what suits the device.
     """
 
     def __init__(self, student: Any, config: LossConfig):
@@ -36,6 +37,7 @@ class Objective(nn.Module):
         self.config = config
         self.divergence = Divergence(config.divergence, config.mix)
         self.memory: dict[str, list[float]] = {}
+        self.chunk_bytes: int | None = None
 
     @torch.no_grad()
     def restore(self, beside: Mapping[str, Tensor]) -> None:

@@ -16,16 +16,21 @@ from megakd.config.objective import OnlineConfig
 from megakd.data.records import IGNORED, Batch, Paired, Rows, Side, labelled, shared_spans
 from megakd.losses.head import FusedHead
 from megakd.losses.hidden import attention_loss, contrastive_loss, feature_loss, gap_weights, layer_map
-from megakd.losses.online import live_loss
+from megakd.losses.online import LiveTerms, live_loss
 from megakd.losses.spans import span_attention, span_likelihoods, span_means, span_sizes
 from megakd.models.routing import Router, find_routers, scheduled, weighed
 from megakd.objectives.across import span_scores
 from megakd.objectives.base import LossReport, Objective, check_spans, projection
 from megakd.objectives.cached import fused_head
+from megakd.objectives.live_head import LiveHead
 from megakd.objectives.sar import kl_each
 from megakd.system.dist import sum_over_ranks
 
 KEEP = 0.9  # of what was remembered, each step
+
+# CE and divergence weighted by the gap, named sums, and the gap where something asks for it: which of the teacher's
+# tokens count, and the KL at T = 1 of each, both [B, U].
+Compared = tuple[Tensor, dict[str, Tensor], tuple[Tensor, Tensor] | None]
 
 
 class OnlineDistillation(Objective):
@@ -67,7 +72,7 @@ class OnlineDistillation(Objective):
         if online.layers:
             self.layer_projector = projection(*sizes)
         self.layer_of = layer_map(student.config.num_hidden_layers, teacher.config.num_hidden_layers)
-        self.head = OnlineHead(fused_head(student, vocab_size))
+        self.head = LiveHead(fused_head(student, vocab_size))
         self.held = (teacher, fused_head(teacher, teacher_vocab_size or vocab_size))  # in a tuple: held, but no child
         self.found: list[Router] = []
         if online.routing != "trained" or online.importance:
@@ -114,12 +119,16 @@ class OnlineDistillation(Objective):
         self.gap_sums = None
 
     def forward(self, batch: Batch) -> LossReport:
-        teacher, teacher_head = self.held
+        teacher, _ = self.held
         online, units = self.online, units_of(batch)
         own = self._ask(self.student, batch)
         with torch.no_grad(), weighed(self.found, self._factors(batch.tokens.device)) as chosen:
             theirs = self._ask(teacher, batch if batch.paired is None else batch.paired.teacher)
-        total, named, gap = self.head(self, own.last_hidden_state, theirs.last_hidden_state, batch, teacher_head)
+        states = own.last_hidden_state, theirs.last_hidden_state
+        if batch.paired is None:
+            total, named, gap = self._over_positions(*states, batch)
+        else:
+            total, named, gap = self._over_spans(*states, batch.paired)
         if gap is not None and online.importance:
             self._add_gap(chosen, *gap)
         taken: dict[str, tuple[float, Tensor]] = {}
@@ -147,6 +156,35 @@ class OnlineDistillation(Objective):
             named["capacity"] = (batch.labels != IGNORED).sum() * self.memory["capacity"][0]
         return LossReport(total, named)
 
+    def _over_positions(self, hidden: Tensor, taught: Tensor, batch: Batch) -> Compared:
+        online = self.online
+        gap_power = online.gap if online.gap or online.importance else None
+        form = {"alpha": self.alpha, "temperature": self.temperature, "divergence": self.divergence}
+        form |= {"kl_weight": online.kl, "chunk_bytes": self.chunk_bytes}
+        terms, gap_BT = self.head(weighted_live_loss, self.held[1], hidden, taught, batch, gap_power, **form)
+        named = {"ce": terms.ce, "kl": terms.kl, "kl_t1": terms.kl_t1, "teacher_ce": terms.teacher_ce}
+        return terms.total, named, None if gap_BT is None else (batch.labels != IGNORED, gap_BT)
+
+    def _over_spans(self, hidden: Tensor, taught: Tensor, paired: Paired) -> Compared:
+        settings = self.online
+        scores = self.head(span_scores, self.held[1], hidden, taught, paired, self.chunk_bytes)
+        sides, there = (scores.student_BS, scores.teacher_BS, scores.there), scores.there
+        with torch.no_grad():
+            gap_N = span_likelihoods(*sides, 1.0)
+            gap_BS = there.place(gap_N)
+        weights_N = there.pick(gap_weights(gap_BS, there.place(torch.ones_like(gap_N)) > 0, settings.gap))
+        likelihood = (weights_N * span_likelihoods(*sides, self.temperature)).sum()
+        total = (1 - self.alpha) * scores.ce + self.alpha * settings.kl * self.temperature * likelihood
+        named = {"ce": scores.ce.detach(), "span_kl": likelihood.detach(), "span_kl_t1": gap_N.sum()}
+        named["teacher_ce"] = scores.teacher_ce
+        # a span's gap, in equal parts, is that of the tokens whose labels are its own
+        spans = paired.teacher.label_spans
+        sizes_BS = span_sizes(spans, gap_BS.shape[1]).clamp(min=1)
+        # a column of zeros for tokens of no span, and for windows without spans
+        gap_BR = nn.functional.pad(gap_BS / sizes_BS, (0, 1))
+        gap_BU = gap_BR.gather(1, torch.where(spans >= 0, spans, gap_BS.shape[1]))
+        return total, named, (spans >= 0, gap_BU)
+
     def _ask(self, model: Any, batch: Batch | Side) -> Any:
         wanted = {"output_hidden_states": self.online.layers > 0, "output_attentions": self.online.attention > 0}
         return model.get_decoder()(batch.tokens, position_ids=batch.position_ids, use_cache=False, **wanted)
@@ -170,56 +208,26 @@ class OnlineDistillation(Objective):
         self.gap_sums = found if self.gap_sums is None else self.gap_sums + found
 
 
-class OnlineHead(nn.Module):
-    """The student's head and what stands behind it; a module, because ZeRO-3 gathers the weight while it runs."""
+def weighted_live_loss(
+    own: FusedHead,
+    theirs: FusedHead,
+    hidden_BTD: Tensor,
+    taught_BTG: Tensor,
+    batch: Batch,
+    gap_power: float | None,
+    **form: Any,
+) -> tuple[LiveTerms, Tensor | None]:
+    """`live_loss` of the labelled positions, weighted by (KL at T = 1)^gap_power; that KL of each, [B, T].
 
-    def __init__(self, head: FusedHead):
-        super().__init__()
-        self.head = head
-
-    def forward(
-        self, online: OnlineDistillation, hidden: Tensor, taught: Tensor, batch: Batch, teacher: FusedHead
-    ) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor, Tensor] | None]:
-        """CE and divergence weighted by the gap, named sums, and the gap where something asks for it.
-
-        The gap: which of the teacher's tokens count, and the KL at T = 1 of each, both [B, U].
-        """
-        if batch.paired is not None:
-            return self._over_spans(online, hidden, taught, batch.paired, teacher)
-        counted, rows, settings = batch.labels != IGNORED, labelled(batch), online.online
-        hidden_ND, taught_NG, labels_N = map(rows.pick, (hidden, taught, batch.labels))
-        weights_N = gap = None
-        if settings.gap or settings.importance:
-            gap_N = kl_each(teacher, taught_NG, self.head, hidden_ND)
-            gap_BT = rows.place(gap_N)
-            weights_N, gap = rows.pick(gap_weights(gap_BT, counted, settings.gap)), (counted, gap_BT)
-        terms = live_loss(
-            self.head, teacher, hidden_ND, taught_NG, labels_N, online.alpha, online.temperature, weights_N,
-            settings.kl, online.divergence,
-        )  # fmt: skip
-        named = {"ce": terms.ce, "kl": terms.kl, "kl_t1": terms.kl_t1, "teacher_ce": terms.teacher_ce}
-        return terms.total, named, gap
-
-    def _over_spans(
-        self, online: OnlineDistillation, hidden: Tensor, taught: Tensor, paired: Paired, teacher: FusedHead
-    ) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor, Tensor]]:
-        scores, settings = span_scores(self.head, teacher, hidden, taught, paired), online.online
-        sides, there = (scores.student_BS, scores.teacher_BS, scores.there), scores.there
-        with torch.no_grad():
-            gap_N = span_likelihoods(*sides, 1.0)
-            gap_BS = there.place(gap_N)
-        weights_N = there.pick(gap_weights(gap_BS, there.place(torch.ones_like(gap_N)) > 0, settings.gap))
-        likelihood = (weights_N * span_likelihoods(*sides, online.temperature)).sum()
-        total = (1 - online.alpha) * scores.ce + online.alpha * settings.kl * online.temperature * likelihood
-        named = {"ce": scores.ce.detach(), "span_kl": likelihood.detach(), "span_kl_t1": gap_N.sum()}
-        named["teacher_ce"] = scores.teacher_ce
-        # a span's gap, in equal parts, is that of the tokens whose labels are its own
-        spans = paired.teacher.label_spans
-        sizes_BS = span_sizes(spans, gap_BS.shape[1]).clamp(min=1)
-        # a column of zeros for tokens of no span, and for windows without spans
-        gap_BR = nn.functional.pad(gap_BS / sizes_BS, (0, 1))
-        gap_BU = gap_BR.gather(1, torch.where(spans >= 0, spans, gap_BS.shape[1]))
-        return total, named, (spans >= 0, gap_BU)
+    gap_power: None for equal weights, and no KL. form: the settings of `live_loss`.
+    """
+    rows = labelled(batch)
+    hidden_ND, taught_NG, labels_N = map(rows.pick, (hidden_BTD, taught_BTG, batch.labels))
+    weights_N = gap_BT = None
+    if gap_power is not None:
+        gap_BT = rows.place(kl_each(theirs, taught_NG, own, hidden_ND))
+        weights_N = rows.pick(gap_weights(gap_BT, batch.labels != IGNORED, gap_power))
+    return live_loss(own, theirs, hidden_ND, taught_NG, labels_N, weights_N=weights_N, **form), gap_BT
 
 
 class Units(NamedTuple):

@@ -31,6 +31,7 @@ from megakd.models.routing import (
 from megakd.objectives.across import per_token, span_scores
 from megakd.objectives.base import LossReport, Objective, check_spans, last_hidden, projection
 from megakd.objectives.cached import fused_head
+from megakd.objectives.live_head import LiveHead
 from megakd.system.dist import sum_over_ranks
 
 SEPARATOR = ":"
@@ -114,11 +115,13 @@ class SarDistillation(Objective):
         with choices(self.found) as chosen:
             taught = last_hidden(teacher, theirs)
         if batch.paired is None:
-            terms = self.head(self, *map(rows.pick, (hidden, taught, batch.labels)))
+            picked = map(rows.pick, (hidden, taught, batch.labels))
+            form = {"divergence": self.divergence, "chunk_bytes": self.chunk_bytes}
+            terms = self.head(live_loss, self.held[1], *picked, self.alpha, self.temperature, **form)
             named = {"ce": terms.ce, "kl": terms.kl, "kl_t1": terms.kl_t1, "teacher_ce": terms.teacher_ce}
             total = terms.total
         else:
-            total, named = self.head(self, hidden, taught, batch.labels, batch.paired)
+            total, named = self._over_spans(hidden, taught, batch.paired)
         for name, weight, value in self._router_terms(chosen, counted_there, tokens_B):
             total = total + weight * value
             named[name] = value.detach()
@@ -126,6 +129,22 @@ class SarDistillation(Objective):
             alike = rows.pick(hidden).detach() if batch.paired is None else None
             named |= self._drift(theirs, alike, rows_there.pick(taught).detach(), tokens_B)
         return LossReport(total, named)
+
+    def _over_spans(self, hidden_BTD: Tensor, taught_BUG: Tensor, paired: Paired) -> tuple[Tensor, dict[str, Tensor]]:
+        """CE and divergence over spans of text, for a teacher with another tokenizer; named sums."""
+        scores = self.head(span_scores, self.held[1], hidden_BTD, taught_BUG, paired, self.chunk_bytes)
+        likelihood = span_likelihood_loss(scores.student_BS, scores.teacher_BS, scores.there, self.temperature)
+        divergence = self.settings.likelihood * self.temperature * likelihood
+        named = {"ce": scores.ce, "span_kl": likelihood, "teacher_ce": scores.teacher_ce}
+        if self.settings.features:
+            there = shared_spans(paired)
+            student_BSD, _ = span_means(hidden_BTD, paired.student.spans, there.length)
+            teacher_BSG, _ = span_means(taught_BUG, paired.teacher.spans, there.length)
+            features = span_feature_loss(self.projector(student_BSD), teacher_BSG, there)
+            divergence = divergence + self.settings.features * features
+            named["features"] = features
+        total = (1 - self.alpha) * scores.ce + self.alpha * divergence
+        return total, {name: value.detach() for name, value in named.items()}
 
     def _router_terms(self, chosen: list[Choice], counted: Tensor, tokens_B: Tensor) -> list[tuple[str, float, Tensor]]:
         """(name, weight, sum over the student's counted tokens) of what holds the routers.
@@ -194,38 +213,6 @@ class SarDistillation(Objective):
                 "sar: the routers got no gradient in the first step; the student's loss does not reach them. With "
                 "objective.alpha=0 the teacher has no part in the loss"
             )
-
-
-class LiveHead(nn.Module):
-    """The student's head and the loss behind it; a module, because ZeRO-3 gathers the weight while it runs."""
-
-    def __init__(self, head: FusedHead):
-        super().__init__()
-        self.head = head
-
-    def forward(self, sar: SarDistillation, hidden: Tensor, taught: Tensor, labels: Tensor, paired: Any = None) -> Any:
-        """`live_loss` of counted rows; with `paired` (total, named sums) of whole windows, over spans."""
-        if paired is None:
-            heads, divergence = (self.head, sar.held[1]), sar.divergence
-            return live_loss(*heads, hidden, taught, labels, sar.alpha, sar.temperature, divergence=divergence)
-        return self._over_spans(sar, hidden, taught, paired)
-
-    def _over_spans(
-        self, sar: SarDistillation, hidden_BTD: Tensor, taught_BUG: Tensor, paired: Paired
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        scores = span_scores(self.head, sar.held[1], hidden_BTD, taught_BUG, paired)
-        likelihood = span_likelihood_loss(scores.student_BS, scores.teacher_BS, scores.there, sar.temperature)
-        divergence = sar.settings.likelihood * sar.temperature * likelihood
-        named = {"ce": scores.ce, "span_kl": likelihood, "teacher_ce": scores.teacher_ce}
-        if sar.settings.features:
-            there = shared_spans(paired)
-            student_BSD, _ = span_means(hidden_BTD, paired.student.spans, there.length)
-            teacher_BSG, _ = span_means(taught_BUG, paired.teacher.spans, there.length)
-            features = span_feature_loss(sar.projector(student_BSD), teacher_BSG, there)
-            divergence = divergence + sar.settings.features * features
-            named["features"] = features
-        total = (1 - sar.alpha) * scores.ce + sar.alpha * divergence
-        return total, {name: value.detach() for name, value in named.items()}
 
 
 @torch.no_grad()

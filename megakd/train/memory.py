@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import torch
 
@@ -42,8 +41,7 @@ def training_peak(
     """
     config = config.at(stage)
     live = LiveBytes()
-    chunks = {"cpu": CHUNK_BYTES["cuda" if gpu else "cpu"]}  # fakes are on the CPU
-    with warnings.catch_warnings(), mock.patch.dict(CHUNK_BYTES, chunks), Fakes(), live:
+    with warnings.catch_warnings(), Fakes(), live:
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # copy.deepcopy of a parameter
         own = fake_model(student, torch.float32)
         other = fake_model(teacher, getattr(torch, config.model.dtype))
@@ -53,6 +51,7 @@ def training_peak(
         if config.engine.offload_teacher:
             offload(other, torch.device("cpu"))
         objective = build(config, own, other, {"tokenizer": {"vocab_size": vocab_size}}, teacher_vocab_size)
+        objective.chunk_bytes = CHUNK_BYTES["cuda" if gpu else "cpu"]  # fakes are on the CPU
         for name, parameter in objective.named_parameters():
             if not name.startswith("student."):  # as build_objective does
                 parameter.data = parameter.data.float()

@@ -48,7 +48,7 @@ class Inputs:
             LABELS[:tokens],
             alpha,
             temperature,
-            weights,
+            weights_N=weights,
             divergence=divergence,
         )
 
@@ -115,7 +115,7 @@ def test_gradient_is_that_of_the_returned_loss(alpha, temperature):
 
     def loss(student: Tensor, teacher: Tensor, student_head: Tensor, teacher_head: Tensor) -> Tensor:
         heads = (FusedHead(nn.Parameter(head), VOCABULARY) for head in (student_head, teacher_head))
-        return live_loss(*heads, student, teacher, LABELS, alpha, temperature, weights).total
+        return live_loss(*heads, student, teacher, LABELS, alpha, temperature, weights_N=weights).total
 
     leaves = [leaf.detach() for leaf in (inputs.student, inputs.teacher, inputs.student_head, inputs.teacher_head)]
     slopes = inputs.gradients(inputs.loss(alpha, temperature, weights).total)
