@@ -60,10 +60,13 @@ class Forked:
         return self.returncode
 
     def communicate(self, timeout: float = 600) -> tuple[str | None, str | None]:
-        """What is left of one pipe, or of none."""
+        """What is left of one pipe, or of none; the pipe is closed, and of a closed one nothing is left."""
         assert self.stdout is None or self.stderr is None
-        found = tuple(stream.read() if stream else None for stream in (self.stdout, self.stderr))
+        found = tuple(
+            ("" if stream.closed else stream.read()) if stream else None for stream in (self.stdout, self.stderr)
+        )
         self.wait(timeout)
+        self._close()
         return found
 
     def send_signal(self, number: int) -> None:
@@ -77,10 +80,13 @@ class Forked:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._close()
+        self.wait()
+
+    def _close(self) -> None:
         for stream in (self.stdout, self.stderr):
             if stream:
                 stream.close()
-        self.wait()
 
 
 def _stream(where: Any) -> tuple[IO[str] | None, int]:
@@ -93,6 +99,9 @@ def _stream(where: Any) -> tuple[IO[str] | None, int]:
     return None, os.dup(where.fileno())
 
 
+SERVERS: list[subprocess.Popen[bytes]] = []  # kept: subprocess warns of one that is dropped while it runs
+
+
 @cache
 def _server(owner: int) -> socket.socket:
     """One for each process of tests; it ends with it, when its socket is closed."""
@@ -100,7 +109,7 @@ def _server(owner: int) -> socket.socket:
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(Path(__file__).parent.parent)}
     with theirs:
         words = [sys.executable, __file__, str(theirs.fileno())]
-        subprocess.Popen(words, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL)
+        SERVERS.append(subprocess.Popen(words, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL))
     return mine
 
 

@@ -280,7 +280,9 @@ def test_shipped_tasks_read_files_of_their_packages_schema(name, place, columns,
 
 def test_code_of_tasks_that_nobody_requested_is_not_run(folder, tmp_path, capfd):
     """A folder of tasks may hold anybody's YAML, whose `!function` runs Python code when it is loaded."""
-    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef text(doc): return doc['text']\n")
+    (folder / "code.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w').close()\ndef text(doc): return doc['text']\n"
+    )
     value = yaml.safe_dump({**TASKS[1], "task": "coded", "doc_to_text": "TEXT"})
     (folder / "coded.yaml").write_text(value.replace("TEXT", "!function code.text"))
     (folder / "group.yaml").write_text(yaml.safe_dump({"group": "coded_group", "task": [{"task": "coded"}]}))
