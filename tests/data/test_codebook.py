@@ -1,5 +1,4 @@
 import hashlib
-import time
 from pathlib import Path
 
 import numpy as np
@@ -96,15 +95,12 @@ def test_frequent_ids_have_narrow_buckets():
     assert (np.diff(book.widths[: book.buckets.max()]) >= 0).mean() > 0.9  # narrow ones first
 
 
-def test_a_vocabulary_of_152k_is_quick(tmp_path):
+def test_a_vocabulary_of_152k(tmp_path):
     vocabulary = 151_936
     ids = zipf(vocabulary, 200_000)
-    start = time.perf_counter()
     book = build_book(ids, vocabulary)
     save_book(tmp_path, book)
     loaded = load_book(tmp_path, book.digest)
-    seconds = time.perf_counter() - start
-    assert seconds < 2, seconds
     assert_equal(loaded, book)
     assert_consistent(book, vocabulary)
     assert (tmp_path / book.file_name).stat().st_size < 4 * (vocabulary + BUCKETS) + 1000

@@ -2,7 +2,6 @@
 
 import random
 import struct
-import time
 import tracemalloc
 
 import pytest
@@ -44,7 +43,6 @@ def test_hostile_lengths_take_no_memory(records):
     for record, layout in zip(records, allowed, strict=True):
         decode("key", record.data, layout)  # what is compiled or imported at first use is not what is measured
     tracemalloc.start()
-    slowest = 0.0
     try:
         for number in range(HEADERS):
             chooser, record = chance("headers", number), records[number // 8 % len(records)]
@@ -54,18 +52,16 @@ def test_hostile_lengths_take_no_memory(records):
                 true = int.from_bytes(data[at : at + size], "little")
                 data[at : at + size] = hostile_values(chooser, size, true).to_bytes(size, "little")
             tracemalloc.reset_peak()
-            before, start = tracemalloc.get_traced_memory()[0], time.perf_counter()
+            before = tracemalloc.get_traced_memory()[0]
             what = f"seed {SEED}, headers {number} ({', '.join(names)})"
             layout = allowed[number // 8 % len(records)]
             found = decoded(sealed(data), layout, what)
             if found is not None:
                 assert_in_bounds(found, layout)
-            slowest = max(slowest, time.perf_counter() - start)
             taken = tracemalloc.get_traced_memory()[1] - before
             assert taken < 64 << 20, f"{what}: {taken} bytes\n{data.hex()}"
     finally:
         tracemalloc.stop()
-    assert slowest < 2, slowest
 
 
 def hostile_frames(content: bytes) -> dict[str, bytes]:

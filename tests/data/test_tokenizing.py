@@ -1,5 +1,4 @@
 import sys
-import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -142,6 +141,5 @@ def test_workers_end_when_their_tokens_are_no_longer_wanted(tokenizer, teacher, 
     endless = ((i, documents[i % len(documents)]) for i in range(10**9))
     taken = tokenized(endless, tokenizer, teacher, 1)
     next(taken)
-    start = time.perf_counter()
     taken.close()  # type: ignore[attr-defined]
-    assert workers() == [] and time.perf_counter() - start < 5
+    assert workers() == []

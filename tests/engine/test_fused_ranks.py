@@ -136,16 +136,11 @@ def on_ranks(folder: Path) -> Callable[[int], tuple[Path, dict[str, Any]]]:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("ranks, name", [*((1, name) for name in ONE_RANK), *((2, name) for name in TWO_RANKS)])
+@pytest.mark.parametrize("ranks, name", [*((1, name) for name in ONE_RANK), *((2, name) for name in TWO_RANKS[:-1])])
 def test_zero3_is_the_local_engine(on_ranks, folder, ranks, name):
     """Losses, norms, every weight and its name; a batch without labels among them, and alpha that changes."""
     place, seen = on_ranks(ranks)
     (chosen,) = (case for case in CASES if case["name"] == name)
-    if chosen["dtype"] == "bfloat16":  # the local engine keeps float32 weights: another rounding
-        expected = run({**chosen, "dtype": "float32"}, 0, 1, False, folder)
-        for mine, theirs in zip(seen[name], expected, strict=True):
-            assert mine["total"] == pytest.approx(theirs["total"], rel=0.03)
-        return
     expected = run(chosen, 0, 1, False, folder)
     for mine, theirs in zip(seen[name], expected, strict=True):
         assert mine == pytest.approx(theirs, rel=2e-5)
@@ -157,6 +152,14 @@ def test_zero3_is_the_local_engine(on_ranks, folder, ranks, name):
         frozen += torch.equal(mine[key], start[key])
     assert (frozen > 0) == bool(chosen["rules"]) and frozen < len(theirs)
     assert ("student.lm_head.weight" in theirs) != chosen["tied"]
+
+
+@pytest.mark.ranks
+def test_bfloat16_is_near_the_local_engine(on_ranks, folder):
+    """Which keeps float32 weights: another rounding."""
+    _, seen = on_ranks(2)
+    for mine, theirs in zip(seen["bfloat16"], run(case("float32"), 0, 1, False, folder), strict=True):
+        assert mine["total"] == pytest.approx(theirs["total"], rel=0.03)
 
 
 if __name__ == "__main__":
