@@ -15,7 +15,7 @@ from megakd.system.files import read_json_lines
 from megakd.system.logging import Progress, say
 from megakd.system.text import clock, short, table
 from megakd.tracking import MetricLog, wandb_id
-from megakd.train.metrics import StageWatch
+from megakd.train.metrics import StageWatch, StepRecord
 
 QUIET = LogConfig(tensorboard=False, wandb="disabled")
 
@@ -176,7 +176,8 @@ def test_stage_watch_divides_by_the_steps_tokens_and_counts_damage(tmp_path, cap
     watch = StageWatch("experts", 4, 0, 2, log)
     for step, (tokens, damaged) in enumerate([(10, 0), (8, 1), (0, 3), (10, 0)], 1):
         watch.data_ready()
-        watch.step_done(step, 6 + step, 100 * step, tokens, {"total": 2.0 * tokens, "ce": tokens}, 0.1, 0.5, damaged)
+        sums = {"total": 2.0 * tokens, "ce": tokens}
+        watch.step_done(StepRecord(step, 6 + step, 100 * step, tokens, sums, 0.1, 0.5, damaged))
     log.close()
     rows = read_json_lines(tmp_path / "metrics.jsonl")
     assert [r.get("damaged_samples") for r in rows] == [None, 1, 4, 4]
@@ -185,7 +186,8 @@ def test_stage_watch_divides_by_the_steps_tokens_and_counts_damage(tmp_path, cap
     ]  # fmt: skip
     said = capsys.readouterr().err.splitlines()
     assert [line.split(" | ")[0] for line in said] == ["experts 2/4 50%", "experts 4/4 100%"]
-    StageWatch("experts", 4, 0, 1, None).step_done(1, 1, 10, 10, {"total": 2.0}, 0.1, 0.5, 2)  # another rank: silent
+    silent = StageWatch("experts", 4, 0, 1, None)  # of another rank
+    silent.step_done(StepRecord(1, 1, 10, 10, {"total": 2.0}, 0.1, 0.5, 2))
     assert capsys.readouterr().err == ""
 
 

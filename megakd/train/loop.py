@@ -38,7 +38,7 @@ from megakd.system.version import made_with
 from megakd.tracking import MetricLog, wandb_id
 from megakd.train.build import build_engine, build_objective
 from megakd.train.data import Step, stage_data
-from megakd.train.metrics import StageWatch
+from megakd.train.metrics import StageWatch, StepRecord
 
 
 def train(run: Run, dataset: ShardSet, world: World, stop: StopSignals) -> bool:
@@ -154,16 +154,18 @@ def train_stage(
                 memory=dict(objective.memory),
             )
             watch.step_done(
-                progress.stage_step,
-                progress.step,
-                progress.tokens,
-                tokens,
-                report.sums,
-                config.optim.lr * factor,
-                report.grad_norm,
-                damaged,
-                progress.health.left_out,
-                report.norms,
+                StepRecord(
+                    stage_step=progress.stage_step,
+                    step=progress.step,
+                    seen=progress.tokens,
+                    tokens=tokens,
+                    sums=report.sums,
+                    lr=config.optim.lr * factor,
+                    norm=report.grad_norm,
+                    damaged=damaged,
+                    left_out=progress.health.left_out,
+                    norms=report.norms,
+                )
             )
             if config.guard.rollback and progress.health.in_a_row >= config.guard.rollback:
                 progress = roll_back(run, engine, progress, saved, world)

@@ -4,10 +4,31 @@ import resource
 import time
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import NamedTuple
 
 from megakd.system.logging import say
 from megakd.system.text import clock, short
 from megakd.tracking import MetricLog
+
+
+class StepRecord(NamedTuple):
+    """What is logged of a step.
+
+    stage_step, step: those done in the stage, in all. seen: tokens in all. tokens: the step's counted ones.
+    norm: of the gradient. damaged: samples that the step skipped. left_out: updates that were skipped so far.
+    norms: more of them, by their names in the log.
+    """
+
+    stage_step: int
+    step: int
+    seen: int
+    tokens: int
+    sums: Mapping[str, float]
+    lr: float
+    norm: float
+    damaged: int = 0
+    left_out: int = 0
+    norms: Mapping[str, float] = MappingProxyType({})
 
 
 class StageWatch:
@@ -27,44 +48,30 @@ class StageWatch:
         """Leave out what passed since the last step, such as saving a checkpoint."""
         self.asked = time.perf_counter()
 
-    def step_done(
-        self,
-        stage_step: int,
-        step: int,
-        seen: int,
-        tokens: int,
-        sums: dict[str, float],
-        lr: float,
-        norm: float,
-        damaged: int = 0,
-        left_out: int = 0,
-        norms: Mapping[str, float] = MappingProxyType({}),
-    ) -> None:
-        """Log a step of `tokens` counted tokens; stage_step, step: done in the stage, in all; seen: tokens in all.
-
-        damaged: samples that the step left out; logged is their number since this process began the stage.
-        left_out: updates that were not made so far. norms: more of them, by their names in the log.
-        """
+    def step_done(self, record: StepRecord) -> None:
+        """Log a step's metrics; the number of damaged samples since this process began the stage."""
         now = time.perf_counter()
         seconds = now - self.asked
         self.asked = now
         if self.log is None:
             return
-        means = {"loss" if name == "total" else name: value / max(tokens, 1) for name, value in sums.items()}
-        speed, wait, memory = tokens / seconds, self.waited / seconds, peak_memory_gb()
-        self.damaged += damaged
-        counts = {"damaged_samples": self.damaged, "left_out_updates": left_out}
+        means = {
+            "loss" if name == "total" else name: value / max(record.tokens, 1) for name, value in record.sums.items()
+        }
+        speed, wait, memory = record.tokens / seconds, self.waited / seconds, peak_memory_gb()
+        self.damaged += record.damaged
+        counts = {"damaged_samples": self.damaged, "left_out_updates": record.left_out}
         counts = {name: count for name, count in counts.items() if count}
         timing = {"tokens_per_second": speed, "data_wait_share": wait, "memory_gb": memory}
-        numbers = {**means, "lr": lr, "grad_norm": norm, **norms, **counts, **timing}
-        self.log.write(step, {"stage": self.stage, "tokens": seen, **numbers})
-        if stage_step % self.every_steps == 0 or stage_step == self.steps:
-            left = (now - self.start) / (stage_step - self.first_step) * (self.steps - stage_step)
+        numbers = {**means, "lr": record.lr, "grad_norm": record.norm, **record.norms, **counts, **timing}
+        self.log.write(record.step, {"stage": self.stage, "tokens": record.seen, **numbers})
+        if record.stage_step % self.every_steps == 0 or record.stage_step == self.steps:
+            left = (now - self.start) / (record.stage_step - self.first_step) * (self.steps - record.stage_step)
             parts = [
-                f"{self.stage} {stage_step}/{self.steps} {stage_step / self.steps:.0%}",
+                f"{self.stage} {record.stage_step}/{self.steps} {record.stage_step / self.steps:.0%}",
                 " ".join(f"{name} {value:.4f}" for name, value in means.items()) or "nothing to learn from",
-                f"lr {lr:.2e}",
-                f"grad {norm:.2f}",
+                f"lr {record.lr:.2e}",
+                f"grad {record.norm:.2f}",
                 f"{short(speed)} tokens/s",
                 f"wait {wait:.1%}",
                 f"{memory:.2f} GB",
