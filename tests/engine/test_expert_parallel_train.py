@@ -27,7 +27,7 @@ def test_a_run_moves_between_layouts_of_ranks(sibling):
     expected = curve(metrics(local.folder))
     layout = ["engine.config=zero3", "engine.ranks=2", "engine.expert_parallel=2", "optim.micro_batch=4"]
     run = sibling("engine.kind=deepspeed", *layout)
-    run_ranks(2, run.folder)
+    forked_ranks(2, "train", run.folder)
     found = curve(metrics(run.folder))
     assert len(found) == len(expected) == 10
     for mine, theirs in zip(found, expected, strict=True):
@@ -52,7 +52,7 @@ def test_a_run_moves_between_layouts_of_ranks(sibling):
     for path in run.path("checkpoints", "all").glob("step-*"):
         if path.name > "step-000008":
             shutil.rmtree(path)
-    forked_ranks(2, "train", run.folder, "engine.ranks=2", "engine.expert_parallel=2")
+    run_ranks(2, run.folder, "engine.ranks=2", "engine.expert_parallel=2")  # through launch/train.sh, which goes on
     for mine, theirs in zip(curve(metrics(run.folder)), expected, strict=True):
         assert mine == pytest.approx(theirs, abs=TOLERANCE)
 
