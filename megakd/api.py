@@ -35,7 +35,7 @@ def setup_distillation_pipeline(
 
 
 def run_distillation_training(run: Run | str | Path) -> Path:
-    """Run what the run still lacks, verb by verb: each leaves out what is finished. The folder of the final weights."""
+    """Run what the run still lacks, verb by verb: each skips what is finished. The folder of the final weights."""
     run = run if isinstance(run, Run) else Run.open(run)
     verbs = ["tokenize", *([] if run.config.model.student else ["compress"])]
     verbs += [] if run.config.objective.live else ["generate-logits"]  # else the teacher itself is asked

@@ -18,7 +18,7 @@ VERBS = {
     "plan": ("parameters, bytes and steps of a run; starts nothing", True),
     "compress": ("teacher experts → shared core and wrappers: RUN/student-0", True),
     "tokenize": ("text → packed windows: RUN/data/tokens", True),
-    "generate-logits": ("teacher targets beside the tokens: RUN/data/logits", True),
+    "generate-logits": ("teacher targets next to the tokens: RUN/data/logits", True),
     "train": ("distil, stage by stage; resumes by itself", True),
     "evaluate": ("held-out perplexity, KL to the teacher, agreement, size, speed; lm-eval tasks", True),
     "watch": ("evaluate checkpoints while they appear, keep the best", True),
@@ -36,15 +36,15 @@ examples:
   megakd new runs/a --from qwen3-30b-a3b-r64             a run from a shipped recipe
   megakd new runs/b --from runs/a objective.alpha=0.9    a sibling; what is unchanged is shared
   megakd compress runs/a
-  megakd train runs/a optim.micro_batch=2                live fields may change later
+  megakd train runs/a optim.micro_batch=2                mutable settings may change later
 
 `megakd VERB --help` explains a verb; `megakd --version` prints the versions of MegaKD and of its main libraries.
-Exit codes: 0 fine, 2 a mistake you can mend, 1 a bug, 85 stopped by a signal after saving a checkpoint.
+Exit codes: 0 fine, 2 a user error, 1 a bug, 85 stopped by a signal after saving a checkpoint.
 """
 
 
 class ShowVersion(argparse.Action):
-    """Print MegaKD's version and commit, and the versions of the libraries beside it; then exit."""
+    """Print MegaKD's version and commit, and the versions of the libraries next to it; then exit."""
 
     def __call__(self, parser: argparse.ArgumentParser, *args: object) -> None:
         sys.stdout.write("\n".join([version_line(), *library_versions()]) + "\n")
@@ -92,7 +92,7 @@ def _run_verb(argv: list[str]) -> None:
     if hasattr(command, "arguments"):
         command.arguments(parser)
     if opens_run:
-        parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes of live fields")
+        parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes of mutable settings")
     args = parser.parse_intermixed_args(argv[1:])
     if not opens_run:
         command.main(args)

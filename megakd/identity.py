@@ -46,7 +46,7 @@ class StoredTensor(NamedTuple):
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """The tensors that transformers would read from a model folder, by name, from the files' headers alone.
 
-    UserError where transformers, or another reader, could read something else: two sets of weights beside each other,
+    UserError where transformers, or another reader, could read something else: two sets of weights next to each other,
     an index that does not fit its files, a tensor in two files, an adapter that only peft would apply.
     """
     if (folder / "adapter_config.json").exists():

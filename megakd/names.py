@@ -36,7 +36,7 @@ def expand(text: str | Path) -> Path:
 def shipped(kind: str, name: str) -> Path:
     """A file that comes with MegaKD: `ds_configs/zero3.json`, `launch/recipes/demo.json`, …
 
-    In a checkout these folders stand beside the package, in an installed wheel inside it.
+    In a checkout these folders stand next to the package, in an installed wheel inside it.
     """
     package = Path(__file__).parent
     inside, beside = package / kind / name, package.parent / kind / name
@@ -92,7 +92,7 @@ def may_be_hub_id(text: str | Path) -> bool:
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether a folder is a run: its config.json has a run's sections, or a history lies beside it."""
+    """Whether a folder is a run: its config.json has a run's sections, or a history lies next to it."""
     return "stages" in _config(folder) or all((folder / name).is_file() for name in ("config.json", "history.jsonl"))
 
 

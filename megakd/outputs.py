@@ -41,7 +41,7 @@ def producing(path: Path, mark: str, force: bool | None = None, own: Path | None
 
 
 def check_folder(path: Path, mark: str | None = None, force: bool | None = None, own: Path | None = None) -> Path:
-    """The place of a folder to make, links followed; UserError when what is there must not be replaced.
+    """The place of a folder to make, links followed; UserError when the existing one must not be replaced.
 
     mark: what the marker says of folders that the verb makes, "megakd export"; None: whatever exists is refused.
     force: None where the verb has no --force. own: the place in its run that belongs to the verb.

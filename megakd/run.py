@@ -62,7 +62,7 @@ class Run:
 
     @classmethod
     def open(cls, folder: str | Path, overrides: Iterable[str] = ()) -> "Run":
-        """Open a run; overrides may touch live fields only and are recorded (by rank 0)."""
+        """Open a run; overrides may touch mutable settings only and are recorded (by rank 0)."""
         folder, overrides = expand(folder), list(overrides)
         settle(folder)  # like a student or an export that a killed verb was about to replace
         file = folder / "config.json"

@@ -74,10 +74,10 @@ def _open_wandb(folder: Path, project: str, name: str, run_id: str, frozen: dict
 
 
 def log_evaluation(folder: Path, config: RunConfig, step: int, numbers: dict[str, float]) -> None:
-    """Put numbers of a checkpoint as `eval/NAME` at its step, beside a training that may go on in another process.
+    """Put numbers of a checkpoint as `eval/NAME` at its step, during a training that may go on in another process.
 
     Each call leaves files of its own, whole, so a kill loses nothing and processes do not meet.
-    TensorBoard follows a folder's newest file alone (`DirectoryWatcher`): another one beside training's would end its
+    TensorBoard follows a folder's newest file alone (`DirectoryWatcher`): another one next to training's would end its
     curves, so these are a folder below. Of two processes that send to one W&B run each counts lines from its own start:
     the server keeps the last of a number; in its shared mode it ignores steps. So this is recorded offline under the
     run's id, with a step of its own, for `wandb sync` to append when training has ended; in a folder of its own, for

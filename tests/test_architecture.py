@@ -61,7 +61,7 @@ def test_imports_go_downward(module: str):
         if (module, other) in ALLOWED:
             continue
         same_package = module.split(".")[1] == other.split(".")[1]
-        assert level(other) < level(module) or same_package, f"{module} imports {other}, which is above or beside it"
+        assert level(other) < level(module) or same_package, f"{module} imports {other}, which is above or next to it"
 
 
 def test_no_cycles():

@@ -133,7 +133,7 @@ def test_truncated_shard(fails, sibling):
 def test_batch_that_does_not_divide(fails, sibling):
     run = sibling("engine.kind=deepspeed", "engine.config=zero2", "engine.ranks=3")
     message = fails("train", run.folder)
-    assert "16 windows a step do not divide among 3 ranks" in message
+    assert "16 windows per step do not divide among 3 ranks" in message
 
 
 def test_unwritable_folder(fails, recipe, tmp_path):

@@ -19,7 +19,7 @@ WORDS: dict[str, str] = {
     r"stored targets|what was captured": "cached teacher logits, offline distillation",
     r"\bbeside\b|beside\.safetensors": "auxiliary parameters; together with",
     r"\bfeeds?\b|stage's data as steps": "micro-batch iterator, training data",
-    r"\bborders?\b|\bcrossed\b|\bhand(s|ed|ing)? over\b": "stage transition, optimizer-state carry-over",
+    r"\bborders?\b(?!-)|\bcrossed\b|\bhand(s|ed|ing)? over\b": "stage transition, optimizer-state carry-over",
     r"\b(take|takes|took|taken) over\b|(?-i:\bCarried\b)": "stage transition, optimizer-state carry-over",
     r"\blanes?\b": "interleaved shard readers; worker threads",
     r"\bbooks?\b": "codebook",
@@ -45,7 +45,7 @@ WORDS: dict[str, str] = {
 PAGES_ONLY: dict[str, str] = {r"\bwindows?\b": "sequences (packed sequences)"}
 
 PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "ds_configs/README.md")]
-PYTHON: list[str] = []  # globs below the repository, like "megakd/**/*.py"
+PYTHON = ["megakd/**/*.py", "tools/**/*.py"]
 # configuration.md repeats descriptions of megakd/config, and joins with them
 PAGES += sorted(p for p in (ROOT / "docs").rglob("*.md") if PYTHON or p.name != "configuration.md")
 OLD_ENTRIES = "\n## 2026-11-29"  # of docs/log.md, which keep their words

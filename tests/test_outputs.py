@@ -24,7 +24,7 @@ def files(folder: Path) -> dict[str, str]:
 
 
 def refused(path: Path, message: str, force: bool | None = False) -> None:
-    """Making a folder at `path` is refused, and changes nothing anywhere beside it."""
+    """Making a folder at `path` is refused, and changes nothing anywhere next to it."""
     before = {p: p.read_bytes() for p in sorted(path.parent.rglob("*")) if p.is_file()}
     with pytest.raises(UserError, match=message) as caught:
         make(path, force=force)

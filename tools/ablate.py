@@ -14,9 +14,9 @@ Without --set: that of the recipe's objective.kind.
 Every variant of every seed is an ordinary run in FOLDER/SET/VARIANT/seed-N over the tokens of FOLDER/seed-N. The seed
 is that of the order of the data, and of the student's weights where --student makes one: a seed's variants read the
 same text in the same order and start alike, so differences are taken by seed. Runs are trained and measured on the
-hold-out as `megakd train` and `megakd evaluate --model last` do, in this process: engine.kind must be local. The same
-command again goes on where it was killed; finished runs are not done again. W&B and TensorBoard are off unless asked
-for.
+validation set as `megakd train` and `megakd evaluate --model last` do, in this process: engine.kind must be local. The
+same command again goes on where it was killed; finished runs are not done again. W&B and TensorBoard are off unless
+asked for.
 
 difference: a variant's held-out NLL minus the base's, mean over seeds, with Student's 95 % interval. The change helps
 where all of it lies below 0, hurts where all of it lies above; else no difference is shown. Of changes that do nothing
@@ -62,7 +62,7 @@ HEAD_FEATURES = 32  # of a head of attention of a student made here
 
 
 class Result(NamedTuple):
-    """What the hold-out says of a finished run. teacher_nll: of the teacher with the routers that it learned."""
+    """What the validation set says of a finished run. teacher_nll: of the teacher with the routers that it learned."""
 
     variant: str
     seed: int
@@ -129,7 +129,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--seeds", type=int, default=3, metavar="N", help="the recipe's seed and those after it (default: %(default)s)")
     add("--set", nargs="+", default=[], metavar="NAME", help=f"of variants: {', '.join(SETS)}")
-    add("--only", nargs="+", default=[], metavar="VARIANT", help="of the sets, beside the base")
+    add("--only", nargs="+", default=[], metavar="VARIANT", help="of the sets, next to the base")
     add("--list", action="store_true", help="print the variants and what they change, and end")
     size = f"a dense student with random weights and the teacher's tokenizer, HIDDEN a multiple of {HEAD_FEATURES}"
     add("--student", metavar="HIDDENxLAYERS", help=size)
@@ -302,7 +302,7 @@ def ce_alone(config: RunConfig) -> list[str]:
 def source_run(folder: Path, recipe: Path, first: Path, overrides: list[str], seed: int, student: str | None) -> Run:
     """The run of a seed that others take tokens and student from; never trained itself.
 
-    first: that of the first seed, whose tokens and student this one takes over where it would have the same.
+    first: that of the first seed, whose tokens and student this one inherits where it would have the same.
     """
     settings = [f"seed={seed}"]
     if student:
@@ -379,7 +379,7 @@ def measured(folder: Path) -> dict[str, Any]:
 
 
 def teacher_nll(run: Run) -> float:
-    """The teacher's own NLL on the run's hold-out, as it was; measured once."""
+    """The teacher's own NLL on the run's validation set, as it was; measured once."""
     known = [
         row
         for row in read_json_lines(run.path("evals.jsonl"), "model")
@@ -389,7 +389,7 @@ def teacher_nll(run: Run) -> float:
 
 
 def compared(name: str, results: Sequence[Result], changes: dict[str, list[str]]) -> list[Row]:
-    """A row for each variant of a set, the base first; every variant has the seeds of the base."""
+    """A row for each variant of a set, the base first; every variant has the base's seeds."""
     by_variant = {variant: [each for each in results if each.variant == variant] for variant in changes}
     base = by_variant[BASE]
     rows = []
@@ -426,7 +426,7 @@ def verdict(low: float, high: float) -> str:
 
 def shown(rows: Sequence[Row], teacher: float | None) -> str:
     """A table a set, a variant a line."""
-    headers = ["hold-out NLL", "perplexity", "difference", "95 % interval", "teacher's NLL", "tokens", "verdict"]
+    headers = ["validation set NLL", "perplexity", "difference", "95 % interval", "teacher's NLL", "tokens", "verdict"]
     parts = []
     for name in dict.fromkeys(row.set for row in rows):
         lines = []
@@ -462,7 +462,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             axis.plot(row.difference, place, "o", color=colors[row.verdict])
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set_yticks(range(len(panel)), [row.variant for row in panel])
-        axis.set_title(f"{name}: hold-out NLL minus the base's, 95 % intervals", fontsize=10)
+        axis.set_title(f"{name}: validation set NLL minus the base's, 95 % intervals", fontsize=10)
     with publishing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110, metadata={"Software": None, "Title": MARK})
     plt.close(figure)

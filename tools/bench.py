@@ -4,8 +4,8 @@
   fit      the solvers of megakd compress: ALS against Adam, forms at equal numbers stored, a sweep at real size
   experts  a layer of shared-core experts against the naive form and the dense experts, Qwen3-30B-A3B's sizes, one core
   loss     the loss behind the student's head against three matrix products, dense forms, TRL and Liger; V 151,936
-  live     a step beside a teacher that is asked while training, against the loop one writes by hand
-  evaluate the hold-out measured through the chunked head, against a plain forward pass and stored logits; V 151,936
+  live     a step next to a live teacher, against the loop one writes by hand
+  evaluate the validation set through the chunked head, against a plain forward pass and stored logits; V 151,936
   step     an optimizer step against cross entropy alone, what a run waits for data, DeepSpeed on one rank and on two
 
 Prints a table; --json writes rows {"bench", "case", "metric", "value", "unit"}; --quick takes less than a minute.

@@ -65,7 +65,7 @@ class Waits(RuntimeError):
 class NoCopies(TorchDispatchMode):
     """Refuses copies between the devices that wait.
 
-    The layers of an offloaded teacher are pinned, and a number on its way to the GPU travels with the kernel's launch.
+    The layers of an offloaded teacher are pinned, and a number for the GPU is an argument of the kernel's launch.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

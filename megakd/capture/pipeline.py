@@ -43,7 +43,7 @@ from megakd.system.files import locked, read_sealed, settle
 from megakd.system.logging import Progress, say
 from megakd.system.version import made_with
 
-BOOK_POSITIONS = 4096  # of the training set; from 1024 on they save 2 bytes a token, beyond 4096 0.2
+BOOK_POSITIONS = 4096  # of the training set; from 1024 on they save 2 bytes per token, beyond 4096 0.2
 
 
 AHEAD = 64  # samples that may wait for the writer
@@ -171,7 +171,7 @@ def capture_part(
     write_manifest(target, facts, summaries, complete=True)
     # from what was seen here: a worker that came late may say once more that the set is not complete, until it ends
     size, count = (sum(summary[key] for summary in summaries) for key in ("bytes", "tokens"))
-    say(f"generate-logits {part}: {size / count:.1f} bytes a token, with tokens and tar")
+    say(f"generate-logits {part}: {size / count:.1f} bytes per token, with tokens and tar")
 
 
 def _first_shards(tokens: ShardSet, limit: float | None) -> list[dict[str, Any]]:
@@ -300,7 +300,7 @@ def _offsets(seed: int, key: str, length: int) -> torch.Tensor:
 
 
 def make_codebook(run: Run, capture: Capture, tokens: ShardSet) -> Book:
-    """The data set's book, made by the worker that comes first, from the first positions of the training set."""
+    """The data set's codebook, made by the first worker, from the first positions of the training set."""
     folder, config = run.path("data", "logits"), _logits_config(run, "train")
     sharded = config.parallel != "replica" and capture.world.size > 1
     with nullcontext() if sharded else locked(folder / "book.lock"):

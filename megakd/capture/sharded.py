@@ -1,4 +1,5 @@
-"""A module too large for one device, spread over all ranks by DeepSpeed to answer: ZeRO-3, or its experts apart too."""
+"""A module too large for one device, sharded over all ranks by DeepSpeed to answer: ZeRO-3, or its experts apart "
+"too."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -20,8 +21,8 @@ def spread(
     """A DeepSpeed engine around what `build` loads; called like it, by all ranks at once with inputs of equal shape.
 
     zero3: every weight is cut into world.size pieces, gathered while its module runs; what transformers loads within
-    `build` is cut while it is read. autoep: experts of that transformers `family` are spread instead, and tokens travel
-    to them; loaded whole on every rank's CPU first.
+    `build` is cut while it is read. autoep: experts of that transformers `family` are sharded instead, and tokens are
+    sent to them; loaded whole on every rank's CPU first.
     """
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": batch_size,

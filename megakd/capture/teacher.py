@@ -55,7 +55,7 @@ class Teacher(nn.Module):
         return TeacherTargets(*(whole.unflatten(0, tokens_BT.shape) for whole in wholes))
 
     def _check(self, whole: Any, tokens_BT: Tensor) -> None:
-        """Logits from hidden states and head are the model's own: no soft cap or scale of its family is left out."""
+        """Logits from hidden states and head are the model's own: no soft cap or scale of its family is skipped."""
         theirs = whole(tokens_BT, use_cache=False).logits.float()
         if theirs.isnan().any():
             dtype = str(self.lm_head.weight.dtype).removeprefix("torch.")

@@ -1,6 +1,6 @@
 """Draw a run: losses per stage, learning rates, errors per layer, evaluations over tokens, the configuration.
 
-The page needs nothing beside it. --baseline draws the evaluations of another run in the same plots; --png makes one
+The page needs nothing next to it. --baseline draws the evaluations of another run in the same plots; --png makes one
 picture of all curves, too.
 
 examples:
@@ -21,7 +21,7 @@ from megakd.system.logging import say
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--baseline", type=expand, metavar="RUN2", help="another run to draw beside this one")
+    parser.add_argument("--baseline", type=expand, metavar="RUN2", help="another run to draw next to this one")
     parser.add_argument("--png", type=expand, metavar="FILE", help="write all curves there as one picture")
 
 

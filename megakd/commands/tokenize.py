@@ -1,14 +1,14 @@
 """Stream documents, tokenize and pack them: RUN/data/tokens/train and RUN/data/tokens/holdout.
 
-Documents are assigned to the hold-out by a hash of their text, so that no run ever trains on them. They begin with the
-tokenizer's BOS token where the tokenizer's own texts do (data.bos) and end with its end token. Killed and started
-again, it goes on after the last finished shard and writes what an undisturbed pass would have written: it reads again
-the documents that are packed, and refuses to go on when they have changed. The number of workers may differ: they
+Documents are assigned to the validation set by a hash of their text, so that no run ever trains on them. They begin
+with the tokenizer's BOS token where the tokenizer's own texts do (data.bos) and end with its end token. Killed and
+started again, it goes on after the last finished shard and writes what an undisturbed pass would have written: it reads
+again the documents that are packed, and refuses to go on when they have changed. The number of workers may differ: they
 tokenize, this process reads and packs in the order of the documents.
 
 examples:
   megakd tokenize runs/a
-  megakd tokenize runs/a data.workers=8     eight processes beside this one
+  megakd tokenize runs/a data.workers=8     eight processes next to this one
 """
 
 import argparse

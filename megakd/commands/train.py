@@ -1,4 +1,4 @@
-"""Distil the student, stage by stage, from stored targets or a live teacher; resumes from its last checkpoint.
+"""Distil the student, stage by stage, from cached teacher logits or a live teacher; resumes from its last checkpoint.
 
 With engine.kind=deepspeed and engine.ranks > 1 it starts the deepspeed launcher on this machine; on more machines start
 it with launch/train.sh or launch/train.sbatch. SIGTERM and SIGUSR1 save a checkpoint and leave with exit code 85.
@@ -54,7 +54,7 @@ def main(run: Run, args: argparse.Namespace) -> None:
         sys.exit(launch(run))
     world = join_world() if run.config.engine.kind == "deepspeed" else take_device(read_world())
     check_world(run.config, world)
-    # ranks outlive a launcher that was killed: a second training in the same folder must not start beside them
+    # ranks outlive a launcher that was killed: a second training in the same folder must not start next to them
     alone = locked(run.path("train.lock"), "is being trained by another process; wait for it or stop it")
     with StopSignals() as stop, alone if world.first else nullcontext():
         finished = train(run, dataset, world, stop)

@@ -1,13 +1,13 @@
-"""Evaluate checkpoints while training publishes them: hold-out, lm-eval tasks, curves; the best is kept from rotation.
+"""Evaluate checkpoints while training publishes them: validation set, lm-eval tasks, curves; the best one is kept.
 
-Start it beside a training, on a device or machine of its own that sees the run's folder; start several, they share the
+Start it during a training, on a device or machine of its own that sees the run's folder; start several, they share the
 work. Training never waits for it. It ends when the last checkpoint of the last stage has its line in RUN/evals.jsonl.
 What cannot be measured is null in the line, which says why, and stops nothing else; the exit code at the end is then 2.
 Killed at any moment and started again, it loses and repeats none. SIGTERM and SIGUSR1 end it with exit code 85.
 
 examples:
   megakd watch runs/a
-  megakd watch runs/a --once                                   what is there, then end
+  megakd watch runs/a --once                                   the checkpoints that exist, then end
   megakd watch runs/a eval.tasks='["hellaswag"]' eval.limit=500
   megakd watch runs/a --follow eval.best=hellaswag/acc_norm
 """

@@ -1,4 +1,4 @@
-"""The seeds' method: the wrapped core W_e ~ (I + U_e S_e^T) C (I + A_e V_e^T) by Adam, kept as a solver and a baseline.
+"""The original proposal's W_e ~ (I + U_e S_e^T) C (I + A_e V_e^T), fitted by Adam: a solver, and a baseline.
 
 The result is converted exactly to the form that is stored: Q_e = (I + U_e S_e^T) C A_e (docs/compression.md).
 """
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megakd.compress.metric import Metric, times
-from megakd.compress.threads import Lanes
+from megakd.compress.threads import Threads
 
 
 def fit_seed_form(
@@ -20,7 +20,7 @@ def fit_seed_form(
     inner: int,
     steps: int,
     lr: float,
-    lanes: Lanes,
+    threads: Threads,
     progress: Callable[[], None] = lambda: None,
 ) -> list[Tensor]:
     """[C, U, S, A, V] of a small sum p_e ||W_e - M_e (I + U_e S_e^T) C (I + A_e V_e^T)||^2, whitened W_e [E, F, D].
@@ -42,10 +42,10 @@ def fit_seed_form(
     gradients = [torch.empty_like(x) for x in parameters]
     moments = [(torch.zeros_like(x), torch.zeros_like(x)) for x in parameters]
 
-    def work(lane: list[slice]) -> Tensor:
-        """The gradient of the core from a lane's experts; those of their factors are written where they belong."""
+    def work(chunks: list[slice]) -> Tensor:
+        """The gradient of the core from a thread's experts; those of their factors are written where they belong."""
         total = torch.zeros_like(core)
-        for chunk in lane:
+        for chunk in chunks:
             core_now, *factors = (
                 x.detach().requires_grad_() for x in (parameters[0], *(y[chunk] for y in parameters[1:]))
             )
@@ -60,7 +60,7 @@ def fit_seed_form(
         return total
 
     for step in range(steps):
-        gradients[0] = torch.stack(lanes.map(work)).sum(0)
+        gradients[0] = torch.stack(threads.map(work)).sum(0)
         rate = lr * (1 + math.cos(math.pi * step / steps)) / 2
         for x, gradient, (first, second) in zip(parameters, gradients, moments, strict=True):
             # Adam (Kingma and Ba 2015, algorithm 1)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megakd.compress.metric import Metric, times, times_transposed
-from megakd.compress.threads import Lanes
+from megakd.compress.threads import Threads
 
 OVER_RELAXATION = 1.9  # of the core's step
 OVERSAMPLING = 8  # columns of a range finder beyond the rank
@@ -46,7 +46,7 @@ def fit_wrappers(
     inner: int,
     sweeps: int,
     tolerance: float,
-    lanes: Lanes,
+    threads: Threads,
     progress: Callable[[], None] = lambda: None,
 ) -> tuple[Wrappers, int, float]:
     """ALS from the best C, U = S = 0 and the best Q V^T; stops at a relative gain below `tolerance`.
@@ -63,11 +63,11 @@ def fit_wrappers(
     noise = torch.randn(columns + rows, max(wide_free, wide_inner), generator=generator, dtype=torch.float64)
     start_v, start_s = noise[:columns, :wide_free].to(whitened), noise[columns:, :wide_inner].to(whitened)
 
-    def moments(lane: list[slice]) -> _Sums:
+    def moments(chunks: list[slice]) -> _Sums:
         """sum p H, sum p M^T W and sum p ||W||^2, all whitened."""
         gram, target = whitened.new_zeros(rows, rows), whitened.new_zeros(rows, columns)
         norm = whitened.new_zeros((), dtype=torch.float64)
-        for chunk in lane:
+        for chunk in chunks:
             weight = p[chunk].to(whitened)
             norm += (p[chunk] * whitened[chunk].square().sum((1, 2)).double()).sum()
             if left is None:
@@ -81,16 +81,16 @@ def fit_wrappers(
                 target += torch.einsum("efg,egd->fd", scaled, whitened[chunk])
         return _Sums(gram, target, norm)
 
-    base_gram, base_target, norm = _total(lanes.map(moments))
+    base_gram, base_target, norm = _total(threads.map(moments))
     if left is None:
         base_gram = p.sum().to(whitened) * torch.eye(rows, dtype=whitened.dtype, device=whitened.device)
 
     def sweep(prepared: _Core, old: _State, new: _State, number: int) -> tuple[_State, _Sums]:
         """(U, S), then (Q, V), of every expert into `new`; the objective, and the sums of the core's next step."""
 
-        def work(lane: list[slice]) -> _Sums:
+        def work(chunks: list[slice]) -> _Sums:
             sums = _Sums(torch.zeros_like(base_gram), torch.zeros_like(base_target), norm * 0)
-            for chunk in lane:
+            for chunk in chunks:
                 w, m = whitened[chunk], None if left is None else left[chunk]
                 u, s, q, v = (x[chunk] for x in old[1:])
                 if number > 0 and inner > 0:
@@ -104,7 +104,7 @@ def fit_wrappers(
                 sums = _add(sums, w, m, prepared, u, s[..., :inner], q, v[..., :free], p[chunk])
             return sums
 
-        sums = _total(lanes.map(work))
+        sums = _total(threads.map(work))
         # what all experts have in common: ||W||^2 - 2 <sum p M^T W, C> + <sum p H, C C^T>
         common = norm - 2 * (base_target * prepared.core).sum(dtype=torch.float64)
         common = common + (base_gram.double() * prepared.gram.double()).sum()

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from megakd.compress.metric import Metric
-from megakd.compress.threads import Lanes
+from megakd.compress.threads import Threads
 
 SKETCH = 64  # random directions of the inputs in which experts are compared before there are groups
 
@@ -33,7 +33,7 @@ def fit_basis(
     size: int,
     groups: int,
     rounds: int,
-    lanes: Lanes,
+    threads: Threads,
     progress: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor, Tensor, int]:
     """(orthonormal bases [G, size, D], groups [E], rounds) of a small sum p_e ||W_e - A_e Z_g(e)||^2, W_e whitened.
@@ -43,24 +43,24 @@ def fit_basis(
     """
     p = metric.importance
     norms = whitened.square().sum((1, 2))
-    group = _first_groups(whitened, p, groups, lanes)
-    z = torch.stack([_leading_rows(whitened, p, group == g, size, lanes) for g in range(groups)])
+    group = _first_groups(whitened, p, groups, threads)
+    z = torch.stack([_leading_rows(whitened, p, group == g, size, threads) for g in range(groups)])
     done = 0
     while groups > 1 and done < rounds:
         done += 1
-        held = torch.stack([_held(whitened, z[g], lanes) for g in range(groups)], 1)
+        held = torch.stack([_held(whitened, z[g], threads) for g in range(groups)], 1)
         after = _without_empty(held.argmax(1), held.amax(1) / norms.clamp(min=torch.finfo(norms.dtype).tiny), p, groups)
         progress()
         changed = [g for g in range(groups) if not torch.equal(after == g, group == g)]
         group = after
         for g in changed:
-            z[g] = _leading_rows(whitened, p, group == g, size, lanes)
+            z[g] = _leading_rows(whitened, p, group == g, size, threads)
         if not changed:
             break
     return z, group, done
 
 
-def _first_groups(whitened: Tensor, p: Tensor, groups: int, lanes: Lanes) -> Tensor:
+def _first_groups(whitened: Tensor, p: Tensor, groups: int, threads: Threads) -> Tensor:
     """Experts by the one of `groups` they resemble most, [E]: each chosen to resemble those before it least.
 
     Compared are X_e^T X_e of X_e = W_e Omega, in a few random directions, by their cosines.
@@ -71,11 +71,11 @@ def _first_groups(whitened: Tensor, p: Tensor, groups: int, lanes: Lanes) -> Ten
     generator = torch.Generator().manual_seed(0)
     directions = torch.randn(columns, min(SKETCH, columns), generator=generator).to(whitened)
 
-    def work(lane: list[slice]) -> Tensor:
-        sketches = [whitened[chunk] @ directions for chunk in lane]
+    def work(chunks: list[slice]) -> Tensor:
+        sketches = [whitened[chunk] @ directions for chunk in chunks]
         return torch.cat([(x.mT @ x).flatten(1) for x in sketches])
 
-    features = torch.cat(lanes.map(work))
+    features = torch.cat(threads.map(work))
     # what all experts share (Omega^T Omega is not I) says nothing about groups
     features = features / features.norm(dim=1, keepdim=True).clamp(min=1e-30)
     features = functional.normalize(features - features.mean(0))
@@ -98,42 +98,42 @@ def _without_empty(group: Tensor, held: Tensor, p: Tensor, groups: int) -> Tenso
     return group
 
 
-def _leading_rows(whitened: Tensor, p: Tensor, members: Tensor, size: int, lanes: Lanes) -> Tensor:
+def _leading_rows(whitened: Tensor, p: Tensor, members: Tensor, size: int, threads: Threads) -> Tensor:
     """The leading eigenvectors of sum p W^T W over `members` [E], [size, D]; zeros beyond D."""
     columns = whitened.shape[2]
     chosen = (members & (p > 0)).tolist()
 
-    def work(lane: list[slice]) -> Tensor:
+    def work(chunks: list[slice]) -> Tensor:
         total = whitened.new_zeros(columns, columns)
-        for chunk in lane:
+        for chunk in chunks:
             for e in range(chunk.start, chunk.stop):
                 if chosen[e]:
                     total.addmm_(whitened[e].mT, whitened[e] * p[e].to(whitened))
         return total
 
-    first, *others = lanes.map(work)
+    first, *others = threads.map(work)
     for other in others:
         first.add_(other)
     leading = torch.linalg.eigh(first)[1].flip(1)[:, :size].T
     return functional.pad(leading, (0, 0, 0, size - len(leading)))
 
 
-def _held(whitened: Tensor, z: Tensor, lanes: Lanes) -> Tensor:
+def _held(whitened: Tensor, z: Tensor, threads: Threads) -> Tensor:
     """||W_e Z^T||^2, [E]."""
     return torch.cat(
-        lanes.map(lambda lane: torch.cat([(whitened[chunk] @ z.T).square().sum((1, 2)) for chunk in lane]))
+        threads.map(lambda chunks: torch.cat([(whitened[chunk] @ z.T).square().sum((1, 2)) for chunk in chunks]))
     )
 
 
-def projected(whitened: Tensor, z: Tensor, group: Tensor, lanes: Lanes) -> Tensor:
+def projected(whitened: Tensor, z: Tensor, group: Tensor, threads: Threads) -> Tensor:
     """W_e Z_g(e)^T, [E, F, k]."""
     found = whitened.new_empty(*whitened.shape[:2], z.shape[1])
 
-    def work(lane: list[slice]) -> None:
-        for chunk in lane:
+    def work(chunks: list[slice]) -> None:
+        for chunk in chunks:
             found[chunk] = whitened[chunk] @ z[group[chunk]].mT
 
-    lanes.map(work)
+    threads.map(work)
     return found
 
 

@@ -238,7 +238,7 @@ def routed(expert_NA: Tensor, weight_NA: Tensor, experts: int) -> Iterator[tuple
 
 
 def find_super_experts(peaks: dict[int, Tensor]) -> dict[int, tuple[int, ...]]:
-    """The experts that make a model's massive activations, by layer; layers without any are left out.
+    """The experts that make a model's massive activations, by layer; layers without any are skipped.
 
     Su et al. 2025 ("Unveiling Super Experts in Mixture-of-Experts Large Language Models"), equation 6: the peak of an
     expert's output is above the 99.5th percentile of all peaks and above a tenth of the largest. As in the authors'

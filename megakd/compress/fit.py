@@ -18,7 +18,7 @@ from megakd.compress.adam import fit_seed_form, fused
 from megakd.compress.als import Wrappers, fit_wrappers
 from megakd.compress.basis import Basis, balance_basis, fit_basis, projected
 from megakd.compress.metric import Metric, Statistics, make_metric, unwhiten_left, unwhiten_right, whiten
-from megakd.compress.threads import Lanes, lanes_over
+from megakd.compress.threads import Threads, threads_over
 from megakd.errors import UserError
 from megakd.models.shared_core import Form, free_and_core_rank, make_form
 
@@ -66,8 +66,8 @@ def fit_projection(
     """
     frame = weights.mT if projection == "down" else weights
     candidates = (0.0,) if statistics is None else settings.damping
-    with lanes_over(frame) as lanes:
-        task = _Task(frame, projection, form, settings, statistics, exempt, lanes, progress)
+    with threads_over(frame) as threads:
+        task = _Task(frame, projection, form, settings, statistics, exempt, threads, progress)
         found = _attempt(task, candidates[0])
         for damping in candidates[1:]:
             # the better of two at once: factors of all candidates would not fit
@@ -85,7 +85,7 @@ def best_split(
     statistics: Statistics | None = None,
     exempt: tuple[int, ...] = (),
 ) -> Form:
-    """The ranks of wrappers with the least error among those of at most so many stored numbers an expert.
+    """The ranks of wrappers with the least error among those of at most so many stored numbers per expert.
 
     A unit of the free rank stores F + D numbers, one of the core's 2F. Equal ranks and five shares of the core's
     wrapper are tried with a few sweeps of ALS, then the neighbours of the best, closer each time. weights:
@@ -104,11 +104,11 @@ def best_split(
 
     equal = min(parameters_per_expert // (3 * rows + columns), rows, columns)
     totals: dict[tuple[int, int], float] = {}
-    with lanes_over(frame) as lanes:
+    with threads_over(frame) as threads:
 
         def total(pair: tuple[int, int]) -> float:
             if pair not in totals:
-                task = _Task(frame, projection, make(*pair), brief, statistics, exempt, lanes, lambda: None)
+                task = _Task(frame, projection, make(*pair), brief, statistics, exempt, threads, lambda: None)
                 totals[pair] = _attempt(task, brief.damping[0] if statistics else 0.0).total
             return totals[pair]
 
@@ -129,7 +129,7 @@ class _Task(NamedTuple):
     settings: Settings
     statistics: Statistics | None
     exempt: tuple[int, ...]
-    lanes: Lanes
+    threads: Threads
     progress: Callable[[], None]
 
 
@@ -143,9 +143,9 @@ class _Attempt(NamedTuple):
 
 def _attempt(task: _Task, damping: float) -> _Attempt:
     """Whiten, fit, go back, measure."""
-    frame, lanes = task.frame, task.lanes
-    metric = make_metric(task.statistics, task.projection, damping, task.exempt, frame, lanes)
-    whitened = whiten(frame, metric, lanes)
+    frame, threads = task.frame, task.threads
+    metric = make_metric(task.statistics, task.projection, damping, task.exempt, frame, threads)
+    whitened = whiten(frame, metric, threads)
     if task.form.shape == "basis":
         factors, sweeps = _fit_basis(task, metric, whitened)
     else:
@@ -158,27 +158,27 @@ def _attempt(task: _Task, damping: float) -> _Attempt:
 def _fit_basis(task: _Task, metric: Metric, whitened: Tensor) -> tuple[Basis, int]:
     if task.settings.solver == "adam":
         raise UserError("compress.solver=adam fits wrappers alone; a basis needs compress.solver=als")
-    lanes, size = task.lanes, free_and_core_rank(task.form, task.projection)[1]
-    z, group, rounds = fit_basis(whitened, metric, size, task.form.groups, task.settings.sweeps, lanes, task.progress)
+    threads, size = task.threads, free_and_core_rank(task.form, task.projection)[1]
+    z, group, rounds = fit_basis(whitened, metric, size, task.form.groups, task.settings.sweeps, threads, task.progress)
     # the rows of Z are orthonormal where they were found, so that A = W Z^T is a projection: the best for any M
-    a = unwhiten_left(projected(whitened, z, group, lanes), metric, lanes)
+    a = unwhiten_left(projected(whitened, z, group, threads), metric, threads)
     a = a * (metric.importance > 0).to(a)[:, None, None]
     return balance_basis(Basis(unwhiten_right(z, metric), a, group)), rounds
 
 
 def _fit_wrappers(task: _Task, metric: Metric, whitened: Tensor) -> tuple[Wrappers, int]:
     free, inner = free_and_core_rank(task.form, task.projection)
-    settings, lanes = task.settings, task.lanes
+    settings, threads = task.settings, task.threads
     if settings.solver == "adam":
         if free == 0 or inner == 0:
             raise UserError("compress.solver=adam fits wrappers on both sides; other shapes need compress.solver=als")
-        seed = fit_seed_form(whitened, metric, free, inner, settings.steps, settings.lr, lanes, task.progress)
+        seed = fit_seed_form(whitened, metric, free, inner, settings.steps, settings.lr, threads, task.progress)
         fitted, sweeps = Wrappers(*fused(*seed)), settings.steps
     else:
         fitted, sweeps, _ = fit_wrappers(
-            whitened, metric, free, inner, settings.sweeps, settings.tolerance, lanes, task.progress
+            whitened, metric, free, inner, settings.sweeps, settings.tolerance, threads, task.progress
         )
-        fitted = fitted._replace(u=unwhiten_left(fitted.u, metric, lanes), q=unwhiten_left(fitted.q, metric, lanes))
+        fitted = fitted._replace(u=unwhiten_left(fitted.u, metric, threads), q=unwhiten_left(fitted.q, metric, threads))
     core, v = unwhiten_right(fitted.core, metric), unwhiten_right(fitted.v.mT, metric).mT
     alive = (metric.importance > 0).to(core)[:, None, None]
     pairs = *balance(fitted.u * alive, fitted.s * alive), *balance(fitted.q * alive, v * alive)
@@ -232,15 +232,15 @@ def _errors(task: _Task, factors: Wrappers | Basis) -> tuple[Tensor, Tensor | No
             of_units = of_units * statistics.rows[chunk].to(of_units)
         return torch.stack([plain, of_units.sum(1)])
 
-    def work(lane: list[slice]) -> Tensor:
+    def work(chunks: list[slice]) -> Tensor:
         found = []
-        for chunk in lane:
+        for chunk in chunks:
             exact = frame[chunk].to(dtype)
             found.append(torch.stack([squares(exact, chunk), squares(exact - factors.expand(chunk), chunk)]))
         return torch.cat(found, 2)
 
     # [weights or residual, plain or held out, E]
-    found = torch.cat(task.lanes.map(work), 2).double()
+    found = torch.cat(task.threads.map(work), 2).double()
     found[:, :, list(task.exempt)] = 0
     # an expert of zeros has error 0
     relative = torch.where(found[0] > 0, found[1] / found[0], 0.0).sqrt().to(dtype)

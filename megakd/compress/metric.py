@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megakd.compress.threads import Lanes
+from megakd.compress.threads import Threads
 
 SHARE_FLOOR = 0.1  # of an expert's mean weight: a rare expert is not thrown away
 ROW_FLOOR = 0.05  # of the mean cost of a unit
@@ -53,7 +53,7 @@ def make_metric(
     damping: float,
     exempt: tuple[int, ...],
     weights: Tensor,
-    lanes: Lanes,
+    threads: Threads,
 ) -> Metric:
     """The damped metric; without statistics all experts and directions count the same. weights: [E, F, D]."""
     if statistics is None:
@@ -67,14 +67,14 @@ def make_metric(
     left = torch.empty(covariance.shape, dtype=dtype, device=weights.device)
     scale = torch.empty(len(share), dtype=torch.float64, device=weights.device)
 
-    def fill(lane: list[slice]) -> None:
-        for chunk in lane:
+    def fill(chunks: list[slice]) -> None:
+        for chunk in chunks:
             exact = covariance[chunk].to(weights.device).double()
             shrink = shrinkage(exact, statistics.counts[chunk].to(exact))
             left[chunk] = root(exact, damping + (1 - damping) * shrink)
             scale[chunk] = exact.diagonal(dim1=1, dim2=2).mean(1)
 
-    lanes.map(fill)
+    threads.map(fill)
     return Metric(_importance(share * scale.cpu(), exempt).to(weights.device), left, None)
 
 
@@ -127,25 +127,25 @@ def shrinkage(covariance: Tensor, counts: Tensor) -> Tensor:
     return torch.where((counts > 0) & (spread > noise), noise / spread.clamp(min=torch.finfo(spread.dtype).tiny), 1.0)
 
 
-def whiten(weights: Tensor, metric: Metric, lanes: Lanes) -> Tensor:
+def whiten(weights: Tensor, metric: Metric, threads: Threads) -> Tensor:
     """M_e W_e N of all experts in float32 (float64 stays); the weights themselves where nothing changes."""
     dtype = torch.promote_types(weights.dtype, torch.float32)
     if metric.left is None and metric.right is None and weights.dtype == dtype:
         return weights
     whitened = torch.empty(weights.shape, dtype=dtype, device=weights.device)
 
-    def fill(lane: list[slice]) -> None:
-        for chunk in lane:
+    def fill(chunks: list[slice]) -> None:
+        for chunk in chunks:
             exact = weights[chunk].to(dtype)
             if metric.right is not None:
                 exact = exact @ metric.right
             whitened[chunk] = times(None if metric.left is None else metric.left[chunk], exact)
 
-    lanes.map(fill)
+    threads.map(fill)
     return whitened
 
 
-def unwhiten_left(factors: Tensor, metric: Metric, lanes: Lanes) -> Tensor:
+def unwhiten_left(factors: Tensor, metric: Metric, threads: Threads) -> Tensor:
     """M_e^-1 X_e of factors [E, F, r]."""
     if metric.left is None or factors.shape[2] == 0:
         return factors
@@ -153,11 +153,11 @@ def unwhiten_left(factors: Tensor, metric: Metric, lanes: Lanes) -> Tensor:
         return factors / metric.left
     plain, left = torch.empty_like(factors), metric.left
 
-    def fill(lane: list[slice]) -> None:
-        for chunk in lane:
+    def fill(chunks: list[slice]) -> None:
+        for chunk in chunks:
             plain[chunk] = torch.linalg.solve_triangular(left[chunk].mT, factors[chunk], upper=True)
 
-    lanes.map(fill)
+    threads.map(fill)
     return plain
 
 

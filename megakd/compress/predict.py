@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megakd.compress.als import fit_wrappers
 from megakd.compress.metric import Metric, Statistics, make_metric, times, times_transposed, whiten
-from megakd.compress.threads import Lanes, lanes_over
+from megakd.compress.threads import Threads, threads_over
 from megakd.models.shared_core import SHAPES, Form, free_and_core_rank, make_form, stored_parameters
 
 LEAST, MOST = 0.03, 0.95  # shares of the dense parameters between which forms are considered
@@ -32,7 +32,8 @@ TOLERANCE = 1e-4  # of these fits
 
 
 class Candidate(NamedTuple):
-    """A form of one projection, all its experts: numbers stored, FLOPs a token, predicted lost share of the energy."""
+    """A form of one projection, all its experts: numbers stored, FLOPs per token, predicted lost share of the "
+    "energy."""
 
     form: Form
     parameters: int
@@ -127,17 +128,19 @@ def measure(
     work = 1.0 + len(points)
     bases: dict[int, np.ndarray] = {}
     curve = np.zeros(0)
-    with lanes_over(frame) as lanes:
+    with threads_over(frame) as threads:
         left = None
         if statistics is not None:
-            frame, left = _measured(frame, make_metric(statistics, projection, damping, exempt, frame, lanes), lanes)
-        core, norms = _core_and_norms(frame, left, lanes)
+            frame, left = _measured(
+                frame, make_metric(statistics, projection, damping, exempt, frame, threads), threads
+            )
+        core, norms = _core_and_norms(frame, left, threads)
         energy = float(norms.sum())
         if energy == 0:  # a projection of zeros loses nothing
             return [_candidate(form, projection, experts, active, d, f, 0.0) for form in forms]
         if "basis" in wanted:
             counts = {form.groups for form in forms if form.shape == "basis"}
-            bases = {count: lost / energy for count, lost in basis_curves(frame, counts, lanes).items()}
+            bases = {count: lost / energy for count, lost in basis_curves(frame, counts, threads).items()}
         if wanted & {"additive", "wrappers"}:
             curve = _additive_curve(frame, left, core, norms, spread(experts, sample))
     progress(1 / work)
@@ -159,7 +162,7 @@ def spread(count: int, wanted: int) -> list[int]:
     return [i * count // wanted for i in range(wanted)]
 
 
-def basis_curves(frame: Tensor, counts: Collection[int], lanes: Lanes) -> dict[int, np.ndarray]:
+def basis_curves(frame: Tensor, counts: Collection[int], threads: Threads) -> dict[int, np.ndarray]:
     """What is lost of the energy of [E, F, D] with a basis of 0 … D in each of so many groups, [D + 1] by their count.
 
     The eigenvalues of sum W_e^T W_e over a group behind the k-th. Expert e is in group e modulo the count: groups of a
@@ -171,16 +174,16 @@ def basis_curves(frame: Tensor, counts: Collection[int], lanes: Lanes) -> dict[i
     grams = torch.empty(parts, columns, columns, dtype=dtype, device=frame.device)
     for part in range(parts):
 
-        def work(lane: list[slice], part: int = part) -> Tensor:
+        def work(chunks: list[slice], part: int = part) -> Tensor:
             total = torch.zeros(columns, columns, dtype=dtype, device=frame.device)
-            for chunk in lane:
+            for chunk in chunks:
                 for e in range(chunk.start, chunk.stop):
                     if e % parts == part:
                         exact = frame[e].to(dtype)
                         total.addmm_(exact.mT, exact)
             return total
 
-        first, *others = lanes.map(work) if part < experts else [torch.zeros_like(grams[part])]
+        first, *others = threads.map(work) if part < experts else [torch.zeros_like(grams[part])]
         for other in others:
             first += other
         grams[part] = first
@@ -201,8 +204,8 @@ def predicted_fit(frame: Tensor, norms: Tensor, free: int, inner: int, left: Ten
         matrices = frame[chosen].to(torch.promote_types(frame.dtype, torch.float32))
         own = None if left is None else left[chosen]
         even = torch.full((len(chosen),), 1 / len(chosen), dtype=torch.float64, device=frame.device)
-        with lanes_over(matrices) as lanes:
-            fit, *_ = fit_wrappers(matrices, Metric(even, own, None), free, inner, sweeps, TOLERANCE, lanes)
+        with threads_over(matrices) as threads:
+            fit, *_ = fit_wrappers(matrices, Metric(even, own, None), free, inner, sweeps, TOLERANCE, threads)
         shared = times(own, fit.core)
         rest = matrices - shared - fit.u @ (fit.s.mT @ fit.core) - fit.q @ fit.v.mT
         return float(rest[among].square().sum(dtype=torch.float64) / norms[chosen][among].sum().clamp(min=1e-300))
@@ -262,7 +265,7 @@ class _Wrappers:
 def _fit_points(f: int, d: int, experts: int, wanted: set[str]) -> list[tuple[int, int]]:
     """(free rank, core rank) of the fits, free wrappers alone first: the others are compared with them."""
     short = min(f, d)
-    room = (MOST - 1 / experts) * f * d  # numbers an expert may have besides the core
+    room = (MOST - 1 / experts) * f * d  # numbers per expert may have besides the core
     points = []
     if wanted & {"additive", "wrappers"} and experts < MANY:
         points += [(share * room / (f + d), 0.0) for share in ADDITIVE_SHARES]
@@ -292,22 +295,22 @@ def reach(weights: Tensor, projection: str, statistics: Statistics, exempt: tupl
     return total
 
 
-def _measured(frame: Tensor, metric: Metric, lanes: Lanes) -> tuple[Tensor, Tensor]:
+def _measured(frame: Tensor, metric: Metric, threads: Threads) -> tuple[Tensor, Tensor]:
     """sqrt(E p_e) M_e W_e N, [E, F, D], and sqrt(E p_e) M_e^T, [E, F, F] or, diagonal, [E, F, 1]."""
     scale = (metric.importance * len(frame)).sqrt()[:, None, None]
-    white = whiten(frame, metric, lanes)
+    white = whiten(frame, metric, threads)
     white = white.mul_(scale.to(white)) if white is not frame else white * scale.to(white)
     return white, (torch.ones_like(white[:, :, :1]) if metric.left is None else metric.left) * scale.to(white)
 
 
-def _core_and_norms(frame: Tensor, left: Tensor | None, lanes: Lanes) -> tuple[Tensor, Tensor]:
+def _core_and_norms(frame: Tensor, left: Tensor | None, threads: Threads) -> tuple[Tensor, Tensor]:
     """(the core that alone fits best, [F, D]: the mean of W_e where M = I; ||M_e W_e||^2, [E] in float64)."""
     dtype = torch.promote_types(frame.dtype, torch.float32)
 
-    def work(lane: list[slice]) -> tuple[Tensor, Tensor, Tensor]:
+    def work(chunks: list[slice]) -> tuple[Tensor, Tensor, Tensor]:
         target, norms = torch.zeros(frame.shape[1:], dtype=dtype, device=frame.device), []
         gram = torch.zeros(frame.shape[1], frame.shape[1], dtype=dtype, device=frame.device)
-        for chunk in lane:
+        for chunk in chunks:
             exact = frame[chunk].to(dtype)
             own = None if left is None else left[chunk]
             target += times_transposed(own, exact).sum(0)
@@ -316,7 +319,7 @@ def _core_and_norms(frame: Tensor, left: Tensor | None, lanes: Lanes) -> tuple[T
             norms.append(exact.square().sum((1, 2)).double())
         return gram, target, torch.cat(norms)
 
-    grams, targets, norms = zip(*lanes.map(work), strict=True)
+    grams, targets, norms = zip(*threads.map(work), strict=True)
     target = torch.stack(targets).sum(0)
     if left is None:
         return target / len(frame), torch.cat(norms).cpu()

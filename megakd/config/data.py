@@ -85,9 +85,11 @@ class StreamConfig(Section):
     """How training reads its shards."""
 
     lanes: int = Field(0, ge=0, description="interleaved shard readers; 0: one permutation of all sequences per epoch")
-    follow: bool = mutable(False, description="train while the capture still runs, waiting for shards; needs lanes")
+    follow: bool = mutable(
+        False, description="train while the capture still runs, waiting for shards; needs stream.lanes"
+    )
     workers: int = mutable(2, ge=1, description="threads that decode")
     on_damage: Literal["raise", "skip"] = mutable(
         "raise", description="a damaged sample ends the run, or is skipped, counted and named"
     )
-    scratch: str | None = mutable(None, description="a folder on a local disk for copies of shards; needs lanes")
+    scratch: str | None = mutable(None, description="a folder on a local disk for copies of shards; needs stream.lanes")

@@ -144,7 +144,7 @@ megakd config optim           # one section
 megakd config --mutable       # fields that may change after the run was made
 ```
 
-A recipe is a JSON object with these sections; what it leaves out has its default. `megakd new RUN --from RECIPE
+A recipe is a JSON object with these sections; what it skips has its default. `megakd new RUN --from RECIPE
 section.key=value …` checks it and writes it in full to `RUN/config.json`. Fields marked *(mutable)* may change later,
 as `section.key=value` behind any verb; the change is recorded in `history.jsonl`. Any other change makes a new run:
 `megakd new RUN2 --from RUN section.key=value`. A key that is no field is refused with the nearest name, and so

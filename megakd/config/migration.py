@@ -1,6 +1,6 @@
 """Configurations of older versions, and of another kind of objective, as this version reads them.
 
-0.1 had sections `sar` and `online` beside `objective`; their fields are fields of the objective of that kind now. What
+0.1 had sections `sar` and `online` next to `objective`; their fields are fields of the objective of that kind now. What
 belongs to another kind and is its default there goes without a word: a recipe whose kind an override changes.
 """
 
@@ -38,7 +38,7 @@ def migrate(raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _changed(section: dict[str, Any], kinds: list[str]) -> dict[str, Any]:
-    """Those of a section's fields that are not the default of any of these kinds."""
+    """Those of a section's fields that are not the default of any of the given kinds."""
     fields = [KINDS[kind].model_fields for kind in kinds]
     return {
         key: value

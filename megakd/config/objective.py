@@ -49,7 +49,7 @@ class LossConfig(Section):
     """What every objective has: loss = (1 - alpha) * CE + alpha * T^2 * D(teacher || student)."""
 
     live: ClassVar[bool] = False  # whether the teacher runs while the student trains
-    trains_routers: ClassVar[bool] = False  # whether the teacher's routers train beside the student
+    trains_routers: ClassVar[bool] = False  # whether the teacher's routers train together with the student
     reads: ClassVar[Literal["logits", "tokens"]] = "logits"  # RUN/data/…: the shards that training reads
     across_tokenizers: ClassVar[tuple[str, ...]] = ()  # fields that have an effect with two tokenizers alone
 

@@ -63,7 +63,7 @@ def _check_distinct(names: list[str], path: Path) -> None:
 def parse(raw: dict[str, Any], source: str, frozen: bool = False) -> RunConfig:
     """Validate; the first thing wrong becomes a UserError `SOURCE: key: what is wrong and what would be right`.
 
-    frozen: a run's own config.json, in which fields of an older version that have no effect are left out; else they are
+    frozen: a run's own config.json, in which fields of an older version that have no effect are skipped; else they are
     refused.
     """
     raw, dropped = migrate(raw)

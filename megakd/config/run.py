@@ -139,7 +139,7 @@ def kinds_of(section: str) -> list[type[Section]]:
 
 
 def nearest(location: tuple[int | str, ...], objective: str = "cached") -> str:
-    """What may have been meant by an unknown key: a similar name beside it, or another kind of objective."""
+    """What may have been meant by an unknown key: a similar name next to it, or another kind of objective."""
     model: Any = RunConfig
     for part in location[:-1]:
         if part == "objective":

@@ -134,7 +134,7 @@ class CheckpointConfig(Section):
     keep: int = mutable(0, ge=0, description="how many of the newest stay; 0: all")
 
 
-# Measures of the hold-out by which a checkpoint can be the best, and whether higher is better.
+# Measures of the validation set by which a checkpoint can be the best, and whether higher is better.
 HIGHER_IS_BETTER = {"kl": False, "perplexity": False, "bits_per_byte": False, "nll": False, "top1": True, "topk": True}
 
 

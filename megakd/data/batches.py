@@ -57,7 +57,7 @@ def _collate_targets(targets: Sequence[TeacherTargets | None], sequence_length: 
 
 
 class Reader:
-    """Samples by index, decoded in threads (numba and zstd let go of the GIL); in the order asked for.
+    """Samples by index, decoded in threads (numba and zstd release the GIL); in the order asked for.
 
     skip: a damaged sample is replaced by one without labels, and its index noted in `damaged`; else it raises.
     """
@@ -109,7 +109,7 @@ def prefetch(items: Iterable[Item], depth: int = 2) -> Generator[Item, None, Non
                 if stop.is_set():
                     return
             queue.put((end, None))
-        except BaseException as error:  # handed over, not handled
+        except BaseException as error:  # passed on, not handled
             queue.put((end, error))
 
     thread = Thread(target=fill, name="prefetch", daemon=True)

@@ -1,4 +1,4 @@
-"""The book of a data set: its vocabulary ordered by how often teachers name each id, cut into 256 buckets of equal use.
+"""The codebook of a data set: its vocabulary by how often teachers name each id, in 256 buckets of equal use.
 
 A bucket holds a power of two of ids, so an id is a byte (its bucket, which entropy coding shrinks) and `width` raw bits
 (its place there). Buckets are narrow where ids are frequent: about 8 bits an entry instead of 18 at 152k.
@@ -15,7 +15,7 @@ from megakd.system.files import publishing
 
 BUCKETS = 256
 MAX_WIDTH = 24  # so that (place << 8 | value) sorts as one uint32
-SMOOTHING = 0.1  # share of the use that is spread over ids nobody has seen yet, Zipf-like in the order of ids
+SMOOTHING = 0.1  # share of the use that is distributed over ids nobody has seen yet, Zipf-like in the order of ids
 
 
 class Book(NamedTuple):
@@ -37,7 +37,7 @@ class Book(NamedTuple):
 
 
 def build_book(ids: np.ndarray, vocab_size: int) -> Book:
-    """A book from the ids [any shape] that a teacher stored at some thousand positions."""
+    """A codebook from the ids [any shape] that a teacher stored at some thousand positions."""
     counts = np.bincount(ids.ravel(), minlength=vocab_size)
     assert len(counts) == vocab_size, (len(counts), vocab_size)
     order = np.lexsort((np.arange(vocab_size), -counts))
@@ -89,7 +89,7 @@ def save_book(folder: Path, book: Book) -> None:
 
 
 def load_book(folder: Path, digest: str) -> Book:
-    """The book of that digest; UserError when it is missing or is not what its name says."""
+    """The codebook of that digest; UserError when it is missing or is not what its name says."""
     path = folder / f"book-{digest}.npy"
     if not path.exists():
         raise UserError(f"{path}: missing; records cannot be read without it: copy it from where the shards were made")
@@ -102,11 +102,11 @@ def load_book(folder: Path, digest: str) -> Book:
     if hashlib.sha256(content).hexdigest()[:16] != digest:
         raise UserError(f"{path}: its content is not what its name says; copy it from where the shards were made")
     if len(content) % 4 or len(content) <= 4 * BUCKETS:
-        raise UserError(f"{path}: not a book: it must hold {BUCKETS} widths and every id once")
+        raise UserError(f"{path}: not a codebook: it must hold {BUCKETS} widths and every id once")
     packed = np.frombuffer(content, "<i4").astype(np.int32)
     widths, ids = packed[:BUCKETS], packed[BUCKETS:]
     if not np.array_equal(np.sort(ids), np.arange(len(ids))) or (widths < 0).any() or (widths > MAX_WIDTH).any():
-        raise UserError(f"{path}: not a book: it must hold {BUCKETS} widths and every id once")
+        raise UserError(f"{path}: not a codebook: it must hold {BUCKETS} widths and every id once")
     if not len(ids) <= (1 << widths.astype(np.int64)).sum() <= 4 * len(ids) + BUCKETS:
-        raise UserError(f"{path}: not a book: its buckets do not cover its {len(ids)} ids")
+        raise UserError(f"{path}: not a codebook: its buckets do not cover its {len(ids)} ids")
     return _make(ids, widths)

@@ -1,13 +1,13 @@
-"""A Sample with teacher targets ↔ bytes: byte planes under zstd, raw bits for places in the book's buckets, a checksum.
+"""A Sample with teacher targets ↔ bytes: byte planes under zstd, raw bits for places in codebook buckets, a checksum.
 
 Record, little-endian:
   header   magic "MKD3", crc32 of all that follows; head and draws there?, temperatures M, positions T, starts S,
-           entries of the head, distinct draws, draws of 16 or more, labels not in their row, half of the book's digest,
-           bytes of the zstd frame
+           entries of the head, distinct draws, draws of 16 or more, labels not in their row, half of the codebook's
+           digest, bytes of the zstd frame
   planes   one zstd frame, a block a plane, so that zstd is a Huffman coder with a table a plane:
            tails [M, T]; entropy [T] (draws only); NLL of the label [T] (with a head: of labels not in their row,
            for that of the others is known);
-           head: entries a row (low bytes, then high), gaps between ascending buckets, values; draws: gaps, counts - 1
+           head: entries per row (low bytes, then high), gaps between ascending buckets, values; draws: gaps, counts - 1
            in halves of bytes (low one first, 15: a large one), large counts; index of the label in its row (of the
            head, if there is one) [T], 255 for none; buckets of the first token and of such labels; starts.
            Rows of the head are taken in the order of their tail, of the draws in that of their entropy (like rows make
@@ -126,7 +126,7 @@ def decode(key: str, data: bytes, layout: Layout) -> Sample:
     if zlib.crc32(memoryview(data)[8:]) != crc:
         raise DamagedRecord("checksum does not match")
     if tag != _tag(layout.book):
-        raise DamagedRecord("was written with another book")
+        raise DamagedRecord("was written with another codebook")
     if (kind, temperatures) != (layout.kind, len(layout.temperatures)):
         raise DamagedRecord("was written with another profile or other temperatures than the manifest states")
     if not 0 < positions <= layout.sequence_length or not 0 < starts <= positions + 1 or others > positions:

@@ -119,7 +119,7 @@ def source_files(source: str) -> dict[str, Any] | None:
 
 
 def held_out(document: str, fraction: float) -> bool:
-    """Whether a document belongs to the hold-out: a function of its text alone, so no run ever trains on it."""
+    """Whether a document belongs to the validation set: a function of its text alone, so no run ever trains on it."""
     return int.from_bytes(hashlib.sha256(document.encode()).digest()[:8], "big") < fraction * 2**64
 
 
@@ -127,7 +127,7 @@ def python_documents(roots: list[Path] | None = None) -> Iterator[str]:
     """The language reference (`pydoc_data.topics`), then every module's docstrings, one document a module.
 
     Each docstring appears once. roots: package folders to read instead of the standard library.
-    The text follows the Python version; its sha256 stands in the manifest beside every figure.
+    The text follows the Python version; its sha256 stands in the manifest next to every figure.
     """
     if roots is None:
         from pydoc_data import topics
@@ -193,7 +193,7 @@ def _is_text(kind: pyarrow.DataType) -> bool:
 
 
 def _from_text(path: Path) -> Iterator[str]:
-    """Paragraphs between two blank lines, the newlines before the next one left out; never a file at once."""
+    """Paragraphs between two blank lines, the newlines before the next one skipped; never a file at once."""
     lines: list[str] = []
     newlines = 0  # at the end of `lines`
     with _open_text(path) as file:

@@ -106,7 +106,7 @@ def unpack_rows(
 ):  # fmt: skip
     """The inverse of pack_rows: ids into out_TK, meaning[value] + shift of the row into values_TK.
 
-    Behind its entries a row has its first id and `filler`. words: 64 bits from every byte on; MAX_WIDTH bits an entry
+    Behind its entries per row has its first id and `filler`. words: 64 bits from every byte on; MAX_WIDTH bits an entry
     of a row may be read beyond `bit_end`. ids: -1 beyond the vocabulary. Returns the position after the last row, or
     DAMAGED.
     """

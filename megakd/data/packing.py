@@ -31,7 +31,7 @@ def pack(
 
     A document cut by a window's end goes on in the next window from its last token, so every token but the first
     of a document is predicted exactly once. The last window is shorter; no token is dropped.
-    skip_tokens: leave out that many tokens of the first document: packing resumed at `after` gives the same windows.
+    skip_tokens: skip that many tokens of the first document: packing resumed at `after` gives the same windows.
     apart: end a window where its document ends; one of a single token, which predicts nothing, has no window.
     """
     buffer: list[int] = []

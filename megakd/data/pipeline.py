@@ -159,7 +159,7 @@ def tokenize_part(
         )
     if part == "holdout" and not state.documents:
         raise UserError(
-            f"data.holdout_tokens: {budget:,} tokens end inside the first document of the hold-out, which has "
+            f"data.holdout_tokens: {budget:,} tokens end inside the first document of the validation set, which has "
             f"{windows.after.text_tokens:,}; evaluate needs a whole one; set at least as many in a new run"
         )
     write_manifest(folder, facts, shards, complete=True, **asdict(state))

@@ -248,9 +248,11 @@ class ShardSet:
                 raise UserError(f"{path}: listed in the manifest but missing; {_maker(self.folder)}")
         found = read_sealed(sidecar, SIDECAR, VERSION)
         if found["facts"] != self.facts:
-            raise UserError(f"{sidecar}: was written for other data than the manifest beside it; {_maker(self.folder)}")
+            raise UserError(
+                f"{sidecar}: was written for other data than the manifest next to it; {_maker(self.folder)}"
+            )
         if len(found["samples"]) != shard["samples"] or found["sha256"] != shard.get("sha256", found["sha256"]):
-            raise UserError(f"{sidecar}: is not the shard that the manifest beside it lists; {_maker(self.folder)}")
+            raise UserError(f"{sidecar}: is not the shard that the manifest next to it lists; {_maker(self.folder)}")
         if tar.stat().st_size != found["bytes"] and not self.tolerant:
             raise UserError(
                 f"{tar}: {tar.stat().st_size} bytes where its index says {found['bytes']}: cut short or changed; "
@@ -378,7 +380,7 @@ class ShardSet:
 
 
 class _Descriptor:
-    """An open file (a path, or a duplicate of a descriptor) that closes when the last thread lets go of it."""
+    """An open file (a path, or a duplicate of a descriptor) that closes when the last thread releases it."""
 
     def __init__(self, file: Path | int):
         self.number = os.dup(file) if isinstance(file, int) else os.open(file, os.O_RDONLY)
@@ -406,7 +408,7 @@ def _layout(folder: Path, facts: dict[str, Any]) -> codec.Layout | None:
 
 
 def layout_of(facts: dict[str, Any], folder: Path) -> codec.Layout:
-    """The layout that the facts of a folder of teacher targets state, with its book."""
+    """The layout that the facts of a folder of teacher targets state, with its codebook."""
     length = facts["tokens"]["sequence_length"]
     book = load_book(folder, facts["book"])
     if len(book.places) != facts["vocab_size"]:

@@ -52,7 +52,7 @@ def pair(
     Where the ends of tokens do not coincide, a span grows until they do, also over whitespace. Whitespace that a
     tokenizer drops lies between two of its tokens, and every position in it is an end of the first. No boundary lies
     inside text that a normaliser rewrites as a whole, such as combining marks that NFC reorders or composes. Text that
-    a side has no tokens for at all is left out of both.
+    a side has no tokens for at all is skipped on both.
     bos: the ids that documents begin with on each side (`pair_bos`). The student's windows hold them already; the
     teacher's side gets its own where they do, and both are a span. Where the student's documents have none, the
     teacher's side has them before every piece of text, also of a document that goes on.

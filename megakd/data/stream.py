@@ -13,7 +13,8 @@ class Stream:
     position = samples taken since the beginning of training. `take` is a pure function of it: a run goes on
     anywhere, on any number of ranks, by remembering the position alone.
 
-    sizes: samples of each shard. lanes = 0: any sample may follow any other. lanes = L: L shards are read at a time,
+    sizes: samples of each shard. stream.lanes=0: any sample may follow any other. stream.lanes=L: L shards are read at
+    a time,
     one sample of each in turn, each shard in random order: what remote shards and a capture that still runs need. The
     first epoch then takes shards in the order of the manifest, later ones in a random order.
     """

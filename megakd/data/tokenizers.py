@@ -97,7 +97,7 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     try:
-        # left out, trust_remote_code is a question at the terminal
+        # skipped, trust_remote_code is a question at the terminal
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # every kind of file fails in its own way; each means: this cannot be loaded
         if "trust_remote_code" in str(error):

@@ -30,11 +30,11 @@ def always(sums: dict[str, float]) -> bool:
     return True
 
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, beside the master itself (`fp32`)
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, next to the master itself (`fp32`)
 
 
-class Carried(NamedTuple):
-    """What crosses a stage border: how often each parameter was updated; fp32 masters and Adam's moments, whole.
+class CarryOver(NamedTuple):
+    """What a stage transition carries over: updates of each parameter; fp32 masters and Adam's moments, whole.
 
     updates, by canonical name, is the same on all ranks. tensors {name in the objective: {fp32, exp_avg, exp_avg_sq}},
     on the CPU, are divided among them.
@@ -56,7 +56,7 @@ class Engine(Protocol):
     ) -> StepReport:
         """One optimizer step on this rank's micro-batches.
 
-        accept: an update that it refuses, or whose gradient is not finite, is left out.
+        accept: an update that it refuses, or whose gradient is not finite, is skipped.
         norms: also measure the norms of gradient and update of each group.
 
         tokens: counted tokens of the step over all ranks and micro-batches: losses are sums, divided by it once.
@@ -79,12 +79,12 @@ class Engine(Protocol):
         """Go on from a `save`: bit by bit on the ranks that saved; on others where `elastic` says that it can."""
         ...
 
-    def hand_over(self) -> Carried:
+    def export_state(self) -> CarryOver:
         """Masters and Adam's moments of everything that this stage trains."""
         ...
 
-    def take_over(self, carried: Carried) -> None:
-        """Begin with what another stage's engine handed over, where this stage trains it too.
+    def import_state(self, carried: CarryOver) -> None:
+        """Begin with what another stage's engine passed on, where this stage trains it too.
 
         The optimizer's groups must not mix parameters that were updated different numbers of times (`build_optimizer`).
         """

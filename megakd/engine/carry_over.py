@@ -1,4 +1,4 @@
-"""Where DeepSpeed keeps masters, moments and gradients under any ZeRO stage; what of it crosses a stage border."""
+"""Where DeepSpeed keeps masters, moments and gradients under any ZeRO stage; what a stage transition carries over."""
 
 from typing import Any
 
@@ -12,15 +12,15 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from megakd.engine.base import MOMENTS, Carried
+from megakd.engine.base import MOMENTS, CarryOver
 from megakd.engine.optim import canonical_names
 from megakd.errors import UserError
 from megakd.system.deepspeed_internals import is_fragmented, link_moments, masters, moments_on_disk, whole_shape
 from megakd.system.dist import World
 
 
-def hand_over(engine: Any, world: World) -> Carried:
-    """Each parameter whole on one rank, in turn; spread experts on the rank that keeps them."""
+def export_state(engine: Any, world: World) -> CarryOver:
+    """Each parameter whole on one rank, in turn; sharded experts on the rank that keeps them."""
     own = _masters(engine)
     link_moments(engine)
     tensors: dict[str, dict[str, Tensor]] = {}
@@ -30,20 +30,21 @@ def hand_over(engine: Any, world: World) -> Carried:
             continue
         state = engine.basic_optimizer.state[own[parameter]]
         if not state:
-            continue  # every step so far was left out
+            continue  # every step so far was skipped
         mine = packed is not None or number % world.size == world.rank
         for what in ("fp32", *MOMENTS):
             whole = _whole(parameter, own[parameter], what, state)
             if mine:
                 tensors.setdefault(name, {})[what] = whole.to("cpu", copy=True)
-    return Carried(update_counts(engine), tensors)
+    return CarryOver(update_counts(engine), tensors)
 
 
-def take_over(engine: Any, carried: Carried, world: World) -> None:
+def import_state(engine: Any, carried: CarryOver, world: World) -> None:
     """Before the first step: give every group its count of updates, then each parameter what is its own."""
     if moments_on_disk(engine):
         raise UserError(
-            "zero_optimization.offload_optimizer: MegaKD cannot carry Adam's moments across a stage border while they "
+            "zero_optimization.offload_optimizer: MegaKD cannot carry Adam's moments across a stage transition while "
+            "they "
             'lie on NVMe; use "device": "cpu", or one stage'
         )
     own = _masters(engine)

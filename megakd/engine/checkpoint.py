@@ -2,9 +2,9 @@
 
 checkpoints/<stage>/step-000500/   progress.json   where the run stands
                                    weights/        a Hugging Face folder, for evaluate, export and the next stage
-                                   beside.safetensors  what else the objective trains, like a teacher's routers
+                                   auxiliary.safetensors  what else the objective trains, like a teacher's routers
                                    state/          the engine's own, for exact resume
-                                   carried.json    what its stage took over: {parameter: updates before the stage}
+                                   carried.json    what its stage inherited: {parameter: updates before the stage}
                                    checksums/      a file of each rank that saved: {path: [bytes, crc32]}
 """
 
@@ -28,16 +28,22 @@ from megakd.system.files import read_json, remove, swap, sync, write_json
 from megakd.system.logging import say
 from megakd.system.version import made_with
 
-BESIDE = "beside.safetensors"
+AUXILIARY, OLD_AUXILIARY = "auxiliary.safetensors", "beside.safetensors"  # the second one: its name in 0.1
 REPLACED = ".replaced"  # ends the name of a checkpoint while another takes its place
 LAYOUT = "layout.json"  # of the ranks that saved, in a state that DeepSpeed wrote
+
+
+def auxiliary_file(checkpoint: Path) -> Path:
+    """The file of what the objective trains together with the student; of a checkpoint of 0.1 by its old name."""
+    old = checkpoint / OLD_AUXILIARY
+    return old if old.exists() else checkpoint / AUXILIARY
 
 
 class Progress(NamedTuple):
     """Where training stands: `step` of all stages, `stage_step` of stage `stage`, samples and counted tokens taken.
 
     shards: which shards `samples` counts over (`shards_digest`); empty in checkpoints that do not say.
-    health: which losses are usual, and how many updates were left out. memory: the objective's.
+    health: which losses are usual, and how many updates were skipped. memory: the objective's.
     """
 
     stage: int = 0
@@ -59,9 +65,9 @@ class Saved(NamedTuple):
         return self.folder / "weights"
 
     @property
-    def beside(self) -> dict[str, Tensor]:
+    def auxiliary(self) -> dict[str, Tensor]:
         """What the objective trains besides the student, by its name there."""
-        path = self.folder / BESIDE
+        path = auxiliary_file(self.folder)
         return load_file(path) if path.exists() else {}
 
     @property
@@ -90,20 +96,20 @@ def save_checkpoint(
         temporary.mkdir(parents=True)
     barrier()
     engine.save(temporary / "state")
-    beside: dict[str, Tensor] = {}
+    auxiliary: dict[str, Tensor] = {}
 
     def weights() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in engine.weights():
             if name.startswith("student."):
                 yield name.removeprefix("student."), tensor
             else:
-                beside[name] = tensor.detach().cpu().contiguous()
+                auxiliary[name] = tensor.detach().cpu().contiguous()
 
     if world.first:
         write_weights(temporary / "weights", weights())
         describe(temporary / "weights")
-        if beside:
-            save_file(beside, temporary / BESIDE)
+        if auxiliary:
+            save_file(auxiliary, temporary / AUXILIARY)
     else:
         for _ in weights():  # gathering is collective
             pass

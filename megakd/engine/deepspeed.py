@@ -18,8 +18,8 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
-from megakd.engine.base import Accept, Carried, StepReport, always, saved_buffers
-from megakd.engine.carry_over import hand_over, set_update_counts, take_over, update_counts
+from megakd.engine.base import Accept, CarryOver, StepReport, always, saved_buffers
+from megakd.engine.carry_over import export_state, import_state, set_update_counts, update_counts
 from megakd.engine.checkpoint import LAYOUT, elastic
 from megakd.engine.guard import GRADIENT, REJECTED, SCALE
 from megakd.engine.norms import Sums, grad_squares, named, update_squares
@@ -112,7 +112,7 @@ class DeepSpeedEngine:
             yield from saved_buffers(self.engine.module)
 
     def save(self, folder: Path) -> None:
-        # with the file `latest`, which DeepSpeed's own zero_to_fp32.py, copied beside it, asks for
+        # with the file `latest`, which DeepSpeed's own zero_to_fp32.py, copied next to it, asks for
         self.engine.save_checkpoint(str(folder), tag=TAG)
         if self.world.first:
             packs = {name: packed.shapes for name, packed in self._packed()}
@@ -141,11 +141,11 @@ class DeepSpeedEngine:
             remove(folder / UNIVERSAL)  # it took as much room as the state; the next checkpoint is of this layout
             (folder / "latest_universal").unlink(missing_ok=True)
 
-    def hand_over(self) -> Carried:
-        return hand_over(self.engine, self.world)
+    def export_state(self) -> CarryOver:
+        return export_state(self.engine, self.world)
 
-    def take_over(self, carried: Carried) -> None:
-        take_over(self.engine, carried, self.world)
+    def import_state(self, carried: CarryOver) -> None:
+        import_state(self.engine, carried, self.world)
 
     def close(self) -> None:
         self.engine.destroy()
@@ -157,7 +157,7 @@ class DeepSpeedEngine:
         return self._over_ranks(named("grad_norm", {label: value / scale**2 for label, value in found.items()}))
 
     def _over_ranks(self, squares: dict[str, float]) -> dict[str, float]:
-        """Sums over ranks that keep parts; without ZeRO each keeps all (spread experts apart: those are its own)."""
+        """Sums over ranks that keep parts; without ZeRO each keeps all (sharded experts apart: those are its own)."""
         if self.layout["zero"] == 0:
             return squares
         return dict(zip(squares, sum_over_ranks(list(squares.values()), self.world.device), strict=True))
@@ -241,7 +241,7 @@ class DeepSpeedEngine:
                     torch.save(whole, zero / packed_name / path.name)
 
     def _keep_frozen(self, zero: Path) -> None:
-        """Spread experts that a rule freezes train at a rate of 0: give them their weights, and no momentum."""
+        """Sharded experts that a rule freezes train at a rate of 0: give them their weights, and no momentum."""
         for name, parameter in self.engine.module.named_parameters():
             packed = getattr(parameter, "packed", None)
             if packed is not None and packed.frozen:

@@ -1,4 +1,4 @@
-"""Steps that go wrong: which updates are left out, and when training goes back to its last checkpoint."""
+"""Steps that fail: which updates are skipped, and when training goes back to its last checkpoint."""
 
 import math
 import statistics
@@ -19,7 +19,7 @@ class Health(NamedTuple):
 
 
 def wrong_with(loss: float, health: Health, config: GuardConfig) -> str:
-    """Why the update of a step with this loss a token should be left out; "" when it should not.
+    """Why the update of a step with this loss a token should be skipped; "" when it should not.
 
     A spike: loss - m > (spike - 1) max(|m|, d), with m the median of recent losses and d the median of their distances
     from it. Where no loss is negative d is at most m, and this is loss > spike m. Losses may be negative or near 0 (an

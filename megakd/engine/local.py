@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megakd.engine.base import MOMENTS, Accept, Carried, StepReport, always, saved_buffers
+from megakd.engine.base import MOMENTS, Accept, CarryOver, StepReport, always, saved_buffers
 from megakd.engine.guard import GRADIENT, REJECTED, SCALE
 from megakd.engine.norms import Sums, grad_squares, named, update_squares
 from megakd.engine.optim import canonical_name, set_learning_rate
 
-GRAD_NORM = "grad norm"  # beside the objective's terms, whose names have no blanks
+GRAD_NORM = "grad norm"  # next to the objective's terms, whose names have no blanks
 
 
 class LocalEngine:
     """float32 weights; in 16 bits the forward runs under autocast, so the weights are their own masters.
 
-    float16 has a loss scaler, which leaves out updates whose gradient overflows and halves its scale.
+    float16 has a loss scaler, which skips updates whose gradient overflows and halves its scale.
     """
 
     def __init__(
@@ -83,16 +83,16 @@ class LocalEngine:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state.get("scaler", {}))
 
-    def hand_over(self) -> Carried:
+    def export_state(self) -> CarryOver:
         updates, tensors = {}, {}
         for name, parameter in self.objective.named_parameters():
             if state := self.optimizer.state.get(parameter):
                 updates[canonical_name(name)] = int(state["step"])
                 whole = {"fp32": parameter.detach(), **{moment: state[moment] for moment in MOMENTS}}
                 tensors[name] = {what: tensor.cpu() for what, tensor in whole.items()}
-        return Carried(updates, tensors)
+        return CarryOver(updates, tensors)
 
-    def take_over(self, carried: Carried) -> None:
+    def import_state(self, carried: CarryOver) -> None:
         for name, parameter in self.objective.named_parameters():
             count = carried.updates_of(name, parameter)
             if parameter.requires_grad and count:

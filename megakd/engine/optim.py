@@ -97,9 +97,9 @@ def build_optimizer(
 
     Weight decay never touches norms and biases (parameters of one dimension), nor what an objective marks `no_decay`.
     UserError when nothing is left to train.
-    updates: how often a parameter, by canonical name, was updated before (`Carried`): ZeRO keeps one count a group.
+    updates: how often a parameter, by canonical name, was updated before (`CarryOver`): ZeRO keeps one count a group.
     fused: update in one pass over memory, for states that lie on the CPU.
-    Spread experts get groups of their own, marked as DeepSpeed wants them; with multiplier 0 they stay as they are by
+    Sharded experts get groups of their own, marked as DeepSpeed wants them; with multiplier 0 they stay as they are by
     a rate of 0 (`packed.frozen`), for DeepSpeed can neither group nor save experts that require no gradient.
     """
     groups: dict[tuple[float, float, str | None, int], list[nn.Parameter]] = {}

@@ -1,4 +1,4 @@
-"""How alike student and teacher attend on the hold-out: the overlap of their attention rows.
+"""How alike student and teacher attend on the validation set: the overlap of their attention rows.
 
 B windows, T positions, H heads of the student, G of the teacher.
 """

@@ -1,4 +1,4 @@
-"""How good a model is on the hold-out: perplexity, bits per byte, KL to the teacher, agreement, size, speed.
+"""How good a model is on the validation set: perplexity, bits per byte, KL to the teacher, agreement, size, speed.
 
 B sequences, T positions, N labelled ones of a batch, n of a chunk, K stored tokens of the teacher, V real vocabulary.
 
@@ -37,9 +37,9 @@ MOST_NLL = 709.0  # of which a float still holds the exponential
 
 
 class Tokenizers(NamedTuple):
-    """Of a model that reads the hold-out's text in its own tokens: the hold-out's tokenizer, and the model's.
+    """Of a model that reads the validation set's text in its own tokens: the set's tokenizer, and the model's.
 
-    bos: the ids that documents begin with in the hold-out and for the model.
+    bos: the ids that documents begin with in the validation set and for the model.
     """
 
     text: Any
@@ -48,7 +48,7 @@ class Tokenizers(NamedTuple):
 
 
 class Quality(NamedTuple):
-    """Means over the labelled positions of the hold-out; kl, top1 and topk are None where it has no targets.
+    """Means over the labelled positions of the validation set; kl, top1 and topk are None where it has no targets.
 
     kl: KL(teacher || model) at T = 1 in nats, tokens that are not stored as one bucket: a lower bound of the full KL.
     top1: share of positions where the model's first token is a first one of the teacher: rounding in storage makes
@@ -80,15 +80,15 @@ def evaluate_model(
     tokenizers: Tokenizers | None = None,
     after: Callable[[Batch], None] | None = None,
 ) -> Quality:
-    """Run `model` over a hold-out, with the teacher's targets or without; UserError where nothing is labelled.
+    """Run `model` over a validation set, with the teacher's targets or without; UserError where nothing is labelled.
 
-    tokenizers: where the model's is not the hold-out's. Then positions are those of its own tokens, and there are no
-    targets; bits per byte are of the same text. after: called with each batch when the model has read it.
+    tokenizers: where the model's is not the validation set's. Then positions are those of its own tokens, and there are
+    no targets; bits per byte are of the same text. after: called with each batch when the model has read it.
     tokens_per_second: of forward passes alone, the head's product included. What is not finite is inf or NaN here.
     """
     model = model.eval().to(device)
     stored, facts = holdout.layout is not None, holdout.facts
-    assert not (stored and tokenizers), holdout.folder  # targets are of the hold-out's tokens
+    assert not (stored and tokenizers), holdout.folder  # targets are of the validation set's tokens
     vocab_size = facts["vocab_size"] if stored else facts["tokenizer"]["vocab_size"]
     vocab_size = vocabulary_size(tokenizers.model) if tokenizers else vocab_size
     length = (facts["tokens"] if stored else facts)["sequence_length"]
@@ -117,7 +117,7 @@ def evaluate_model(
             progress.update(len(batch.tokens))
     progress.close()
     if not positions:
-        raise UserError(f"{holdout.folder}: no position of the hold-out has a label; raise data.holdout_tokens")
+        raise UserError(f"{holdout.folder}: no position of the validation set has a label; raise data.holdout_tokens")
     nll, *compared = (sums / positions).tolist()
     if math.isnan(nll):  # an order of logits among which are NaN says nothing
         compared = [math.nan] * 3
@@ -134,7 +134,7 @@ def evaluate_model(
 def _batches(
     holdout: ShardSet, batch_size: int, length: int, tokenizers: Tokenizers | None
 ) -> Iterator[tuple[Batch, int]]:
-    """What the model reads, and how many labels the hold-out itself has for the same text."""
+    """What the model reads, and how many labels the validation set itself has for the same text."""
     for start in range(0, len(holdout), batch_size):
         samples = [holdout[i] for i in range(start, min(start + batch_size, len(holdout)))]
         if tokenizers is None:

@@ -1,4 +1,4 @@
-"""Measure one model as a run's `eval` section says: the hold-out, then each lm-eval task; what is finished is kept.
+"""Measure one model as a run's `eval` section says: validation set, then each lm-eval task; what is finished is kept.
 
 A measure that is not finite, or a task that fails, is null in the line, and `failed` says why; the others go on.
 Where training moves the routers of the teacher (objective.kind=sar) a checkpoint's line says how good that teacher is.
@@ -19,7 +19,7 @@ from megakd.config.train import HIGHER_IS_BETTER
 from megakd.data.records import Batch
 from megakd.data.shards import ShardSet, read_manifest
 from megakd.data.tokenizers import identify_tokenizer, load_tokenizer, pair_bos, vocabulary_size
-from megakd.engine.checkpoint import BESIDE, Progress
+from megakd.engine.checkpoint import Progress, auxiliary_file
 from megakd.errors import UserError
 from megakd.evals.attention import attention_overlap
 from megakd.evals.holdout import Quality, Tokenizers, evaluate_model
@@ -45,14 +45,14 @@ TEACHER = ("teacher_nll", "teacher_perplexity", "teacher_kl")  # of the teacher 
 class Subject(NamedTuple):
     """A model to measure: how reports name it, its folder, and how far it was trained.
 
-    beside: the file of what its checkpoint trained besides, the teacher's routers.
+    auxiliary: the file of what its checkpoint trained besides, the teacher's routers.
     """
 
     name: str
     folder: Path
     progress: Progress
     stage: str | None = None
-    beside: Path | None = None
+    auxiliary: Path | None = None
 
 
 class Unusable(UserError):
@@ -75,15 +75,16 @@ def checkpoint_subject(run: Run, folder: Path, name: str | None = None) -> Subje
         stage = run.config.stages[progress.stage].name
     except (UserError, TypeError, KeyError, IndexError) as error:
         raise Unusable(f"{file}: does not say where training stood: {error}") from error
-    beside = folder / BESIDE if run.config.objective.trains_routers else None
-    return Subject(name or f"{folder.parent.name}/{folder.name}", folder / "weights", progress, stage, beside)
+    auxiliary = auxiliary_file(folder) if run.config.objective.trains_routers else None
+    return Subject(name or f"{folder.parent.name}/{folder.name}", folder / "weights", progress, stage, auxiliary)
 
 
 class Meter:
     """What a run measures its models with, opened once.
 
     tasks: of lm-eval, instead of those of eval.tasks.
-    compares: whether the teacher's targets of the hold-out are stored, as they must be where training needs such too.
+    compares: whether the teacher's targets of the validation set are stored, as they must be where training needs such
+    too.
     attention: eval.attention, or 0 where the teacher reads other tokens.
     """
 
@@ -101,11 +102,11 @@ class Meter:
         self.tokenizers = None if self.compares else tokenizers
         self.attention = 0 if tokenizers else wanted
         if tokenizers and wanted:
-            say("hold-out: no attention, for the teacher has another tokenizer than the student")
+            say("validation set: no attention, for the teacher has another tokenizer than the student")
         if self.tokenizers:
-            say("hold-out: no kl, top1 and topk, for the teacher has another tokenizer than the student")
+            say("validation set: no kl, top1 and topk, for the teacher has another tokenizer than the student")
         elif not self.compares:
-            say(f"hold-out: no kl, top1 and topk yet; to have them, run: megakd generate-logits {run.folder}")
+            say(f"validation set: no kl, top1 and topk yet; to have them, run: megakd generate-logits {run.folder}")
         self.tasks = list(run.config.eval.tasks if tasks is None else tasks)
         self.harness = Harness(self.tasks, run.config.eval) if self.tasks else None
         self.device = read_world().device
@@ -113,7 +114,7 @@ class Meter:
     def row(self, subject: Subject, pieces: Path | None = None) -> dict[str, Any]:
         """A model's line of evals.jsonl; `failed` says of what is null why, by its name.
 
-        pieces: a folder that keeps what is finished, for a process that takes over from one that was killed.
+        pieces: a folder that keeps what is finished, for a process that inherits from one that was killed.
         Unusable or Unmeasured: there is no line. Any other UserError is no fault of this model.
         """
         try:
@@ -130,7 +131,7 @@ class Meter:
         if self.attention and subject.name != "teacher":
             windows = {"windows": self.attention}
             found.append(_piece(pieces, "attention", windows, lambda: self._attention(subject, model())))
-        if subject.beside is not None:
+        if subject.auxiliary is not None:
             found.append(_piece(pieces, "teacher", against, lambda: self._teacher_quality(subject)))
         if self.harness is not None:
             found.append(self._tasks(subject, model, pieces))
@@ -185,7 +186,7 @@ class Meter:
         return model
 
     def _check_isolation(self, model: Any, place: str) -> None:
-        """UserError when packed documents of the hold-out change each other's numbers."""
+        """UserError when packed documents of the validation set change each other's numbers."""
         packing = packing_of(self.holdout.facts)
         check_config(model.config, place, packing)
         check_model(model, place, packing)
@@ -218,13 +219,13 @@ class Meter:
 
     def _teacher_quality(self, subject: Subject) -> dict[str, Any]:
         """How good the teacher is with a checkpoint's routers, with as many experts a token as it was trained with."""
-        assert subject.beside is not None, subject
+        assert subject.auxiliary is not None, subject
         teacher, routers, _ = self._teacher
-        set_routers(routers, subject.beside)
+        set_routers(routers, subject.auxiliary)
         quality, chosen = self._with_choices(teacher, routers, f"the teacher of {subject.name}")
         found = {"teacher_nll": quality.nll, "teacher_perplexity": quality.perplexity, "teacher_kl": quality.kl}
         found = {name: value for name, value in found.items() if value is not None}
-        return _finite(found | chosen, f"{subject.beside}: the teacher with these routers")
+        return _finite(found | chosen, f"{subject.auxiliary}: the teacher with these routers")
 
     def _attention(self, subject: Subject, model: Any) -> dict[str, Any]:
         """How alike it attends to the teacher as it was before training."""
@@ -270,14 +271,14 @@ class Meter:
             )
         if best in COMPARING and not self.compares:
             raise UserError(
-                f"eval.best: {best} needs the teacher's targets of the hold-out, which are not stored; "
+                f"eval.best: {best} needs the teacher's targets of the validation set, which are not stored; "
                 "run: megakd generate-logits RUN, or set eval.best=perplexity"
             )
         return best
 
 
 def _tokenizers(run: Run, facts: dict[str, Any]) -> Tokenizers | None:
-    """The student's, which the hold-out was made with, and the teacher's, where they differ."""
+    """The student's, which the validation set was made with, and the teacher's, where they differ."""
     model = run.config.model
     theirs = load_tokenizer(resolve(model.teacher, model.revision, weights=False))
     if not TokenizerIdentity.of(facts["tokenizer"]).difference(identify_tokenizer(theirs)):
@@ -285,7 +286,7 @@ def _tokenizers(run: Run, facts: dict[str, Any]) -> Tokenizers | None:
     return Tokenizers(load_tokenizer(run.student_folder), theirs, pair_bos(facts, theirs, run.config.data.bos))
 
 
-def set_routers(routers: Sequence[Router], beside: Path) -> None:
+def set_routers(routers: Sequence[Router], auxiliary: Path) -> None:
     """Give a teacher's routers what a checkpoint made of them; Unusable when the file does not hold just them.
 
     Buffers, like the correction bias of DeepSeek-V3, are not trained: they may be in the file, or stay as they are.
@@ -293,12 +294,12 @@ def set_routers(routers: Sequence[Router], beside: Path) -> None:
     modules = nn.ModuleDict({router.name.replace(".", SEPARATOR): router.module for router in routers})
     trained = dict(modules.named_parameters())
     try:
-        tensors = {n.removeprefix("routers."): t for n, t in load_file(beside).items() if n.startswith("routers.")}
+        tensors = {n.removeprefix("routers."): t for n, t in load_file(auxiliary).items() if n.startswith("routers.")}
         missing, unexpected = modules.load_state_dict(tensors, strict=False)
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise Unusable(f"{beside}: does not hold the teacher's routers: {' '.join(str(error).split())}") from error
+        raise Unusable(f"{auxiliary}: does not hold the teacher's routers: {' '.join(str(error).split())}") from error
     if wrong := [*(name for name in missing if name in trained), *unexpected]:
-        raise Unusable(f"{beside}: does not hold the teacher's routers: {wrong[0]} is in one of them alone")
+        raise Unusable(f"{auxiliary}: does not hold the teacher's routers: {wrong[0]} is in one of them alone")
 
 
 def _given(quality: Quality) -> dict[str, Any]:
@@ -321,7 +322,8 @@ def _finite(values: dict[str, Any], place: str) -> dict[str, Any]:
             return {key: finite(inner, name) for key, inner in value.items()}
         if not isinstance(value, float) or math.isfinite(value):
             return value
-        failed.setdefault(name, f"{place}: {name} on the hold-out is {'NaN' if math.isnan(value) else 'infinite'}")
+        what = "NaN" if math.isnan(value) else "infinite"
+        failed.setdefault(name, f"{place}: {name} on the validation set is {what}")
         return None
 
     found = {name: finite(value, name) for name, value in values.items()}
@@ -371,7 +373,7 @@ def rank(row: dict[str, Any], name: str) -> tuple[float] | None:
 
 
 def numbers(row: dict[str, Any]) -> dict[str, float]:
-    """What curves are drawn of: the measures of the hold-out, and those of tasks under TASK/METRIC."""
+    """What curves are drawn of: the measures of the validation set, and those of tasks under TASK/METRIC."""
     names = (*HIGHER_IS_BETTER, "attention", *TEACHER)
     measured = {name: row[name] for name in names if row.get(name) is not None}
     return {**measured, **flat(row.get("tasks", {}))}

@@ -1,4 +1,4 @@
-"""What a MoE model's routers choose on the hold-out: how undecided they are, and how alike they use their experts.
+"""What the routers of a MoE model choose on the validation set: how undecided they are, how evenly they use experts.
 
 N tokens, E experts, k experts a token.
 """

@@ -54,7 +54,7 @@ class Harness:
     def measure(self, name: str, model: Any, tokenizer: Any, title: str) -> dict[str, dict[str, Any]]:
         """{task: {"acc,none": …, "acc_stderr,none": …}} as lm-eval names them; of a group the group and its tasks.
 
-        Beside them `samples`, and `higher_is_better` of each metric.
+        Next to them `samples`, and `higher_is_better` of each metric.
         """
         from lm_eval.evaluator import evaluate
 

@@ -21,7 +21,7 @@ class Stopped(BaseException):
 
 
 def watch(run: Run, follower: Follower, once: bool = False, follow: bool = False) -> None:
-    """Evaluate what is there and what comes, oldest first, until training has ended and every checkpoint is settled."""
+    """Evaluate checkpoints as they appear, oldest first, until training has ended and every checkpoint is settled."""
     follower.scan()
     follower.pin()  # of the lines that are there, maybe by another measure than before
     if once:
@@ -85,7 +85,7 @@ def scanning(follower: Follower, seconds: float) -> Iterator[Callable[[], None]]
         while not stop.wait(seconds):
             try:
                 follower.scan()
-            except BaseException as error:  # handed over, not handled
+            except BaseException as error:  # passed on, not handled
                 errors.append(error)
                 return
 

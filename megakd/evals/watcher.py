@@ -1,10 +1,10 @@
-"""Checkpoints on their way to a line in evals.jsonl: held by hard links, claimed by one process, let go at the end.
+"""Checkpoint watcher: pin a checkpoint by hard links, lock it, evaluate, append a line to evals.jsonl, unpin.
 
 RUN/watch/   held/STAGE/step-N/checkpoint/   weights/ and progress.json, kept from rotation until the line is written,
-                                             and the routers of a teacher that learns too (beside.safetensors)
-             held/STAGE/step-N/*.json        what is finished of the measuring: the hold-out, each task
+                                             and the routers of a teacher that learns too (auxiliary.safetensors)
+             held/STAGE/step-N/*.json        what is finished of the measuring: the validation set, each task
              best/STAGE/step-N/              the same of the best checkpoint, which checkpoints/best.json names
-             locks/                          of living processes; a killed one lets go
+             locks/                          of living processes; a killed process releases its lock
 
 Any number of processes, on any machines that see the run, work on it at once. A kill at any place loses and repeats no
 line: the line's presence decides, and what comes after it (curves, the pin) is done again until the folder is gone.
@@ -21,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from megakd.engine.checkpoint import BESIDE, best_file, checksum
+from megakd.engine.checkpoint import auxiliary_file, best_file, checksum
 from megakd.errors import UserError
 from megakd.evals.measure import (
     Meter,
@@ -161,7 +161,8 @@ class Follower:
             if key not in self.fingerprints:
                 files = [*checkpoint.glob("weights/*"), *checkpoint.glob("checksums/*"), checkpoint / "progress.json"]
                 small = {p.name: sha256(p) for p in sorted(files) if p.suffix != ".safetensors"}
-                small |= {p.name: sha256(p) for p in checkpoint.glob(BESIDE)}
+                auxiliary = auxiliary_file(checkpoint)
+                small |= {auxiliary.name: sha256(auxiliary)} if auxiliary.exists() else {}
                 self.fingerprints[key] = digest([sampled_files(checkpoint / "weights"), small])
             return self.fingerprints[key]
         return ""
@@ -169,7 +170,7 @@ class Follower:
     def take(self, name: str) -> bool:
         """Measure a held checkpoint and write its line, unless another process is at it; whether this one did."""
         held = self.held(name)
-        # beside the folder, not in it: where files are on NFS, a folder with an open file cannot be deleted
+        # next to the folder, not in it: where files are on NFS, a folder with an open file cannot be deleted
         with claimed(self.locks / f"{name.replace('/', '--')}.lock") as mine:
             if not mine or not held.exists():  # another process has it, or had
                 return False
@@ -193,7 +194,7 @@ class Follower:
             row = self.meter.row(checkpoint_subject(self.run, held / "checkpoint", name), held)
         except Unusable as error:
             reason = str(error).replace(f"{held / 'checkpoint'}", str(self.run.path("checkpoints", name)))
-            say(f"{name} cannot be evaluated and is left out: {reason}")
+            say(f"{name} cannot be evaluated and is skipped: {reason}")
             content = self._content(name, held / "checkpoint")
             self.run.record("bad_checkpoint", checkpoint=name, content=content, reason=reason)
             return None
@@ -257,7 +258,8 @@ def hold(checkpoint: Path, target: Path) -> bool:
     try:
         before = checkpoint.stat()
         inside = [path for part in ("weights", "checksums") for path in (checkpoint / part).rglob("*")]
-        for path in [*inside, *checkpoint.glob(BESIDE), checkpoint / "progress.json"]:
+        auxiliary = auxiliary_file(checkpoint)
+        for path in [*inside, *([auxiliary] if auxiliary.exists() else []), checkpoint / "progress.json"]:
             if not path.is_dir():
                 place = temporary / path.relative_to(checkpoint)
                 place.parent.mkdir(parents=True, exist_ok=True)
@@ -287,7 +289,9 @@ def check_weights(checkpoint: Path) -> None:
         known = {
             name: value for file in (checkpoint / "checksums").glob("*.json") for name, value in read_json(file).items()
         }
-        for name in sorted(name for name in known if name.startswith("weights/") or name == BESIDE):
+        for name in sorted(
+            name for name in known if name.startswith("weights/") or name == auxiliary_file(checkpoint).name
+        ):
             if checksum(checkpoint / name) != known[name]:
                 raise Unusable(f"{checkpoint / name}: not what was written (it was {known[name][0]:,} bytes)")
     except (UserError, OSError, AttributeError) as error:

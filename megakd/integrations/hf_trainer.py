@@ -123,7 +123,7 @@ class Answering(nn.Module):
     """
 
     accepts_loss_kwargs = True  # so that Trainer counts labels over ranks and accumulation steps
-    loss_type = None  # all of them: for a causal language model it would leave out the first of a row
+    loss_type = None  # all of them: for a causal language model it would skip the first of a row
 
     def __init__(self, objective: CachedDistillation):
         super().__init__()
@@ -162,9 +162,7 @@ class DistillationTrainer(Trainer):
     ):
         _check_arguments(args)
         if optimizers[0] is not None and args.lr_multipliers:
-            raise UserError(
-                "optimizers: an optimizer that is there already leaves out lr_multipliers; give one of both"
-            )
+            raise UserError("optimizers: an optimizer that is there already skips lr_multipliers; give one of both")
         train_dataset, eval_dataset = _opened(train_dataset), _opened(eval_dataset)
         _check_data(student, train_dataset, eval_dataset, processing_class)
         _check_saving(student)
@@ -183,7 +181,7 @@ class DistillationTrainer(Trainer):
             raise UserError("DistillationTrainer: FSDP and parallelism_config are not supported; use DeepSpeed's ZeRO")
         deepspeed: Any = getattr(self.accelerator.state, "deepspeed_plugin", None)
         if deepspeed is not None and "optimizer" in deepspeed.hf_ds_config.config:
-            raise UserError("deepspeed: the optimizer of its file would leave out lr_multipliers; delete that section")
+            raise UserError("deepspeed: the optimizer of its file would skip lr_multipliers; delete that section")
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's; True resumes from the newest checkpoint whose saving was not interrupted."""

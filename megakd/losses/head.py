@@ -115,7 +115,7 @@ class _FusedLoss(torch.autograd.Function):
         factor = factors[0]
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            raise RuntimeError("the gradients of the fused loss were handed over by an earlier backward")
+            raise RuntimeError("the gradients of the fused loss were passed on by an earlier backward")
         same = factor.device.type == "cpu" and factor.item() == 1  # a pass over the head's gradient less
         for gradient in gradients:
             if gradient is not None and not same:

@@ -3,7 +3,7 @@
 B windows, T positions, D features, H heads of the student, G of the teacher, N counted positions, which are told by a
 boolean mask [B, T] or by their places (`Rows`), on a GPU by these: a mask makes the CPU wait for their number.
 Float32 after the inputs (float64 stays float64). Sums over counted positions, which do not depend on what else is in
-the batch; positions that do not count are left out before anything is computed, so not even NaN there has a say.
+the batch; positions that do not count are skipped before anything is computed, so not even NaN there has a say.
 Gradients reach both sides.
 """
 

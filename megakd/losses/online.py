@@ -103,7 +103,7 @@ class _LiveLoss(torch.autograd.Function):
     def backward(ctx: Any, *factors: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # static
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            raise RuntimeError("the gradients of the live loss were handed over by an earlier backward")
+            raise RuntimeError("the gradients of the live loss were passed on by an earlier backward")
         made = zip(gradients, ctx.dtypes, strict=True)
         return None, *(None if gradient is None else gradient.mul_(factors[0]).to(dtype) for gradient, dtype in made)
 

@@ -43,7 +43,7 @@ def distill_loss(
 ) -> DistillTerms:
     """sum over tokens of (1 - alpha) * CE + alpha * T^2 * KL_T(teacher || student) (Hinton et al. 2015, section 2).
 
-    labels_N: every entry a real token id: rows that do not count are left out by the caller, of the targets too.
+    labels_N: every entry a real token id: rows that do not count are skipped by the caller, of the targets too.
     T^2 is inside `total`, so that gradients carry it. KL at T = 1 is always measured, as well as the data allows.
     """
     logits_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()

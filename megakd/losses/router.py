@@ -14,7 +14,7 @@ from megakd.losses.hidden import wide
 
 
 def anchor(weights: Sequence[Tensor], initial: Sequence[Tensor]) -> Tensor:
-    """Mean over routers of |W - W0|^2 / |W0|^2: 0 where they began, a number without unit."""
+    """Mean over routers of |W - W0|^2 / |W0|^2: 0 at the start, a number without unit."""
     parts = [
         (wide(now) - wide(then)).square().sum() / wide(then).square().sum()
         for now, then in zip(weights, initial, strict=True)

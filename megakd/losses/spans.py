@@ -1,7 +1,7 @@
 """Losses between models with tokenizers of their own: over spans of text whose ends both have in common.
 
 B windows, T tokens, S spans at most in a window, D features. spans_BT: the number of a token's span, from 0; -1 (or
-less) for none: such tokens are left out before anything is computed, so not even NaN there has a say. Float32 after the
+less) for none: such tokens are skipped before anything is computed, so not even NaN there has a say. Float32 after the
 inputs (float64 stays float64). Sums over spans, which do not depend on what else is in the batch. Gradients reach both
 sides.
 """
@@ -37,7 +37,7 @@ def span_attention(attention_BHTT: Tensor, spans_BT: Tensor, count: int) -> Tens
     Rows add up to 1, as those of a map do; rows of spans without tokens, and tokens of no span, are 0.
     """
     outside_BT = spans_BT < 0
-    # left out before anything is computed: NaN times 0 is NaN
+    # skipped before anything is computed: NaN times 0 is NaN
     hidden_B1TT = outside_BT[:, None, :, None] | outside_BT[:, None, None, :]
     seen_BHTT = wide(attention_BHTT).masked_fill(hidden_B1TT, 0.0)
     belongs_B1TS = (spans_BT[:, None, :, None] == torch.arange(count, device=spans_BT.device)).to(seen_BHTT.dtype)

@@ -99,7 +99,7 @@ def check_isolation(run: Run) -> None:
 
 
 def tokenizers(config: RunConfig, facts: dict[str, Any]) -> tuple[Any, Any]:
-    """Student's and teacher's, where the teacher is asked while training and has another one; else (None, None)."""
+    """Student's and teacher's, where a live teacher has another one; else (None, None)."""
     if not config.objective.live:
         return None, None
     folder = resolve(config.model.teacher, config.model.revision, weights=False)

@@ -1,4 +1,4 @@
-"""Shared-core experts spread over expert-parallel ranks: as DeepSpeed's AutoEP spreads experts.
+"""Shared-core experts distributed over expert-parallel ranks: as DeepSpeed's AutoEP spreads experts.
 
 Every rank of a group keeps E/size of the experts. A token's core runs once, on the rank that has the token; its row
 (x, core(x) of gate and up) goes to each rank that keeps some of its experts, once, however many those are, and what
@@ -137,7 +137,7 @@ class LocalExperts(SharedCoreExperts):
         return torch.cat(sums if self.writes_outer else sums[:1], dim=1).to(rows.dtype)
 
     def core_width(self, projection: str) -> int:
-        """Numbers a token that the core of gate or up gives, or that of down takes, all groups together."""
+        """Numbers per token that the core of gate or up gives, or that of down takes, all groups together."""
         form = self.forms[projection]
         rank = free_and_core_rank(form, projection)[1]
         return form.groups * rank if form.shape == "basis" else self.expert_hidden

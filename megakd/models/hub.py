@@ -111,7 +111,7 @@ def check_unquantized(folder: Path, config: Any, purpose: str) -> None:
 def _say_unused(folder: Path, names: list[str]) -> None:
     if read_world().first:
         say(
-            f"{folder}: {len(names)} tensors of its files are left out, for the model of config.json has none of those "
+            f"{folder}: {len(names)} tensors of its files are skipped, for the model of config.json has none of those "
             f"names; the first is {names[0]}"
         )
 
@@ -148,7 +148,7 @@ class Checkpoint:
         if beyond:
             layers = sorted({name.split(".")[2] for name in beyond}, key=int)
             say(
-                f"{self.folder}: {len(beyond)} tensors of layer {', '.join(layers)} are left out; config.json says "
+                f"{self.folder}: {len(beyond)} tensors of layer {', '.join(layers)} are skipped; config.json says "
                 f"num_hidden_layers = {config.num_hidden_layers}"
             )
         return [name for name in self.files if not outside(config, name)]

@@ -70,7 +70,7 @@ class LiveBytes(TorchDispatchMode):
         return out
 
     def label(self, tensors: Iterable[Tensor], label: str) -> None:
-        """Call the memory of these tensors `label` from now on."""
+        """Call the memory of the given tensors `label` from now on."""
         for tensor in tensors:
             key = self._add(tensor, label)
             reference, size, before = self.alive[key]

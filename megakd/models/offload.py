@@ -17,7 +17,7 @@ from torch import nn
 def offload(model: Any, device: torch.device) -> None:
     """Keep the layers of a causal LM in CPU memory from now on, and everything else on the device.
 
-    On a GPU the CPU's memory is pinned, so that a copy runs beside what the GPU still has to do.
+    On a GPU the CPU's memory is pinned, so that a copy runs next to what the GPU still has to do.
     """
     layers = model.get_decoder().layers
     inside = {id(tensor) for tensor in (*layers.parameters(), *layers.buffers())}

@@ -1,4 +1,4 @@
-"""Routers that learned beside a student, as files: written, read again, checked against a teacher.
+"""Routers that learned next to a student, as files: written, read again, checked against a teacher.
 
 router_update.safetensors, router_update.pt   the routers alone, by their tensors' names in the teacher's modules
 router_update.json                            which teacher, how it was routed, the step, how far each router went
@@ -117,7 +117,7 @@ def read_update(path: Path) -> dict[str, Tensor]:
 
 
 def read_facts(path: Path) -> dict[str, Any] | None:
-    """What the JSON beside an update says of it; None where there is none."""
+    """What the JSON next to an update says of it; None where there is none."""
     file = path.with_name(FACTS)
     if not file.exists():
         return None

@@ -1,6 +1,6 @@
 """Routers of a Hugging Face MoE: found by role and shape, given another number of experts a token, listened to.
 
-A router is a module with a matrix [E, D] beside the E experts of its block. Names say nothing: `gate` is a router in
+A router is a module with a matrix [E, D] next to the E experts of its block. Names say nothing: `gate` is a router in
 most families and `gate_proj` a projection in all. transformers' routers give (logits [N, E], weights [N, k], experts
 [N, k]) and keep k in `top_k`; where a plain Linear gives the logits, the block around it keeps k.
 """
@@ -78,8 +78,8 @@ def find_routers(model: nn.Module, place: str, patterns: Sequence[str] = ()) -> 
             if any(re.search(p, name) for p in patterns for name in modules if name.endswith(PROJECTIONS))
             else f"objective.router_patterns: {names} find no matrix in {place}"
             if patterns
-            else f"{place}: no module with a matrix [experts, hidden] beside the experts of its block; a model without "
-            "experts has no router to train, and odd names are found by objective.router_patterns"
+            else f"{place}: no module with a matrix [experts, hidden] next to the experts of its block; a model "
+            "without experts has no router to train, and odd names are found by objective.router_patterns"
         )
     return found
 

@@ -125,10 +125,10 @@ STUDENTS: dict[str, type[Any]] = {
     "deepseek_v3": SharedCoreDeepseekV3ForCausalLM,
 }
 for _model in STUDENTS.values():
-    # save_pretrained writes this code beside the weights
+    # save_pretrained writes this code next to the weights
     _model.config_class.register_for_auto_class("AutoConfig")
     _model.register_for_auto_class("AutoModelForCausalLM")
-    if __package__ == "megakd.models":  # not for the copy in a model's folder, beside which MegaKD may be installed
+    if __package__ == "megakd.models":  # not for the copy in a model's folder, next to which MegaKD may be installed
         AutoConfig.register(_model.config_class.model_type, _model.config_class)
         AutoModelForCausalLM.register(_model.config_class, _model)
 

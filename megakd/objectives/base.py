@@ -40,10 +40,10 @@ class Objective(nn.Module):
         self.chunk_bytes: int | None = None
 
     @torch.no_grad()
-    def restore(self, beside: Mapping[str, Tensor]) -> None:
+    def restore(self, auxiliary: Mapping[str, Tensor]) -> None:
         """Set what is trained besides the student, and its buffers, by name."""
         mine = {**dict(self.named_parameters()), **dict(self.named_buffers())}
-        for name, tensor in beside.items():
+        for name, tensor in auxiliary.items():
             mine[name].copy_(tensor)
 
     def at(self, share: float, step: int = 0) -> None:
@@ -54,7 +54,7 @@ class Objective(nn.Module):
         )
 
     def checkpoint_activations(self) -> None:
-        """From now on forget what layers computed, and compute it again in the backward pass."""
+        """Activation checkpointing of the student: recompute each layer's activations in the backward pass."""
         self.student.gradient_checkpointing_enable({"use_reentrant": False})
 
     def checkpoint_teacher(self) -> None:

@@ -1,4 +1,4 @@
-"""The student's head beside a live teacher's, gathered while a loss of both runs."""
+"""The student's head next to a live teacher's, gathered while a loss of both runs."""
 
 from collections.abc import Callable
 from typing import Any

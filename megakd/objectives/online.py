@@ -1,4 +1,4 @@
-"""Multi-component distillation from a frozen teacher that is there: what it says, what it holds inside, how it attends.
+"""Multi-component distillation from a frozen live teacher: what it says, what it holds inside, how it attends.
 
 For a MoE teacher it may also choose how the teacher answers, by what the student can follow: how many experts a token
 takes, which of them count more, and which positions do.

@@ -1,4 +1,4 @@
-"""SAR-KD: a student learns from a MoE teacher that is there, and the teacher's routers alone learn with it.
+"""SAR-KD: a student learns from a MoE live teacher, and the teacher's routers alone learn with it.
 
 Nothing else of the teacher changes. The routers get their gradient through the routing weights, from how well the
 student can follow; what keeps them from the trivial way out (a teacher as bad as the student) are the terms of

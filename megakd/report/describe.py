@@ -57,7 +57,7 @@ def describe_run(run: Run) -> str:
 
 
 def _trained(run: Run) -> Callable[[RunConfig], nn.Module]:
-    """What a stage's rules apply to: the student; beside a live teacher its routers and projectors too."""
+    """What a stage's rules apply to: the student; next to a live teacher its routers and projectors too."""
     student = empty_model(run.student_folder)
     if not run.config.objective.live:
         return lambda config: student
@@ -78,7 +78,7 @@ def describe_shards(shards: ShardSet) -> str:
     """What a folder of shards is, and its first sample in words."""
     rows = [[key, str(value)] for key, value in flatten(shards.facts)]
     rows += [["shards", str(len(shards.names))], ["samples", f"{len(shards):,}"], ["tokens", f"{shards.tokens:,}"]]
-    rows += [["bytes a token", f"{shards.bytes / shards.tokens:.1f}"]]
+    rows += [["bytes per token", f"{shards.bytes / shards.tokens:.1f}"]]
     return table([str(shards.folder), ""], rows, left=True) + "\n\n" + _describe_sample(shards)
 
 
@@ -86,7 +86,7 @@ def describe_shard(tar: Path) -> str:
     """One shard of a folder, by the folder's manifest, and its first sample in words."""
     if not (tar.parent / "manifest.json").exists():
         raise UserError(
-            f"{tar}: a shard is read by the manifest.json beside it, and there is none; give a folder of shards"
+            f"{tar}: a shard is read by the manifest.json next to it, and there is none; give a folder of shards"
         )
     shards = ShardSet(tar.parent)
     if tar.stem not in shards.names:

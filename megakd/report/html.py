@@ -36,12 +36,12 @@ TERMS = {
     "layers": "layers",
     "contrastive": "contrast",
     "capacity": "capacity",
-    "router_anchor": "routers' way from where they began",
-    "router_certainty": "routers' lack of entropy",
+    "router_anchor": "router drift (squared relative L2)",
+    "router_certainty": "1 − normalised router entropy",
     "router_balance": "load balance of experts",
     "lr": "learning rate",
     "grad_norm": "gradient norm",
-    "tokens_per_second": "tokens a second",
+    "tokens_per_second": "tokens/s",
 }
 NOT_NOISY = ("capacity", "router_anchor", "lr")
 STYLE = """
@@ -74,7 +74,7 @@ def render_report(
     compress: dict[str, Any] | None,
     baseline: tuple[str, list[dict[str, Any]]] | None = None,
 ) -> str:
-    """The page; parts for which nothing was recorded say so. baseline: a name and evals of a run to draw beside."""
+    """The page; parts for which nothing was recorded say so. baseline: a name and evals of a run to draw next to."""
     curves = {name: rows for name, rows in (("this run", evals), *([baseline] if baseline else [])) if rows}
     parts = [f"<h1>MegaKD run: {html.escape(config['name'])}</h1>"]
     drawn = [plot(*panel) for panel in evaluation_panels(curves)]
@@ -170,7 +170,7 @@ def _fill(axes: Axes, panel: Panel) -> None:
 
 
 def evaluation_panels(curves: dict[str, list[dict[str, Any]]]) -> list[Panel]:
-    """Measures of the hold-out, and a plot a task: against steps, or tokens where runs stand side by side."""
+    """Measures of the validation set, and a plot a task: against steps, or tokens where runs stand side by side."""
     x, label = ("step", "step") if len(curves) == 1 else ("tokens", "tokens trained on")
 
     def draw(axes: Axes, lines: dict[str, Callable[[dict[str, Any]], float | None]], reference: str | None) -> None:
@@ -189,7 +189,7 @@ def evaluation_panels(curves: dict[str, list[dict[str, Any]]]) -> list[Panel]:
 
     if not any(row.get("tokens") for rows in curves.values() for row in rows):
         return []
-    # measure: title, and the measure of the teacher itself that stands beside it
+    # measure: title, and the measure of the teacher itself that stands next to it
     titles = {
         "perplexity": ("held-out perplexity", "perplexity"),
         "kl": ("held-out KL(teacher || student)", None),

@@ -42,7 +42,7 @@ def model_card(
     """The card of a folder with config.json and weights.
 
     report: compress.json's content, if the experts were compressed; evals: lines of evals.jsonl, in which `measured` is
-    this model's name; of the others the teacher and the untrained student are shown beside it.
+    this model's name; of the others the teacher and the untrained student are shown next to it.
     """
     config = read_json(folder / "config.json")
     teacher = (report or {}).get("teacher", {}).get("id") or ""

@@ -104,7 +104,7 @@ def expert_parameters(config: Any, rank: int, place: str) -> tuple[int, int]:
 
 
 def expert_flops(config: Any, settings: CompressConfig, place: str) -> tuple[float, float | None]:
-    """FLOPs a token of one layer's experts, teacher's and student's; with a budget the student's bound, or None."""
+    """FLOPs per token of one layer's experts, teacher's and student's; with a budget the student's bound, or None."""
     active, (hidden, inner) = config.num_experts_per_tok, spec_for(config, place).sizes(config)
     dense = len(PROJECTIONS) * dense_flops(active, hidden, inner)
     if settings.budget is not None:
@@ -146,7 +146,7 @@ def fit_costs(
 ) -> tuple[float | None, float]:
     """(core-seconds of all fits if every one takes all of its sweeps, None where not measured; bytes a process)."""
     size, rank = hidden * expert_hidden, float(settings.rank)
-    if settings.budget is not None:  # of wrappers of as many numbers an expert
+    if settings.budget is not None:  # of wrappers of as many numbers per expert
         rank = settings.budget * size / (hidden + 3 * expert_hidden)
     dampings = len(settings.damping) if settings.calibration_tokens else 1
     sweeps = settings.sweeps * dampings * layers * len(PROJECTIONS) * experts
@@ -204,7 +204,7 @@ def lengths(run: Run) -> list[list[str]]:
         ],
     ]
     if cached:
-        rows.append(["cache on disk", f"at most about {short(stored * upper)}B ({upper:.0f} bytes a token)"])
+        rows.append(["cache on disk", f"at most about {short(stored * upper)}B ({upper:.0f} bytes per token)"])
     for stage in config.stages:
         steps, batch = config.steps_of(stage, windows), config.at(stage).optim.batch_tokens
         passes = steps * batch / (windows * data.sequence_length if windows else data.tokens)
@@ -218,7 +218,7 @@ def lengths(run: Run) -> list[list[str]]:
 
 
 def memory(run: Run) -> list[list[str]]:
-    """The most that training holds at once beside a teacher that is there, what of, and the card that it fits."""
+    """The most that training holds at once next to a live teacher, what of, and the card that it fits."""
     config = run.config
     if not predictable(config):
         return []

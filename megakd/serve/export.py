@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megakd.config.objective import SarConfig
-from megakd.engine.checkpoint import BESIDE
+from megakd.engine.checkpoint import auxiliary_file
 from megakd.errors import UserError
 from megakd.identity import TeacherIdentity, changed_fingerprint, fingerprint
 from megakd.models.hub import (
@@ -109,8 +109,12 @@ def describe(run: Run, source: Path, folder: Path) -> None:
 def write_routers(run: Run, source: Path, folder: Path) -> int:
     """Write the routers that learned with the weights of `source` into the export; how many."""
     checkpoint = source.parent
-    if source == run.student_folder or not (checkpoint / BESIDE).exists():
-        why = "the student was not trained" if source == run.student_folder else f"{checkpoint / BESIDE} is not there"
+    if source == run.student_folder or not auxiliary_file(checkpoint).exists():
+        why = (
+            "the student was not trained"
+            if source == run.student_folder
+            else f"{auxiliary_file(checkpoint)} is not there"
+        )
         say(f"export: no router update: {why}")
         return 0
     model, sar = run.config.model, run.config.objective
@@ -134,13 +138,13 @@ def write_routers(run: Run, source: Path, folder: Path) -> int:
         **sar.model_dump(mode="json", include={"routing", "router_patterns", *counts}),
         "step": read_json(checkpoint / "progress.json")["step"],
     }
-    write_update(folder, router_tensors(read_update(checkpoint / BESIDE)), teacher, facts)
+    write_update(folder, router_tensors(read_update(auxiliary_file(checkpoint))), teacher, facts)
     return len(teacher.found)
 
 
-def router_tensors(beside: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of what the objective trains beside the student, the routers' tensors by their names in the teacher."""
-    parts = ((name.partition(".")[::2], tensor) for name, tensor in beside.items())
+def router_tensors(auxiliary: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of what the objective trains together with the student, the routers' tensors by their names in the teacher."""
+    parts = ((name.partition(".")[::2], tensor) for name, tensor in auxiliary.items())
     return {name.replace(SEPARATOR, "."): tensor for (kind, name), tensor in parts if kind == "routers"}
 
 

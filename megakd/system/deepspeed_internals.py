@@ -44,7 +44,7 @@ try:
 except ImportError as error:
     raise missing(str(error)) from error
 
-# What the optimizer's state in a universal checkpoint holds beside tensors.
+# What the optimizer's state in a universal checkpoint holds next to tensors.
 STATE_TYPES = [LossScaler, ZeroStageEnum]
 
 
@@ -183,7 +183,7 @@ def load_universal(engine: Any, folder: str, tag: str) -> None:
         engine.load_checkpoint(folder, tag=tag)
 
 
-# ---- AutoEP: experts spread over groups of ranks
+# ---- AutoEP: experts distributed over groups of ranks
 
 
 def join_groups(size: int) -> int:

@@ -28,7 +28,7 @@ LOCK, NEW, OLD = "lock", "new", "old"
 def publishing(path: Path) -> Iterator[Path]:
     """Give a temporary path to write a file or folder at; on success it is synced and gets the name `path`.
 
-    It lies in a staging folder beside `path`, NAME.tmp-TOKEN, with a lock that this process holds. A folder that is
+    It lies in a staging folder next to `path`, NAME.tmp-TOKEN, with a lock that this process holds. A folder that is
     replaced is renamed into the staging folder, the new one gets its name, then the old one is deleted. Two writers of
     one path do not meet; the last to finish wins. An exception leaves `path` as it was. A kill leaves the staging
     folder, which no reader looks at; `settle` undoes what was half done.
@@ -139,7 +139,7 @@ def _clear(staging: Path, path: Path, lock: BinaryIO) -> None:
 
 @contextmanager
 def locked(path: Path, otherwise: str | None = None) -> Iterator[None]:
-    """Hold an exclusive lock on `path` (made if missing); a process that dies lets go of it.
+    """Hold an exclusive lock on `path` (made if missing); a process that dies releases it.
 
     otherwise: instead of waiting for another holder, raise UserError with this message.
     """
@@ -262,7 +262,7 @@ def _drop_cut_line(file: BinaryIO) -> None:
 
 
 def read_json_lines(path: Path, *needed: str) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file, each with the keys `needed`; a last line that a kill cut short is left out.
+    """The objects of a JSON-lines file, each with the keys `needed`; a last line that a kill cut short is skipped.
 
     UserError with the line's number where a line is no such object. No file: no lines.
     """

@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 def build_objective(config: RunConfig, folder: Path, dataset: ShardSet, device: torch.device = CPU) -> Objective:
-    """The student of `folder` inside the run's objective, beside the teacher on the device if it is asked there."""
+    """The student of `folder` inside the run's objective, next to the teacher on the device if it is asked there."""
     half = getattr(torch, config.model.dtype)
     # without DeepSpeed's fp32 masters the weights themselves stay float32, and the forward runs under autocast
     dtype = half if config.engine.kind == "deepspeed" else torch.float32
@@ -57,7 +57,7 @@ def build_engine(
 ) -> Engine:
     """The engine of a stage: experts on their ranks, the stage's frozen parameters, groups and rates.
 
-    config: that of the stage (`RunConfig.at`). updates: how often parameters were updated before it (`Carried`).
+    config: that of the stage (`RunConfig.at`). updates: how often parameters were updated before it (`CarryOver`).
     """
     spread = config.engine.expert_parallel
     if spread > 1:
@@ -82,6 +82,6 @@ def build_engine(
     from megakd.engine.deepspeed import DeepSpeedEngine
 
     if world.first and any(group["lr"] == 0 for group in optimizer.param_groups):
-        say(f"train: stage {stage.name}: spread experts that a rule freezes are kept by a learning rate of 0")
+        say(f"train: stage {stage.name}: sharded experts that a rule freezes are kept by a learning rate of 0")
     settings = deepspeed_config(config, world.size, config.windows_per_step)
     return DeepSpeedEngine(objective, optimizer, settings, world, spread)

@@ -89,7 +89,7 @@ def open_dataset(run: Run) -> ShardSet:
     """The training samples as the run's stream section wants them read."""
     stream = run.config.stream
     if (stream.follow or stream.scratch) and not stream.lanes:
-        raise UserError(f"{run.folder}: stream.follow and stream.scratch need lanes; set stream.lanes=8 in a new run")
+        raise UserError(f"{run.folder}: stream.follow and stream.scratch need it: set stream.lanes=8 in a new run")
     scratch = expand(stream.scratch) if stream.scratch else None
     if scratch and not scratch.is_dir():
         raise UserError(f"stream.scratch: {scratch} is no folder")
@@ -170,7 +170,7 @@ def check_world(config: RunConfig, world: World) -> None:
         windows = config.at(stage).windows_per_step
         if windows % (world.size * config.optim.micro_batch):
             raise UserError(
-                f"optim.batch_tokens: {windows} windows a step do not divide among {world.size} ranks x "
+                f"optim.batch_tokens: {windows} windows per step do not divide among {world.size} ranks x "
                 f"optim.micro_batch {config.optim.micro_batch}; change optim.micro_batch, engine.ranks or the batch"
             )
 

@@ -30,7 +30,7 @@ class Step(NamedTuple):
 
     own: this rank's counted tokens alone, where nobody knows those of the others (None: `tokens` is right).
     unaligned: of `own`, those in no scored span, and what is lost of the samples' own labels.
-    damaged: for each sample of this rank that was left out, what is wrong; lost: their tokens, still in `tokens`.
+    damaged: for each sample of this rank that was skipped, what is wrong; lost: their tokens, still in `tokens`.
     """
 
     micro_batches: list[Batch]

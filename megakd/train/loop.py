@@ -11,7 +11,7 @@ from megakd.config.train import StageConfig
 from megakd.data.batches import prefetch, to_device
 from megakd.data.shards import ShardSet
 from megakd.data.stream import shards_digest
-from megakd.engine.base import Carried, Engine, StepReport
+from megakd.engine.base import CarryOver, Engine, StepReport
 from megakd.engine.checkpoint import (
     Progress,
     Saved,
@@ -45,7 +45,7 @@ def train(run: Run, dataset: ShardSet, world: World, stop: StopSignals) -> bool:
     """Every stage that remains after the last checkpoint; False when a signal ended it early."""
     saved, damaged = last_sound(run.path("checkpoints"), world)
     for reason in damaged:
-        say(f"train: checkpoint left out: {reason}")
+        say(f"train: checkpoint skipped: {reason}")
         run.record("damaged checkpoint", reason=reason)
     progress = saved.progress if saved else Progress()
     # read once: every checkpoint of this process gets the config that its weights were trained with
@@ -82,15 +82,15 @@ def train_stage(
     student_config: Any,
     dataset: ShardSet,
     saved: Saved | None,
-    carried: Carried | None,
+    carried: CarryOver | None,
     world: World,
     stop: StopSignals,
     log: MetricLog | None,
-) -> tuple[Saved | None, Carried | None]:
+) -> tuple[Saved | None, CarryOver | None]:
     """Stage `index`, to its end or a signal: exactly on from `saved` if it is of this stage, else from its weights.
 
-    carried: what the stage before handed over; None where it ended in another process.
-    Returns the last checkpoint (None when a signal came before the first step of all), and what this stage hands over.
+    carried: what the stage before passed on; None where it ended in another process.
+    Returns the last checkpoint (None when a signal came before the first step of all), and what this stage passes on.
     """
     stage, config = run.config.stages[index], run.config.at(run.config.stages[index])
     steps = run.config.steps_of(stage, len(dataset))
@@ -98,7 +98,7 @@ def train_stage(
     if saved and progress.stage < index and carried is None:
         carried = end_of_stage(run, saved, dataset, world)
     objective = build_objective(config, saved.weights if saved else run.student_folder, dataset, world.device)
-    objective.restore(saved.beside if saved else {})
+    objective.restore(saved.auxiliary if saved else {})
     for name in objective.recall(progress.memory):
         if world.first:
             where = saved.folder if saved else "the checkpoint"
@@ -114,7 +114,7 @@ def train_stage(
         progress = progress._replace(stage=index, stage_step=0)
         engine = build_engine(config, objective, stage, world, updates)
         if carried:
-            engine.take_over(carried)
+            engine.import_state(carried)
             carried.tensors.clear()  # the engine has them now
     shards = shards_digest(dataset.names, dataset.sizes)
     watch = StageWatch(stage.name, steps, progress.stage_step, config.log.every_steps, log)
@@ -174,34 +174,34 @@ def train_stage(
                 watch.resume_clock()
         if progress.step > (saved.progress.step if saved else 0):  # a signal came in between
             saved = save(run, stage, student_config, engine, progress, world, updates)
-    handed = engine.hand_over() if index + 1 < len(run.config.stages) and not stop.agreed else None
+    handed = engine.export_state() if index + 1 < len(run.config.stages) and not stop.agreed else None
     engine.close()
     return saved, handed
 
 
-def end_of_stage(run: Run, saved: Saved, dataset: ShardSet, world: World) -> Carried:
-    """What a stage that ended in another process hands over, from its last checkpoint."""
+def end_of_stage(run: Run, saved: Saved, dataset: ShardSet, world: World) -> CarryOver:
+    """What a stage that ended in another process passes on, from its last checkpoint."""
     stage = run.config.stages[saved.progress.stage]
     config = run.config.at(stage)
     objective = build_objective(config, saved.weights, dataset, world.device)
-    objective.restore(saved.beside)
+    objective.restore(saved.auxiliary)
     engine = build_engine(config, objective, stage, world, saved.updates)
     check_ranks(saved, world.size)
     engine.load(saved.folder / "state")
-    carried = engine.hand_over()
+    carried = engine.export_state()
     engine.close()
     return carried
 
 
 def judge(run: Run, progress: Progress, report: StepReport, tokens: int, world: World) -> Health:
-    """The run's health after a step; UserError where the run should stop at what went wrong with it."""
+    """The run's health after a step; UserError where the run should stop at what failed with it."""
     guard, loss = run.config.guard, report.sums["total"] / tokens
     if report.left_out:
         why = wrong_with(loss, progress.health, guard) or report.left_out
         step = progress.step + 1
         if world.first:
             say(f"train: step {step} makes no update: {why}")
-            run.record("left out", step=step, reason=why)
+            run.record("skipped", step=step, reason=why)
         if guard.nonfinite == "stop" and (report.left_out == GRADIENT or not math.isfinite(loss)):
             raise UserError(
                 f"{run.folder}: step {step}: {why}; the weights are as they were, the last checkpoint stands. Lower "
@@ -217,7 +217,7 @@ def roll_back(run: Run, engine: Engine, progress: Progress, saved: Saved | None,
         engine.load(back.folder / "state")
     if world.first:
         where = f"back to the weights of {back.folder}" if back else "no checkpoint of this stage to go back to"
-        say(f"train: {progress.health.in_a_row} updates left out in a row: {where}")
+        say(f"train: {progress.health.in_a_row} updates skipped in a row: {where}")
         run.record("rollback", step=progress.step, to=str(back.folder.relative_to(run.folder)) if back else None)
     return progress._replace(health=progress.health._replace(in_a_row=0))
 
@@ -248,7 +248,7 @@ def save(
     world: World,
     updates: dict[str, int],
 ) -> Saved:
-    """Publish a checkpoint, then rotate the old ones; updates: what the stage began with (`Carried`)."""
+    """Publish a checkpoint, then rotate the old ones; updates: what the stage began with (`CarryOver`)."""
     folder = run.path("checkpoints", stage.name, f"step-{progress.step:06d}")
 
     def describe(weights: Path) -> None:
@@ -264,7 +264,7 @@ def save(
 
 
 def count_damage(run: Run, step: Step, world: World) -> tuple[int, int]:
-    """The tokens that a step really counts, over all ranks, and how many samples it left out."""
+    """The tokens that a step really counts, over all ranks, and how many samples it skipped."""
     if run.config.stream.on_damage == "raise" and step.own is None:
         return step.tokens, 0
     name_damage(run, step.damaged)
@@ -294,5 +294,5 @@ def name_damage(run: Run, reasons: list[str]) -> None:
     known = {event.get("sample") for event in run.events("damaged")} if reasons else set()
     for reason in dict.fromkeys(reasons):
         if reason not in known:
-            say(f"train: left out: {reason}")
+            say(f"train: skipped: {reason}")
             run.record("damaged", sample=reason)

@@ -87,9 +87,9 @@ def _name(live: LiveBytes, objective: Any, engine: Any, teacher: Any, offload_te
     away = offloaded(teacher) if offload_teacher else ()
     here = [tensor for tensor in (*teacher.parameters(), *teacher.buffers()) if id(tensor) not in away]
     live.label(here, "weights of the teacher")
-    beside = [p for name, p in objective.named_parameters() if not name.startswith("student.")]
+    auxiliary = [p for name, p in objective.named_parameters() if not name.startswith("student.")]
     live.label(
-        [*beside, *(p for m in getattr(objective, "initial", ()) for p in m.parameters())], "routers and projections"
+        [*auxiliary, *(p for m in getattr(objective, "initial", ()) for p in m.parameters())], "routers and projections"
     )
     live.label([*objective.student.parameters(), *objective.student.buffers()], "weights of the student")
     for parameter in engine.trained:

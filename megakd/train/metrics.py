@@ -45,7 +45,7 @@ class StageWatch:
         self.waited = time.perf_counter() - self.asked
 
     def resume_clock(self) -> None:
-        """Leave out what passed since the last step, such as saving a checkpoint."""
+        """Skip what passed since the last step, such as saving a checkpoint."""
         self.asked = time.perf_counter()
 
     def step_done(self, record: StepRecord) -> None:

@@ -1,4 +1,5 @@
-"""Capture by workers that are killed, on a full disk, by a teacher spread over ranks: the bytes of one quiet worker."""
+"""Capture by workers that are killed, on a full disk, by a teacher sharded over ranks: the bytes of one quiet "
+"worker."""
 
 import argparse
 import os

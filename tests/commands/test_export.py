@@ -116,7 +116,7 @@ def test_export_of_sar_holds_the_routers_by_their_names_in_the_teacher(sar, teac
     folder = sar / "export"
     found = load_file(folder / "router_update" / "router_update.safetensors")
     plain = torch.load(folder / "router_update" / "router_update.pt", weights_only=True)
-    beside = load_file(sar / "checkpoints" / "second" / "step-000007" / "beside.safetensors")
+    beside = load_file(sar / "checkpoints" / "second" / "step-000007" / "auxiliary.safetensors")
     before = load_model(teacher, torch.float32).state_dict()
     assert list(found) == list(plain) == [f"{gate}.weight" for gate in GATES]
     facts = read_json(folder / "router_update" / "router_update.json")
@@ -150,7 +150,7 @@ def test_routers_are_those_of_the_checkpoint_that_is_named(sar, tmp_path):
     in_process("export", sar, "--checkpoint", checkpoint, "--out", tmp_path / "early")
     assert read_json(tmp_path / "early" / "router_update" / "router_update.json")["step"] == 3
     found = load_file(tmp_path / "early" / "router_update" / "router_update.safetensors")
-    beside = load_file(checkpoint / "beside.safetensors")
+    beside = load_file(checkpoint / "auxiliary.safetensors")
     assert torch.equal(found[f"{GATES[0]}.weight"], beside["routers.model:layers:0:mlp:gate.weight"])
 
 
@@ -165,9 +165,9 @@ def test_the_best_checkpoint_has_its_routers(sar, tmp_path):
     write_json(tmp_path / "run" / "checkpoints" / "best.json", best)
     in_process("export", tmp_path / "run", "--checkpoint", "best")
     assert read_json(tmp_path / "run" / "export" / "router_update" / "router_update.json")["step"] == 3
-    (held / "beside.safetensors").unlink()
+    (held / "auxiliary.safetensors").unlink()
     said = in_process("export", tmp_path / "run", "--checkpoint", "best")
-    assert f"no router update: {held / 'beside.safetensors'} is not there" in said
+    assert f"no router update: {held / 'auxiliary.safetensors'} is not there" in said
     assert not list((tmp_path / "run" / "export").glob("router_update*"))
 
 
@@ -179,7 +179,7 @@ def test_nothing_else_beside_the_student_is_exported_as_a_router(sar, tmp_path):
         "projector.weight": torch.ones(3, 5),
         "routers.model:layers:0:mlp:gate.e_score_correction_bias": torch.ones(4),
     }
-    save_file({**load_file(folder / "beside.safetensors"), **more}, folder / "beside.safetensors")
+    save_file({**load_file(folder / "auxiliary.safetensors"), **more}, folder / "auxiliary.safetensors")
     in_process("export", sar, "--checkpoint", folder, "--out", tmp_path / "export")
     assert list(load_file(tmp_path / "export" / "router_update" / "router_update.safetensors")) == [
         f"{gate}.weight" for gate in GATES

@@ -42,7 +42,7 @@ def test_shards_are_explained_in_words(captured, capsys):
     text = inspect(capsys, folder)
     rows = dict(re.findall(r"^(\S.*?)  +(.*)$", text, re.MULTILINE))
     assert (rows["profile"], rows["draws"], rows["samples"]) == (profile, "0" if profile == "topk" else "9", "250")
-    assert rows["bytes a token"] == f"{shards.bytes / shards.tokens:.1f}"
+    assert rows["bytes per token"] == f"{shards.bytes / shards.tokens:.1f}"
     targets = shards[0].targets
     lines = [line for line in text.splitlines() if line.startswith("after ")]
     assert len(lines) == 3
@@ -142,7 +142,7 @@ def test_shard_is_explained(prepared, capsys, tmp_path):
     text = inspect(capsys, folder / f"{shards.names[1]}.tar")
     assert f"2 of {len(shards.names)}" in text and f"sample {shards[shards.sizes[0]].key}: " in text
     shutil.copy(folder / f"{shards.names[1]}.tar", tmp_path)
-    with pytest.raises(UserError, match=r"manifest\.json beside it"):
+    with pytest.raises(UserError, match=r"manifest\.json next to it"):
         cli.run_verb(["inspect", str(tmp_path / f"{shards.names[1]}.tar")])
 
 

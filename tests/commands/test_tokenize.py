@@ -173,7 +173,7 @@ def test_a_killed_worker_costs_no_finished_shard_and_three_go_on(undisturbed, re
     monkeypatch.setattr(token_pipeline, "Progress", Watched)
     tokenize.main(Run.open(run.folder, ["data.workers=3"]), Namespace())
     assert files(tokens) == expected
-    (progress,) = seen  # the hold-out was finished
+    (progress,) = seen  # the validation set was finished
     finished = sum(name.startswith("train") and name.endswith(".tar") for name in before)
     assert progress.before == finished * 60 * 64 and progress.done == ShardSet(tokens / "train").tokens
 
@@ -347,7 +347,7 @@ def test_a_source_too_small_for_both_parts_is_one_line(recipe_of_text, tmp_path,
 def test_a_hold_out_that_ends_inside_its_first_document_is_refused(recipe_of_text, tmp_path):
     run = Run.create(recipe_of_text, ["data.holdout_tokens=64"], tmp_path / "run")
     with pytest.raises(
-        UserError, match=r"64 tokens end inside the first document of the hold-out, which has 86; .* set"
+        UserError, match=r"64 tokens end inside the first document of the validation set, which has 86; .* set"
     ):
         tokenize.main(run, Namespace())
     assert not run.path("data", "tokens", "holdout", "manifest.json").exists()

@@ -78,7 +78,7 @@ def test_damaged_samples_are_left_out_counted_and_named(sibling: Make, undisturb
     bad = [order[3], order[14], order[6 * 16 + 5]]
     keys = [flip(train, index) for index in bad]
     megakd("train", run.folder, "stream.on_damage=skip")
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train: left out: ")]
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train: skipped: ")]
     rows, whole = metrics(run.folder), metrics(undisturbed.folder)
     assert [row.get("damaged_samples") for row in rows] == [2] * 4 + [None] * 2 + [1] * 4  # counted within a stage
     events = [json.loads(line) for line in run.path("history.jsonl").read_text().splitlines()]
@@ -143,7 +143,7 @@ def test_a_shard_that_was_cut_short_is_left_out_where_it_is_cut(sibling: Make, c
     cut = {shards.entry(i).key for i in order if first + 40 <= i < first + shards.sizes[2]}
     said = capsys.readouterr().err
     assert len(cut) > 3 and {key for key in cut if f"sample {key}: checksum" in said} == cut
-    assert said.count("left out") == len(cut)
+    assert said.count("skipped") == len(cut)
 
 
 def test_a_step_whose_samples_are_all_damaged_spoils_no_weight(sibling: Make):
@@ -184,20 +184,20 @@ def test_a_step_without_samples_moves_nothing_by_momentum_or_decay(sibling: Make
 
 
 def test_a_damaged_sample_is_named_once_a_run(sibling: Make, capsys):
-    """Not again in each of three epochs, nor after a resume; but it counts each time that it is left out."""
+    """Not again in each of three epochs, nor after a resume; but it counts each time that it is skipped."""
     run = sibling("stages.1.tokens=20480", "checkpoint.every_steps=20")
     train, order = own_logits(run), order_of(run, 44 * 16)
     key = flip(train, order[100])
     megakd("train", run.folder, "stream.on_damage=skip")
     said = capsys.readouterr().err
-    assert said.count("left out: ") == 1 and f"sample {key}: checksum" in said
+    assert said.count("skipped: ") == 1 and f"sample {key}: checksum" in said
     in_stage = order[4 * 16 :].count(order[100])
     assert in_stage > 1 and metrics(run.folder)[-1]["damaged_samples"] == in_stage
     assert len(run.events("damaged")) == 1
     for folder in run.path("checkpoints").glob("all/step-*"):
         shutil.rmtree(folder)
     megakd("train", run.folder, "stream.on_damage=skip")
-    assert "left out" not in capsys.readouterr().err and len(run.events("damaged")) == 1
+    assert "skipped" not in capsys.readouterr().err and len(run.events("damaged")) == 1
     assert metrics(run.folder)[-1]["damaged_samples"] == in_stage
 
 
@@ -268,7 +268,8 @@ def mean_kl(run: Run, student: Path, shards: ShardSet) -> float:
     [("sampled", 1.0, "sampled"), ("sampled", 2.0, "sampled"), ("hybrid", 2.0, "hybrid"), ("hybrid", 2.0, "ghost")],
 )
 def test_every_kind_of_target_trains(sibling: Make, profile, temperature, tail, capsys):
-    """Loss and held-out KL fall; the hold-out keeps the teacher's head whatever is trained on; all verbs go on."""
+    """Loss and held-out KL fall; the validation set keeps the teacher's head whatever is trained on; all verbs go "
+    "on."""
     run = sibling(
         f"logits.profile={profile}", f"logits.draw_temperature={temperature}", "logits.draws=12", "logits.top_k=4",
         f"logits.temperatures=[1.0, {temperature}]", f"objective.temperature={temperature}", f"objective.tail={tail}",

@@ -1,4 +1,4 @@
-"""Training beside a capture that still runs: it waits for shards, and a signal ends it all the same."""
+"""Training next to a capture that still runs: it waits for shards, and a signal ends it all the same."""
 
 import random
 import shutil

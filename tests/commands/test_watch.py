@@ -149,7 +149,7 @@ def test_it_ends_with_the_training_and_evaluate_finds_nothing_to_do(run, capfd):
 
 
 def test_the_end_of_a_training_by_epochs_is_known(prepared, run):
-    """Steps then depend on how many samples there are, at 16 windows a step."""
+    """Steps then depend on how many samples there are, at 16 windows per step."""
     opened = Run.create(prepared, ["stages.1.tokens=null", "stages.1.epochs=1.5"], run.parent / "epochs")
     windows = len(open_dataset(opened))
     assert stage_steps(opened) == [4, math.ceil(1.5 * windows / 16)]
@@ -178,7 +178,8 @@ def test_a_signal_ends_it_and_what_is_finished_stays(run, capfd):
 
 
 def test_pieces_outlive_a_kill(run, tmp_path, monkeypatch):
-    """Killed in the second task: hold-out and first task are not measured again, unless their settings changed."""
+    """Killed in the second task: validation set and first task are not measured again, unless their settings "
+    "changed."""
     measured: list[str] = []
     original, quality = Harness.measure, Meter._quality
 
@@ -299,11 +300,11 @@ def test_a_bad_checkpoint_is_named_and_left_out(how, run, capfd, trained):
     assert names(run) == [n for n in NAMES if n != name] and not held(run)
     (event,) = Run.open(run).events("bad_checkpoint")
     assert event["checkpoint"] == name and event["reason"]
-    assert f"{name} cannot be evaluated and is left out" in capfd.readouterr().err
+    assert f"{name} cannot be evaluated and is skipped" in capfd.readouterr().err
     for verb in ("watch", "evaluate"):  # exit code 2 as long as it is so
         with pytest.raises(UserError, match=name):
             run_verb([verb, str(run)])
-    assert len(Run.open(run).events("bad_checkpoint")) == 1 and "left out" not in capfd.readouterr().err
+    assert len(Run.open(run).events("bad_checkpoint")) == 1 and "skipped" not in capfd.readouterr().err
     shutil.rmtree(run / "checkpoints" / name)  # another content is tried
     shutil.copytree(trained / "checkpoints" / name, run / "checkpoints" / name)
     watch(run, "--once")
@@ -321,7 +322,7 @@ def test_nan_of_a_checkpoint_is_null_with_its_reason(run, capfd):
     """It stops no other checkpoint, is never the best, and is not measured again."""
     spoil(run / "checkpoints" / NAMES[1], "nan")
     for verb in ("watch", "evaluate", "evaluate"):
-        with pytest.raises(UserError, match=f"{NAMES[1]}: nll: .*weights: nll on the hold-out is NaN"):
+        with pytest.raises(UserError, match=f"{NAMES[1]}: nll: .*weights: nll on the validation set is NaN"):
             run_verb([verb, str(run)])
     assert names(run) == [*NAMES, "teacher", "student-0"] and not held(run)
     line = lines_of(run)[NAMES[1]]
@@ -339,7 +340,9 @@ def test_an_unusable_student_stops_no_checkpoint(run, tmp_path):
     tensors = load_file(weights)
     tensors["model.norm.weight"] *= 1e4
     save_file(tensors, weights, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"student-0: perplexity: .*student-0: perplexity on the hold-out is infinite"):
+    with pytest.raises(
+        UserError, match=r"student-0: perplexity: .*student-0: perplexity on the validation set is infinite"
+    ):
         run_verb(["evaluate", str(run)])
     assert names(run) == ["teacher", "student-0", *NAMES]
     line = lines_of(run)["student-0"]
@@ -414,7 +417,7 @@ def test_a_task_that_fails_stops_no_other(run, tmp_path, monkeypatch):
 
 
 def test_a_name_that_goes_while_checkpoints_are_listed_ends_nothing(run, monkeypatch):
-    """A temporary folder beside the stages, of another process: listed, and gone before it is looked into."""
+    """A temporary folder next to the stages, of another process: listed, and gone before it is looked into."""
     follower, gone = (
         Follower(Run.open(run), Meter(Run.open(run)), watching=False),
         run / "checkpoints" / "best.json.tmp-1",
@@ -558,7 +561,7 @@ def test_unreadable_best_ends_no_training(run, capfd):
 
 
 def test_curves_stand_at_their_steps_under_the_runs_own_id(run, capfd):
-    """TensorBoard, with training's event file beside; W&B offline, the same run, a step of its own."""
+    """TensorBoard, with training's event file next to; W&B offline, the same run, a step of its own."""
     from torch.utils.tensorboard.writer import SummaryWriter
 
     with SummaryWriter(str(run / "tensorboard")) as writer:

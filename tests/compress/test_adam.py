@@ -7,7 +7,7 @@ from torch import Tensor
 from megakd.compress.adam import fit_seed_form, fused, seed_form
 from megakd.compress.fit import Settings, fit_projection
 from megakd.compress.metric import Metric
-from megakd.compress.threads import lanes_over
+from megakd.compress.threads import threads_over
 from megakd.errors import UserError
 from megakd.models.shared_core import PROJECTIONS, dense_weight, make_form
 from tests.compress.test_fit import measured, relative_errors, weighted_errors
@@ -30,8 +30,8 @@ def test_first_step_is_adams_along_the_gradient_of_the_objective(weighted):
     whitened, lr = randn(4, 5, 7), 1e-3
     p = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
     left = torch.linalg.cholesky(torch.eye(5, dtype=torch.float64) + 0.1).expand(4, -1, -1) if weighted else None
-    with lanes_over(whitened, 2) as lanes:
-        before, after = (fit_seed_form(whitened, Metric(p, left, None), 2, 2, n, lr, lanes) for n in (0, 1))
+    with threads_over(whitened, 2) as threads:
+        before, after = (fit_seed_form(whitened, Metric(p, left, None), 2, 2, n, lr, threads) for n in (0, 1))
     scale = (p * whitened.square().mean((1, 2))).sum().sqrt()
     before[0], after[0] = before[0] / scale, after[0] / scale
     assert torch.allclose(before[0], (p[:, None, None] * whitened).sum(0) / scale)

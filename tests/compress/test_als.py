@@ -9,7 +9,7 @@ from torch import Tensor
 from megakd.compress import als as fit_als
 from megakd.compress.als import Wrappers, fit_wrappers
 from megakd.compress.metric import Metric
-from megakd.compress.threads import Lanes
+from megakd.compress.threads import Threads
 
 SIZES = [(3, 7, 11), (4, 9, 6)]  # experts, F, D; wide and tall
 
@@ -33,8 +33,8 @@ def problem(size: tuple[int, int, int], weighted: bool) -> tuple[Tensor, Metric]
     return weights if left is None else left.mT @ weights, Metric(p / p.sum(), left, None)
 
 
-def loop(experts: int) -> Lanes:
-    return Lanes([[slice(e, e + 1)] for e in range(experts)], None)
+def loop(experts: int) -> Threads:
+    return Threads([[slice(e, e + 1)] for e in range(experts)], None)
 
 
 def objective(whitened: Tensor, metric: Metric, core: Tensor, u: Tensor, s: Tensor, q: Tensor, v: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ def test_batched_is_the_loop(weighted):
     whitened, metric = problem((5, 30, 40), weighted)
     reference, _, total = fit_wrappers(whitened, metric, 2, 3, 5, 0, loop(5))
     for chunks in ([[slice(0, 5)]], [[slice(0, 2), slice(2, 4)], [slice(4, 5)]]):
-        fit, _, found = fit_wrappers(whitened, metric, 2, 3, 5, 0, Lanes(chunks, None))
+        fit, _, found = fit_wrappers(whitened, metric, 2, 3, 5, 0, Threads(chunks, None))
         assert found == pytest.approx(total, rel=1e-9)
         whole = slice(0, 5)
         if not weighted:

@@ -1,4 +1,4 @@
-"""Roots, shrinkage, weights of experts; lanes."""
+"""Roots, shrinkage, weights of experts; threads."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from megakd.compress.metric import (
     unwhiten_right,
     whiten,
 )
-from megakd.compress.threads import LANES, lanes_over
+from megakd.compress.threads import MOST, threads_over
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -75,9 +75,9 @@ def test_whitening_and_back(projection):
     h = moments(experts, f, tokens=900) if projection == "down" else moments(d, tokens=900)
     share = torch.tensor([0.0, 0.2, 0.3, 0.5], dtype=torch.float64)
     statistics = Statistics(share, h, h, torch.full((experts,), 900.0))
-    with lanes_over(weights) as lanes:
-        metric = make_metric(statistics, projection, 0.1, (3,), weights, lanes)
-        whitened = whiten(weights, metric, lanes)
+    with threads_over(weights) as threads:
+        metric = make_metric(statistics, projection, 0.1, (3,), weights, threads)
+        whitened = whiten(weights, metric, threads)
         for e in range(experts):
             half = metric.right if metric.left is None else metric.left[e]
             assert half is not None
@@ -85,7 +85,7 @@ def test_whitening_and_back(projection):
             inner = weights[e].T @ damped @ weights[e] if projection == "down" else weights[e] @ damped @ weights[e].T
             found = whitened[e].T @ whitened[e] if projection == "down" else whitened[e] @ whitened[e].T
             assert torch.allclose(found, inner)
-        assert torch.allclose(unwhiten_right(unwhiten_left(whitened, metric, lanes), metric), weights)
+        assert torch.allclose(unwhiten_right(unwhiten_left(whitened, metric, threads), metric), weights)
     # the floor, none for the exempt, a sum of 1; for down times how large hidden states are
     scale = h.diagonal(dim1=1, dim2=2).mean(1) if projection == "down" else torch.ones(experts, dtype=h.dtype)
     expected = (share * scale)[:3]
@@ -97,27 +97,29 @@ def test_whitening_and_back(projection):
 @pytest.mark.parametrize("experts", [1, 15, 16, 17, 128])
 @pytest.mark.parametrize("chunk", [None, 1, 3, 200])
 def test_lanes_hold_every_expert_once_in_order(experts, chunk):
-    with lanes_over(torch.zeros(experts, 2, 2), chunk) as lanes:
-        flat = [e for lane in lanes.map(list) for part in lane for e in range(part.start, part.stop)]
-        assert flat == list(range(experts)) and len(lanes.chunks) <= LANES
+    with threads_over(torch.zeros(experts, 2, 2), chunk) as threads:
+        flat = [e for chunks in threads.map(list) for part in chunks for e in range(part.start, part.stop)]
+        assert flat == list(range(experts)) and len(threads.chunks) <= MOST
 
 
 def test_lanes_run_in_threads_of_one_thread_each_and_give_the_number_back():
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        with lanes_over(torch.zeros(32, 2, 2), 1) as lanes:
-            assert lanes.pool is not None
+        with threads_over(torch.zeros(32, 2, 2), 1) as threads:
+            assert threads.pool is not None
             # also after torch has set up its own threads in them
-            inside = lanes.map(lambda lane: (torch.randn(300, 300) @ torch.randn(300, 300), torch.get_num_threads())[1])
+            inside = threads.map(
+                lambda chunks: (torch.randn(300, 300) @ torch.randn(300, 300), torch.get_num_threads())[1]
+            )
             assert set(inside) == {1} and torch.get_num_threads() == 1
         assert torch.get_num_threads() == 2
-        with pytest.raises(ValueError, match="lane"), lanes_over(torch.zeros(32, 2, 2), 1) as lanes:
-            lanes.map(_fails)
+        with pytest.raises(ValueError, match="chunks"), threads_over(torch.zeros(32, 2, 2), 1) as threads:
+            threads.map(_fails)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
 
 
-def _fails(lane: list[slice]) -> None:
-    raise ValueError(f"lane {lane}")
+def _fails(chunks: list[slice]) -> None:
+    raise ValueError(f"chunks {chunks}")

@@ -19,7 +19,7 @@ from megakd.compress.predict import (
     predicted_fit,
     spread,
 )
-from megakd.compress.threads import lanes_over
+from megakd.compress.threads import threads_over
 from megakd.errors import UserError
 from megakd.models.hub import Checkpoint, load_config
 from megakd.models.shared_core import PROJECTIONS, SHAPES, Form, free_and_core_rank, make_form, stored_parameters
@@ -130,8 +130,8 @@ def test_progress_ends_at_one():
 @for_each("counts", [(1,), (1, 2, 4), (3,)])
 def test_basis_curves_are_those_of_singular_value_decompositions(counts):
     weights = related(7, 5, 9).double()
-    with lanes_over(weights) as lanes:
-        curves = basis_curves(weights, counts, lanes)
+    with threads_over(weights) as threads:
+        curves = basis_curves(weights, counts, threads)
     for groups in counts:
         for k in range(10):
             lost = 0.0

@@ -7,7 +7,7 @@ from torch import Tensor
 from megakd.compress.als import fit_wrappers
 from megakd.compress.fit import Settings, fit_projection
 from megakd.compress.metric import Statistics, make_metric, times, unwhiten_left, whiten
-from megakd.compress.threads import lanes_over
+from megakd.compress.threads import threads_over
 from megakd.models.shared_core import Form, dense_weight
 from tests.compress.test_fit import randn
 
@@ -54,17 +54,18 @@ def test_units_that_cost_more_are_fitted_better(form):
 def test_a_column_of_costs_is_a_diagonal_metric():
     """[E, F, 1] and the same as matrices [E, F, F] give the same fit."""
     weights, statistics = randn(4, 9, 14).double(), measured_gate(4, 9, 14)
-    with lanes_over(weights) as lanes:
-        column = make_metric(statistics, "gate", 0.1, (), weights, lanes)
+    with threads_over(weights) as threads:
+        column = make_metric(statistics, "gate", 0.1, (), weights, threads)
         assert column.left is not None and column.left.shape == (4, 9, 1)
         square = column._replace(left=torch.diag_embed(column.left[:, :, 0]))
         fits = [
-            fit_wrappers(whiten(weights, metric, lanes), metric, 3, 2, 10, 0.0, lanes)[0] for metric in (column, square)
+            fit_wrappers(whiten(weights, metric, threads), metric, 3, 2, 10, 0.0, threads)[0]
+            for metric in (column, square)
         ]
         expanded = [
             times(m.left, f.core) + f.u @ (f.s.mT @ f.core) + f.q @ f.v.mT
             for m, f in zip((column, square), fits, strict=True)
         ]
         assert torch.allclose(*expanded, rtol=1e-6, atol=1e-9)
-        plain = [unwhiten_left(f.q, m, lanes) for m, f in zip((column, square), fits, strict=True)]
+        plain = [unwhiten_left(f.q, m, threads) for m, f in zip((column, square), fits, strict=True)]
         assert torch.allclose(plain[0].abs(), plain[1].abs(), rtol=1e-5, atol=1e-7)

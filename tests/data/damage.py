@@ -49,7 +49,7 @@ class Record(NamedTuple):
 
 @cache
 def whole_records() -> list[Record]:
-    """Two of each case; ids of the second one are not what its book was made for, so they take many raw bits."""
+    """Two of each case; ids of the second one are not what its codebook was made for, so they take many raw bits."""
     found = []
     for case in CASES:
         first, layout = example(case)

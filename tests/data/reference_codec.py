@@ -1,7 +1,7 @@
 """The record format once more, slow and obvious: Python loops over rows and entries, one big integer for the bits.
 
-Written from the description at the head of megakd/data/codec.py and independent of it and of its kernels; of a book it
-takes the order of the ids and the widths of the buckets, everything else is derived here. It trusts the record: a
+Written from the description at the head of megakd/data/codec.py and independent of it and of its kernels; of a codebook
+it takes the order of the ids and the widths of the buckets, everything else is derived here. It trusts the record: a
 damaged one ends in an AssertionError at best. Numbers are Python floats; only the result is float32.
 """
 
@@ -163,7 +163,7 @@ def read_header(data: bytes) -> Header:
 
 
 def plane_sizes(header: Header, layout: Any) -> dict[str, int]:
-    """Bytes of each plane, in their order; of entries a row there are two, low bytes and high bytes."""
+    """Bytes of each plane, in their order; of entries per row there are two, low bytes and high bytes."""
     size = header.positions
     return {
         "tails": header.temperatures * size,

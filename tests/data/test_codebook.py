@@ -11,7 +11,7 @@ SIZES = [1, 2, 5, 33, 255, 256, 257, 258, 400, 511, 513, 5000]
 
 
 def zipf(vocabulary: int, count: int, seed: int = 0) -> np.ndarray:
-    """Ids as teachers name them: few of them often, spread over the vocabulary at random."""
+    """Ids as teachers name them: few of them often, distributed over the vocabulary at random."""
     chooser = np.random.default_rng(seed)
     p = 1 / (np.arange(vocabulary) + 3.0)
     return chooser.permutation(vocabulary)[chooser.choice(vocabulary, count, p=p / p.sum())]
@@ -85,7 +85,7 @@ def test_ids_never_seen_have_places():
 
 
 def test_frequent_ids_have_narrow_buckets():
-    """As a code for what it was made of, a book costs little more than the entropy of the ids."""
+    """As a code for what it was made of, a codebook costs little more than the entropy of the ids."""
     later = zipf(5000, 50_000)
     book = build_book(later[::10], 5000)
     buckets = book.buckets[book.places[later]]
@@ -237,7 +237,7 @@ def test_an_archive_of_arrays_in_its_place(saved):
 
 
 def test_every_flipped_bit(saved):
-    """Content: refused. Header: refused, or what is not looked at and the book is the same."""
+    """Content: refused. Header: refused, or what is not looked at and the codebook is the same."""
     path, book = saved
     content = path.read_bytes()
     for bit in range(8 * len(content)):
@@ -251,7 +251,7 @@ def test_every_flipped_bit(saved):
 
 
 def named(folder: Path, packed: np.ndarray) -> str:
-    """Save numbers as a book of the name that belongs to them; the digest."""
+    """Save numbers as a codebook of the name that belongs to them; the digest."""
     digest = hashlib.sha256(packed.tobytes()).hexdigest()[:16]
     np.save(folder / f"book-{digest}.npy", packed)
     return digest

@@ -153,7 +153,7 @@ def test_held_out_depends_on_the_text_alone():
         share = sum(held_out(t, fraction) for t in texts) / len(texts)
         assert abs(share - fraction) < 4 * (fraction * (1 - fraction) / len(texts)) ** 0.5
         assert [held_out(t, fraction) for t in reversed(texts)] == [held_out(t, fraction) for t in texts][::-1]
-    assert all(held_out(t, 0.5) for t in texts if held_out(t, 0.2))  # a larger hold-out holds the smaller one
+    assert all(held_out(t, 0.5) for t in texts if held_out(t, 0.2))  # a larger validation set holds the smaller one
 
 
 def test_missing_file_is_named(tmp_path):

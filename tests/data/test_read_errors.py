@@ -1,4 +1,4 @@
-"""What the disk says when a sample is read: whose fault it is, and whether it is damage that may be left out."""
+"""What the disk says when a sample is read: whose fault it is, and whether it is damage that may be skipped."""
 
 import errno
 import os
@@ -36,7 +36,7 @@ def same(mine: Sample, theirs: Sample) -> bool:
 
 
 def error_of(shards: ShardSet, index: int) -> UserError:
-    """What a reader that leaves out damage raises all the same."""
+    """What a reader that skips damage raises all the same."""
     reader = Reader(shards, 1, skip=True)
     try:
         with pytest.raises(UserError) as caught:

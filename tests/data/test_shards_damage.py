@@ -18,7 +18,7 @@ from tests.data.small_shards import BOOK, LAYOUTS, TOKENS, error_of, facts, flip
 
 
 def test_no_manifest(folder, tmp_path):
-    """What makes one: tokenize for tokens, generate-logits for targets (there is a book), wherever they lie."""
+    """What makes one: tokenize for tokens, generate-logits for targets (there is a codebook), wherever they lie."""
     tokens = write(tmp_path / "tokens", kind=None)
     logits = Path(shutil.copytree(tokens, tmp_path / "logits" / "train"))
     for each, verb in ((folder, "generate-logits"), (tokens, "tokenize"), (logits, "generate-logits")):

@@ -731,7 +731,7 @@ def test_no_samples_give_no_rows(made):
 
 
 def test_no_label_is_lost_to_a_teacher_of_many_tokens(made, documents):
-    """A byte a token: 1,400 of 4,094 labels were left; the teacher's side is as long as it must be now."""
+    """A byte per token: 1,400 of 4,094 labels were left; the teacher's side is as long as it must be now."""
     student, teacher = made["digits"], byte_level(["a"], 257)
     samples = windows(student, documents, 256)[:8]
     labels = [len(one.tokens) - len(one.starts) for one in samples]

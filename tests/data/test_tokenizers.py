@@ -111,7 +111,7 @@ def test_packing_goes_on_from_any_window(seed, sequence_length):
 
 
 def test_document_numbers_with_gaps_are_kept():
-    """Hold-out documents are left out of the stream; cursors keep counting in the source's numbers."""
+    """Validation set documents are skipped of the stream; cursors keep counting in the source's numbers."""
     documents = {3: [1, 2, 3, 4], 8: [5, 6], 9: [7, 8, 9]}
     windows = list(pack(documents.items(), 4))
     assert [w.after for w in windows] == [Cursor(8, 0), Cursor(9, 3)]

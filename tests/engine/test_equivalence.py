@@ -47,7 +47,7 @@ def test_deepspeed_gives_the_local_curve(local_curve, sibling, zero, ranks, accu
 
 
 def check_zero_to_fp32(checkpoint: Path) -> None:
-    """DeepSpeed's script, as it lies in the checkpoint, gives the weights that were saved beside it."""
+    """DeepSpeed's script, as it lies in the checkpoint, gives the weights that were saved next to it."""
     state = checkpoint / "state"
     with Forked(state / "zero_to_fp32.py", state, state / "whole", stdout=subprocess.PIPE) as process:
         said, _ = process.communicate()

@@ -1,4 +1,4 @@
-"""Experts spread over two real ranks: the same losses, states and weights as on one rank that keeps them all.
+"""Experts distributed over two real ranks: the same losses, states and weights as on one rank that keeps them all.
 
 Started as a script this file is one rank: it runs every layout in turn, and writes what it saw as JSON.
 """
@@ -364,7 +364,7 @@ def rank(plan: Path) -> None:
             elif verb == "weights":
                 write_weights(Path(words[0]), engine.weights()) if world.first else list(engine.weights())
             elif verb == "border":
-                carried = engine.hand_over()
+                carried = engine.export_state()
                 weights = ((name.removeprefix("student."), tensor) for name, tensor in engine.weights())
                 if world.first:
                     write_weights(Path(words[0]), weights)
@@ -374,7 +374,7 @@ def rank(plan: Path) -> None:
                 barrier()
                 engine.close()
                 engine = begin(job, words[0], EVERYTHING, world, carried.updates)
-                engine.take_over(carried)
+                engine.import_state(carried)
             elif verb == "adam":
                 found = dict(adam(engine, world))
                 if world.first:

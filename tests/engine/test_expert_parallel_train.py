@@ -1,4 +1,4 @@
-"""`megakd train` with experts spread over two ranks, and on from there on one."""
+"""`megakd train` with experts sharded over two ranks, and on from there on one."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""Which steps make no update, and when a run goes back: rules alone, and real runs over windows that go wrong."""
+"""Which steps make no update, and when a run goes back: rules alone, and real runs over windows that fail."""
 
 import json
 import math
@@ -106,7 +106,7 @@ def test_training_stops_before_weights_are_lost_and_goes_on_without_the_step(sib
     assert len(rows) == 10 and rows[5]["loss"] is None and rows[5]["left_out_updates"] == 1
     assert "left_out_updates" not in rows[4] and all(math.isfinite(row["loss"]) for row in rows[6:])
     assert json.loads((stopped.folder / "metrics.jsonl").read_text().splitlines()[5])["loss"] is None
-    assert [event["step"] for event in Run.open(stopped.folder).events("left out")] == [6, 6]
+    assert [event["step"] for event in Run.open(stopped.folder).events("skipped")] == [6, 6]
 
 
 def test_spikes_are_left_out_and_a_run_goes_back(sibling, monkeypatch):
@@ -120,7 +120,7 @@ def test_spikes_are_left_out_and_a_run_goes_back(sibling, monkeypatch):
 
 
 def test_resumed_runs_know_what_is_usual(sibling, monkeypatch):
-    """The losses behind the median are in the checkpoint: a run that was cut leaves out the same steps."""
+    """The losses behind the median are in the checkpoint: a run that was cut skips the same steps."""
     settings = ["guard.spike=3", "guard.window=8", "guard.nonfinite=skip", "checkpoint.every_steps=1"]
     spoil(monkeypatch, {9: 40.0, 3: math.nan})
     whole, cut = sibling(), sibling()

@@ -200,7 +200,7 @@ def test_bfloat16_keeps_float32_weights(make, dataset):
 
 
 def test_float16_scales_its_loss_and_leaves_out_what_overflows(make, dataset, tmp_path: Path):
-    """The scale begins at 65,536: while it is too large updates are left out and it is halved; a resume keeps it."""
+    """The scale begins at 65,536: while it is too large updates are skipped and it is halved; a resume keeps it."""
     engine, exact = make(dtype="float16"), make()
     engine.scaler._init_scale = 2.0**40  # type: ignore[attr-defined]
     start, reports = weights(engine), []
@@ -275,12 +275,12 @@ def test_moments_cross_a_stage_border(make, dataset):
     experts = (LrRule(pattern="wrapper|shared_core", lr_multiplier=1.0), LrRule(pattern=".*", lr_multiplier=0.0))
     first, start = make(experts), weights(make(experts))
     run_steps(first, dataset, range(3))
-    carried = first.hand_over()
+    carried = first.export_state()
     names = {name for name, p in first.objective.named_parameters() if p.requires_grad}
     assert carried.tensors.keys() == names and set(carried.updates.values()) == {3}
     second = make((), updates=carried.updates)
     second.objective.load_state_dict(first.objective.state_dict())
-    second.take_over(carried)
+    second.import_state(carried)
     for name, p in second.objective.named_parameters():
         state = second.optimizer.state.get(p)
         if name in names:
@@ -298,9 +298,9 @@ def test_moments_cross_a_stage_border(make, dataset):
     straight, before = make(experts), make(experts)
     expected = run_steps(straight, dataset, range(4))[2:]
     run_steps(before, dataset, range(2))
-    after = make(experts, updates=before.hand_over().updates)
+    after = make(experts, updates=before.export_state().updates)
     after.objective.load_state_dict(before.objective.state_dict())
-    after.take_over(before.hand_over())
+    after.import_state(before.export_state())
     assert run_steps(after, dataset, range(2, 4)) == expected
 
 

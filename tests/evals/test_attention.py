@@ -146,7 +146,7 @@ def test_a_model_is_wholly_like_itself(family, dtype):
 
 
 def test_documents_of_one_labelled_token_do_not_count(teacher):
-    """What stands beside a document neither: each one's first position sees itself alone."""
+    """What stands next to a document neither: each one's first position sees itself alone."""
     guide = load_model(teacher, torch.float32).eval()
     student = dense_student().eval()
     alone: Any = [window([5, 6, 7, 8], [0])]

@@ -140,7 +140,7 @@ def test_sums_are_those_of_the_reference(holdout, teacher, noise):
 
 
 def test_the_teacher_agrees_with_itself(holdout, teacher):
-    """float32 logits: what is left is the rounding of stored targets to bytes."""
+    """float32 logits: what is left is the rounding of cached teacher logits to bytes."""
     quality = evaluate_model(load_model(teacher, torch.float32), holdout, 0.25, 8, CPU, "teacher")
     labelled = [
         holdout[i].targets.label_nll[collate([holdout[i]], len(holdout[i].tokens) - 1).labels[0].numpy() != IGNORED]
@@ -197,7 +197,7 @@ def test_evaluation_switches_dropout_off(holdout, teacher):
 
 @pytest.fixture(scope="module")
 def tokens(prepared):
-    """The same hold-out without targets."""
+    """The same validation set without targets."""
     shards = ShardSet(prepared / "data" / "tokens" / "holdout")
     yield shards
     shards.close()
@@ -224,7 +224,8 @@ def test_a_batch_without_targets_has_sums_of_its_own():
 
 
 def test_a_model_that_reads_the_text_in_its_own_tokens(tokens, teacher, tokenizer):
-    """With the hold-out's own tokenizer: the same, but for words that a window cuts, and that are encoded again."""
+    """With the validation set's own tokenizer: the same, but for words that a window cuts, and that are encoded "
+    "again."""
     model = load_model(teacher, torch.float32)
     expected = evaluate_model(model, tokens, 0.25, 8, CPU, "teacher")
     found = evaluate_model(model, tokens, 0.25, 8, CPU, "teacher", Tokenizers(tokenizer, tokenizer))
@@ -252,7 +253,7 @@ def test_sums_are_those_of_stored_logits_whatever_the_chunks(rows, block, dtype,
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_numbers_are_those_of_the_whole_models_logits(dtype, holdout, prepared, monkeypatch):
-    """The model called whole, all logits of the hold-out stored; chunks of 50 positions."""
+    """The model called whole, all logits of the validation set stored; chunks of 50 positions."""
     model = load_model(prepared / "student-0", dtype).eval()
     expected = [0.0] * 5
     for i in range(len(holdout)):
@@ -292,7 +293,7 @@ def watched(head, heights):
 
 
 class Windows:
-    """A hold-out in memory."""
+    """A validation set in memory."""
 
     folder = Path("memory")
 
@@ -331,7 +332,9 @@ def test_a_holdout_without_a_label_is_one_line(windows, stored, holdout, teacher
     sample = holdout[0]._replace(tokens=holdout[0].tokens[:3], starts=np.arange(3))  # documents of one token
     sample = sample if stored else sample._replace(targets=None)
     model = load_model(teacher, torch.float32)
-    with pytest.raises(UserError, match=r"memory: no position of the hold-out has a label; raise data.holdout_tokens"):
+    with pytest.raises(
+        UserError, match=r"memory: no position of the validation set has a label; raise data.holdout_tokens"
+    ):
         evaluate_model(model, Windows([sample] * windows, stored), 0.25, 8, CPU, "teacher")  # type: ignore[arg-type]
 
 

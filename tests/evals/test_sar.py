@@ -47,7 +47,7 @@ def trained(tmp_path_factory, recipe, tokenizer) -> Path:
 
 @pytest.fixture(scope="module")
 def captured(trained, tmp_path_factory) -> Path:
-    """The same with targets of the hold-out; read-only."""
+    """The same with targets of the validation set; read-only."""
     folder = tmp_path_factory.mktemp("captured") / "run"
     shutil.copytree(trained, folder)
     in_process("generate-logits", folder)
@@ -84,8 +84,8 @@ def events(run: Path, kind: str) -> list[dict[str, Any]]:
 def change_routers(checkpoint: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """As if training had made these of them."""
     shutil.rmtree(checkpoint / "checksums")
-    tensors = {name: change(tensor) for name, tensor in load_file(checkpoint / "beside.safetensors").items()}
-    save_file(tensors, checkpoint / "beside.safetensors")
+    tensors = {name: change(tensor) for name, tensor in load_file(checkpoint / "auxiliary.safetensors").items()}
+    save_file(tensors, checkpoint / "auxiliary.safetensors")
 
 
 def pieces(holdout: ShardSet) -> Iterator[list[int]]:
@@ -112,7 +112,7 @@ def reference_nll(model: Any, holdout: ShardSet) -> float:
 
 def teacher_with(teacher: Path, checkpoint: Path) -> Any:
     model = load_model(teacher, torch.float32).eval()
-    routers = load_file(checkpoint / "beside.safetensors")
+    routers = load_file(checkpoint / "auxiliary.safetensors")
     for layer in range(2):
         model.get_parameter(GATE.format(layer)).data = routers[f"routers.model:layers:{layer}:mlp:gate.weight"]
     return model
@@ -245,7 +245,8 @@ def test_attention_is_compared_with_the_teacher_as_it_was(run, teacher):
 def test_watch_wants_a_measure_that_it_has(run):
     said = watch(run, "eval.best=kl", code=2)
     assert (
-        "megakd: eval.best: kl needs the teacher's targets of the hold-out, which are not stored; run: megakd " in said
+        "megakd: eval.best: kl needs the teacher's targets of the validation set, which are not stored; run: megakd "
+        in said
     )
     assert not lines(run)
     assert "auto ranks checkpoints by perplexity" in watch(run, "eval.best=auto")
@@ -296,7 +297,7 @@ def test_what_is_finished_outlives_a_kill(compared, monkeypatch):
 
 @pytest.mark.parametrize("how", ["one bit", "missing", "other shape", "one of two"])
 def test_a_checkpoint_with_bad_routers_is_named_and_left_out(how, compared):
-    path = compared / "checkpoints" / NAMES[1] / "beside.safetensors"
+    path = compared / "checkpoints" / NAMES[1] / "auxiliary.safetensors"
     content = path.read_bytes()
     if how == "one bit":
         path.write_bytes(content[:-5] + bytes([content[-5] ^ 1]) + content[-4:])
@@ -310,9 +311,11 @@ def test_a_checkpoint_with_bad_routers_is_named_and_left_out(how, compared):
     said = watch(compared, code=2)
     assert list(lines_of(compared)) == [NAMES[0], NAMES[2]]
     (event,) = events(compared, "bad_checkpoint")
-    assert event["checkpoint"] == NAMES[1] and "beside.safetensors" in event["reason"] and "\n" not in event["reason"]
-    assert f"{NAMES[1]} cannot be evaluated and is left out" in said
-    assert "left out" not in watch(compared, code=2)
+    assert (
+        event["checkpoint"] == NAMES[1] and "auxiliary.safetensors" in event["reason"] and "\n" not in event["reason"]
+    )
+    assert f"{NAMES[1]} cannot be evaluated and is skipped" in said
+    assert "skipped" not in watch(compared, code=2)
     if how in ("one bit", "missing"):  # another content is tried
         path.unlink(missing_ok=True)
         path.write_bytes(content)
@@ -326,7 +329,7 @@ def test_nan_of_the_teacher_with_new_routers_is_null(compared):
     said = watch(compared, code=2)
     assert (
         f"{NAMES[1]}: teacher_nll: " in said
-        and "the teacher with these routers: teacher_nll on the hold-out is NaN" in said
+        and "the teacher with these routers: teacher_nll on the validation set is NaN" in said
     )
     line = lines_of(compared)[NAMES[1]]
     assert list(lines_of(compared)) == NAMES and line["kl"] > 0 and line["nll"] > 0
@@ -385,7 +388,9 @@ def test_a_teacher_with_another_tokenizer_reads_the_same_text_in_its_own(trained
     assert "the teacher has another tokenizer; set eval.best=perplexity" in watch(run, "eval.best=kl", code=2)
     in_process("watch", run, "--once", "eval.best=auto")
     said = in_process("evaluate", run, "eval.attention=2")
-    assert "the teacher has another tokenizer than the student" in said and said.count("hold-out: no attention") == 1
+    assert (
+        "the teacher has another tokenizer than the student" in said and said.count("validation set: no attention") == 1
+    )
     found = lines_of(run)
     holdout = ShardSet(run / "data" / "tokens" / "holdout")
     model = load_model(folder, torch.float32).eval()
@@ -432,9 +437,9 @@ def test_routers_go_into_a_teacher_of_any_family_as_training_wrote_them(family, 
     whole = nn.ModuleDict({"routers": held, "projector": nn.Linear(3, 2)})
     tensors = {**dict(whole.named_parameters()), **dict(saved_buffers(whole))}
     tensors = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-    save_file(tensors, tmp_path / "beside.safetensors")
+    save_file(tensors, tmp_path / "auxiliary.safetensors")
     routers = find_routers(teacher, "here")
-    set_routers(routers, tmp_path / "beside.safetensors")
+    set_routers(routers, tmp_path / "auxiliary.safetensors")
     for (name, mine), (_, theirs) in zip(teacher.named_parameters(), trained.named_parameters(), strict=True):
         assert torch.equal(mine, theirs), name
     for (name, mine), (_, theirs) in zip(teacher.named_buffers(), trained.named_buffers(), strict=True):
@@ -453,4 +458,6 @@ def test_a_holdout_without_a_whole_document_is_refused(recipe, tokenizer, tmp_pa
     path = sar_recipe(recipe, tmp_path, tokenizer)
     in_process("new", tmp_path / "run", "--from", path, "data.holdout_tokens=32")
     said = in_process("tokenize", tmp_path / "run", code=2)  # before hours of training, not by `evaluate` after them
-    assert "32 tokens end inside the first document of the hold-out" in said and "evaluate needs a whole one" in said
+    assert (
+        "32 tokens end inside the first document of the validation set" in said and "evaluate needs a whole one" in said
+    )

@@ -241,7 +241,7 @@ PIQA = {
 HELLASWAG = {
     "ind": pyarrow.array([1, 2], pyarrow.int32()),
     "activity_label": ["Washing", "Reading [x]"],
-    "ctx_a": ["A man washes a car.", "A woman opens a book."],
+    "ctx_a": ["A man washes a car.", "A woman opens a codebook."],
     "ctx_b": ["he", "she"],
     "ctx": ["", ""],
     "endings": [["dries it.", "eats it.", "flies.", "sings."], ["runs.", "reads it. [title] Then", "swims.", "cooks."]],
@@ -269,7 +269,7 @@ def test_shipped_tasks_read_files_of_their_packages_schema(name, place, columns,
         prompts = [f"Question: {goal}\nAnswer:" for goal in PIQA["goal"]]
         choices = list(zip(PIQA["sol1"], PIQA["sol2"], strict=True))
     else:
-        prompts = ["Washing: A man washes a car. He", "Reading : A woman opens a book. She"]
+        prompts = ["Washing: A man washes a car. He", "Reading : A woman opens a codebook. She"]
         choices = [HELLASWAG["endings"][0], ["runs.", "reads it.. Then", "swims.", "cooks."]]
     scores = [[slow(p, f" {c}")[0] for c in cs] for p, cs in zip(prompts, choices, strict=True)]
     right = [s.index(max(s)) == answer for s, answer in zip(scores, (0, 1), strict=True)]

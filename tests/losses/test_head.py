@@ -359,11 +359,11 @@ def test_under_autocast_products_are_in_its_dtype():
         found = differentiated(run, hidden.float(), weight.float())
     assert found[0] == expected[0]
     for mine, theirs in zip(found[1], expected[1], strict=True):
-        assert (mine - theirs).norm() <= 5e-3 * theirs.norm()  # theirs is rounded when it is handed over
+        assert (mine - theirs).norm() <= 5e-3 * theirs.norm()  # theirs is rounded when it is passed on
 
 
 def test_the_gradient_of_a_head_is_summed_in_float32():
-    """Sums over many chunks in bfloat16 lose what is small beside them."""
+    """Sums over many chunks in bfloat16 lose what is small next to them."""
     labels, targets, stored = stored_targets("ghost", 2.0)
     hidden, weight = inputs(torch.bfloat16)
     many = TeacherTargets(*(field.repeat(40, *(1,) * (field.ndim - 1)) for field in targets))
@@ -378,7 +378,7 @@ def test_gradients_are_handed_over_once():
     hidden, weight = inputs()
     total = fused_run(labels, Sparse(targets, stored, "ghost"), 0.5, 2.0)(hidden, nn.Parameter(weight)).total
     total.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="handed over by an earlier backward"):
+    with pytest.raises(RuntimeError, match="passed on by an earlier backward"):
         total.backward()
 
 
@@ -425,7 +425,7 @@ def allocations() -> Iterator[Any]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("form", ["ghost", "capped", "online"])
 def test_peak_memory_is_the_gradients_and_two_buffers(allocations, monkeypatch, form, dtype):
-    """Of [chunk, V] in float32, at sizes where what is small beside them is small."""
+    """Of [chunk, V] in float32, at sizes where what is small next to them is small."""
     tokens, vocabulary, size, chunk = 96, 40_000, 32, 24
     monkeypatch.setitem(fused.CHUNK_BYTES, "cpu", chunk * 4 * vocabulary)
     monkeypatch.setitem(fused.BLOCK_BYTES, "cpu", 4 * vocabulary)
@@ -440,7 +440,7 @@ def test_peak_memory_is_the_gradients_and_two_buffers(allocations, monkeypatch, 
     peak = allocations(lambda: head(hidden, labels, teacher, 0.5, 2.0).total.backward())
     gradients = 4 * (weight.numel() + hidden.numel())
     if dtype == torch.bfloat16:
-        gradients += 2 * weight.numel()  # as which the head's, summed in float32, is handed over
+        gradients += 2 * weight.numel()  # as which the head's, summed in float32, is passed on
     buffers = 2 if form != "ghost" else 1 if dtype == torch.float32 else 1.5
     some_rows = 12 if form == "online" else 2
     assert peak <= gradients + (buffers * chunk + some_rows) * 4 * vocabulary + 2**18

@@ -58,7 +58,7 @@ def unmoved_by_what_does_not_count(loss: Loss, student: Tensor, teacher: Tensor,
 
 
 def sum_of_its_windows(loss: Loss, student: Tensor, teacher: Tensor, mask: Tensor) -> None:
-    """Value and gradients of a batch are those of its windows, whatever lies beside them."""
+    """Value and gradients of a batch are those of its windows, whatever lies next to them."""
     value, *both = gradients(loss, student, teacher, mask)
     singles = [gradients(loss, *(x[i : i + 1] for x in (student, teacher, mask))) for i in range(len(mask))]
     assert value.item() == pytest.approx(sum(single[0].item() for single in singles), rel=1e-12)

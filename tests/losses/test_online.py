@@ -235,7 +235,7 @@ def test_no_logits_are_kept_and_the_gradients_go_once(monkeypatch):
     total = inputs.loss(0.3, 2.0).total
     assert len(made) == 4 * 6 and not any(ref() is not None for ref in made)
     inputs.gradients(total * 2)
-    with pytest.raises(RuntimeError, match="handed over by an earlier backward"):
+    with pytest.raises(RuntimeError, match="passed on by an earlier backward"):
         inputs.gradients(total * 2)
 
 

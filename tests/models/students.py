@@ -82,7 +82,7 @@ def make_model(family: str) -> Any:
 
 
 def factors(weights: Tensor, projection: str, form: Form) -> dict[str, Tensor]:
-    """Tensors of one projection by their names in a block: the best free wrapper beside random others."""
+    """Tensors of one projection by their names in a block: the best free wrapper next to random others."""
     generator = torch.Generator().manual_seed(1)
     w = (weights.mT if projection == "down" else weights).double()  # [E, F, D]
     experts, f, d = w.shape

@@ -122,7 +122,7 @@ def test_a_wrong_number_of_experts_is_named(count, tmp_path):
 
 
 def test_more_experts_in_the_files_than_in_the_config_are_not_left_out_in_silence(tmp_path):
-    """The hub's layout too: a config that says 3 beside a checkpoint of 4 is another model's."""
+    """The hub's layout too: a config that says 3 next to a checkpoint of 4 is another model's."""
     extra = {f"model.layers.0.mlp.experts.3.{p}_proj.weight": torch.zeros(SPEC.shapes(CONFIG)[p]) for p in PROJECTIONS}
     write_weights(tmp_path, (hub_layout() | extra).items())
     with refused(tmp_path, "model.layers.0.mlp.experts.3.up_proj.weight", "config.json says 3 experts"):

@@ -36,7 +36,7 @@ def learned(teacher: TeacherRouters) -> dict[str, torch.Tensor]:
 
 
 def test_every_family_is_read_by_the_names_of_its_modules(folder):
-    """Whatever its files call them; what does not learn, such as a correction bias, is left out."""
+    """Whatever its files call them; what does not learn, such as a correction bias, is skipped."""
     teacher, model = TeacherRouters(folder), load_model(folder, torch.float32)
     parameters = dict(model.named_parameters())
     gates = [name for name in parameters if name.endswith(".mlp.gate.weight")]

@@ -266,9 +266,9 @@ assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.
 """
 
 
-@pytest.mark.parametrize("installed", [False, True], ids=["alone", "beside megakd"])
+@pytest.mark.parametrize("installed", [False, True], ids=["alone", "next to megakd"])
 def test_the_folder_alone_is_enough_for_those_who_trust_it(mixed, tokens, tmp_path, installed):
-    """Also saved again from there, and beside an installed MegaKD."""
+    """Also saved again from there, and next to an installed MegaKD."""
     tokens = tokens % 61
     torch.save(tokens, tmp_path / "tokens")
     script = ("import megakd\n" if installed else "") + TRUSTED

@@ -18,7 +18,7 @@ TRAINING = [
     "KL(teacher || student), T = 1",
     "learning rate",
     "gradient norm",
-    "tokens a second",
+    "tokens/s",
 ]
 EVALUATION = ["held-out perplexity", "held-out KL(teacher || student)", "top-1 agreement"]
 
@@ -103,7 +103,7 @@ COMPRESS = {
 
 
 def drawn(svg: str) -> set[str]:
-    """Texts of a plot: matplotlib leaves each as a comment beside its outlines."""
+    """Texts of a plot: matplotlib leaves each as a comment next to its outlines."""
     return set(re.findall(r"<!-- (.*?) -->", svg))
 
 

@@ -43,7 +43,7 @@ def trained(begun, tmp_path_factory) -> Run:
 
 
 def beside(run: Run, checkpoint: str) -> dict[str, torch.Tensor]:
-    return load_file(run.path("checkpoints", checkpoint, "beside.safetensors"))
+    return load_file(run.path("checkpoints", checkpoint, "auxiliary.safetensors"))
 
 
 def test_student_and_routers_are_trained_and_nothing_else(trained, teacher):
@@ -128,7 +128,7 @@ def test_a_teacher_with_another_tokenizer_teaches_over_spans(across):
     assert {"ce", "span_kl", "features", "teacher_ce", "teacher_drift"} <= rows[0].keys() and "kl" not in rows[0]
     assert rows[-1]["span_kl"] < rows[0]["span_kl"] and rows[-1]["features"] < rows[0]["features"]
     assert rows[0]["router_anchor"] == 0 < rows[-1]["router_anchor"]
-    names = load_file(across / "checkpoints/second/step-000007/beside.safetensors")
+    names = load_file(across / "checkpoints/second/step-000007/auxiliary.safetensors")
     assert sorted(names)[0] == "projector.weight" and len(names) == 3
 
 

@@ -1,4 +1,4 @@
-"""Evaluation on a hold-out against a plain forward pass of the same model: peak memory, wall clock, processor time.
+"""Evaluation on a validation set against a plain forward pass of the same model: memory, wall clock, processor time.
 
 `stored logits` is how `megakd evaluate` worked before: logits of the whole batch, copied to the CPU, compared there.
 `chunked head` is `evaluate_model`. Weights, tokens and targets are random: what an evaluation takes does not depend on
@@ -40,7 +40,7 @@ CASES = {
 
 
 class Windows:
-    """A hold-out in memory with random targets, as `evaluate_model` reads one."""
+    """A validation set in memory with random targets, as `evaluate_model` reads one."""
 
     folder, layout = "memory", True
 

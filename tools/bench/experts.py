@@ -139,6 +139,6 @@ def forward(form: Callable[..., Tensor], x: Tensor, expert: Tensor, weight: Tens
 
 
 def forward_backward(form: Any, x: Tensor, expert: Tensor, weight: Tensor) -> None:
-    """Gradients of all parameters and of the input, which are let go at once."""
+    """Gradients of all parameters and of the input, which are freed at once."""
     x = x.detach().requires_grad_()
     torch.autograd.grad(form(x, expert, weight).square().sum(), [x, *form.parameters()])

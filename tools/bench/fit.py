@@ -105,7 +105,7 @@ def solvers(name: str, weights: Tensor, steps: tuple[int, ...]) -> list[Row]:
 
 
 def forms(name: str, weights: Tensor, rank: int) -> list[Row]:
-    """The seeds' form of equal ranks, U_out, S_out [F, R] and U_in, V_in [D, R], against as many numbers as stored."""
+    """The original proposal's form, U_out, S_out [F, R] and U_in, V_in [D, R], at the same number of values stored."""
     _, rows, columns = weights.shape
     numbers = 2 * rank * (rows + columns)
     form = best_split(weights, "gate", numbers, Settings())

@@ -1,4 +1,4 @@
-"""A step with a teacher that is asked while training, against the loop that one writes by hand: time and memory.
+"""A step with a live teacher, against the loop that one writes by hand: time and memory.
 
 By hand: both models' logits whole, cross_entropy and kl_div of them, AdamW. Weights and tokens are random: what a step
 takes does not depend on what is learned. float32 on one core of a CPU, float16 on a GPU within 8 GiB.

@@ -32,7 +32,7 @@ STORED = Stored(True, (1.0, TEMPERATURE), None)
 
 
 class Case(NamedTuple):
-    """What every method gets; teacher_ND and teacher_VD are for those that know no stored targets."""
+    """What every method gets; teacher_ND and teacher_VD are for those that know no cached teacher logits."""
 
     hidden_ND: Tensor
     weight_VD: nn.Parameter
@@ -138,7 +138,7 @@ def densified_loss(case: Case) -> Tensor:
 
 
 def teacher_in_chunks(case: Case) -> Dense:
-    """A teacher that is there: its logits are made a chunk at a time, like the student's."""
+    """A live teacher: its logits are made a chunk at a time, like the student's."""
     return Dense(lambda chunk: case.teacher_ND[chunk] @ case.teacher_VD.T)
 
 
@@ -156,7 +156,7 @@ def others(case: Case) -> dict[str, Callable[[], Tensor]]:
 
         found["TRL GKD, JSD"] = gkd
     except Exception as error:  # whatever an import of theirs may raise
-        print(f"TRL's loss is left out: {error}")
+        print(f"TRL's loss is skipped: {error}")
     try:
         liger: Any = importlib.import_module("liger_kernel.chunked_loss")
         jsd = liger.LigerFusedLinearJSDLoss(
@@ -166,7 +166,7 @@ def others(case: Case) -> dict[str, Callable[[], Tensor]]:
             case.hidden_ND, case.weight_VD, case.teacher_ND, case.teacher_VD, case.labels_N
         )
     except Exception as error:
-        print(f"Liger's loss is left out: {error}")
+        print(f"Liger's loss is skipped: {error}")
     return found
 
 

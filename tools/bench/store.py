@@ -39,7 +39,7 @@ def synthetic_logits(positions: int, seed: int, vocabulary: int = SYNTHETIC_VOCA
 
     The constants were chosen so that what counts for a store comes out near a real model (SmolLM2-135M on English, in
     brackets), a little sharper, as a larger teacher is: outside the top 64 lie 7 % [9] at T = 1; 49 [52] entries exceed
-    3e-4 and 37 [39] exceed 1e-3; an id costs about 7 [7] bits in the book. The table says what they came to.
+    3e-4 and 37 [39] exceed 1e-3; an id costs about 7 [7] bits in the codebook. The table says what they came to.
     """
     shape, noise = torch.Generator().manual_seed(1234), torch.Generator().manual_seed(seed)
     directions_VD = torch.randn(vocabulary, 64, generator=shape) / 8
@@ -89,7 +89,7 @@ def capture(
     aside: int,
     vocabulary: int,
 ) -> dict[str, Material]:
-    """The same logits kept under every setting; the book comes from the first `aside` positions, not measured."""
+    """The same logits kept under every setting; the codebook comes from the first `aside` positions, not measured."""
     parts: dict[str, list[TeacherTargets]] = {name: [] for name in settings}
     labels = []
     positions = aside + records * LENGTH
@@ -176,7 +176,7 @@ def arrays(sample: Sample) -> dict[str, np.ndarray]:
 
 
 def as_targets(fields: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
-    """What a trainer takes: float32 log-probabilities beside the ids."""
+    """What a trainer takes: float32 log-probabilities next to the ids."""
     floats = (fields[name].astype(np.float32) for name in ("topk_values", "log_tails", "label_nll"))
     return (fields["input_ids"], fields["topk_indices"], *floats)
 
@@ -318,7 +318,7 @@ def times(
 
 
 def seconds(action: Callable[[Any], Any], items: Sequence[Any]) -> float:
-    """For all items, one after the other, at least IN_A_ROW; what comes out is let go at once, as a stream does."""
+    """For all items, one after the other, at least IN_A_ROW; what comes out is freed at once, as a stream does."""
     rounds = -(-IN_A_ROW // len(items))
     start = time.perf_counter()
     for _ in range(rounds):

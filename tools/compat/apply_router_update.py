@@ -4,10 +4,10 @@
     python tools/compat/apply_router_update.py Qwen/Qwen3-30B-A3B router_update.pt OUT --revision main
 
 TEACHER: a folder, or a hub id. UPDATE: what `megakd export` writes, .safetensors or .pt, its folder or the export's.
-OUT gets the teacher's tensors by their names, in their types, and all files beside them. A router_update.json that lies
-beside UPDATE says which teacher it belongs to; another one is refused. Without it names and shapes alone are checked.
-Routers learn in float32. Where the teacher's are bfloat16, a part of what they learned is rounded away; the tool says
-how much. A token takes as many experts as config.json says, whatever the routers were trained with.
+OUT gets the teacher's tensors by their names, in their types, and all files next to them. A router_update.json that
+lies next to UPDATE says which teacher it belongs to; another one is refused. Without it names and shapes alone are
+checked. Routers learn in float32. Where the teacher's are bfloat16, a part of what they learned is rounded away; the
+tool says how much. A token takes as many experts as config.json says, whatever the routers were trained with.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def apply(name: str, revision: str | None, update: Path, out: Path) -> None:
 
 
 def copy_others(source: Path, target: Path) -> None:
-    """Copy what lies in a model's folder beside the weights: config.json, tokenizer, card, licence, code."""
+    """Copy what lies in a model's folder next to the weights: config.json, tokenizer, card, licence, code."""
     target.mkdir(exist_ok=True)
     for path in sorted(source.iterdir()):
         index = path.name == INDEX or path.name.endswith(".index.json")

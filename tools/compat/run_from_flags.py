@@ -1,7 +1,7 @@
 """What tools that start a run from flags share: numbers, errors of one line, the run of a recipe, its verbs to the end.
 
-The run lies in --output_dir and is made from --output_dir/recipe.json. The same flags again resume it. Live fields may
-change, others are refused once there is data. The student ends in --output_dir/student; of a teacher whose routers
+The run lies in --output_dir and is made from --output_dir/recipe.json. The same flags again resume it. mutable settings
+may change, others are refused once there is data. The student ends in --output_dir/student; of a teacher whose routers
 learned (objective.kind=sar) they lie in --output_dir/router_update.safetensors, .pt and .json.
 """
 
@@ -112,7 +112,7 @@ def say_unused(names: Sequence[str]) -> None:
 def settled(value: dict[str, Any], overrides: Sequence[str], kind: str, source: str) -> dict[str, Any]:
     """A recipe with overrides, models and files by their whole path: the run may go on from anywhere.
 
-    Fields that flags gave and that have no effect are named and left out; of overrides `new` refuses them.
+    Fields that flags gave and that have no effect are named and skipped; of overrides `new` refuses them.
     source: what an error names. UserError where values do not fit, or a model is missing.
     """
     value = apply_overrides(value, overrides)
@@ -199,7 +199,7 @@ def _check_foreign(folder: Path, value: dict[str, Any]) -> None:
 
 
 def to_the_end(run: Run, compares: bool, evaluate: bool = True) -> None:
-    """Every verb of a run, each leaving out what is finished; prints them first, for who wants to go on by hand.
+    """Every verb of a run, each skipping what is finished; prints them first, for who wants to go on by hand.
 
     compares: whether evaluate can tell how far the student is from the teacher, which needs one tokenizer.
     """
@@ -219,7 +219,7 @@ def to_the_end(run: Run, compares: bool, evaluate: bool = True) -> None:
 
 
 def publish_routers(run: Run) -> None:
-    """Copies of the exported routers beside the student's folder."""
+    """Copies of the exported routers together with the student's folder."""
     for suffix in (".safetensors", ".json", ".pt"):
         with publishing(run.path(UPDATE + suffix)) as temporary:
             shutil.copyfile(run.path(STUDENT, UPDATE, UPDATE + suffix), temporary)

@@ -12,7 +12,7 @@ FOLDER is a Hugging Face folder with the stock model's config.json and these ten
 All other tensors have the hub's names.
 
 A student (megakd/models/shared_core.py) stores the product of the core with the wrapper on the side of the hidden size:
-for gate and up Q = L C U_in with L = I + U_out S_out^T, beside V = S_in; down is the mirror. from-seed multiplies.
+for gate and up Q = L C U_in with L = I + U_out S_out^T, next to V = S_in; down is the mirror. from-seed multiplies.
 to-seed solves L C U_in = Q by least squares, in float64. With F <= D and a core of full rank that is exact, whatever Q
 is. U_in may be huge where L is nearly singular, hence float32: in bfloat16 the products can be wrong by a third. Every
 expert is multiplied out from what was written, and an error above 1e-3 is refused.
@@ -171,7 +171,7 @@ def from_seed(source: Path, out: Path, dtype: str | None) -> None:
         i for i in spec.moe_layers(config) if f"model.layers.{i}.mlp.shared_core.gate_proj.weight" in checkpoint.files
     ]
     if is_student(config) or not layers:
-        raise UserError(f"{source}: no stock config.json beside shared cores with unfused wrappers; see --help")
+        raise UserError(f"{source}: no stock config.json next to shared cores with unfused wrappers; see --help")
     first = checkpoint.tensor(f"model.layers.{layers[0]}.mlp.shared_core.gate_proj.weight")
     target = getattr(torch, dtype) if dtype else first.dtype
     forms: dict[int, dict[str, Form]] = {layer: {} for layer in layers}

@@ -20,10 +20,10 @@ The loss a token is  (1 - alpha) CE + alpha T^2 KL(teacher || student)  with alp
 So the whole loss is divided by alpha_kd + alpha_ce. The three weights of router terms are divided by it too: what is
 minimised is the same. These terms have no unit here: |W - W0|^2 / |W0|^2, 1 - H / log E, and the load balance.
 
-Two defaults are not those of these scripts. --router_lr is a tenth of --student_lr, for at the student's own rate a
-teacher was seen to collapse to the student (docs/online-distillation.md). --router_anchor_weight is larger, for the
-anchor is relative here. A student with another tokenizer than the teacher's learns from spans of text instead of the
-KL.
+Two defaults are not those of the published scripts. --router_lr is a tenth of --student_lr, for at the student's own
+rate a teacher was seen to collapse to the student (docs/online-distillation.md). --router_anchor_weight is larger, for
+the anchor is relative here. A student with another tokenizer than the teacher's learns from spans of text instead of
+the KL.
 """
 
 import argparse

@@ -104,7 +104,7 @@ def write_hdf5(shards: ShardSet, out: Path, level: int) -> None:
             if log_tails is not None:
                 log_tails[index] = _padded(targets.log_tails, length, -np.inf)
             progress.update(1)
-    progress.close(f"{out}: {out.stat().st_size / shards.tokens:.1f} bytes a token")
+    progress.close(f"{out}: {out.stat().st_size / shards.tokens:.1f} bytes per token")
 
 
 def _padded(array: np.ndarray, length: int, filler: Any) -> np.ndarray:

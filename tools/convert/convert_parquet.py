@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def write_parquet(shards: ShardSet, out: Path) -> None:
-    """A window a row, the most probable entries first, what is no entry left out; a row group at a time."""
+    """A window a row, the most probable entries first, what is no entry skipped; a row group at a time."""
     out = check_file(out)
     facts = exported(shards)
     schema = _schema(facts)
@@ -82,7 +82,7 @@ def write_parquet(shards: ShardSet, out: Path) -> None:
                 writer.write_batch(_batch(group, schema))
                 group, entries = [], 0
             progress.update(1)
-    progress.close(f"{out}: {out.stat().st_size / shards.tokens:.1f} bytes a token")
+    progress.close(f"{out}: {out.stat().st_size / shards.tokens:.1f} bytes per token")
 
 
 def _schema(facts: dict[str, Any]) -> pa.Schema:

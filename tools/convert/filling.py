@@ -66,7 +66,7 @@ def fill(
 
 
 def _begin(folder: Path, plan: Plan) -> bool:
-    """Claim the folder; False when it holds all of the plan, UserError when it holds something else."""
+    """Lock the folder; False when it holds all of the plan, UserError when it holds something else."""
     if (folder / "manifest.json").exists():
         found = read_manifest(folder)
         if (found["facts"], found.get("origin")) != (plan.facts, plan.whole_origin):

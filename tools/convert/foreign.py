@@ -93,7 +93,7 @@ def _from_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def convert(source: Source, args: argparse.Namespace, title: str) -> None:
-    """Write a source as a folder of logit shards with a book from its first positions."""
+    """Write a source as a folder of logit shards with a codebook from its first positions."""
     check_free(args.shards)
     first = next(source.rows(0))
     if args.split_at_end and first.starts is not None:
@@ -148,7 +148,7 @@ def check_stated(path: Path, facts: dict[str, Any]) -> None:
 
 
 def exported(shards: ShardSet) -> dict[str, Any]:
-    """The facts that a foreign file made of these shards states; UserError when it has no place for what they hold."""
+    """The facts that a foreign file made of MegaKD's shards states; UserError for what it has no place for."""
     facts = shards.facts
     if shards.layout is None:
         raise UserError(f"{shards.folder}: holds tokens alone; name a folder that generate-logits made")
@@ -156,7 +156,7 @@ def exported(shards: ShardSet) -> dict[str, Any]:
         raise UserError(f"{shards.folder}: holds draws alone (profile {facts['profile']}), which have no place there")
     if not facts["draws"]:
         return facts
-    say(f"{shards.folder}: the draws are left out, the head and its tails stay")
+    say(f"{shards.folder}: the draws are skipped, the head and its tails stay")
     return {**facts, "profile": "topk", "draws": 0, "draw_temperature": None, "draw_seed": None}
 
 
@@ -246,7 +246,7 @@ def _check_limits(source: Source, facts: dict[str, Any]) -> None:
     if source.longest > length + 1:
         raise UserError(f"{source.path}: windows of {source.longest} tokens do not fit a sequence length of {length}")
     if not 1 <= top_k <= min(MOST_ENTRIES, vocab_size):
-        raise UserError(f"{source.path}: {top_k} entries a row, the vocabulary of the tokenizer has {vocab_size} ids")
+        raise UserError(f"{source.path}: {top_k} entries per row, the vocabulary of the tokenizer has {vocab_size} ids")
 
 
 def _describe(source: Source, reading: Reading, rows: list[Row], samples: list[Sample]) -> None:
@@ -257,11 +257,11 @@ def _describe(source: Source, reading: Reading, rows: list[Row], samples: list[S
     kept = sum(int((s.targets.logprobs > -np.inf).sum()) for s in samples if s.targets)
     read, following = (sum(_among(sample, shift) for sample in samples) / positions for shift in (0, 1))
     say(
-        f"{source.path}: {source.count} windows; in the first {len(rows)} of them {entries / positions:.1f} entries a "
-        f"position, the next token among them at {following:.0%}, the token just read at {read:.0%}"
+        f"{source.path}: {source.count} windows; in the first {len(rows)} of them {entries / positions:.1f} entries "
+        f"per position, the next token among them at {following:.0%}, the token just read at {read:.0%}"
     )
     if kept < entries:
-        say(f"{1 - kept / entries:.1%} of the entries are below {reading.pmin:g} and left out; --pmin 0 keeps them")
+        say(f"{1 - kept / entries:.1%} of the entries are below {reading.pmin:g} and skipped; --pmin 0 keeps them")
     if read > max(following, 0.5):
         say("the entries name the token just read more often than the next one: are the rows shifted by one?")
     if reading.values == "logprobs" and source.facts is None and source.top_k < reading.vocab_size:

@@ -3,7 +3,7 @@
 A foreign file holds windows of tokens and, for each position t, K ids with numbers about the token after token t:
   logprobs   log p over the whole vocabulary; what is outside the K has mass 1 - sum p, so there is a tail at T = 1
   logits     raw, without their normaliser: nothing is known of the tail, rows are normalised over the K
-A row for the last token of a window is left out: what comes after it is not in the window. An entry of -inf, or below
+A row for the last token of a window is skipped: what comes after it is not in the window. An entry of -inf, or below
 NONE, is none.
 """
 
@@ -117,7 +117,7 @@ def _entries(row: Row, positions: int, reading: Reading) -> tuple[np.ndarray, np
     """ids int64 and values float64 [positions, K], checked: what is not -inf is a number of a distinct real id."""
     names = reading.names
     if len(row.ids) not in (len(row.tokens), len(row.tokens) - 1):
-        _refuse(reading, row, names.ids, f"{len(row.ids)} rows beside {len(row.tokens)} tokens, expected as many")
+        _refuse(reading, row, names.ids, f"{len(row.ids)} rows next to {len(row.tokens)} tokens, expected as many")
     if row.ids.shape[1] > reading.top_k:
         _refuse(reading, row, names.ids, f"a row of {row.ids.shape[1]} entries where {reading.top_k} are the most")
     ids, values = row.ids[:positions].astype(np.int64), row.values[:positions].astype(np.float64)

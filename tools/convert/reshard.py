@@ -4,7 +4,7 @@
     python tools/convert/reshard.py runs/a/data/logits/train first --count 1000 --samples 100
     python tools/convert/reshard.py runs/a/data/logits/train runs/b/data/logits/train both  # one after the other
     python tools/convert/reshard.py all mixed --shuffle 0                             # any sample may come anywhere
-    python tools/convert/reshard.py all train --split 0.01 --split-to holdout
+    python tools/convert/reshard.py all train --split 0.01 --split-to validation
 
 Folders become one only if their facts are equal. --count takes the first N of all sources, then --shuffle orders them,
 then --split sets apart those windows whose tokens' sha256 falls below the fraction: the same window lands on the same
@@ -99,7 +99,7 @@ class Pile:
         self.book = None if layout is None else layout.book
         self.digests = [digest(shards.manifest) for shards in sets]
         self.ends = np.cumsum([len(shards) for shards in sets])
-        # what evaluate reads of a folder of tokens; tokens per byte of text change little when samples are left out
+        # what evaluate reads of a folder of tokens; tokens per byte of text change little when samples are skipped
         keys = ("documents", "text_bytes", "text_tokens")
         self.text: dict[str, Any] = {
             key: sum(shards.manifest[key] for shards in sets) for key in keys if key in sets[0].manifest

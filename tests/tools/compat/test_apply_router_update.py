@@ -57,7 +57,7 @@ def test_the_teacher_that_is_written_is_the_one_that_learned(run, teacher, updat
     assert "2 of 2 tensors of 2 routers replaced" in said and "0.0% of what they learned is rounded away" in said
     whole = load_model(teacher, torch.float32)
     objective = SarDistillation(dense_student(), whole, SarConfig(), VOCABULARY)
-    objective.restore(load_file(run / "checkpoints" / "second" / "step-000007" / "beside.safetensors"))
+    objective.restore(load_file(run / "checkpoints" / "second" / "step-000007" / "auxiliary.safetensors"))
     expected, found = logits(objective.held[0]), logits(load_model(tmp_path / "out", torch.float32))
     assert torch.equal(found, expected)
     assert not torch.allclose(found, logits(load_model(teacher, torch.float32)), atol=1e-4)

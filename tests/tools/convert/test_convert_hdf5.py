@@ -93,7 +93,7 @@ def test_log_probabilities_know_their_tail(folder, tmp_path, capsys):
     assert facts["tokens"]["sequence_length"] == 13 and facts["vocab_size"] == VOCABULARY
     check_support(CachedConfig(temperature=1.0), stored_in(facts))
     said = capsys.readouterr().err
-    assert "5 windows" in said and "are below 0.01 and left out" in said and "of the mass" in said
+    assert "5 windows" in said and "are below 0.01 and skipped" in said and "of the mass" in said
     assert "unknown" not in said
     for index, row in itertools.product(range(5), range(12)):
         targets = found[index].targets
@@ -290,7 +290,7 @@ def test_killed_and_started_again_gives_the_same(hdf5, tmp_path, capsys, monkeyp
     calls = itertools.count()
 
     def dies(row, reading):
-        if next(calls) == SAMPLES + 6:  # the first pass is for the book
+        if next(calls) == SAMPLES + 6:  # the first pass is for the codebook
             raise KeyboardInterrupt
         return sample_of(row, reading)
 

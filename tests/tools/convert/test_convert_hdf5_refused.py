@@ -156,7 +156,7 @@ def test_profiles_without_a_place_are_refused_or_said(tokenizer, shards, tmp_pat
     assert not (tmp_path / "out.h5").exists()
     hybrid = make_shards(tmp_path / "hybrid", tokenizer, profile="hybrid", draws=9)
     module.main(["to", str(hybrid.folder), str(tmp_path / "out.h5")])
-    assert "the draws are left out" in capsys.readouterr().err
+    assert "the draws are skipped" in capsys.readouterr().err
     found = convert(tmp_path / "out.h5", tmp_path / "out")
     assert_alike(found, hybrid)
     assert (found.facts["profile"], found.facts["draws"]) == ("topk", 0) and found[0].targets.draw_ids.shape[1] == 0

@@ -23,7 +23,7 @@ convert = partial(converted, module)
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory, shards) -> Path:
-    """The shards as `to` writes them, some windows a row group."""
+    """The shards as `to` writes them, some windows per row group."""
     path = tmp_path_factory.mktemp("parquet") / "store.parquet"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "GROUP_ENTRIES", 200)
@@ -33,7 +33,7 @@ def stored(tmp_path_factory, shards) -> Path:
 
 
 def handmade(samples: int = 5) -> list[dict[str, Any]]:
-    """Rows of 9 to 13 tokens, one to six entries a position."""
+    """Rows of 9 to 13 tokens, one to six entries per position."""
     rows = []
     for number in range(samples):
         tokens = window(number, VOCABULARY, 9 + number)[0]
@@ -188,7 +188,7 @@ def place(position: int, entry: int, value: Any) -> Any:
         (changed("topk_logprobs", place(2, 0, None)), "row 3: topk_logprobs: null"),
         (changed("topk_ids", lambda v: [v[0] * 2, *v[1:]]), "row 3: topk_logprobs has other numbers"),
         (every("topk_ids", lambda v: v[::-1]), "row 0: topk_logprobs has other numbers"),
-        (changed("input_ids", lambda v: [*v, 1, 1]), "topk_ids, sample 3: 12 rows beside 14 tokens"),
+        (changed("input_ids", lambda v: [*v, 1, 1]), "topk_ids, sample 3: 12 rows next to 14 tokens"),
         (changed("input_ids", lambda v: v[:1]), "input_ids, sample 3: 1 tokens, a window needs 2"),
         (changed("input_ids", lambda v: [*v[:4], 400, *v[5:]]), "input_ids, sample 3, position 4: id 400 is beyond"),
         (changed("topk_ids", place(2, 1, 400)), "topk_ids, sample 3, position 2, entry 1: id 400 is beyond"),
@@ -245,7 +245,7 @@ def test_killed_and_started_again_gives_the_same(stored, tmp_path, monkeypatch, 
     calls = itertools.count()
 
     def dies(row, reading):
-        if next(calls) == SAMPLES + 6:  # the first pass is for the book
+        if next(calls) == SAMPLES + 6:  # the first pass is for the codebook
             raise KeyboardInterrupt
         return sample_of(row, reading)
 
