@@ -24,7 +24,7 @@ WORDS: dict[str, str] = {
     r"\blanes?\b": "interleaved shard readers; worker threads",
     r"\bbooks?\b": "codebook",
     r"\b(leave|leaves|leaving|left) out\b|\bleft-out\b": "skip",
-    r"\bgo(es)? wrong\b|\bwent wrong\b|(?<!## )\bguards?\b": "non-finite and loss-spike handling",
+    r"\bgo(es)? wrong\b|\bwent wrong\b|\bguards?\b": "non-finite and loss-spike handling",
     r"\blive fields?\b": "mutable settings",
     r"\bspread over\b|\bspread experts\b": "sharded inference; divided among ranks",
     r"\bwhat travels\b|\btravels?\b": "communication volume",

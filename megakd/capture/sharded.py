@@ -1,5 +1,4 @@
-"""A module too large for one device, sharded over all ranks by DeepSpeed to answer: ZeRO-3, or its experts apart "
-"too."""
+"""Sharded inference: a module too large for one device, divided among ranks by ZeRO-3 or with its experts too."""
 
 from collections.abc import Callable
 from typing import Any, Literal

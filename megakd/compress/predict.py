@@ -32,8 +32,7 @@ TOLERANCE = 1e-4  # of these fits
 
 
 class Candidate(NamedTuple):
-    """A form of one projection, all its experts: numbers stored, FLOPs per token, predicted lost share of the "
-    "energy."""
+    """A form of one projection, all its experts: numbers stored, FLOPs per token, share of the energy lost."""
 
     form: Form
     parameters: int

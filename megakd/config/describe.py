@@ -124,7 +124,13 @@ def markdown() -> str:
     """docs/configuration.md."""
     lines = [HEAD]
     for part in parts():
-        lines += [f"\n## {part.title}\n", part.about, "", "| field | values | default | meaning |", "|---|---|---|---|"]
+        lines += [
+            f"\n## `{part.title}`\n",
+            part.about,
+            "",
+            "| field | values | default | meaning |",
+            "|---|---|---|---|",
+        ]
         for entry in part.entries:
             values = entry.values.replace("|", "\\|")
             mark = " *(mutable)*" if entry.mutable else ""

@@ -1,5 +1,4 @@
-"""Capture by workers that are killed, on a full disk, by a teacher sharded over ranks: the bytes of one quiet "
-"worker."""
+"""Capture by workers that are killed, on a full disk, by a teacher sharded over ranks: the bytes of one worker."""
 
 import argparse
 import os

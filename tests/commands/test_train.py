@@ -268,8 +268,7 @@ def mean_kl(run: Run, student: Path, shards: ShardSet) -> float:
     [("sampled", 1.0, "sampled"), ("sampled", 2.0, "sampled"), ("hybrid", 2.0, "hybrid"), ("hybrid", 2.0, "ghost")],
 )
 def test_every_kind_of_target_trains(sibling: Make, profile, temperature, tail, capsys):
-    """Loss and held-out KL fall; the validation set keeps the teacher's head whatever is trained on; all verbs go "
-    "on."""
+    """Loss and held-out KL fall; the validation set keeps the teacher's head whatever trains; all verbs go on."""
     run = sibling(
         f"logits.profile={profile}", f"logits.draw_temperature={temperature}", "logits.draws=12", "logits.top_k=4",
         f"logits.temperatures=[1.0, {temperature}]", f"objective.temperature={temperature}", f"objective.tail={tail}",

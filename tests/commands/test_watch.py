@@ -178,8 +178,7 @@ def test_a_signal_ends_it_and_what_is_finished_stays(run, capfd):
 
 
 def test_pieces_outlive_a_kill(run, tmp_path, monkeypatch):
-    """Killed in the second task: validation set and first task are not measured again, unless their settings "
-    "changed."""
+    """Killed in the second task: the validation set and the first task are measured again only if settings changed."""
     measured: list[str] = []
     original, quality = Harness.measure, Meter._quality
 

@@ -224,8 +224,7 @@ def test_a_batch_without_targets_has_sums_of_its_own():
 
 
 def test_a_model_that_reads_the_text_in_its_own_tokens(tokens, teacher, tokenizer):
-    """With the validation set's own tokenizer: the same, but for words that a window cuts, and that are encoded "
-    "again."""
+    """With the validation set's own tokenizer: the same, but for words that a window cuts, encoded again."""
     model = load_model(teacher, torch.float32)
     expected = evaluate_model(model, tokens, 0.25, 8, CPU, "teacher")
     found = evaluate_model(model, tokens, 0.25, 8, CPU, "teacher", Tokenizers(tokenizer, tokenizer))

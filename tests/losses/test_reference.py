@@ -22,8 +22,7 @@ def reference_kl(p: list[float], q: list[float]) -> float:
 
 
 def reference_token(teacher: Tensor, student: Tensor, row: TeacherTargets, temperature: float, tail: str) -> float:
-    """One token from both whole distributions, in Python floats; the cached teacher logits say only which ids were "
-    "kept."""
+    """One token from both whole distributions, in Python floats; the cached logits say only which ids were kept."""
     p, q = (torch.softmax(logits / temperature, 0).tolist() for logits in (teacher, student))
     ids = [i for i, x in zip(row.ids.tolist(), row.logprobs.tolist(), strict=True) if x > -math.inf]
     rest = [i for i in range(len(p)) if i not in ids]

@@ -92,8 +92,7 @@ def objective(
 def reference(
     student: Any, teacher_logits: Tensor, batch: Batch, alpha: float, temperature: float, tail: str
 ) -> dict[str, float]:
-    """Position by position in Python floats, from both whole distributions; the cached teacher logits say only which "
-    "ids."""
+    """Position by position in Python floats, from both whole distributions; the cached logits say only which ids."""
 
     def kl(p_logits: Tensor, q_logits: Tensor, ids: list[int], draws: dict[int, float], t: float, tail: str) -> float:
         p, q = torch.softmax(p_logits / t, 0).tolist(), torch.softmax(q_logits / t, 0).tolist()
