@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from megakd.config.train import OptimConfig
@@ -17,6 +18,7 @@ from megakd.engine import checkpoint
 from megakd.engine.checkpoint import (
     Progress,
     Saved,
+    auxiliary_file,
     check_ranks,
     check_shards,
     last_sound,
@@ -85,6 +87,16 @@ def test_a_checkpoint_is_found_whole(save, engine, dataset, tmp_path):
     loaded = dict(AutoModelForCausalLM.from_pretrained(published(tmp_path)[0].weights).named_parameters())
     mine = {name.removeprefix("student."): tensor for name, tensor in engine.weights()}
     assert loaded.keys() == mine.keys() and all(torch.equal(loaded[name], tensor) for name, tensor in mine.items())
+
+
+def test_auxiliary_parameters_of_0_1_are_read_by_their_old_name(tmp_path):
+    for name in ("auxiliary.safetensors", "beside.safetensors"):
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        assert Saved(folder, Progress()).auxiliary == {}
+        save_file({"routers.a": torch.ones(2)}, folder / name)
+        assert auxiliary_file(folder) == folder / name
+        assert Saved(folder, Progress()).auxiliary["routers.a"].tolist() == [1, 1]
 
 
 def test_the_engine_goes_on_from_it(save, engine, dataset):
