@@ -2,8 +2,8 @@
 
 Input shard i gives output shard i. Any number of workers (ranks, Slurm tasks, or --part) take shards[worker::workers];
 a finished shard is skipped, one that a kill cut short or that is damaged is made again, a rerun at any width goes on.
-The validation set always keeps the teacher's most probable tokens (logits.profile=topk): it is measured, not trained on.
-With a live teacher (objective.kind=sar or online) it is all that is captured, of the teacher as it was before training.
+The validation set always keeps the most probable tokens (logits.profile=topk): it is measured, not trained on.
+With a live teacher (objective.kind=sar or online) it is all that is captured, of the teacher as it was before.
 
 With logits.parallel=zero3 or autoep one teacher is sharded over all ranks of a launcher, which then work in step.
 
