@@ -359,7 +359,7 @@ def test_every_cut_and_every_addition_is_noticed(profile):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"book": build_book(np.array([3]), 33)}, "another book"),
+        ({"book": build_book(np.array([3]), 33)}, "another codebook"),
         ({"draws": 5}, "another profile"),
         ({"top_k": 0, "draws": 5}, "another profile"),
         ({"temperatures": (1.0,)}, "other temperatures"),

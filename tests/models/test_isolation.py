@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig
 
 from megakd.capture import pipeline as capture_pipeline
 from megakd.compress import pipeline as compress_pipeline
+from megakd.config.objective import OnlineConfig
 from megakd.data.batches import collate
 from megakd.data.records import Sample
 from megakd.data.shards import ShardSet
@@ -234,8 +235,7 @@ def test_evaluation_refuses_a_model_that_leaks(given, leaking, teacher):
 
 def test_live_teacher_that_leaks_is_refused(given, leaking, teacher, monkeypatch):
     run = given(teacher=leaking, student=teacher)
-    config = run.config.model_copy(update={"objective": run.config.objective.model_copy(update={"kind": "online"})})
-    run.config = config
+    config = run.config = run.config.model_copy(update={"objective": OnlineConfig()})
     dataset = ShardSet(run.path("data", "tokens", "train"))
     with pytest.raises(UserError, match="lfm2 does not separate"):
         train_build.build_objective(config, teacher, dataset)

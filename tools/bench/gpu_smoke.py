@@ -346,7 +346,7 @@ def fake(device: Any, folder: Path) -> dict[str, Any]:
     return {}
 
 
-MOST = {
+PARTS = {
     "experts": Part(experts, 60),
     "loss": Part(loss, 60),
     "capture": Part(capture, 60),
@@ -370,13 +370,13 @@ def run_part(name: str, device: str, folder: Path) -> None:
     """In a process of its own: run a part, and print what it measured behind MARK."""
     import torch
 
-    result = MOST[name].run(torch.device(device, 0) if device == "cuda" else torch.device("cpu"), folder)
+    result = PARTS[name].run(torch.device(device, 0) if device == "cuda" else torch.device("cpu"), folder)
     print(MARK + json.dumps(result), flush=True)
 
 
 def start_part(name: str, device: str, log: Path, limit: float) -> dict[str, Any]:
     """A part's state, seconds and result; it and whatever it started are killed after `limit` seconds."""
-    if device == "cpu" and not MOST[name].on_cpu:
+    if device == "cpu" and not PARTS[name].on_cpu:
         return {"state": "skipped", "reason": "measures a GPU"}
     if limit < 5:
         return {"state": "failed", "error": "no time was left"}
@@ -436,7 +436,7 @@ def describe(device: str) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cpu", action="store_true", help="on the CPU; what needs a GPU is skipped")
-    parser.add_argument("--only", default=",".join(MOST), help=f"parts, separated by commas: {', '.join(MOST)}")
+    parser.add_argument("--only", default=",".join(PARTS), help=f"parts, separated by commas: {', '.join(PARTS)}")
     parser.add_argument("--out", type=Path, help="folder for gpu_smoke.json and gpu_smoke.log")
     parser.add_argument("--limit", type=float, default=TOTAL, help=f"seconds for all parts (default: {TOTAL})")
     for hidden in ("--part", "--device", "--folder"):
@@ -450,8 +450,8 @@ def main() -> int:
             return 1
         return 0
     names = args.only.split(",")
-    if unknown := [name for name in names if name not in MOST]:
-        parser.error(f"--only: unknown part {unknown[0]!r}; known: {', '.join(MOST)}")
+    if unknown := [name for name in names if name not in PARTS]:
+        parser.error(f"--only: unknown part {unknown[0]!r}; known: {', '.join(PARTS)}")
     device = "cpu" if args.cpu else "cuda"
     started, report = time.perf_counter(), describe(device)
     with tempfile.TemporaryDirectory() as scratch:
@@ -461,7 +461,7 @@ def main() -> int:
         for name in names:
             left = args.limit - (time.perf_counter() - started)
             log = Path(scratch) / f"{name}.log"
-            parts[name] = start_part(name, device, log, min(MOST[name].seconds, left))
+            parts[name] = start_part(name, device, log, min(PARTS[name].seconds, left))
             with (out / "gpu_smoke.log").open("a" if name != names[0] else "w") as whole:
                 whole.write(f"===== {name}\n{log.read_text(errors='replace') if log.exists() else ''}\n")
             print(f"{name}: {parts[name]['state']}", file=sys.stderr, flush=True)
