@@ -38,6 +38,7 @@ WORDS: dict[str, str] = {
     r"\b(tokens?|bytes?|rows?|bits|numbers|windows|sequences|parameters|entries|seconds|ms|FLOPs|process|processes|task)"
     r" an? (second|token|rank|row|step|position|layer|matrix|expert|GPU|node|host|epoch)\b": "per",
     # rule 4: name things
+    r"\b(that|which) (is|are) there\b": "existing",
     r"\bwhat is there\b|\bthat which\b|\bthe other one\b|\bof these\b": "the name of the thing",
     # rule 10
     r"\bthe seeds\b|\bseeds' form\b": "the unfused form (docs/papers.md)",

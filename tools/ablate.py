@@ -331,9 +331,7 @@ def opened(folder: Path, source: Path, overrides: Sequence[str]) -> Run:
     for key in {**before, **now}:
         if before.get(key) != now.get(key) and not is_mutable(key):
             was, asked = (json.dumps(each.get(key)) for each in (before, now))
-            raise UserError(
-                f"{folder}: {key} of the run that is there is {was}, now it is {asked}; name another --folder"
-            )
+            raise UserError(f"{folder}: {key} of the existing run is {was}, now it is {asked}; name another --folder")
     return run
 
 

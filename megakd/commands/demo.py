@@ -88,7 +88,7 @@ def _begun(folder: Path, settings: list[str]) -> bool:
     for key in sorted(now.keys() | asked.keys()):
         if not is_mutable(key) and now.get(key) != asked.get(key):
             raise UserError(
-                f"{folder}: {key} of the run that is there is {now.get(key)}, asked for is {asked.get(key)}; "
+                f"{folder}: {key} of the existing run is {now.get(key)}, asked for is {asked.get(key)}; "
                 "name another --folder, or delete this one to begin anew"
             )
     return True

@@ -28,7 +28,7 @@ SECTIONS = ("eval", "checkpoint", "log")  # of the configuration
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     ends = parser.add_mutually_exclusive_group()
-    ends.add_argument("--once", action="store_true", help="evaluate the checkpoints that are there, then end")
+    ends.add_argument("--once", action="store_true", help="evaluate the existing checkpoints, then end")
     ends.add_argument("--follow", action="store_true", help="do not end when training has ended")
 
 

@@ -21,7 +21,7 @@ def allocate(
     """The forms of least summed error with at most `budget` of the dense parameters and `flops` of the dense FLOPs.
 
     Every (layer, projection) counts the same, relative to its energy: the scale of a layer's weights says little of its
-    weight in the result, for norms follow; whoever knows more scales the errors. On the lower convex hull of
+    weight in the result, for norms follow. Scale the errors where more is known. On the lower convex hull of
     (parameters, error) of each, steps are taken in the order of their gain a parameter until one does not fit
     (Lagrange; optimal but for that last step), which then goes as far as it can. With `flops`, error + price * FLOPs
     takes the place of the error, at the lowest price that keeps to them.

@@ -69,7 +69,7 @@ def recorded_facts(folder: Path) -> dict[str, Any] | None:
 
 
 def source_commit(run: Run) -> str | None:
-    """The commit of the hub at which text is read: that of shards that are there, else the one of now; None for files.
+    """The commit of the hub at which text is read: that of existing shards, else the one of now; None for files.
 
     Says which files or which commit it is.
     """

@@ -265,7 +265,7 @@ class ShardSet:
 
     @property
     def bytes(self) -> int:
-        """Of the tars that are there."""
+        """Of the existing tars."""
         return sum((self.folder / f"{self.names[number]}.tar").stat().st_size for number in self._entries)
 
     def missing(self, indices: Iterable[int]) -> list[str]:

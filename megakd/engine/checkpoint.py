@@ -222,7 +222,7 @@ def check_shards(saved: Saved, shards: str, folder: Path) -> None:
         raise UserError(
             f"{saved.folder}: its position counts over the shards {before}, but {folder} lists {shards} now: "
             "the capture grew or changed; delete its manifest.json and run generate-logits with the --max-tokens of "
-            "then, or train over all that is there in a new run: megakd new RUN-2 --from RUN"
+            "then, or train over all shards in a new run: megakd new RUN-2 --from RUN"
         )
 
 

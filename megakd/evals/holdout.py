@@ -224,7 +224,7 @@ def _of(sizes: dict[str, int], device: torch.device) -> int:
 
 
 class Stopwatch:
-    """Adds up how long the work takes that is asked for inside `with`; on a GPU by events, which nothing waits for."""
+    """Adds up how long the work inside `with` takes; on a GPU by events, which nothing waits for."""
 
     def __init__(self, device: torch.device):
         self.events: list[Any] | None = [] if device.type == "cuda" else None

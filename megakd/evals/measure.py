@@ -248,7 +248,7 @@ class Meter:
         return teacher, routers, copies(routers)
 
     def lacks(self, row: dict[str, Any]) -> bool:
-        """Whether a line was written without targets that are there now, or without attention that is asked for now."""
+        """Whether a line was written without cached logits that exist now, or without attention that eval asks for."""
         names = COMPARING if self.compares else ()
         if self.attention and row["model"] != "teacher":
             names = (*names, "attention")

@@ -23,7 +23,7 @@ class Stopped(BaseException):
 def watch(run: Run, follower: Follower, once: bool = False, follow: bool = False) -> None:
     """Evaluate checkpoints as they appear, oldest first, until training has ended and every checkpoint is settled."""
     follower.scan()
-    follower.pin()  # of the lines that are there, maybe by another measure than before
+    follower.pin()  # of the existing lines, maybe by another measure than before
     if once:
         for name in follower.pending():
             if not follower.take(name):
@@ -63,7 +63,7 @@ def progress(run: Run, follower: Follower, seconds: float) -> str:
 
 
 def ended(run: Run, follower: Follower) -> bool:
-    """Whether the last checkpoint of the last stage is settled, and every one that is there."""
+    """Whether the last checkpoint of the last stage is settled, and so is every other published one."""
     settled = follower.lines().keys() | follower.settled()
     last = f"{run.config.stages[-1].name}/step-{sum(stage_steps(run)):06d}"
     return last in settled and follower.published().keys() <= settled

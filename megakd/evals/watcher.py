@@ -111,7 +111,7 @@ class Follower:
             self.run.record("evaluation_lost", checkpoints=lost)
 
     def published(self) -> dict[str, Path]:
-        """Checkpoints that are there, oldest first."""
+        """Existing checkpoints, oldest first."""
         found = _steps(self.run.path("checkpoints"))
         return {_name(p): p for p in sorted(found, key=lambda p: _step(_name(p))) if (p / "progress.json").exists()}
 

@@ -162,7 +162,7 @@ class DistillationTrainer(Trainer):
     ):
         _check_arguments(args)
         if optimizers[0] is not None and args.lr_multipliers:
-            raise UserError("optimizers: an optimizer that is there already skips lr_multipliers; give one of both")
+            raise UserError("optimizers: an optimizer that was given skips lr_multipliers; give one of both")
         train_dataset, eval_dataset = _opened(train_dataset), _opened(eval_dataset)
         _check_data(student, train_dataset, eval_dataset, processing_class)
         _check_saving(student)

@@ -13,7 +13,7 @@ from megakd.objectives.sar import SarDistillation
 def build(
     config: RunConfig, student: Any, teacher: Any, facts: dict[str, Any], teacher_vocab_size: int | None = None
 ) -> Objective:
-    """The objective of a stage (`RunConfig.at`) around models that are there, or empty ones on the meta device.
+    """The objective of a stage (`RunConfig.at`) around loaded models, or empty ones on the meta device.
 
     teacher: None where targets are stored. facts: those of the data's manifest. teacher_vocab_size: of a teacher with
     another tokenizer than the student's, which is the data's.

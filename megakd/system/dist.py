@@ -52,7 +52,7 @@ def _device(local_rank: int) -> torch.device:
     if seen < len(wanted) and NVIDIA_DRIVER.exists():
         raise UserError(
             f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']}: torch sees {seen} of {len(wanted)} GPUs; "
-            "name GPUs that are there (nvidia-smi -L), or set DS_ACCELERATOR=cpu"
+            "name GPUs that exist (nvidia-smi -L), or set DS_ACCELERATOR=cpu"
         )
     if accelerator == "cuda" and not seen:
         raise UserError("DS_ACCELERATOR=cuda, but torch sees no GPU; unset it to run on the CPU")

@@ -38,7 +38,4 @@ class StopSignals:
         return waiting == 0
 
 
-STOPPED = 85  # exit code: stopped by a signal, checkpoint saved; schedulers requeue on it
-
-
-STOPPED = 85  # exit code: stopped by a signal, what is finished is kept; schedulers requeue on it
+STOPPED = 85  # exit code: stopped by a signal, what is finished is saved; schedulers requeue on it

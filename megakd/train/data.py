@@ -101,7 +101,7 @@ def without_blanks(paired: Paired, samples: Sequence[Sample]) -> Paired:
 
 
 def wait_for(dataset: ShardSet, indices: list[int], world: World) -> Iterator[None]:
-    """Until the shards of a step are there (stream.follow), twice a second; all ranks wait for the shards of all."""
+    """Until the shards of a step exist (stream.follow), twice a second; all ranks wait for the shards of all."""
     said, missing = 0.0, dataset.missing(indices)
     while missing:
         if world.first and time.monotonic() - said > 60:

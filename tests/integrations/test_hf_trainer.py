@@ -268,7 +268,7 @@ def test_data_that_does_not_fit_is_refused(make, prepared, documents, tmp_path):
     with pytest.raises(UserError, match="the embedding has 300 rows"):
         student.resize_token_embeddings(300)
         DistillationTrainer(student, args, data / "logits" / "train")
-    with pytest.raises(UserError, match="optimizers: an optimizer that is there already skips lr_multipliers"):
+    with pytest.raises(UserError, match="optimizers: an optimizer that was given skips lr_multipliers"):
         ready = torch.optim.SGD(student.parameters())
         DistillationTrainer(student, args, data / "logits" / "train", optimizers=(ready, None))
     with pytest.raises(UserError, match="args: DistillationTrainingArguments, not TrainingArguments"):

@@ -250,7 +250,7 @@ def test_mistakes_are_one_line(sar, tmp_path, more, said, capsys):
 def test_another_recipe_in_the_same_folder_is_refused(done, capsys):
     _, argv, _ = done
     said = refused(module, capsys, *argv, "optim.lr=0.5")
-    assert "optim.lr of the run that is there is 0.01, now it is 0.5; name another --folder" in said
+    assert "optim.lr of the existing run is 0.01, now it is 0.5; name another --folder" in said
     assert "nowhere: no such recipe" in refused(module, capsys, "nowhere")
 
 

@@ -98,7 +98,7 @@ def stepping(case: Case, loss: Callable[[], Tensor]) -> Callable[[], None]:
 
 
 def floor(case: Case) -> Callable[[], None]:
-    """Three matrix products with a place for [chunk, V] that is there already, and fresh gradients."""
+    """Three matrix products with a place for [chunk, V] that exists already, and fresh gradients."""
     tokens, vocabulary = len(case.hidden_ND), len(case.weight_VD)
     budget = fused.CHUNK_BYTES["cpu" if case.hidden_ND.device.type == "cpu" else "cuda"]
     parts = -(-tokens // max(budget // (4 * vocabulary), 1))

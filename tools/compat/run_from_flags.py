@@ -174,7 +174,7 @@ def open_run(folder: Path, value: dict[str, Any]) -> Run:
                 if not is_mutable(key):
                     was, asked = (json.dumps(values.get(key)) for values in (before, now))
                     raise UserError(
-                        f"{folder}: {key} of the run that is there is {was}, asked for is {asked}; name another "
+                        f"{folder}: {key} of the existing run is {was}, asked for is {asked}; name another "
                         "--output_dir, or ask for what it was made with"
                     )
             run = Run.open(folder, [f"{key}={json.dumps(now[key])}" for key in changes])

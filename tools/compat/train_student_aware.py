@@ -315,7 +315,7 @@ def documents_file(folder: Path, names: Sequence[str], data: DataConfig, limit: 
 
 
 def take_documents(names: Sequence[str], data: DataConfig, limit: int | None, file: Path) -> None:
-    """Write the first `limit` documents of each data set; a file that is there stays as it is."""
+    """Write the first `limit` documents of each data set; an existing file stays as it is."""
     if file.exists():
         return
     with publishing(file) as temporary, temporary.open("w", encoding="utf-8") as lines:

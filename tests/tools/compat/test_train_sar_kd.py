@@ -255,7 +255,7 @@ def test_live_flags_may_change_and_others_are_refused(flags, capsys):
     assert (now.checkpoint.every_steps, now.optim.micro_batch, now.windows_per_step) == (1, 2, 8)
     assert now.engine.offload_teacher and load_recipe(run.folder / "recipe.json") == now
     said = refused(module, capsys, *flags, "--student_lr", "1e-3", "--router_lr", "2e-4")
-    assert "optim.lr of the run that is there is 0.01, asked for is 0.001; name another --output_dir" in said
+    assert "optim.lr of the existing run is 0.01, asked for is 0.001; name another --output_dir" in said
 
 
 def test_mistakes_before_anything_was_made_can_be_mended(flags, capsys):

@@ -96,8 +96,8 @@ def test_a_config_trains_exports_measures_and_resumes(small, text, tmp_path, cap
     module.main([*argv, "--resume", "checkpoints/checkpoint_epoch_1.pt"])
     said = capsys.readouterr().err
     assert f"--resume has no effect: the run in {run.folder} goes on" in said and metrics(run.folder) == rows
-    assert "data.source of the run that is there" in refused(module, capsys, *argv, "--datasets", text, text)
-    assert "optim.lr of the run that is there is 0.01, asked for is 0.1" in refused(
+    assert "data.source of the existing run" in refused(module, capsys, *argv, "--datasets", text, text)
+    assert "optim.lr of the existing run is 0.01, asked for is 0.1" in refused(
         module, capsys, *argv, "--learning-rate", "0.1"
     )
 
