@@ -26,7 +26,8 @@ FAMILIES = ("qwen3_moe", "llama", "mixtral", "olmoe", "deepseek_v3", "qwen2_moe"
 class Forked:
     """A child, with what tests use of subprocess.Popen; text=True, and stderr=STDOUT as the default.
 
-    program: "megakd" and the words behind it, or a Python file and its arguments.
+    program: "megakd" and the words behind it, or a Python file and its arguments. bare: forked from a process that has
+    loaded torch, but neither megakd nor transformers, and has an empty sys.path but for the installed packages.
     """
 
     def __init__(
@@ -35,19 +36,21 @@ class Forked:
         stdout: Any = None,
         stderr: Any = subprocess.STDOUT,
         env: dict[str, str] | None = None,
+        bare: bool = False,
     ):
+        self.server = _server(os.getpid(), bare)
         self.args = [str(word) for word in program]
         self.stdout, out = _stream(stdout)
         self.stderr, err = _stream(stderr) if stderr is not subprocess.STDOUT else (None, os.dup(out))
         request = {"argv": self.args, "env": {**os.environ, **(env or {})}, "cwd": os.getcwd()}
         self.returncode: int | None = None
-        self.pid: int = _ask(request, out, err)
+        self.pid: int = _ask(self.server, request, out, err)
         os.close(out)
         os.close(err)
 
     def poll(self) -> int | None:
         if self.returncode is None:
-            self.returncode = _ask({"ended": self.pid})
+            self.returncode = _ask(self.server, {"ended": self.pid})
         return self.returncode
 
     def wait(self, timeout: float = 600) -> int:
@@ -103,18 +106,18 @@ SERVERS: list[subprocess.Popen[bytes]] = []  # kept: subprocess warns of one tha
 
 
 @cache
-def _server(owner: int) -> socket.socket:
-    """One for each process of tests; it ends with it, when its socket is closed."""
+def _server(owner: int, bare: bool) -> socket.socket:
+    """One of a kind for each process of tests; it ends with it, when its socket is closed."""
     mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(Path(__file__).parent.parent)}
     with theirs:
-        words = [sys.executable, __file__, str(theirs.fileno())]
+        kind = ["-I", __file__, "bare"] if bare else [__file__, "megakd"]
+        words = [sys.executable, *kind, str(theirs.fileno())]
         SERVERS.append(subprocess.Popen(words, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL))
     return mine
 
 
-def _ask(request: dict[str, Any], *streams: int) -> Any:
-    server = _server(os.getpid())
+def _ask(server: socket.socket, request: dict[str, Any], *streams: int) -> Any:
     socket.send_fds(server, [json.dumps(request).encode()], streams)
     answer = server.recv(LARGEST)
     assert answer, "the process that forks has ended"
@@ -133,6 +136,12 @@ def load() -> None:
         importlib.import_module(f"megakd.{name}")
     for family in FAMILIES:
         importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+
+
+def load_bare() -> None:
+    """What transformers imports of others, but not huggingface_hub, which reads HF_HOME once."""
+    for name in ("scipy.optimize", "tokenizers", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor"):
+        importlib.import_module(name)
 
 
 def serve(asked: socket.socket) -> list[str]:
@@ -183,9 +192,11 @@ def run(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    del sys.path[0]  # this folder: a script's, where `data` or `config` would be found
-    with contextlib.closing(socket.socket(fileno=int(sys.argv[1]))) as asked:
-        load()
+    bare = sys.argv[1] == "bare"
+    if not bare:
+        del sys.path[0]  # this folder: a script's, where `data` or `config` would be found
+    with contextlib.closing(socket.socket(fileno=int(sys.argv[2]))) as asked:
+        (load_bare if bare else load)()
         gc.freeze()
         program = serve(asked)
     run(program)
