@@ -5,6 +5,7 @@ The result is converted exactly to the form that is stored: Q_e = (I + U_e S_e^T
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,9 +19,10 @@ def fit_seed_form(
     metric: Metric,
     free: int,
     inner: int,
+    threads: Threads,
+    *,
     steps: int,
     lr: float,
-    threads: Threads,
     progress: Callable[[], None] = lambda: None,
 ) -> list[Tensor]:
     """[C, U, S, A, V] of a small sum p_e ||W_e - M_e (I + U_e S_e^T) C (I + A_e V_e^T)||^2, whitened W_e [E, F, D].
@@ -40,37 +42,47 @@ def fit_seed_form(
     u, a = whitened.new_zeros(experts, rows, inner), whitened.new_zeros(experts, columns, free)
     parameters = [core, u, noise(rows, inner), a, noise(columns, free)]
     gradients = [torch.empty_like(x) for x in parameters]
-    moments = [(torch.zeros_like(x), torch.zeros_like(x)) for x in parameters]
+    moments = [_Moments(torch.zeros_like(x), torch.zeros_like(x)) for x in parameters]
 
     def work(chunks: list[slice]) -> Tensor:
         """The gradient of the core from a thread's experts; those of their factors are written where they belong."""
         total = torch.zeros_like(core)
         for chunk in chunks:
-            core_now, *factors = (
-                x.detach().requires_grad_() for x in (parameters[0], *(y[chunk] for y in parameters[1:]))
-            )
-            fit = seed_form(core_now, *factors)
-            fit = times(None if metric.left is None else metric.left[chunk], fit)
+            own = [parameters[0], *(factor[chunk] for factor in parameters[1:])]
+            leaves = [x.detach().requires_grad_() for x in own]
+            fit = times(None if metric.left is None else metric.left[chunk], seed_form(*leaves))
+            squares = (fit - whitened[chunk] / scale).square().sum((1, 2))
             # a factor of 1/E less of the gradient would do nothing to Adam but for its epsilon
-            loss = ((fit - whitened[chunk] / scale).square().sum((1, 2)) * p[chunk].to(fit)).sum() * experts
-            found = torch.autograd.grad(loss, (core_now, *factors))
-            total += found[0]
-            for gradient, part in zip(gradients[1:], found[1:], strict=True):
+            loss = (squares * p[chunk].to(fit)).sum() * experts
+            of_core, *of_factors = torch.autograd.grad(loss, leaves)
+            total += of_core
+            for gradient, part in zip(gradients[1:], of_factors, strict=True):
                 gradient[chunk] = part
         return total
 
     for step in range(steps):
         gradients[0] = torch.stack(threads.map(work)).sum(0)
         rate = lr * (1 + math.cos(math.pi * step / steps)) / 2
-        for x, gradient, (first, second) in zip(parameters, gradients, moments, strict=True):
-            # Adam (Kingma and Ba 2015, algorithm 1)
-            first.lerp_(gradient, 0.1)
-            second.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
-            denominator = (second / (1 - 0.999 ** (step + 1))).sqrt_().add_(1e-8)
-            x.addcdiv_(first, denominator, value=-rate / (1 - 0.9 ** (step + 1)))
+        for x, gradient, moment in zip(parameters, gradients, moments, strict=True):
+            _adam_step(x, gradient, moment, rate, step + 1)
         progress()
     parameters[0] *= scale
     return parameters
+
+
+class _Moments(NamedTuple):
+    """Running means of a parameter's gradient and of its square."""
+
+    first: Tensor
+    second: Tensor
+
+
+def _adam_step(x: Tensor, gradient: Tensor, moments: _Moments, rate: float, step: int) -> None:
+    """Kingma and Ba 2015, algorithm 1, in place: beta 0.9 and 0.999, epsilon 1e-8; step counts from 1."""
+    moments.first.lerp_(gradient, 0.1)
+    moments.second.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
+    denominator = (moments.second / (1 - 0.999**step)).sqrt_().add_(1e-8)
+    x.addcdiv_(moments.first, denominator, value=-rate / (1 - 0.9**step))
 
 
 def seed_form(core: Tensor, u: Tensor, s: Tensor, a: Tensor, v: Tensor) -> Tensor:

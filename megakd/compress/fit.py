@@ -168,22 +168,45 @@ def _fit_basis(task: _Task, metric: Metric, whitened: Tensor) -> tuple[Basis, in
 
 def _fit_wrappers(task: _Task, metric: Metric, whitened: Tensor) -> tuple[Wrappers, int]:
     free, inner = free_and_core_rank(task.form, task.projection)
-    settings, threads = task.settings, task.threads
-    if settings.solver == "adam":
-        if free == 0 or inner == 0:
-            raise UserError("compress.solver=adam fits wrappers on both sides; other shapes need compress.solver=als")
-        seed = fit_seed_form(whitened, metric, free, inner, settings.steps, settings.lr, threads, task.progress)
-        fitted, sweeps = Wrappers(*fused(*seed)), settings.steps
+    if task.settings.solver == "adam":
+        fitted, sweeps = _by_adam(task, metric, whitened, free, inner)
     else:
-        fitted, sweeps, _ = fit_wrappers(
-            whitened, metric, free, inner, settings.sweeps, settings.tolerance, threads, task.progress
-        )
-        fitted = fitted._replace(u=unwhiten_left(fitted.u, metric, threads), q=unwhiten_left(fitted.q, metric, threads))
+        fitted, sweeps = _by_als(task, metric, whitened, free, inner)
     core, v = unwhiten_right(fitted.core, metric), unwhiten_right(fitted.v.mT, metric).mT
     alive = (metric.importance > 0).to(core)[:, None, None]
     pairs = *balance(fitted.u * alive, fitted.s * alive), *balance(fitted.q * alive, v * alive)
     ranks = inner, inner, free, free  # zeros beyond the matrix's own
-    return Wrappers(core, *(functional.pad(x, (0, r - x.shape[2])) for x, r in zip(pairs, ranks, strict=True))), sweeps
+    padded = [functional.pad(x, (0, rank - x.shape[2])) for x, rank in zip(pairs, ranks, strict=True)]
+    return Wrappers(core, *padded), sweeps
+
+
+def _by_als(task: _Task, metric: Metric, whitened: Tensor, free: int, inner: int) -> tuple[Wrappers, int]:
+    """Wrappers by ALS, and its sweeps; only C and V are still whitened."""
+    settings, threads = task.settings, task.threads
+    fitted, sweeps, _ = fit_wrappers(
+        whitened,
+        metric,
+        free,
+        inner,
+        threads,
+        sweeps=settings.sweeps,
+        tolerance=settings.tolerance,
+        progress=task.progress,
+    )
+    # ALS knows M U and M Q alone; Adam's factors are U and Q already
+    u, q = unwhiten_left(fitted.u, metric, threads), unwhiten_left(fitted.q, metric, threads)
+    return fitted._replace(u=u, q=q), sweeps
+
+
+def _by_adam(task: _Task, metric: Metric, whitened: Tensor, free: int, inner: int) -> tuple[Wrappers, int]:
+    """The same by Adam, and its steps."""
+    if free == 0 or inner == 0:
+        raise UserError("compress.solver=adam fits wrappers on both sides; other shapes need compress.solver=als")
+    settings = task.settings
+    seed = fit_seed_form(
+        whitened, metric, free, inner, task.threads, steps=settings.steps, lr=settings.lr, progress=task.progress
+    )
+    return Wrappers(*fused(*seed)), settings.steps
 
 
 def _wrapper_tensors(factors: Wrappers, projection: str) -> dict[str, Tensor]:

@@ -204,7 +204,8 @@ def predicted_fit(frame: Tensor, norms: Tensor, free: int, inner: int, left: Ten
         own = None if left is None else left[chosen]
         even = torch.full((len(chosen),), 1 / len(chosen), dtype=torch.float64, device=frame.device)
         with threads_over(matrices) as threads:
-            fit, *_ = fit_wrappers(matrices, Metric(even, own, None), free, inner, sweeps, TOLERANCE, threads)
+            metric = Metric(even, own, None)
+            fit, *_ = fit_wrappers(matrices, metric, free, inner, threads, sweeps=sweeps, tolerance=TOLERANCE)
         shared = times(own, fit.core)
         rest = matrices - shared - fit.u @ (fit.s.mT @ fit.core) - fit.q @ fit.v.mT
         return float(rest[among].square().sum(dtype=torch.float64) / norms[chosen][among].sum().clamp(min=1e-300))

@@ -31,7 +31,7 @@ def test_first_step_is_adams_along_the_gradient_of_the_objective(weighted):
     p = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
     left = torch.linalg.cholesky(torch.eye(5, dtype=torch.float64) + 0.1).expand(4, -1, -1) if weighted else None
     with threads_over(whitened, 2) as threads:
-        before, after = (fit_seed_form(whitened, Metric(p, left, None), 2, 2, n, lr, threads) for n in (0, 1))
+        before, after = (fit_seed_form(whitened, Metric(p, left, None), 2, 2, threads, steps=n, lr=lr) for n in (0, 1))
     scale = (p * whitened.square().mean((1, 2))).sum().sqrt()
     before[0], after[0] = before[0] / scale, after[0] / scale
     assert torch.allclose(before[0], (p[:, None, None] * whitened).sum(0) / scale)

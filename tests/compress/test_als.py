@@ -54,7 +54,7 @@ def test_objective_is_that_of_whole_matrices_and_never_grows(size, weighted, fre
     whitened, metric = problem(size, weighted)
     totals = []
     for sweeps in range(8):
-        fit, done, found = fit_wrappers(whitened, metric, free, inner, sweeps, 0, loop(len(whitened)))
+        fit, done, found = fit_wrappers(whitened, metric, free, inner, loop(len(whitened)), sweeps=sweeps, tolerance=0)
         totals.append(objective(whitened, metric, *fit).item())
         assert done <= sweeps
         assert found == pytest.approx(totals[-1], rel=1e-9, abs=1e-9)
@@ -67,7 +67,7 @@ def test_objective_is_that_of_whole_matrices_and_never_grows(size, weighted, fre
 @pytest.mark.parametrize("size", SIZES)
 def test_free_factors_are_the_best_for_the_rest(size, weighted):
     whitened, metric = problem(size, weighted)
-    fit, _, _ = fit_wrappers(whitened, metric, 2, 3, 4, 0, loop(len(whitened)))
+    fit, _, _ = fit_wrappers(whitened, metric, 2, 3, loop(len(whitened)), sweeps=4, tolerance=0)
     best = 0.0
     for e in range(len(whitened)):
         m = torch.eye(size[1], dtype=torch.float64) if metric.left is None else metric.left[e].T
@@ -85,7 +85,9 @@ def test_factors_on_the_core_are_the_best_of_their_ridge(size, weighted):
     core = fit_als._prepare(randn(rows, columns, seed=5))
     q, v = randn(experts, rows, 2, seed=6), randn(experts, columns, 2, seed=7)
     start = randn(experts, rows, rows, seed=8)
-    u, s = fit_als._best_inner(whitened, metric.left, core, q, v, start, 2, 3)
+    # only Q and V are read; there is no U and S yet
+    chunk = fit_als._Experts(whitened, metric.left, metric.importance, q.new_empty(0), q.new_empty(0), q, v)
+    u, s = fit_als._best_inner(chunk, core, start, 2, 3)
     u, s = u.requires_grad_(), s[..., :2].detach().requires_grad_()
     mu = fit_als.CORE_FLOOR**2 * (core.core @ core.core.T).diagonal().mean()
 
@@ -122,7 +124,8 @@ def test_core_of_the_normal_equations_has_no_gradient_left(size, weighted):
     zeros = whitened.new_zeros
     sums = fit_als._Sums(zeros(rows, rows), zeros(rows, columns), zeros(()))
     prepared = fit_als._prepare(randn(rows, columns, seed=5))
-    sums = fit_als._add(sums, whitened, metric.left, prepared, u, s, q, v, metric.importance)
+    chunk = fit_als._Experts(whitened, metric.left, metric.importance, u, s, q, v)
+    sums = fit_als._add(sums, prepared, chunk)
     gram = (p * roots @ roots.mT).sum(0) + sums.gram + sums.gram.T
     core = fit_als._solve(gram, (p * roots @ whitened).sum(0) + sums.target).requires_grad_()
     (gradient,) = torch.autograd.grad(objective(whitened, metric, core, u, s, q, v), core)
@@ -133,9 +136,9 @@ def test_core_of_the_normal_equations_has_no_gradient_left(size, weighted):
 def test_batched_is_the_loop(weighted):
     """Chunks of one, of some, and all at once, as on an accelerator."""
     whitened, metric = problem((5, 30, 40), weighted)
-    reference, _, total = fit_wrappers(whitened, metric, 2, 3, 5, 0, loop(5))
+    reference, _, total = fit_wrappers(whitened, metric, 2, 3, loop(5), sweeps=5, tolerance=0)
     for chunks in ([[slice(0, 5)]], [[slice(0, 2), slice(2, 4)], [slice(4, 5)]]):
-        fit, _, found = fit_wrappers(whitened, metric, 2, 3, 5, 0, Threads(chunks, None))
+        fit, _, found = fit_wrappers(whitened, metric, 2, 3, Threads(chunks, None), sweeps=5, tolerance=0)
         assert found == pytest.approx(total, rel=1e-9)
         whole = slice(0, 5)
         if not weighted:
@@ -152,7 +155,7 @@ def test_an_expert_of_more_importance_is_fitted_better(heavy):
     p[heavy] = 0.96
 
     def error(metric: Metric) -> Tensor:
-        fit: Wrappers = fit_wrappers(whitened, metric, 1, 1, 10, 0, loop(3))[0]
+        fit: Wrappers = fit_wrappers(whitened, metric, 1, 1, loop(3), sweeps=10, tolerance=0)[0]
         return (whitened - fit.expand(slice(0, 3))).flatten(1).norm(dim=1)
 
     assert error(Metric(p, None, None))[heavy] < 0.5 * error(light)[heavy]
@@ -165,7 +168,7 @@ def test_ridge_bounds_what_output_wrappers_multiply(floor, monkeypatch):
 
     def size(value: float) -> float:
         monkeypatch.setattr(fit_als, "CORE_FLOOR", value)
-        fit = fit_wrappers(whitened, metric, 3, 3, 30, 0, loop(6))[0]
+        fit = fit_wrappers(whitened, metric, 3, 3, loop(6), sweeps=30, tolerance=0)[0]
         return (fit.u @ fit.s.mT).flatten(1).norm(dim=1).mean().item()
 
     assert size(floor) < size(1e-4)

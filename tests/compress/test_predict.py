@@ -59,7 +59,7 @@ def test_a_column_of_costs_is_a_diagonal_metric():
         assert column.left is not None and column.left.shape == (4, 9, 1)
         square = column._replace(left=torch.diag_embed(column.left[:, :, 0]))
         fits = [
-            fit_wrappers(whiten(weights, metric, threads), metric, 3, 2, 10, 0.0, threads)[0]
+            fit_wrappers(whiten(weights, metric, threads), metric, 3, 2, threads, sweeps=10, tolerance=0.0)[0]
             for metric in (column, square)
         ]
         expanded = [
