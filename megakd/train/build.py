@@ -1,12 +1,12 @@
 """What trains, from a run's configuration and folders: models, objective, engine."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megakd.config.run import RunConfig
 from megakd.config.train import StageConfig
-from megakd.data.shards import ShardSet
 from megakd.data.tokenizers import vocabulary_size
 from megakd.engine.base import Engine
 from megakd.engine.ds_json import deepspeed_config
@@ -24,8 +24,11 @@ from megakd.system.logging import say
 CPU = torch.device("cpu")
 
 
-def build_objective(config: RunConfig, folder: Path, dataset: ShardSet, device: torch.device = CPU) -> Objective:
-    """The student of `folder` inside the run's objective, next to the teacher on the device if it is asked there."""
+def build_objective(config: RunConfig, folder: Path, facts: dict[str, Any], device: torch.device = CPU) -> Objective:
+    """The student of `folder` inside the objective of a stage (`RunConfig.at`), with a live teacher on the device.
+
+    facts: those of the training data's manifest.
+    """
     half = getattr(torch, config.model.dtype)
     # without DeepSpeed's fp32 masters the weights themselves stay float32, and the forward runs under autocast
     dtype = half if config.engine.kind == "deepspeed" else torch.float32
@@ -36,8 +39,8 @@ def build_objective(config: RunConfig, folder: Path, dataset: ShardSet, device: 
             offload(teacher, device)
         else:
             teacher.to(device)
-    other = tokenizers(config, dataset.facts)[1]
-    objective = build(config, student, teacher, dataset.facts, None if other is None else vocabulary_size(other))
+    other = tokenizers(config, facts)[1]
+    objective = build(config, student, teacher, facts, None if other is None else vocabulary_size(other))
     # after `build`, which chooses how they attend
     check_model(student, str(folder), config.data.packing)
     if teacher is not None:

@@ -4,9 +4,10 @@ It is the same whatever the number of ranks, and where training goes on.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,6 +24,9 @@ from megakd.models.hub import load_config
 from megakd.names import resolve
 from megakd.system.dist import World
 from megakd.system.logging import say
+from megakd.system.signals import StopSignals
+
+Pairing = Callable[[Sequence[Sample]], Paired]
 
 
 class Step(NamedTuple):
@@ -47,37 +51,81 @@ def stage_data(
     """The remaining steps of a stage, in the order of the data, whatever the number of ranks; None while they wait."""
     stream = Stream(dataset.sizes, config.seed, config.stream.lanes)
     reader = Reader(dataset, config.stream.workers, config.stream.on_damage == "skip")
-    length = config.data.sequence_length
+    pairing = find_pairing(config, dataset.facts)
     windows = config.windows_per_step
-    student, teacher = tokenizers(config, dataset.facts)
-    limit = None if teacher is None else teacher_positions(config)
-    bos = ([], []) if teacher is None else pair_bos(dataset.facts, teacher, config.data.bos)
-
-    def batch_of(samples: list[Sample]) -> Batch:
-        if teacher is None:
-            return collate(samples, length)
-        paired = without_blanks(pair(samples, student, teacher, length, length + length // 4, limit, bos), samples)
-        return Batch(*paired.student[:3], paired=paired)
-
     try:
         for step in range(steps - progress.stage_step):
             indices = stream.take(progress.samples + step * windows, windows)
             yield from wait_for(dataset, indices, world)
-            micro = share(indices, world.rank, world.size, config.optim.micro_batch)
-            tokens = sum(dataset.entry(i).labels for i in indices)
-            samples = reader.read([index for part in micro for index in part])  # at once: a part may be one sample
-            batches = [batch_of(list(islice(samples, len(part)))) for part in micro]
-            bad = [i for part in micro for i in part if i in reader.damaged]
-            lost = sum(dataset.entry(i).labels for i in bad)
-            own = None if teacher is None else sum(int((batch.labels != IGNORED).sum()) for batch in batches)
-            unaligned = 0
-            if own is not None:
-                labels = sum(dataset.entry(i).labels for part in micro for i in part) - lost
-                beyond = sum(int(unaligned_labels(b.paired.student).sum()) for b in batches if b.paired is not None)
-                unaligned = beyond + max(labels - own, 0)
-            yield Step(batches, tokens, [reader.damaged[i] for i in bad], lost, own, unaligned)
+            mine = share(indices, world.rank, world.size, config.optim.micro_batch)
+            yield read_step(reader, mine, count_labels(dataset, indices), config.data.sequence_length, pairing)
     finally:
         reader.close()
+
+
+def in_step(data: Iterator[Step | None], world: World, stop: StopSignals) -> Iterator[Step]:
+    """The steps of `data`, each once all ranks have theirs; ends early when some rank got a signal.
+
+    A rank without its next step (None) meets the others all the same: they wait together, and hear of a signal. Ranks
+    meet once a step, more often only while one of them waits.
+    """
+    for step in data:
+        all_ready = stop.agree(world, step is not None)
+        # a rank that has its step waits here, one that has none goes round the outer loop: each meets once a round
+        while step is not None and not all_ready and not stop.agreed:
+            all_ready = stop.agree(world)
+        if stop.agreed:
+            return
+        if step is not None:
+            yield step
+    stop.agree(world)  # the signals of the last step
+
+
+def read_step(reader: Reader, micro: list[list[int]], tokens: int, length: int, pairing: Pairing | None) -> Step:
+    """The micro-batches of the samples at the indices `micro`, and what of them is damaged or unaligned."""
+    mine = [index for part in micro for index in part]
+    # all at once: a micro-batch may be a single sample, too few for the reader's threads
+    samples = reader.read(mine)
+    parts = (list(islice(samples, len(part))) for part in micro)  # lazily: it collates while later samples are decoded
+    batches = [collate(part, length) if pairing is None else pair_intact(part, pairing) for part in parts]
+    # after reading, which finds the damaged ones
+    damaged = [index for index in mine if index in reader.damaged]
+    lost = count_labels(reader.dataset, damaged)
+    step = Step(batches, tokens, [reader.damaged[index] for index in damaged], lost)
+    if pairing is None:
+        return step
+    own = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
+    unscored = sum(int(unaligned_labels(b.paired.student).sum()) for b in batches if b.paired is not None)
+    dropped = count_labels(reader.dataset, mine) - lost - own
+    return step._replace(own=own, unaligned=unscored + max(dropped, 0))
+
+
+def count_labels(dataset: ShardSet, indices: Sequence[int]) -> int:
+    """Labels of the samples at `indices`, from the shards' sidecars: damaged samples count too."""
+    return sum(dataset.entry(index).labels for index in indices)
+
+
+def find_pairing(config: RunConfig, facts: dict[str, Any]) -> Pairing | None:
+    """How samples are aligned with a live teacher of another tokenizer; None where one tokenizer serves both."""
+    student, teacher = tokenizers(config, facts)
+    if teacher is None:
+        return None
+    length = config.data.sequence_length
+    return partial(
+        pair,
+        student=student,
+        teacher=teacher,
+        student_length=length,
+        teacher_length=length + length // 4,
+        teacher_limit=teacher_positions(config),
+        bos=pair_bos(facts, teacher, config.data.bos),
+    )
+
+
+def pair_intact(samples: Sequence[Sample], pairing: Pairing) -> Batch:
+    """A batch of both models' views of the samples, where damaged ones have no spans."""
+    paired = without_blanks(pairing(samples), samples)
+    return Batch(*paired.student[:3], paired=paired)
 
 
 def teacher_positions(config: RunConfig) -> int:

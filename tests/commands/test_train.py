@@ -95,7 +95,7 @@ def test_damaged_samples_are_left_out_counted_and_named(sibling: Make, undisturb
     expected[0] -= lost[0] + lost[1]
     expected[6] -= lost[2]
     assert steps == expected
-    objective = build_objective(run.config, run.student_folder, shards)
+    objective = build_objective(run.config, run.student_folder, shards.facts)
     with torch.no_grad():
         report = objective(collate([shards[i] for i in order[:16] if i not in bad], 32))
     for name in ("ce", "kl", "kl_t1"):
@@ -237,7 +237,7 @@ def test_lanes_are_another_order_of_the_same_samples(sibling: Make, undisturbed:
     megakd("train", run.folder)
     assert metrics(run.folder)[0]["ce"] != metrics(undisturbed.folder)[0]["ce"]
     shards = ShardSet(run.path("data", "logits", "train"))
-    objective = build_objective(run.config, run.student_folder, shards)
+    objective = build_objective(run.config, run.student_folder, shards.facts)
     with torch.no_grad():
         report = objective(collate([shards[i] for i in order_of(run, 16)], 32))
     tokens = metrics(run.folder)[0]["tokens"]
@@ -258,7 +258,7 @@ def test_scratch_must_be_a_folder(sibling: Make, tmp_path):
 @torch.no_grad()
 def mean_kl(run: Run, student: Path, shards: ShardSet) -> float:
     """The run's KL of a student over all that it trains on."""
-    objective = build_objective(run.config, student, shards)
+    objective = build_objective(run.config, student, shards.facts)
     report = objective(collate([shards[i] for i in order_of(run, 160)], 32))
     return report.terms["kl"].item() / sum(shards.entry(i).labels for i in order_of(run, 160))
 

@@ -20,7 +20,7 @@ from megakd.errors import UserError
 from megakd.run import Run
 from megakd.system.dist import World
 from megakd.system.files import read_json, read_json_lines
-from megakd.train.loop import in_step
+from megakd.train.data import in_step
 from tests.conftest import forked_ranks, metrics, start_ranks
 from tests.forks import Forked
 

@@ -174,7 +174,7 @@ def judged(config: RunConfig) -> str:
     from megakd.engine.base import StepReport
     from megakd.engine.checkpoint import Progress
     from megakd.run import Run
-    from megakd.train.loop import judge
+    from megakd.train.skipped import judge
 
     try:
         report = StepReport({"total": 1.0}, float("nan"), GRADIENT)

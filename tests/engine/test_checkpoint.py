@@ -42,7 +42,7 @@ WORLD = World(0, 1, torch.device("cpu"))
 @pytest.fixture(scope="module")
 def engine(prepared, dataset) -> LocalEngine:
     run = Run.open(prepared)
-    objective = build_objective(run.config, run.student_folder, dataset)
+    objective = build_objective(run.config, run.student_folder, dataset.facts)
     return LocalEngine(objective, build_optimizer(objective, (), OptimConfig(lr=1e-3)), 1.0, "float32", WORLD.device)
 
 

@@ -14,7 +14,7 @@ from megakd.config.train import GuardConfig
 from megakd.engine.guard import FEWEST, Health, after_step, wrong_with
 from megakd.errors import UserError
 from megakd.run import Run
-from megakd.train import loop
+from megakd.train import stage
 from tests.conftest import metrics
 
 NAN_OR_INF = (math.nan, math.inf, -math.inf)
@@ -61,7 +61,7 @@ def test_without_a_spike_rule_only_what_is_not_finite_is_wrong():
 
 def spoil(monkeypatch: pytest.MonkeyPatch, steps: dict[int, float]) -> None:
     """Multiply the loss of these steps (from 0), in every process-local training."""
-    plain = loop.build_objective
+    plain = stage.build_objective
 
     def build(*args: Any) -> Any:
         objective = plain(*args)
@@ -86,8 +86,8 @@ def spoil(monkeypatch: pytest.MonkeyPatch, steps: dict[int, float]) -> None:
         objectives[-1].global_step = -1
         return objectives[-1]
 
-    monkeypatch.setattr(loop, "build_objective", remember)
-    monkeypatch.setattr(loop, "seed_step", seed)
+    monkeypatch.setattr(stage, "build_objective", remember)
+    monkeypatch.setattr(stage, "seed_step", seed)
 
 
 def run(run: Run, *overrides: str) -> list[dict[str, Any]]:

@@ -38,7 +38,7 @@ def make(prepared, dataset):
         dtype: str = "float32",
         updates: dict[str, int] | None = None,
     ) -> LocalEngine:
-        objective = build_objective(run.config, run.student_folder, dataset)
+        objective = build_objective(run.config, run.student_folder, dataset.facts)
         return LocalEngine(objective, build_optimizer(objective, rules, optim, updates), optim.clip_norm, dtype, CPU)
 
     return engine
@@ -311,7 +311,7 @@ def test_activation_checkpointing_computes_the_same(prepared, dataset):
         engine_config = run.config.engine.model_copy(update={"activation_checkpointing": checkpointing})
         config = run.config.model_copy(update={"engine": engine_config})
         world = World(0, 1, CPU)
-        objective = build_objective(config, run.student_folder, dataset)
+        objective = build_objective(config, run.student_folder, dataset.facts)
         engine: Any = build_engine(config, objective, config.stages[1], world)
         assert engine.objective.student.is_gradient_checkpointing == checkpointing
         reports.append(run_steps(engine, dataset, range(2)))

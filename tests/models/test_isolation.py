@@ -219,7 +219,7 @@ def test_loaded_models_are_probed_too(given, leaking, teacher, monkeypatch):
     run = given(student=leaking)
     dataset = ShardSet(run.path("data", "logits", "train"))
     with pytest.raises(UserError, match="lfm2 does not separate"):
-        train_build.build_objective(run.config, run.student_folder, dataset)
+        train_build.build_objective(run.config, run.student_folder, dataset.facts)
     run = given(teacher=leaking, student=teacher)
     shutil.rmtree(run.path("data", "logits"))
     capture = capture_pipeline.Capture(run, leaking, World(0, 1, torch.device("cpu")), VOCABULARY)
@@ -238,7 +238,7 @@ def test_live_teacher_that_leaks_is_refused(given, leaking, teacher, monkeypatch
     config = run.config = run.config.model_copy(update={"objective": OnlineConfig()})
     dataset = ShardSet(run.path("data", "tokens", "train"))
     with pytest.raises(UserError, match="lfm2 does not separate"):
-        train_build.build_objective(config, teacher, dataset)
+        train_build.build_objective(config, teacher, dataset.facts)
     with pytest.raises(UserError, match=r"data\.packing=documents"):
         checks.check(run)
 

@@ -1,0 +1,194 @@
+"""One stage of a training: its objective and engine, step by step to its end or a signal, with checkpoints."""
+
+from contextlib import closing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megakd.data.batches import prefetch, to_device
+from megakd.data.shards import ShardSet
+from megakd.data.stream import shards_digest
+from megakd.engine.base import CarryOver, StepReport
+from megakd.engine.checkpoint import Progress, Saved, check_ranks, rotate, save_checkpoint
+from megakd.engine.guard import wrong_with
+from megakd.engine.optim import schedule
+from megakd.models.hub import copy_side_files, write_config
+from megakd.run import Run
+from megakd.system.dist import World, seed_step
+from megakd.system.logging import say
+from megakd.system.signals import StopSignals
+from megakd.tracking import MetricLog
+from megakd.train.build import build_engine, build_objective
+from megakd.train.damage import count_damage, count_unaligned
+from megakd.train.data import Step, in_step, stage_data
+from megakd.train.metrics import StageWatch, StepRecord
+from megakd.train.skipped import judge
+
+
+class Training(NamedTuple):
+    """What the stages of a training share.
+
+    student_config: of the student that training started from; every checkpoint of this process gets it.
+    log: of the first rank; None on the others.
+    """
+
+    run: Run
+    dataset: ShardSet
+    world: World
+    stop: StopSignals
+    student_config: Any
+    log: MetricLog | None
+
+
+class StageTrainer:
+    """Trains stage `index`: exactly on from `saved` if it is of this stage, else from its weights.
+
+    carried: what the stage before passed on. saved: the last checkpoint of any stage; None before the first step of
+    all. updates: how often each parameter was updated before the stage (`CarryOver`).
+    """
+
+    def __init__(self, training: Training, index: int, saved: Saved | None, carried: CarryOver | None = None):
+        self.run, self.dataset, self.world, self.stop, self.student_config, self.log = training
+        self.saved = saved
+        self.stage = self.run.config.stages[index]
+        self.config = self.run.config.at(self.stage)
+        self.steps = self.run.config.steps_of(self.stage, len(self.dataset))
+        self.progress = saved.progress if saved else Progress()
+        self.shards = shards_digest(self.dataset.names, self.dataset.sizes)
+
+        student = saved.weights if saved else self.run.student_folder
+        self.objective = build_objective(self.config, student, self.dataset.facts, self.world.device)
+        self.objective.restore(saved.auxiliary if saved else {})
+
+        resumed = saved if saved and saved.progress.stage == index else None
+        if resumed:
+            check_ranks(resumed, self.world.size)
+            self.updates = resumed.updates
+        else:
+            self.updates = carried.updates if carried else {}
+            self.progress = self.progress._replace(stage=index, stage_step=0)
+        self.engine = build_engine(self.config, self.objective, self.stage, self.world, self.updates)
+        if resumed:
+            self.engine.load(resumed.folder / "state")
+        elif carried:
+            self.engine.import_state(carried)
+            carried.tensors.clear()  # the engine has them now
+
+    def train(self) -> None:
+        """Every step that remains; a checkpoint at each interval, at the end, and when a signal came in between."""
+        self._recall_memory()
+        data = stage_data(self.config, self.dataset, self.progress, self.steps, self.world)
+        watch = StageWatch(self.stage.name, self.steps, self.progress.stage_step, self.config.log.every_steps, self.log)
+        with closing(prefetch(data)) as prefetched:
+            for step in in_step(prefetched, self.world, self.stop):
+                watch.data_ready()
+                watch.step_done(self.step(step))
+                if self._rollback_due():
+                    self.roll_back()
+                if self._checkpoint_due():
+                    self.save()
+                    watch.resume_clock()
+            if self.progress.step > (self.saved.progress.step if self.saved else 0):
+                self.save()
+
+    def step(self, step: Step) -> StepRecord:
+        """One optimizer step on the ranks' micro-batches, and what is logged of it."""
+        done = self.progress
+        # torch's random state, schedules and data follow from the number of the step alone: resume needs no more
+        seed_step(self.config.seed, done.step, self.world.rank)
+        self.objective.at(done.stage_step / max(self.steps - 1, 1), done.step)
+        factor = schedule(self.config.optim, done.stage_step, self.steps)
+        tokens, damaged = count_damage(self.run, step, self.world)
+        # without tokens there is nothing to learn from: momentum and weight decay alone must not move the weights
+        report = self._learn(step, tokens, factor) if tokens else StepReport({}, 0.0)
+        self.progress = self.progress._replace(
+            stage_step=done.stage_step + 1,
+            step=done.step + 1,
+            samples=done.samples + self.config.windows_per_step,
+            tokens=done.tokens + tokens,
+            shards=self.shards,
+            memory=dict(self.objective.memory),
+        )
+        return StepRecord(
+            stage_step=self.progress.stage_step,
+            step=self.progress.step,
+            seen=self.progress.tokens,
+            tokens=tokens,
+            sums=report.sums,
+            lr=self.config.optim.lr * factor,
+            norm=report.grad_norm,
+            damaged=damaged,
+            left_out=self.progress.health.left_out,
+            norms=report.norms,
+        )
+
+    def save(self) -> None:
+        """Publish a checkpoint, then delete the oldest ones."""
+        folder = self.run.path("checkpoints", self.stage.name, f"step-{self.progress.step:06d}")
+        save_checkpoint(folder, self.engine, self.progress, self.world, self._describe, self.updates)
+        if self.world.first:
+            self.run.record("checkpoint", folder=str(folder.relative_to(self.run.folder)), step=self.progress.step)
+            rotate(self.run.path("checkpoints"), self.config.checkpoint.keep, {folder})
+        self.saved = Saved(folder, self.progress)
+
+    def roll_back(self) -> None:
+        """Back to the weights and moments of the stage's last checkpoint; step, schedule and data go on."""
+        back = self.saved if self.saved and self.saved.progress.stage == self.progress.stage else None
+        if back:
+            self.engine.load(back.folder / "state")
+        health = self.progress.health
+        if self.world.first:
+            where = f"back to the weights of {back.folder}" if back else "no checkpoint of this stage to go back to"
+            say(f"train: {health.in_a_row} updates skipped in a row: {where}")
+            to = str(back.folder.relative_to(self.run.folder)) if back else None
+            self.run.record("rollback", step=self.progress.step, to=to)
+        self.progress = self.progress._replace(health=health._replace(in_a_row=0))
+
+    def carry_over(self) -> CarryOver:
+        """End the stage: what it passes on to the next one."""
+        carried = self.engine.export_state()
+        self.engine.close()
+        return carried
+
+    def _learn(self, step: Step, tokens: int, factor: float) -> StepReport:
+        """Forward, backward and update; a step whose loss fails makes no update, or ends the training (`judge`)."""
+        health, guard = self.progress.health, self.config.guard
+
+        def accept(sums: dict[str, float]) -> bool:
+            return not wrong_with(sums["total"] / tokens, health, guard)
+
+        number = self.progress.step + 1
+        batches = (to_device(batch, self.world.device) for batch in step.micro_batches)
+        norms = (self.progress.stage_step + 1) % self.config.log.every_steps == 0
+        report = self.engine.step(batches, tokens, factor, accept, norms)
+        if step.own is not None:
+            report.sums["unaligned"] = count_unaligned(self.run, step, number, tokens, self.world)
+        self.progress = self.progress._replace(health=judge(self.run, self.progress, report, tokens, self.world))
+        if report.left_out:
+            self.objective.forget_step()
+        else:
+            self.objective.observe(report.sums, tokens)
+        return report
+
+    def _recall_memory(self) -> None:
+        """Give the objective what steps before the checkpoint left for later ones."""
+        for name in self.objective.recall(self.progress.memory):
+            if self.world.first:
+                where = self.saved.folder if self.saved else "the checkpoint"
+                say(f"train: {where}: what the objective remembers of {name} is not finite; it begins anew")
+                self.run.record("memory", name=name)
+
+    def _rollback_due(self) -> bool:
+        return 0 < self.config.guard.rollback <= self.progress.health.in_a_row
+
+    def _checkpoint_due(self) -> bool:
+        done = self.progress.stage_step
+        return done == self.steps or done % self.config.checkpoint.every_steps == 0
+
+    def _describe(self, weights: Path) -> None:
+        """Make the weights of a checkpoint a Hugging Face folder.
+
+        With the config and tokenizer of the student, which stays: rotation may have deleted the checkpoint that the
+        stage began with.
+        """
+        write_config(weights, self.student_config)
+        copy_side_files(self.run.student_folder, weights)
