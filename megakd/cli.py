@@ -8,7 +8,7 @@ import sys
 from megakd.errors import UserError
 from megakd.system.files import CANNOT_WRITE
 from megakd.system.launcher import read_launcher
-from megakd.system.terminal import accept_any_encoding
+from megakd.system.terminal import accept_any_encoding, leave_closed_pipe
 from megakd.system.version import library_versions, version_line
 
 # verb → (one line, does it open a run)
@@ -114,12 +114,16 @@ def main() -> None:
     try:
         # launchers put --local_rank=N before the verb; LOCAL_RANK in the environment says the same
         run_verb([arg for arg in sys.argv[1:] if not arg.startswith("--local_rank=")])
+        sys.stdout.flush()  # here, where a closed pipe is no traceback, and not when the interpreter ends
     except UserError as error:
         sys.stderr.write(f"megakd{_rank()}: {error}\n")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.stderr.write("megakd: interrupted\n")
         sys.exit(130)
+    except BrokenPipeError:
+        leave_closed_pipe()
+        raise
 
 
 def _rank() -> str:

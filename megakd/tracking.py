@@ -9,7 +9,7 @@ from typing import Any
 
 from megakd.config.run import RunConfig
 from megakd.config.train import LogConfig
-from megakd.errors import foreign
+from megakd.errors import UserError, foreign
 from megakd.system.extras import require
 from megakd.system.files import append_json, publishing, read_json_lines
 from megakd.system.text import finite
@@ -30,8 +30,8 @@ class MetricLog:
             from torch.utils.tensorboard.writer import SummaryWriter
 
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-        if config.wandb != "disabled":
-            self.wandb = _open_wandb(folder, config.wandb_project, name, run_id, frozen, config.wandb)
+        if (mode := wandb_mode(config)) != "disabled":
+            self.wandb = _open_wandb(folder, config.wandb_project, name, run_id, frozen, mode)
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         # JSON has no NaN: what is not finite is written as null, and on no curve
@@ -51,13 +51,52 @@ class MetricLog:
             self.wandb.finish()
 
 
+# what WANDB_MODE may say, and what it means
+WANDB_MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
+
+
+def wandb_mode(config: LogConfig) -> str:
+    """online, offline or disabled: WANDB_MODE where it is set, else log.wandb; log.wandb=disabled stays disabled."""
+    asked = os.environ.get("WANDB_MODE", "").strip().lower()
+    if config.wandb == "disabled" or not asked:
+        return config.wandb
+    if asked not in WANDB_MODES:
+        raise UserError(f"WANDB_MODE={asked}: expected online, offline or disabled; set one of them, or unset it")
+    return WANDB_MODES[asked]
+
+
 def check_libraries(config: LogConfig) -> None:
     """UserError when what metrics are written with is not installed."""
     remedy = "set log.tensorboard=false log.wandb=disabled"
     if config.tensorboard:
         require("tensorboard", "log.tensorboard=true", remedy)
-    if config.wandb != "disabled":
-        require("wandb", f"log.wandb={config.wandb}", remedy)
+    if wandb_mode(config) != "disabled":
+        require("wandb", _asked(config), remedy)
+
+
+def check_tracking(config: LogConfig) -> None:
+    """`check_libraries`, and UserError where metrics are to be sent to W&B and no login is known here."""
+    check_libraries(config)
+    if wandb_mode(config) == "online" and not _logged_in():
+        remedy = "run `wandb login`, set WANDB_API_KEY, or set log.wandb=offline"
+        raise UserError(f"{_asked(config)}: no login to W&B is known here; {remedy}")
+
+
+def _asked(config: LogConfig) -> str:
+    """Which setting chose W&B's mode."""
+    mode = wandb_mode(config)
+    return f"log.wandb={mode}" if mode == config.wandb else f"WANDB_MODE={mode}"
+
+
+def _logged_in() -> bool:
+    """Whether W&B has a key to send with: of the environment, of ~/.netrc, of this session; asks no server."""
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    import wandb
+    from wandb.sdk.lib.wbauth import authenticate_session
+
+    with foreign("log.wandb=online: W&B", "correct it, or set log.wandb=offline"):
+        host = wandb.setup().settings.base_url
+        return authenticate_session(host=host, source="megakd", prompt=False, update_session=False) is not None
 
 
 def _open_wandb(folder: Path, project: str, name: str, run_id: str, frozen: dict[str, Any], mode: str) -> Any:
@@ -91,7 +130,7 @@ def log_evaluation(folder: Path, config: RunConfig, step: int, numbers: dict[str
             for name, value in numbers.items():
                 if finite(value) is not None:
                     board.add_scalar(f"eval/{name}", value, step)
-    if config.log.wandb != "disabled":
+    if wandb_mode(config.log) != "disabled":
         frozen = config.model_dump(mode="json")
         place = folder / "watch"
         place.mkdir(exist_ok=True)

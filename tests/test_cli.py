@@ -268,3 +268,22 @@ def test_wrong_world_size_is_one_line_not_a_crash_of_the_error_handler(fails, mo
     assert "WORLD_SIZE=x: expected a whole number" in fails("train", sibling().folder)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "WORLD_SIZE=2 is set and RANK is not" in fails("train", sibling().folder, "optim.micro_batch=2")
+
+
+def test_reader_of_standard_output_may_leave_early():
+    """`megakd config | head -1` was a BrokenPipeError traceback."""
+    command = [sys.executable, "-m", "megakd", "config"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
+def test_another_pipe_that_breaks_is_an_error(monkeypatch):
+    def verb(argv: list[str]) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(cli, "run_verb", verb)
+    with pytest.raises(BrokenPipeError):
+        cli.main()

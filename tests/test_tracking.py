@@ -14,7 +14,7 @@ from megakd.run import Run
 from megakd.system.files import read_json_lines
 from megakd.system.logging import Progress, say
 from megakd.system.text import clock, short, table
-from megakd.tracking import MetricLog, wandb_id
+from megakd.tracking import MetricLog, check_tracking, wandb_id, wandb_mode
 from megakd.train.metrics import StageWatch, StepRecord
 
 QUIET = LogConfig(tensorboard=False, wandb="disabled")
@@ -255,3 +255,38 @@ def test_two_folders_of_one_recipe_have_two_wandb_ids_and_keep_them(tmp_path):
 def test_project_that_wandb_refuses_is_refused_by_new(tmp_path):
     with pytest.raises(UserError, match=r"log\.wandb_project"):
         Run.create("demo", ["log.wandb_project=team/a"], tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "field, variable, mode",
+    [
+        ("offline", None, "offline"),
+        ("online", "offline", "offline"),
+        ("online", "dryrun", "offline"),
+        ("online", "Disabled", "disabled"),
+        ("offline", "online", "online"),
+        ("disabled", "online", "disabled"),
+    ],
+)
+def test_wandb_mode_of_the_environment_counts_where_wandb_is_not_disabled(monkeypatch, field, variable, mode):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    if variable:
+        monkeypatch.setenv("WANDB_MODE", variable)
+    assert wandb_mode(LogConfig(wandb=field)) == mode
+
+
+def test_unknown_wandb_mode_is_refused(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "shared")
+    with pytest.raises(UserError, match="WANDB_MODE=shared: expected online, offline or disabled"):
+        wandb_mode(LogConfig(wandb="offline"))
+
+
+def test_online_wandb_without_a_login_is_one_line_before_any_work(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    with pytest.raises(UserError, match=r"log\.wandb=online: no login to W&B is known"):
+        check_tracking(LogConfig(tensorboard=False, wandb="online"))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    check_tracking(LogConfig(tensorboard=False, wandb="online"))

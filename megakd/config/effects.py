@@ -131,7 +131,12 @@ RULES: tuple[Rule, ...] = (
         "engine.kind=local is one process; engine.kind=deepspeed shares experts among ranks",
     ),
     Rule(
-        ("engine.ranks", "engine.config", "engine.deepspeed"),
+        ("engine.ranks",),
+        lambda c: c.engine.kind == "local",
+        "engine.kind=local is one process; engine.kind=deepspeed starts the ranks",
+    ),
+    Rule(
+        ("engine.config", "engine.deepspeed"),
         lambda c: c.engine.kind == "local",
         "engine.kind=local is one process without DeepSpeed",
         replaced=True,

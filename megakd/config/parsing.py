@@ -25,7 +25,7 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
     overrides = list(overrides)
     if any(item.startswith("engine.config=") for item in overrides) and isinstance(raw.get("engine"), dict):
         raw["engine"] = {k: v for k, v in raw["engine"].items() if k != "deepspeed"}  # the copy that it replaces
-    config = parse(_of_one_kind(raw, apply_overrides(raw, overrides)), str(path))
+    config = parse(_of_one_process(raw, _of_one_kind(raw, apply_overrides(raw, overrides))), str(path))
     _check_distinct([stage.name for stage in config.stages], path)
     return _with_deepspeed(config, path.parent)
 
@@ -45,6 +45,18 @@ def _of_one_kind(before: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:
     if changed:
         say(f"objective.kind={kind}: drops {', '.join(changed)}, which objective.kind={old} had")
     return {**raw, "objective": {key: value for key, value in now.items() if key not in foreign}}
+
+
+def _of_one_process(before: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:
+    """`raw` without the ranks of a recipe for DeepSpeed, where an override sets engine.kind=local."""
+    was, now = before.get("engine", {}), raw.get("engine", {})
+    if not (isinstance(was, dict) and isinstance(now, dict)) or now.get("kind") != "local":
+        return raw
+    ranks = now.get("ranks", 1)
+    if was.get("kind", "deepspeed") == "local" or ranks == 1 or was.get("ranks") != ranks:
+        return raw
+    say(f"engine.kind=local: drops engine.ranks={ranks}, which engine.kind=deepspeed had")
+    return {**raw, "engine": {key: value for key, value in now.items() if key != "ranks"}}
 
 
 def _check_distinct(names: list[str], path: Path) -> None:

@@ -165,5 +165,7 @@ class LogConfig(Section):
 
     every_steps: int = mutable(10, ge=1, description="steps between lines at the terminal")
     tensorboard: bool = mutable(True, description="write RUN/tensorboard")
-    wandb: Literal["offline", "online", "disabled"] = mutable("offline", description="Weights & Biases")
+    wandb: Literal["offline", "online", "disabled"] = mutable(
+        "offline", description="Weights & Biases; the variable WANDB_MODE counts instead where it is set"
+    )
     wandb_project: str = mutable("megakd", pattern=r"^[^/\\#?%:]{1,128}$", description="project in W&B")

@@ -13,6 +13,7 @@ from megakd.run import Run
 from megakd.system.files import read_json
 from megakd.system.logging import say
 from megakd.system.text import clock
+from megakd.tracking import wandb_mode
 from megakd.train.checks import open_dataset
 
 
@@ -49,7 +50,7 @@ def watch(run: Run, follower: Follower, once: bool = False, follow: bool = False
     if file.exists():
         best = read_json(file)
         say(f"watch: the best by {best['metric']} is {best['model']}, {best['value']:.4g}: {file}")
-    if run.config.log.wandb == "online":  # two processes that send to one run at once lose lines (log_evaluation)
+    if wandb_mode(run.config.log) == "online":  # two processes that send to one run at once lose lines (log_evaluation)
         say(f"watch: to send the curves to W&B, when training has ended: cd {run.path('watch')} && wandb sync")
 
 

@@ -1,8 +1,12 @@
 """Standard output and error of any encoding: what it lacks is written in ASCII instead of ending the program."""
 
 import codecs
+import os
+import select
 import sys
+from typing import Any
 
+CLOSED_PIPE = 141  # exit code of a program that SIGPIPE (13) ends: 128 + 13
 ASCII = {"→": "->", "←": "<-", "↔": "<->", "–": "-", "—": "-", "−": "-", "×": "x", "·": "|", "…": "...", "≤": "<="}
 ASCII |= {"≥": ">=", "²": "^2", "‖": "||", "’": "'", "“": '"', "”": '"', "≈": "~", "±": "+-", "α": "alpha"}
 
@@ -20,3 +24,25 @@ def _in_ascii(error: UnicodeError) -> tuple[str, int]:
     assert isinstance(error, UnicodeEncodeError), error
     text = error.object[error.start : error.end]
     return "".join(ASCII.get(c) or c.encode("ascii", "backslashreplace").decode() for c in text), error.end
+
+
+def leave_closed_pipe() -> None:
+    """End with exit code 141, as `cat` does, when the reader of standard output or error is gone: `megakd … | head`.
+
+    Returns where both have their readers: then the pipe that broke is another one, and an error.
+    """
+    streams = [stream for stream in (sys.stdout, sys.stderr) if _without_reader(stream)]
+    for stream in streams:
+        # what is still buffered goes nowhere: the interpreter would complain of it at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    if streams:
+        sys.exit(CLOSED_PIPE)
+
+
+def _without_reader(stream: Any) -> bool:
+    try:
+        waiting = select.poll()
+        waiting.register(stream.fileno(), 0)  # errors alone
+        return any(event & select.POLLERR for _, event in waiting.poll(0))
+    except (OSError, ValueError):  # closed, or no file
+        return False

@@ -26,13 +26,13 @@ from megakd.system.extras import require
 from megakd.system.files import read_json
 from megakd.system.launcher import read_launcher
 from megakd.system.logging import say
-from megakd.tracking import check_libraries
+from megakd.tracking import check_tracking
 
 
 def check(run: Run) -> ShardSet:
     """All that can be wrong before any rank starts: data, student, rules, ranks and checkpoint belong to this run."""
     config, student = run.config, run.student_folder
-    check_libraries(config.log)
+    check_tracking(config.log)
     if config.engine.kind == "deepspeed":
         require("deepspeed", "engine.kind=deepspeed", "set engine.kind=local in a new run")
     if not (student / "config.json").exists():

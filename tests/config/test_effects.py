@@ -28,6 +28,7 @@ def config_of(**sections: object) -> RunConfig:
         ({"logits": {"draws": 5}}, "logits.draws=5 has no effect: logits.profile=topk stores no draws"),
         ({"stream": {"scratch": "/tmp"}}, 'stream.scratch="/tmp" has no effect: it needs stream.lanes'),
         ({"engine": {"kind": "local", "expert_parallel": 2}}, "engine.expert_parallel=2 has no effect"),
+        ({"engine": {"kind": "local", "ranks": 2}}, "engine.ranks=2 has no effect: engine.kind=local is one process"),
         ({"compress": {"shapes": ["basis"]}}, "compress.shapes=.* has no effect: compress.budget alone"),
         ({"compress": {"budget": 0.2, "split": "free"}}, 'compress.split="free" has no effect'),
         ({"stages": [{"name": "a", "steps": 1, "config": "zero2"}]}, 'stages.0.config="zero2" has no effect'),
@@ -41,6 +42,16 @@ def test_a_field_without_effect_is_refused_by_name(sections, said):
         check(config_of(**sections), "recipe")
 
 
+def test_ranks_of_a_recipe_for_deepspeed_go_with_its_kind(tmp_path, capsys):
+    """One rank must not train in silence where two were asked for."""
+    file = tmp_path / "recipe.json"
+    file.write_text(json.dumps({"engine": {"kind": "deepspeed", "config": "zero2", "ranks": 2}}))
+    check(load_recipe(file, ["engine.kind=local"]), "recipe")
+    assert "engine.kind=local: drops engine.ranks=2" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"engine\.ranks=4 has no effect"):
+        check(load_recipe(file, ["engine.kind=local", "engine.ranks=4"]), "recipe")
+
+
 def test_a_field_that_one_stage_uses_has_an_effect():
     stages = [{"name": "a", "steps": 1}, {"name": "b", "steps": 1, "objective": {"divergence": "jsd"}}]
     check(config_of(objective={"mix": 0.1}, stages=stages), "recipe")
@@ -49,10 +60,10 @@ def test_a_field_that_one_stage_uses_has_an_effect():
 
 
 def test_what_takes_a_fields_place_is_said():
-    sections = {"model": {"student": "given"}, "compress": {"rank": 3}, "engine": {"kind": "local", "ranks": 2}}
+    sections = {"model": {"student": "given"}, "compress": {"rank": 3}, "engine": {"kind": "local", "config": "zero2"}}
     config = config_of(**sections, stages=[{"name": "a", "steps": 10}])
     check(config, "recipe")
-    assert [line.split(" ")[0] for line in notices(config)] == ["compress.rank=3", "engine.ranks=2", "stage"]
+    assert [line.split(" ")[0] for line in notices(config)] == ["compress.rank=3", 'engine.config="zero2"', "stage"]
     assert notices(config)[-1].endswith("optim.warmup_steps=100 is more than half of its 10 steps; warmup takes 5")
 
 
