@@ -95,14 +95,16 @@ def best_split(
     rows, columns = frame.shape[1:]
     brief = settings._replace(solver="als", sweeps=SPLIT_SWEEPS, tolerance=0.0)
 
+    free_cost, core_cost = rows + columns, 2 * rows  # numbers of one rank
+
     def ranks(share: float) -> tuple[int, int]:
-        core = min(round(share * parameters_per_expert / (2 * rows)), parameters_per_expert // (2 * rows), rows)
-        return min((parameters_per_expert - core * 2 * rows) // (rows + columns), rows, columns), core
+        core = min(round(share * parameters_per_expert / core_cost), parameters_per_expert // core_cost, rows)
+        return min((parameters_per_expert - core * core_cost) // free_cost, rows, columns), core
 
     def make(free: int, core: int) -> Form:
         return make_form("wrappers" if core else "additive", projection, free, core)
 
-    equal = min(parameters_per_expert // (3 * rows + columns), rows, columns)
+    equal = min(parameters_per_expert // (free_cost + core_cost), rows, columns)
     totals: dict[tuple[int, int], float] = {}
     with threads_over(frame) as threads:
 
@@ -115,7 +117,7 @@ def best_split(
         # equal ranks come first: min keeps the first of equals
         best = min((equal, equal), *(ranks(at) for at in (0, 0.25, 0.5, 0.75, 1)), key=total)
         for step in (0.125, 0.0625):
-            share = best[1] * 2 * rows / max(1, parameters_per_expert)
+            share = best[1] * core_cost / max(1, parameters_per_expert)
             best = min(best, *(ranks(at) for at in (share - step, share + step) if 0 <= at <= 1), key=total)
     return make(*best)
 

@@ -15,9 +15,10 @@ from transformers.activations import ACT2FN
 
 from megakd.compress.calibrate import LayerRunner, find_super_experts
 from megakd.compress.fit import Settings, Statistics, best_split, fit_projection
+from megakd.compress.forms import Candidate
 from megakd.compress.permute import alignment
 from megakd.compress.planner import allocate
-from megakd.compress.predict import Candidate, measure, reach
+from megakd.compress.predict import measure, reach
 from megakd.data.batches import collate
 from megakd.data.shards import ShardSet, read_manifest
 from megakd.data.tokenizers import identify_tokenizer, load_tokenizer
@@ -206,7 +207,7 @@ def _candidates(job: Job, layer: int, output: Path) -> None:
         statistics = _statistics(job, layer, projection, order) if settings.calibration_tokens else None
         damping = settings.damping[0]
         found[projection] = measure(
-            weights, projection, active, settings.shapes, statistics=statistics, damping=damping, exempt=exempt
+            weights, projection, active, shapes=settings.shapes, statistics=statistics, damping=damping, exempt=exempt
         )
         scale = 1.0
         if statistics is not None:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
-from megakd.compress.predict import Candidate
+from megakd.compress.forms import Candidate
 from megakd.errors import UserError
 from megakd.models.shared_core import Form
 
@@ -50,10 +50,9 @@ def _hull(table: Sequence[Candidate], price: float) -> list[Candidate]:
             continue
         while len(hull) > 1:
             a, b = hull[-2:]
-            # b is above the line from a to c
-            if (value(a) - value(b)) * (c.parameters - b.parameters) > (value(b) - value(c)) * (
-                b.parameters - a.parameters
-            ):
+            # slopes compared as products: b stays where the gain from a to b is steeper than the one from b to c
+            first, second = value(a) - value(b), value(b) - value(c)
+            if first * (c.parameters - b.parameters) > second * (b.parameters - a.parameters):
                 break
             hull.pop()
         hull.append(c)

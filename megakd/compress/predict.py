@@ -6,22 +6,17 @@ sum_e ||W_e - fit_e||^2 / sum_e ||W_e||^2, the lost share of the energy.
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from megakd.compress.als import fit_wrappers
+from megakd.compress.forms import GROUPS, MOST, Candidate, Sizes, candidate, candidates
 from megakd.compress.metric import Metric, Statistics, make_metric, times, times_transposed, whiten
 from megakd.compress.threads import Threads, threads_over
-from megakd.models.shared_core import SHAPES, Form, free_and_core_rank, make_form, stored_parameters
+from megakd.models.shared_core import SHAPES, Form, free_and_core_rank
 
-LEAST, MOST = 0.03, 0.95  # shares of the dense parameters between which forms are considered
-RANK_STEP = 8  # grouped matrix products want rows of 16 bytes, 8 numbers of bfloat16
-TINY = 128  # expert hidden sizes below it may have any rank
-GROUPS = 8  # of experts, each with a basis of its own, at most
-FINENESS = 6  # wrappers: steps of either rank are its 6th part
 # where fits are tried: of the parameters, and of the ranks on the core
 ADDITIVE_SHARES, WRAPPER_POINTS = (0.3, 0.7), ((0.12, 1 / 2), (0.45, 1 / 3), (0.45, 2 / 3))
 MANY = 64  # experts, from which on a core that is fitted gains at most 2 % over the mean for additive
@@ -31,73 +26,11 @@ SMALL = 2**24  # numbers of a projection, beyond which even fits of all experts 
 TOLERANCE = 1e-4  # of these fits
 
 
-class Candidate(NamedTuple):
-    """A form of one projection, all its experts: numbers stored, FLOPs per token, share of the energy lost."""
-
-    form: Form
-    parameters: int
-    flops: float
-    error: float
-
-
-def form_flops(form: Form, projection: str, active: int, hidden: int, expert_hidden: int) -> float:
-    """FLOPs of one projection a token: what is shared runs once, the factors of A active experts once each."""
-    return 2.0 * stored_parameters(form, projection, active, hidden, expert_hidden)
-
-
-def dense_flops(active: int, hidden: int, expert_hidden: int) -> float:
-    """FLOPs of one projection a token as the teacher computes it: A matrices [F, D]."""
-    return 2.0 * active * hidden * expert_hidden
-
-
-def candidates(
-    projection: str,
-    experts: int,
-    active: int,
-    hidden: int,
-    expert_hidden: int,
-    shapes: Sequence[str] = SHAPES,
-    groups: int = GROUPS,
-) -> list[Form]:
-    """Forms of between 3 and 95 % of the dense parameters; ranks are multiples of 8, of 1 in tiny layers.
-
-    groups: a basis is considered in 1, 2, 4 … groups up to this many. All of them run for every token: more than one
-    only where that takes no more FLOPs than the teacher.
-    """
-    f, d = expert_hidden, hidden
-    step = RANK_STEP if min(f, d) >= TINY else 1
-    found = []
-    if "additive" in shapes:
-        found += [make_form("additive", projection, r, 0) for r in range(step, min(f, d) + 1, step)]
-    if "wrappers" in shapes:
-        # Two wrappers of f ranks together give any matrix. Far from the fits, with hardly a free one or more than a
-        # third of all ranks on the core, predictions flatter by 10 to 25 %; other splits were about as good there.
-        ranks = _ranks(step, min(f, d))
-        pairs = [
-            (free, core)
-            for free in ranks
-            for core in ranks
-            if free + core <= min(f, d) and core <= min(2 * free, f / 3)
-        ]
-        found += [make_form("wrappers", projection, *pair) for pair in pairs]
-    if "basis" in shapes:
-        for count in _powers(min(groups, experts // 2)):
-            most = min(d, experts // count * f)
-            found += [make_form("basis", projection, 0, k, count) for k in range(step, most + 1, step)]
-    dense = experts * f * d
-
-    def fits(form: Form) -> bool:
-        if form.groups > 1 and form_flops(form, projection, active, d, f) > dense_flops(active, d, f):
-            return False
-        return LEAST <= stored_parameters(form, projection, experts, d, f) / dense <= MOST
-
-    return [form for form in found if fits(form)]
-
-
 def measure(
     weights: Tensor,
     projection: str,
     active: int,
+    *,
     shapes: Sequence[str] = SHAPES,
     sample: int = 16,
     groups: int = GROUPS,
@@ -120,39 +53,36 @@ def measure(
     """
     frame = weights.mT if projection == "down" else weights
     experts, f, d = frame.shape
+    sizes = Sizes(experts, active, d, f)
     if forms is None:
-        forms = candidates(projection, experts, active, d, f, shapes, groups)
+        forms = candidates(projection, sizes, shapes, groups)
     wanted = {form.shape for form in forms}
     points = _fit_points(f, d, experts, wanted)
     work = 1.0 + len(points)
-    bases: dict[int, np.ndarray] = {}
-    curve = np.zeros(0)
+    left, curve = None, np.zeros(0)
     with threads_over(frame) as threads:
-        left = None
         if statistics is not None:
-            frame, left = _measured(
-                frame, make_metric(statistics, projection, damping, exempt, frame, threads), threads
-            )
+            metric = make_metric(statistics, projection, damping, exempt, frame, threads)
+            frame, left = _measured(frame, metric, threads)
         core, norms = _core_and_norms(frame, left, threads)
         energy = float(norms.sum())
         if energy == 0:  # a projection of zeros loses nothing
-            return [_candidate(form, projection, experts, active, d, f, 0.0) for form in forms]
-        if "basis" in wanted:
-            counts = {form.groups for form in forms if form.shape == "basis"}
-            bases = {count: lost / energy for count, lost in basis_curves(frame, counts, threads).items()}
+            return [candidate(form, projection, sizes, 0.0) for form in forms]
+        counts = {form.groups for form in forms if form.shape == "basis"}
+        bases = {count: lost / energy for count, lost in basis_curves(frame, counts, threads).items()}
         if wanted & {"additive", "wrappers"}:
             curve = _additive_curve(frame, left, core, norms, spread(experts, sample))
     progress(1 / work)
-    table = _Wrappers(curve)
+    wrappers = _WrapperErrors(curve)
     for number, (free, inner) in enumerate(points):
-        table.learn(free, inner, predicted_fit(frame, norms, free, inner, left))
+        wrappers.learn(free, inner, predicted_fit(frame, norms, free, inner, left))
         progress((2 + number) / work)
-    result = []
-    for form in forms:
-        free, core = free_and_core_rank(form, projection)
-        error = float(bases[form.groups][core]) if form.shape == "basis" else table.error(free, core)
-        result.append(_candidate(form, projection, experts, active, d, f, error))
-    return result
+
+    def error(form: Form) -> float:
+        free, inner = free_and_core_rank(form, projection)
+        return float(bases[form.groups][inner]) if form.shape == "basis" else wrappers.error(free, inner)
+
+    return [candidate(form, projection, sizes, error(form)) for form in forms]
 
 
 def spread(count: int, wanted: int) -> list[int]:
@@ -167,32 +97,40 @@ def basis_curves(frame: Tensor, counts: Collection[int], threads: Threads) -> di
     The eigenvalues of sum W_e^T W_e over a group behind the k-th. Expert e is in group e modulo the count: groups of a
     count are unions of those of its multiples, so that the products are made once.
     """
-    experts, columns = len(frame), frame.shape[2]
+    if not counts:
+        return {}
+    columns, parts = frame.shape[2], math.lcm(*counts)
     dtype = torch.promote_types(frame.dtype, torch.float32)
-    parts = math.lcm(*counts)
     grams = torch.empty(parts, columns, columns, dtype=dtype, device=frame.device)
     for part in range(parts):
-
-        def work(chunks: list[slice], part: int = part) -> Tensor:
-            total = torch.zeros(columns, columns, dtype=dtype, device=frame.device)
-            for chunk in chunks:
-                for e in range(chunk.start, chunk.stop):
-                    if e % parts == part:
-                        exact = frame[e].to(dtype)
-                        total.addmm_(exact.mT, exact)
-            return total
-
-        first, *others = threads.map(work) if part < experts else [torch.zeros_like(grams[part])]
-        for other in others:
-            first += other
-        grams[part] = first
+        grams[part] = _gram(frame, part, parts, threads)
     lost = {}
     for count in counts:
-        lost[count] = sum(
-            (_tails(torch.linalg.eigvalsh(grams[group::count].sum(0))) for group in range(count)),
-            np.zeros(columns + 1),
-        )
+        tails = (_tails(torch.linalg.eigvalsh(grams[group::count].sum(0))) for group in range(count))
+        lost[count] = sum(tails, np.zeros(columns + 1))
     return lost
+
+
+def _gram(frame: Tensor, part: int, parts: int, threads: Threads) -> Tensor:
+    """sum W_e^T W_e over the experts e = part modulo parts, [D, D]."""
+    columns = frame.shape[2]
+    dtype = torch.promote_types(frame.dtype, torch.float32)
+
+    def work(chunks: list[slice]) -> Tensor:
+        total = torch.zeros(columns, columns, dtype=dtype, device=frame.device)
+        for chunk in chunks:
+            for e in range(chunk.start, chunk.stop):
+                if e % parts == part:
+                    exact = frame[e].to(dtype)
+                    total.addmm_(exact.mT, exact)
+        return total
+
+    if part >= len(frame):
+        return torch.zeros(columns, columns, dtype=dtype, device=frame.device)
+    first, *others = threads.map(work)
+    for other in others:
+        first += other
+    return first
 
 
 def predicted_fit(frame: Tensor, norms: Tensor, free: int, inner: int, left: Tensor | None = None) -> float:
@@ -208,7 +146,8 @@ def predicted_fit(frame: Tensor, norms: Tensor, free: int, inner: int, left: Ten
             fit, *_ = fit_wrappers(matrices, metric, free, inner, threads, sweeps=sweeps, tolerance=TOLERANCE)
         shared = times(own, fit.core)
         rest = matrices - shared - fit.u @ (fit.s.mT @ fit.core) - fit.q @ fit.v.mT
-        return float(rest[among].square().sum(dtype=torch.float64) / norms[chosen][among].sum().clamp(min=1e-300))
+        missed = rest[among].square().sum(dtype=torch.float64)
+        return float(missed / norms[chosen][among].sum().clamp(min=1e-300))
 
     experts = len(frame)
     if experts <= FITTED_EXPERTS:
@@ -220,7 +159,7 @@ def predicted_fit(frame: Tensor, norms: Tensor, free: int, inner: int, left: Ten
     return min(1.0, (many + (many - few) * (1 - len(chosen) / experts)) ** 2)
 
 
-class _Wrappers:
+class _WrapperErrors:
     """Lost energy for any two ranks, from that of free wrappers alone around the mean and some fits.
 
     curve: [F + 1], lost with free rank r and the mean as core. A fit of (r, 0) gives the logarithm of its ratio to the
@@ -271,7 +210,8 @@ def _fit_points(f: int, d: int, experts: int, wanted: set[str]) -> list[tuple[in
         points += [(share * room / (f + d), 0.0) for share in ADDITIVE_SHARES]
     if "wrappers" in wanted:
         for share, split in WRAPPER_POINTS:
-            total = min(share * room / ((1 - split) * (f + d) + split * 2 * f), short)
+            per_rank = (1 - split) * (f + d) + split * 2 * f  # a free rank stores F + D numbers, one on the core 2F
+            total = min(share * room / per_rank, short)
             points.append(((1 - split) * total, split * total))
     rounded = [(min(round(free), short), round(core)) for free, core in points]
     return list(dict.fromkeys(pair for pair in rounded if pair[0] > 0))
@@ -299,8 +239,10 @@ def _measured(frame: Tensor, metric: Metric, threads: Threads) -> tuple[Tensor, 
     """sqrt(E p_e) M_e W_e N, [E, F, D], and sqrt(E p_e) M_e^T, [E, F, F] or, diagonal, [E, F, 1]."""
     scale = (metric.importance * len(frame)).sqrt()[:, None, None]
     white = whiten(frame, metric, threads)
+    # in place where whitening made a copy: the experts of a layer are gigabytes
     white = white.mul_(scale.to(white)) if white is not frame else white * scale.to(white)
-    return white, (torch.ones_like(white[:, :, :1]) if metric.left is None else metric.left) * scale.to(white)
+    left = torch.ones_like(white[:, :, :1]) if metric.left is None else metric.left
+    return white, left * scale.to(white)
 
 
 def _core_and_norms(frame: Tensor, left: Tensor | None, threads: Threads) -> tuple[Tensor, Tensor]:
@@ -314,8 +256,10 @@ def _core_and_norms(frame: Tensor, left: Tensor | None, threads: Threads) -> tup
             exact = frame[chunk].to(dtype)
             own = None if left is None else left[chunk]
             target += times_transposed(own, exact).sum(0)
-            if own is not None:
-                gram += (own @ own.mT).sum(0) if own.shape[2] > 1 else own[:, :, 0].square().sum(0).diag()
+            if own is not None and own.shape[2] > 1:
+                gram += (own @ own.mT).sum(0)
+            elif own is not None:
+                gram += own[:, :, 0].square().sum(0).diag()
             norms.append(exact.square().sum((1, 2)).double())
         return gram, target, torch.cat(norms)
 
@@ -323,6 +267,7 @@ def _core_and_norms(frame: Tensor, left: Tensor | None, threads: Threads) -> tup
     target = torch.stack(targets).sum(0)
     if left is None:
         return target / len(frame), torch.cat(norms).cpu()
+    # normal equations sum_e M_e^T M_e C = sum_e M_e^T W_e, with a hair of the identity as in als.py
     gram = torch.stack(grams).sum(0).double()
     gram.diagonal().add_(1e-10 * gram.diagonal().mean().clamp(min=1e-30))
     return torch.linalg.solve(gram, target.double()).to(target), torch.cat(norms).cpu()
@@ -333,6 +278,7 @@ def _additive_curve(frame: Tensor, left: Tensor | None, core: Tensor, norms: Ten
     lost = np.zeros(min(frame.shape[1:]) + 1)
     for e in chosen:
         residual = frame[e].to(core) - times(None if left is None else left[e], core)
+        # squares of singular values by the smaller of the two Gram matrices
         residual = residual if residual.shape[0] <= residual.shape[1] else residual.mT
         lost += _tails(torch.linalg.eigvalsh(residual @ residual.mT))
     return lost / max(float(norms[chosen].sum()), 1e-300)
@@ -342,22 +288,3 @@ def _tails(eigenvalues: Tensor) -> np.ndarray:
     """Sums of all but the largest 0 … n of ascending eigenvalues, [n + 1]."""
     exact = eigenvalues.double().clamp(min=0).cpu().numpy()
     return np.concatenate([[0.0], np.cumsum(exact)])[::-1]
-
-
-def _candidate(
-    form: Form, projection: str, experts: int, active: int, hidden: int, expert_hidden: int, error: float
-) -> Candidate:
-    stored = stored_parameters(form, projection, experts, hidden, expert_hidden)
-    return Candidate(form, stored, form_flops(form, projection, active, hidden, expert_hidden), error)
-
-
-def _ranks(step: int, most: int) -> list[int]:
-    """Multiples of `step`, ever further apart: two dimensions of them must not be too many."""
-    found = [step]
-    while (after := found[-1] + step * max(1, round(found[-1] / step / FINENESS))) <= most:
-        found.append(after)
-    return found
-
-
-def _powers(most: int) -> list[int]:
-    return [2**i for i in range(max(most, 1).bit_length())]

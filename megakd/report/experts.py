@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megakd.compress.forms import Candidate
 from megakd.compress.permute import likeness
-from megakd.compress.predict import Candidate, measure, spread
+from megakd.compress.predict import measure, spread
 from megakd.errors import UserError
 from megakd.models.hub import Checkpoint, load_config
 from megakd.models.shared_core import PROJECTIONS, SHAPES

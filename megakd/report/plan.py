@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megakd.compress.predict import dense_flops, form_flops
+from megakd.compress.forms import dense_flops, form_flops
 from megakd.config.effects import check_evaluation
 from megakd.config.model import CompressConfig
 from megakd.config.run import RunConfig

@@ -7,18 +7,9 @@ import pytest
 import torch
 
 from megakd.compress.fit import Settings, fit_projection
+from megakd.compress.forms import Candidate, Sizes, candidates, dense_flops, form_flops
 from megakd.compress.planner import allocate
-from megakd.compress.predict import (
-    Candidate,
-    _fit_points,
-    basis_curves,
-    candidates,
-    dense_flops,
-    form_flops,
-    measure,
-    predicted_fit,
-    spread,
-)
+from megakd.compress.predict import _fit_points, basis_curves, measure, predicted_fit, spread
 from megakd.compress.threads import threads_over
 from megakd.errors import UserError
 from megakd.models.hub import Checkpoint, load_config
@@ -118,7 +109,7 @@ def test_experts_of_zeros_lose_nothing():
 
 def test_identical_experts_need_no_factors():
     weights = related(1, 16, 24).expand(5, -1, -1)
-    assert all(c.error < 1e-6 for c in measure(weights, "gate", 2, ("additive", "wrappers")))
+    assert all(c.error < 1e-6 for c in measure(weights, "gate", 2, shapes=("additive", "wrappers")))
 
 
 def test_progress_ends_at_one():
@@ -159,7 +150,7 @@ def test_a_prediction_where_all_experts_are_fitted_is_the_fit():
 def test_candidates_span_the_shares(sizes, projection):
     experts, hidden, expert_hidden = sizes
     active = max(2, experts // 16)
-    found = candidates(projection, experts, active, hidden, expert_hidden, groups=4)
+    found = candidates(projection, Sizes(experts, active, hidden, expert_hidden), groups=4)
     assert len(found) == len(set(found)) and {form.shape for form in found} == set(SHAPES)
     shares = [stored_parameters(form, projection, *sizes) / (experts * hidden * expert_hidden) for form in found]
     assert min(shares) >= 0.03 and max(shares) <= 0.95
