@@ -1,6 +1,5 @@
 """Run the teacher over token shards and write the same samples with its targets."""
 
-import hashlib
 import time
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
@@ -9,18 +8,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
-from megakd.capture.teacher import Teacher, batch_targets
+from megakd.capture.source import Capture, Work
 from megakd.config.data import LogitsConfig
 from megakd.data import codec
-from megakd.data.batches import collate, prefetch
+from megakd.data.batches import prefetch
 from megakd.data.codebook import Book, build_book, load_book, save_book
-from megakd.data.records import Sample, TeacherTargets
+from megakd.data.records import Sample
 from megakd.data.shards import (
-    MANIFEST,
-    SIDECAR,
-    VERSION,
     ShardSet,
     finished,
     known_manifest,
@@ -29,23 +24,13 @@ from megakd.data.shards import (
     write_manifest,
     write_shard,
 )
-from megakd.errors import UserError
-from megakd.identity import TeacherIdentity, TokenizerIdentity, changed_fingerprint, fingerprint
-from megakd.models.checks import check_isolation
-from megakd.models.hub import empty_model, load_model
+from megakd.identity import TeacherIdentity, TokenizerIdentity
 from megakd.run import Run
-from megakd.system.dist import (
-    World,
-    barrier,
-    sum_over_ranks,
-)
-from megakd.system.files import locked, read_sealed, settle
+from megakd.system.dist import barrier, sum_over_ranks
+from megakd.system.files import locked, settle
 from megakd.system.logging import Progress, say
-from megakd.system.version import made_with
 
 BOOK_POSITIONS = 4096  # of the training set; from 1024 on they save 2 bytes per token, beyond 4096 0.2
-
-
 AHEAD = 64  # samples that may wait for the writer
 
 
@@ -56,20 +41,32 @@ class Worker(NamedTuple):
     workers: int
 
 
-class Work(NamedTuple):
-    """A shard to make: its name and the indices of its samples."""
+class Part(NamedTuple):
+    """The training or the validation set: its tokens, the folder of its logits, and what these store."""
 
     name: str
-    indices: range
+    tokens: ShardSet
+    folder: Path
+    config: LogitsConfig
 
 
-def logits_facts(run: Run, part: str, tokens: dict[str, Any], weights: str, book: str) -> dict[str, Any]:
+def part_of(run: Run, name: str, tokens: ShardSet) -> Part:
+    """train, as configured, or holdout, whose logits are always the most probable tokens."""
+    config = run.config.logits
+    if name != "train":
+        config = config.model_copy(update={"profile": "topk"})
+    return Part(name, tokens, run.path("data", "logits", name), config)
+
+
+def logits_facts(part: Part, teacher: TeacherIdentity, seed: int, book: str) -> dict[str, Any]:
     """What a folder of logits says of itself: whose they are, of which tokens, and how they are stored."""
-    model, logits = run.config.model, _logits_config(run, part)
-    draws = logits.profile != "topk"
+    tokens, logits = part.tokens.facts, part.config
+    draws: dict[str, Any] = {"draws": 0, "draw_temperature": None, "draw_seed": None}
+    if logits.profile != "topk":
+        draws = {"draws": logits.draws, "draw_temperature": logits.draw_temperature, "draw_seed": seed}
     return {
         "tokens": tokens,
-        "teacher": TeacherIdentity(model.teacher, model.revision, weights).record(),
+        "teacher": teacher.record(),
         "vocab_size": TokenizerIdentity.of(tokens["tokenizer"]).vocab_size,
         "codec": codec.NAME,
         "book": book,
@@ -77,112 +74,92 @@ def logits_facts(run: Run, part: str, tokens: dict[str, Any], weights: str, book
         "top_k": logits.top_k if logits.profile != "sampled" else 0,
         "pmin": logits.pmin,
         "levels": logits.levels,
-        "draws": logits.draws if draws else 0,
-        "draw_temperature": logits.draw_temperature if draws else None,
-        "draw_seed": run.config.seed if draws else None,
+        **draws,
+        **_shared_facts(logits),
+    }
+
+
+def _shared_facts(logits: LogitsConfig) -> dict[str, Any]:
+    return {
         "temperatures": list(logits.declared_temperatures),
         "tails": logits.profile != "sampled",
         "dtype": logits.dtype,
     }
 
 
-def teacher_fingerprint(run: Run, folder: Path, recorded: str | None = None) -> str:
-    """The teacher's fingerprint to record, of the version that the logits captured so far carry.
-
-    UserError when those, or `recorded`, are of another teacher: one data set has one teacher.
-    """
-    found = [recorded] if recorded else [w for part in ("holdout", "train") if (w := _captured_from(run, part))]
-    for weights in found:
-        if now := changed_fingerprint(weights, folder):
-            raise UserError(
-                f"{run.path('data', 'logits')}: captured from a teacher of fingerprint {weights}, {folder} has {now} "
-                "now: its weights or its config.json were changed; restore them, or capture in a new run"
-            )
-    return found[0] if found else fingerprint(folder)
-
-
-def _captured_from(run: Run, part: str) -> str | None:
-    """The fingerprint that a part's manifest states, or where that is damaged, its first shard; None: nothing does."""
-    folder = run.path("data", "logits", part)
-    for path, kind in [(folder / "manifest.json", MANIFEST), *((p, SIDECAR) for p in sorted(folder.glob("*.json")))]:
-        try:
-            weights = TeacherIdentity.of(read_sealed(path, kind, VERSION)["facts"]["teacher"]).weights
-        except UserError:  # missing, or damaged: it is made again
-            continue
-        return None if weights == "unknown" else weights  # converted from a file that names no teacher
-    return None
-
-
-def _logits_config(run: Run, part: str) -> LogitsConfig:
-    logits = run.config.logits
-    return logits if part == "train" else logits.model_copy(update={"profile": "topk"})
-
-
 def capture_part(
-    run: Run,
-    capture: "Capture",
-    part: str,
-    tokens: ShardSet,
-    worker: Worker,
-    book: Book,
-    limit: float | None,
-    reread: bool,
-) -> None:
-    target = run.path("data", "logits", part)
-    facts = logits_facts(run, part, tokens.facts, capture.weights, book.digest)
-    settle(target)
-    save_book(target, book)
-    shards = _first_shards(tokens, limit)
-    found = known_manifest(target, facts)
-    if found and found["complete"] and len(found["shards"]) > len(shards):
-        shards = tokens.manifest["shards"][: len(found["shards"])]  # a smaller limit takes nothing away
-    works, first = [], 0
-    for name, size in zip(tokens.names, tokens.sizes, strict=True):
-        works.append(Work(name, range(first, first + size)))
-        first += size
-    works = works[: len(shards)]
-    done = {shard["name"] for shard in shards if finished(target, shard["name"], facts, reread)}
-    mine = [work for work in works[worker.number :: worker.workers] if work.name not in done]
-    planned = [{key: shard[key] for key in ("name", "samples", "tokens")} for shard in shards]
-    # one that lists the same stays: another worker may be about to complete it
-    if len(done) < len(shards) and (not found or found["complete"] or found["shards"] != planned):
-        write_manifest(target, facts, planned, complete=False)
-    layout = layout_of(facts, target)
-    watch = _Watch(f"generate-logits {part}", target, facts, shards, done, {work.name for work in mine})
-    with closing(prefetch(capture.targets(tokens, mine, _logits_config(run, part)), AHEAD)) as samples:
+    capture: Capture, part: Part, worker: Worker, book: Book, *, limit: float | None = None, reread: bool = False
+) -> list[str]:
+    """Write a worker's share of a part, and the manifest if that was the last; the names of the shards written.
+
+    limit: tokens to capture, in whole shards. reread: hash finished shards again and write damaged ones anew.
+    """
+    facts = logits_facts(part, capture.teacher, capture.seed, book.digest)
+    settle(part.folder)
+    save_book(part.folder, book)
+    before = known_manifest(part.folder, facts)
+    shards = _wanted_shards(part.tokens, limit, before)
+    done = {shard["name"] for shard in shards if finished(part.folder, shard["name"], facts, reread)}
+    share = _works(part.tokens, len(shards))[worker.number :: worker.workers]
+    mine = [work for work in share if work.name not in done]
+    if len(done) < len(shards):
+        _announce(part.folder, facts, shards, before)
+    layout = layout_of(facts, part.folder)
+    watch = _Watch(f"generate-logits {part.name}", part.folder, facts, shards, done, {work.name for work in mine})
+    with closing(prefetch(capture.targets(part.tokens, mine, part.config), AHEAD)) as samples:
         for work in mine:
-            write_shard(target, work.name, watch.count(islice(samples, len(work.indices))), facts, layout)
+            write_shard(part.folder, work.name, watch.count(islice(samples, len(work.indices))), facts, layout)
         rest = next(samples, None)  # runs the teacher on, in step with the other ranks
         assert rest is None, rest
     watch.look()
     watch.progress.close()
-    run.record(
-        "generate-logits",
-        part=part,
-        worker=f"{worker.number}/{worker.workers}",
-        shards=[w.name for w in mine],
-        megakd=made_with(),
-    )
-    sidecars = {shard["name"]: finished(target, shard["name"], facts) for shard in shards}
-    summaries = [summary_of(name, sidecar) for name, sidecar in sidecars.items() if sidecar]
-    if missing := len(shards) - len(summaries):
-        say(f"generate-logits {part}: this worker's share is done; {missing} shards are left to others")
-        return
-    write_manifest(target, facts, summaries, complete=True)
-    # from what was seen here: a worker that came late may say once more that the set is not complete, until it ends
-    size, count = (sum(summary[key] for summary in summaries) for key in ("bytes", "tokens"))
-    say(f"generate-logits {part}: {size / count:.1f} bytes per token, with tokens and tar")
+    _complete(part, facts, shards)
+    return [work.name for work in mine]
 
 
-def _first_shards(tokens: ShardSet, limit: float | None) -> list[dict[str, Any]]:
-    """The shards that hold the first `limit` tokens."""
+def _wanted_shards(tokens: ShardSet, limit: float | None, before: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The shards that hold the first `limit` tokens, or all that a complete manifest lists."""
     shards, total = [], 0
     for shard in tokens.manifest["shards"]:
         if limit is not None and total >= limit:
             break
         shards.append(shard)
         total += shard["tokens"]
+    if before and before["complete"] and len(before["shards"]) > len(shards):
+        return tokens.manifest["shards"][: len(before["shards"])]  # a smaller limit takes nothing away
     return shards
+
+
+def _works(tokens: ShardSet, count: int) -> list[Work]:
+    """The first `count` shards with the indices of their samples."""
+    works, first = [], 0
+    for name, size in zip(tokens.names[:count], tokens.sizes[:count], strict=True):
+        works.append(Work(name, range(first, first + size)))
+        first += size
+    return works
+
+
+def _announce(folder: Path, facts: dict[str, Any], shards: list[dict[str, Any]], before: dict[str, Any] | None) -> None:
+    """Write the manifest of what is going to be: training that follows the capture reads it.
+
+    One that lists the same stays: another worker may be about to complete it.
+    """
+    planned = [{key: shard[key] for key in ("name", "samples", "tokens")} for shard in shards]
+    if not before or before["complete"] or before["shards"] != planned:
+        write_manifest(folder, facts, planned, complete=False)
+
+
+def _complete(part: Part, facts: dict[str, Any], shards: list[dict[str, Any]]) -> None:
+    """Write the manifest of all shards, unless some are left to other workers."""
+    sidecars = {shard["name"]: finished(part.folder, shard["name"], facts) for shard in shards}
+    summaries = [summary_of(name, sidecar) for name, sidecar in sidecars.items() if sidecar]
+    if missing := len(shards) - len(summaries):
+        say(f"generate-logits {part.name}: this worker's share is done; {missing} shards are left to others")
+        return
+    write_manifest(part.folder, facts, summaries, complete=True)
+    # from what was seen here: a worker that came late may say once more that the set is not complete, until it ends
+    size, count = (sum(summary[key] for summary in summaries) for key in ("bytes", "tokens"))
+    say(f"generate-logits {part.name}: {size / count:.1f} bytes per token, with tokens and tar")
 
 
 class _Watch:
@@ -220,98 +197,18 @@ class _Watch:
             self.progress.add_others(self.others.pop(name))
 
 
-class Capture:
-    """The teacher, loaded when the first sample needs it, and the samples it answers."""
-
-    def __init__(self, run: Run, folder: Path, world: World, vocab_size: int):
-        self.run, self.folder, self.world, self.vocab_size = run, folder, world, vocab_size
-        self.weights = teacher_fingerprint(run, folder)
-        self.model: Any = None
-
-    def targets(self, tokens: ShardSet, works: list[Work], config: LogitsConfig) -> Iterator[Sample]:
-        """Every sample of `works` in order, with targets. Ranks of one sharded teacher go on until all are done."""
-        length, sharded = tokens.facts["sequence_length"], self.world.size > 1 and config.parallel != "replica"
-        if not works and not sharded:
-            return
-        teacher = self._teacher(config)
-        batches = (
-            indices[i : i + config.batch_size]
-            for _, indices in works
-            for i in range(0, len(indices), config.batch_size)
-        )
-        while True:
-            indices = next(batches, None)
-            if sharded and not sum_over_ranks([float(indices is not None)], self.world.device)[0]:
-                return
-            if indices is None and not sharded:
-                return
-            samples = [tokens[i] for i in indices or range(1)]  # a rank without work keeps step with the others
-            offsets = torch.stack([_offsets(self.run.config.seed, s.key, length) for s in samples])
-            if sharded and len(samples) < config.batch_size:  # equal shapes: equal numbers of calls on all ranks
-                samples += samples[:1] * (config.batch_size - len(samples))
-                offsets = torch.cat([offsets, offsets[:1].repeat(len(samples) - len(offsets), 1)])
-            targets = batch_targets(teacher, collate(samples, length), offsets, self.world.device)
-            for row, sample in enumerate(samples[: len(indices or ())]):
-                _check_finite(targets, row, sample, self.folder)
-                count = len(sample.tokens) - 1
-                yield sample._replace(targets=TeacherTargets(*(field[row, :count].numpy() for field in targets)))
-
-    def _teacher(self, config: LogitsConfig) -> Any:
-        if self.model is None:
-            self.model = self._load(config)
-        module = self.model if isinstance(self.model, Teacher) else self.model.module
-        module.kept = config  # one teacher for all parts
-        return self.model
-
-    def _load(self, config: LogitsConfig) -> Any:
-        def build() -> Teacher:
-            model = load_model(self.folder, getattr(torch, config.dtype))
-            return Teacher(model, config, self.vocab_size, self.run.config.data.packing)
-
-        if self.world.first:
-            check_isolation(self.run)
-        if config.parallel == "replica":
-            loaded: Any = build().eval().to(self.world.device)
-        else:
-            from megakd.capture.sharded import spread
-
-            family = empty_model(self.folder).config.model_type
-            loaded = spread(build, config.parallel, family, config.dtype, config.batch_size, self.world)
-        teacher_fingerprint(self.run, self.folder, self.weights)  # it may have been changed before it was loaded
-        return loaded
-
-
-def _check_finite(targets: TeacherTargets, row: int, sample: Sample, folder: Path) -> None:
-    count = len(sample.tokens) - 1
-    numbers = torch.cat([targets.label_nll[row, :count], targets.entropy[row, :count]])
-    if targets.logprobs.shape[-1]:
-        numbers = torch.cat([numbers, targets.logprobs[row, :count, 0]])
-    if not numbers.isfinite().all():
-        raise UserError(
-            f"{folder}: answers sample {sample.key} with NaN or infinity; its weights are damaged, or too large for "
-            "logits.dtype: try logits.dtype=float32 in a new run"
-        )
-
-
-def _offsets(seed: int, key: str, length: int) -> torch.Tensor:
-    """Where the draws of each position begin: a function of (seed, sample), so of no worker and no batch."""
-    name = hashlib.sha256(f"{seed}/{key}".encode()).digest()
-    return torch.from_numpy(np.random.default_rng(int.from_bytes(name[:8], "big")).random(length))
-
-
-def make_codebook(run: Run, capture: Capture, tokens: ShardSet) -> Book:
+def make_codebook(capture: Capture, train: Part) -> Book:
     """The data set's codebook, made by the first worker, from the first positions of the training set."""
-    folder, config = run.path("data", "logits"), _logits_config(run, "train")
-    sharded = config.parallel != "replica" and capture.world.size > 1
+    folder, sharded = train.folder.parent, capture.sharded(train.config)
     with nullcontext() if sharded else locked(folder / "book.lock"):
-        there = sorted(folder.glob("book-*.npy"))
-        if sharded:  # all ranks make it, or none
-            there = there if sum_over_ranks([float(not there)], capture.world.device)[0] == 0 else []
-        if there:
-            return load_book(folder, there[0].stem.removeprefix("book-"))
-        count = min(-(-BOOK_POSITIONS // tokens.facts["sequence_length"]), len(tokens))
+        stored = sorted(folder.glob("book-*.npy"))
+        if sharded and sum_over_ranks([float(not stored)], capture.world.device)[0] > 0:
+            stored = []  # the ranks run the teacher together: all make the codebook, or none
+        if stored:
+            return load_book(folder, stored[0].stem.removeprefix("book-"))
+        count = min(-(-BOOK_POSITIONS // train.tokens.facts["sequence_length"]), len(train.tokens))
         ids = []
-        for sample in capture.targets(tokens, [Work("book", range(count))], config):
+        for sample in capture.targets(train.tokens, [Work("book", range(count))], train.config):
             targets = sample.targets
             assert targets is not None
             ids += [targets.ids[targets.logprobs > -np.inf], targets.draw_ids[targets.draw_shares > 0]]

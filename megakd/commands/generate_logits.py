@@ -19,7 +19,8 @@ examples:
 import argparse
 import re
 
-from megakd.capture.pipeline import Capture, Worker, capture_part, make_codebook
+from megakd.capture.pipeline import Worker, capture_part, make_codebook, part_of
+from megakd.capture.source import Capture
 from megakd.data.shards import (
     ShardSet,
 )
@@ -40,6 +41,7 @@ from megakd.system.dist import (
     take_device,
 )
 from megakd.system.logging import say
+from megakd.system.version import made_with
 
 SECTIONS = ("model", "data", "logits")  # of the configuration
 
@@ -81,12 +83,15 @@ def main(run: Run, args: argparse.Namespace) -> None:
     if run.config.logits.parallel == "autoep":
         check_preset(model.config.model_type, folder)
     capture = Capture(run, folder, world, tokenizer.vocab_size)
-    book = make_codebook(run, capture, sets["train"])
-    if live:
-        del sets["train"]
-    for part, tokens in sets.items():
-        limit = args.max_tokens if part == "train" else None
-        capture_part(run, capture, part, tokens, worker, book, limit, args.reread)
+    parts = [part_of(run, name, tokens) for name, tokens in sets.items()]
+    book = make_codebook(capture, next(part for part in parts if part.name == "train"))
+    for part in parts:
+        if live and part.name == "train":
+            continue
+        limit = args.max_tokens if part.name == "train" else None
+        made = capture_part(capture, part, worker, book, limit=limit, reread=args.reread)
+        share = f"{worker.number}/{worker.workers}"
+        run.record("generate-logits", part=part.name, worker=share, shards=made, megakd=made_with())
     close_world()
 
 

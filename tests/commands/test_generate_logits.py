@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from megakd import cli
 from megakd.capture import pipeline as capture_pipeline
+from megakd.capture import source as capture_source
 from megakd.data.records import Sample
 from megakd.data.shards import ShardSet, shard_name, write_shard
 from megakd.errors import UserError
@@ -264,13 +265,13 @@ def test_a_teacher_whose_config_is_edited_in_mid_capture_is_refused(recipe, teac
 
 def test_a_teacher_edited_while_it_is_loaded_is_refused(recipe, teacher, prepared, tmp_path, monkeypatch):
     run, config = run_of_a_copy(recipe, teacher, prepared, tmp_path)
-    real = capture_pipeline.load_model
+    real = capture_source.load_model
 
     def edit_and_load(*args):
         write_json(config, read_json(config) | {"num_experts_per_tok": 1})
         return real(*args)
 
-    monkeypatch.setattr(capture_pipeline, "load_model", edit_and_load)
+    monkeypatch.setattr(capture_source, "load_model", edit_and_load)
     with pytest.raises(UserError, match=r"its weights or its config\.json were changed"):
         megakd("generate-logits", run.folder)
     assert not list(run.path("data").rglob("logits/*/*.tar"))
@@ -280,7 +281,7 @@ def test_a_capture_begun_by_an_older_version_goes_on(recipe, teacher, prepared, 
     """Its fingerprint is an old one, not another teacher's; and its logits train a student with a new one."""
     run, config = run_of_a_copy(recipe, teacher, prepared, tmp_path)
     with monkeypatch.context() as old:
-        old.setattr(capture_pipeline, "fingerprint", sampled_files)
+        old.setattr(capture_source, "fingerprint", sampled_files)
         megakd("generate-logits", run.folder, "--max-tokens", 2000)
     done = stored(run)
     megakd("generate-logits", run.folder)

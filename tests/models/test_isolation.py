@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig
 
-from megakd.capture import pipeline as capture_pipeline
+from megakd.capture.source import Capture
 from megakd.compress import pipeline as compress_pipeline
 from megakd.config.objective import OnlineConfig
 from megakd.data.batches import collate
@@ -222,7 +222,7 @@ def test_loaded_models_are_probed_too(given, leaking, teacher, monkeypatch):
         train_build.build_objective(run.config, run.student_folder, dataset.facts)
     run = given(teacher=leaking, student=teacher)
     shutil.rmtree(run.path("data", "logits"))
-    capture = capture_pipeline.Capture(run, leaking, World(0, 1, torch.device("cpu")), VOCABULARY)
+    capture = Capture(run, leaking, World(0, 1, torch.device("cpu")), VOCABULARY)
     with pytest.raises(UserError, match="lfm2 does not separate"):
         next(capture.targets(ShardSet(run.path("data", "tokens", "train")), [("book", range(1))], run.config.logits))
 

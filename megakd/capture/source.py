@@ -1,0 +1,153 @@
+"""The teacher of a capture: loaded when the first sample needs it, and refused when it changed since."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from megakd.capture.teacher import Teacher, batch_targets
+from megakd.config.data import LogitsConfig
+from megakd.data.batches import collate
+from megakd.data.records import Sample, TeacherTargets
+from megakd.data.shards import MANIFEST, SIDECAR, VERSION, ShardSet
+from megakd.errors import UserError
+from megakd.identity import TeacherIdentity, changed_fingerprint, fingerprint
+from megakd.models.checks import check_isolation
+from megakd.models.hub import empty_model, load_model
+from megakd.models.isolation import Packing
+from megakd.run import Run
+from megakd.system.dist import World, sum_over_ranks
+from megakd.system.files import read_sealed
+
+
+class Work(NamedTuple):
+    """A shard to make: its name and the indices of its samples."""
+
+    name: str
+    indices: range
+
+
+class Capture:
+    """The teacher, loaded when the first sample needs it, and the samples it answers."""
+
+    def __init__(self, run: Run, folder: Path, world: World, vocab_size: int):
+        """folder: of the teacher; vocab_size: real entries of its tokenizer."""
+        self.run, self.folder, self.world, self.vocab_size = run, folder, world, vocab_size
+        self.logits, self.seed = run.path("data", "logits"), run.config.seed
+        self.packing: Packing = run.config.data.packing
+        weights = teacher_fingerprint(self.logits, folder)
+        self.teacher = TeacherIdentity(run.config.model.teacher, run.config.model.revision, weights)
+        self.model: Any = None
+
+    def sharded(self, config: LogitsConfig) -> bool:
+        """Whether all ranks hold one teacher together; each of its forwards is then a collective."""
+        return self.world.size > 1 and config.parallel != "replica"
+
+    def targets(self, tokens: ShardSet, works: list[Work], config: LogitsConfig) -> Iterator[Sample]:
+        """Every sample of `works` in order, with targets. Ranks of one sharded teacher go on until all are done."""
+        if not works and not self.sharded(config):
+            return
+        teacher = self._teacher(config)
+        size = config.batch_size
+        batches = (indices[i : i + size] for _, indices in works for i in range(0, len(indices), size))
+        if self.sharded(config):
+            for indices in self._in_step(batches):
+                yield from self._answer(teacher, tokens, indices, size)
+        else:
+            for indices in batches:
+                yield from self._answer(teacher, tokens, indices, None)
+
+    def _in_step(self, batches: Iterator[range]) -> Iterator[range]:
+        """The batches of this rank, then empty ones until no rank has any: all call the teacher equally often."""
+        while True:
+            indices = next(batches, range(0))
+            if not sum_over_ranks([float(len(indices) > 0)], self.world.device)[0]:
+                return
+            yield indices
+
+    def _answer(self, teacher: Any, tokens: ShardSet, indices: range, size: int | None) -> Iterator[Sample]:
+        """The samples of `indices` with targets. size: samples in every batch, filled up, for a sharded teacher."""
+        length = tokens.facts["sequence_length"]
+        samples = [tokens[i] for i in indices or range(1)]  # a rank without work keeps step with the others
+        offsets = torch.stack([_offsets(self.seed, sample.key, length) for sample in samples])
+        if size is not None and len(samples) < size:  # equal shapes: equal numbers of calls on all ranks
+            samples += samples[:1] * (size - len(samples))
+            offsets = torch.cat([offsets, offsets[:1].repeat(len(samples) - len(offsets), 1)])
+        targets = batch_targets(teacher, collate(samples, length), offsets, self.world.device)
+        for row, sample in enumerate(samples[: len(indices)]):
+            _check_finite(targets, row, sample, self.folder)
+            count = len(sample.tokens) - 1
+            yield sample._replace(targets=TeacherTargets(*(field[row, :count].numpy() for field in targets)))
+
+    def _teacher(self, config: LogitsConfig) -> Any:
+        if self.model is None:
+            self.model = self._load(config)
+        module = self.model if isinstance(self.model, Teacher) else self.model.module
+        module.kept = config  # one teacher for all parts
+        return self.model
+
+    def _load(self, config: LogitsConfig) -> Any:
+        def build() -> Teacher:
+            model = load_model(self.folder, getattr(torch, config.dtype))
+            return Teacher(model, config, self.vocab_size, self.packing)
+
+        if self.world.first:
+            check_isolation(self.run)
+        if config.parallel == "replica":
+            loaded: Any = build().eval().to(self.world.device)
+        else:
+            from megakd.capture.sharded import spread
+
+            family = empty_model(self.folder).config.model_type
+            loaded = spread(build, config.parallel, family, config.dtype, config.batch_size, self.world)
+        teacher_fingerprint(self.logits, self.folder, self.teacher.weights)  # it may have changed before it was loaded
+        return loaded
+
+
+def teacher_fingerprint(logits: Path, folder: Path, recorded: str | None = None) -> str:
+    """The fingerprint of the teacher in `folder`, of the version that the logits captured so far carry.
+
+    UserError when those, or `recorded`, are of another teacher: one data set has one teacher.
+    """
+    known = [recorded] if recorded else [_captured_from(logits / part) for part in ("holdout", "train")]
+    known = [weights for weights in known if weights]
+    for weights in known:
+        if now := changed_fingerprint(weights, folder):
+            raise UserError(
+                f"{logits}: captured from a teacher of fingerprint {weights}, {folder} has {now} "
+                "now: its weights or its config.json were changed; restore them, or capture in a new run"
+            )
+    return known[0] if known else fingerprint(folder)
+
+
+def _captured_from(part: Path) -> str | None:
+    """The fingerprint that a part's manifest states, or where that is damaged, its first shard; None: nothing does."""
+    sidecars = ((path, SIDECAR) for path in sorted(part.glob("*.json")))
+    for path, kind in [(part / "manifest.json", MANIFEST), *sidecars]:
+        try:
+            weights = TeacherIdentity.of(read_sealed(path, kind, VERSION)["facts"]["teacher"]).weights
+        except UserError:  # missing, or damaged: it is made again
+            continue
+        return None if weights == "unknown" else weights  # converted from a file that names no teacher
+    return None
+
+
+def _check_finite(targets: TeacherTargets, row: int, sample: Sample, folder: Path) -> None:
+    count = len(sample.tokens) - 1
+    numbers = torch.cat([targets.label_nll[row, :count], targets.entropy[row, :count]])
+    if targets.logprobs.shape[-1]:
+        numbers = torch.cat([numbers, targets.logprobs[row, :count, 0]])
+    if not numbers.isfinite().all():
+        raise UserError(
+            f"{folder}: answers sample {sample.key} with NaN or infinity; its weights are damaged, or too large for "
+            "logits.dtype: try logits.dtype=float32 in a new run"
+        )
+
+
+def _offsets(seed: int, key: str, length: int) -> torch.Tensor:
+    """Where the draws of each position begin: a function of (seed, sample), so of no worker and no batch."""
+    name = hashlib.sha256(f"{seed}/{key}".encode()).digest()
+    return torch.from_numpy(np.random.default_rng(int.from_bytes(name[:8], "big")).random(length))
