@@ -16,6 +16,7 @@ VERBS = {
     "new": ("make a run folder from a recipe", False),
     "config": ("every field of a configuration, its values, default and meaning", False),
     "plan": ("parameters, bytes and steps of a run; starts nothing", True),
+    "run": ("bring a run to its end: every verb whose result is missing", False),
     "compress": ("teacher experts → shared core and wrappers: RUN/student-0", True),
     "tokenize": ("text → packed windows: RUN/data/tokens", True),
     "generate-logits": ("teacher targets next to the tokens: RUN/data/logits", True),
@@ -35,7 +36,7 @@ examples:
   megakd demo                                            the whole path, no network, no GPU
   megakd new runs/a --from qwen3-30b-a3b-r64             a run from a shipped recipe
   megakd new runs/b --from runs/a objective.alpha=0.9    a sibling; what is unchanged is shared
-  megakd compress runs/a
+  megakd run runs/a                                      all that is missing, in order; the same again goes on
   megakd train runs/a optim.micro_batch=2                mutable settings may change later
 
 `megakd VERB --help` explains a verb; `megakd --version` prints the versions of MegaKD and of its main libraries.

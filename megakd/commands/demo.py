@@ -11,12 +11,12 @@ examples:
 """
 
 import argparse
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 from megakd.cli import run_verb
+from megakd.commands.run import VerbFailed, to_the_end
 from megakd.config.parsing import load_recipe
 from megakd.config.run import flatten, is_mutable
 from megakd.errors import UserError
@@ -48,14 +48,11 @@ def main(args: argparse.Namespace) -> None:
         say(f"demo: goes on in {args.folder}, where what is finished stays; to begin anew, delete that folder")
     if not begun[0]:
         _verb("new", str(kd), "--from", RECIPE, *settings)
-    for verb in ("tokenize", "compress", "generate-logits"):
-        _verb(verb, str(kd))
+    _to_the_end(kd, "export")
     if not begun[1]:
         _verb("new", str(ce), "--from", str(kd), *alone)
-    for run in (kd, ce):
-        _train(run)
+    _to_the_end(ce, "evaluate")
     rows = evaluate(Run.open(kd)), evaluate(Run.open(ce))
-    _verb("export", str(kd))
     _verb("export", str(kd), "--dense")
     _verb("report", str(kd), "--baseline", str(ce))
     shown = [rows[0][0], rows[0][1], rows[0][-1], rows[1][-1]]
@@ -110,9 +107,11 @@ def _verb(*argv: str) -> None:
     run_verb(list(argv))
 
 
-def _train(run: Path) -> None:
-    """In a process of its own: it starts the launcher and ends with an exit code."""
-    say(f"\n$ megakd train {run}")
-    code = subprocess.call([sys.executable, "-m", "megakd", "train", str(run)])
-    if code:
-        raise UserError(f"{run}: training ended with exit code {code}; run it again to go on: megakd train {run}")
+def _to_the_end(run: Path, until: str) -> None:
+    """As `megakd run` brings it there; the process ends with the exit code of a verb that fails."""
+    say(f"\n$ megakd run {run} --until {until}")
+    try:
+        to_the_end(Run.open(run), until)
+    except VerbFailed as failed:
+        say(f"{run}: {failed}; the same command again goes on")
+        sys.exit(failed.code)

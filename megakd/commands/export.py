@@ -17,12 +17,14 @@ examples:
 """
 
 import argparse
+from pathlib import Path
 
 from megakd.engine.checkpoint import best_weights, published
 from megakd.errors import UserError
 from megakd.names import expand
+from megakd.outputs import MARKER
 from megakd.run import Run
-from megakd.serve.export import export
+from megakd.serve.export import export, weights_name
 
 SECTIONS = ("model", "objective")  # of the configuration
 
@@ -34,9 +36,25 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace a model that export did not write, too")
 
 
-def main(run: Run, args: argparse.Namespace) -> None:
+def missing(run: Run) -> str | None:
+    """Why RUN/export is not the student as it is now; None where it is."""
+    source, folder = last_weights(run), run.path("export")
+    if not (folder / MARKER).exists():
+        return f"no {folder}"
+    done = [event["source"] for event in run.events("export") if Path(event["folder"]).name == folder.name]
+    if not done or weights_name(Path(done[-1])) != weights_name(source):
+        return f"{folder} is not of {source}"
+    return None
+
+
+def last_weights(run: Run) -> Path:
+    """The weights folder of the last checkpoint, else the student that training starts from."""
     saved = published(run.path("checkpoints"))
-    source = saved[-1].weights if saved else run.student_folder
+    return saved[-1].weights if saved else run.student_folder
+
+
+def main(run: Run, args: argparse.Namespace) -> None:
+    source = last_weights(run)
     if args.checkpoint:
         best = args.checkpoint == "best"
         source = best_weights(run.path("checkpoints")) if best else expand(args.checkpoint) / "weights"

@@ -206,6 +206,16 @@ def known_manifest(folder: Path, facts: dict[str, Any]) -> dict[str, Any] | None
     return found if found["facts"] == facts else None
 
 
+def unfinished(folders: Iterable[Path]) -> str | None:
+    """Why one of these folders cannot be read to its end: it is missing, cut short or changed; None: all can be."""
+    for folder in folders:
+        try:
+            ShardSet(folder)
+        except UserError as error:
+            return str(error)
+    return None
+
+
 class ShardSet:
     """Random access to the samples of a folder of shards, in manifest order; threads may share it.
 

@@ -63,6 +63,17 @@ def measure(
     return rows + [found[name] for name in follower.published() if name in found], failed + follower.failures()
 
 
+def unmeasured(run: Run) -> list[str]:
+    """The models that `measure` would measure: those that have no line yet, or one that lacks what can be measured."""
+    meter = Meter(run)
+    known = {row["model"]: row for row in read_json_lines(run.path("evals.jsonl"), "model")}
+    names = [name for name in ("teacher", "student-0") if name not in known or meter.lacks(known[name])]
+    follower = Follower(run, meter, watching=False)
+    lines, published = follower.lines(), follower.published()
+    names += [name for name, path in published.items() if name not in lines and not follower.is_bad(name, path)]
+    return names + [name for name in follower.pending() if name not in published]
+
+
 def named(run: Run, name: str) -> Subject:
     """The model that --model means."""
     checkpoints = run.path("checkpoints")

@@ -56,6 +56,15 @@ def check_student(run: Run, started: bool) -> None:
         )
 
 
+def one_tokenizer(config: RunConfig) -> bool:
+    """Whether student and teacher read text in the same tokens."""
+    if config.model.student is None:  # one that compress makes has the teacher's
+        return True
+    places = [(config.model.teacher, config.model.revision), (config.model.student, config.model.student_revision)]
+    theirs, mine = (identify_tokenizer(load_tokenizer(resolve(*place, weights=False))) for place in places)
+    return theirs.difference(mine) is None
+
+
 def check_models(run: Run) -> None:
     """What config.json and tokenizers alone tell of a run's models, before anything is made: UserError, or said aloud.
 

@@ -94,8 +94,7 @@ def check_inputs(run: Run, source: Path, target: Path) -> None:
 def describe(run: Run, source: Path, folder: Path) -> None:
     """Write the model card of a finished export."""
     report = run.student_folder / "compress.json"
-    place = source.resolve()
-    measured = f"{place.parent.parent.name}/{place.parent.name}" if place.name == "weights" else "student-0"
+    measured = weights_name(source)
     write_card(
         folder,
         run.config.name,
@@ -104,6 +103,12 @@ def describe(run: Run, source: Path, folder: Path) -> None:
         measured,
         (run.student_folder, model_folder(run.config.model.teacher) or Path(run.config.model.teacher)),
     )
+
+
+def weights_name(source: Path) -> str:
+    """STAGE/step-N of a checkpoint's weights, as evals.jsonl names them; student-0 for every other folder."""
+    place = source.resolve()
+    return f"{place.parent.parent.name}/{place.parent.name}" if place.name == "weights" else "student-0"
 
 
 def write_routers(run: Run, source: Path, folder: Path) -> int:

@@ -9,7 +9,7 @@ from megakd.config.run import RunConfig
 from megakd.data.shards import ShardSet
 from megakd.data.stream import shards_digest
 from megakd.data.tokenizers import bos_of, bos_words, check_bos, identify_tokenizer, load_tokenizer, vocabulary_size
-from megakd.engine.checkpoint import check_ranks, check_shards, published
+from megakd.engine.checkpoint import Saved, check_ranks, check_shards, published
 from megakd.engine.ds_json import deepspeed_config
 from megakd.engine.optim import assign_rules
 from megakd.errors import UserError
@@ -71,8 +71,7 @@ def check(run: Run) -> ShardSet:
                 deepspeed_config(config.at(stage), 1, 1)
         except UserError as error:
             raise UserError(f"{run.folder}: stage {stage.name!r}: {error}") from error
-    last = (len(config.stages) - 1, config.steps_of(config.stages[-1], len(dataset)))
-    unfinished = saved is not None and (saved.progress.stage, saved.progress.stage_step) < last
+    unfinished = saved is not None and not reached_end(config, saved, dataset)
     if saved and unfinished:
         check_shards(saved, shards_digest(dataset.names, dataset.sizes), dataset.folder)
         check_teacher(run)
@@ -83,6 +82,12 @@ def check(run: Run) -> ShardSet:
         if saved and unfinished:
             check_ranks(saved, ranks)
     return dataset
+
+
+def reached_end(config: RunConfig, saved: Saved, dataset: ShardSet) -> bool:
+    """Whether a checkpoint is the end of the last stage."""
+    last = (len(config.stages) - 1, config.steps_of(config.stages[-1], len(dataset)))
+    return (saved.progress.stage, saved.progress.stage_step) >= last
 
 
 def open_dataset(run: Run) -> ShardSet:

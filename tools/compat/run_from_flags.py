@@ -22,9 +22,8 @@ from typing import Any, NoReturn
 from megakd.cli import run_verb
 from megakd.config.effects import idle_fields
 from megakd.config.parsing import apply_overrides, parse
-from megakd.config.run import RunConfig, flatten, is_mutable
+from megakd.config.run import flatten, is_mutable
 from megakd.data.documents import source_files
-from megakd.data.tokenizers import identify_tokenizer, load_tokenizer
 from megakd.errors import UserError
 from megakd.models.router_update import UPDATE
 from megakd.names import expand, model_folder, resolve
@@ -152,13 +151,6 @@ def subset_of(name: str, given: str | None = None) -> str | None:
     if source_files(name):
         return None
     return given or (DATASET_CONFIG if name.rpartition("/")[2] == DATASET else None)
-
-
-def one_tokenizer(config: RunConfig) -> bool:
-    """Whether student and teacher read text in the same tokens."""
-    names = config.model.teacher, str(config.model.student)
-    mine, theirs = (identify_tokenizer(load_tokenizer(resolve(name, weights=False))) for name in names)
-    return mine.difference(theirs) is None
 
 
 def open_run(folder: Path, value: dict[str, Any]) -> Run:

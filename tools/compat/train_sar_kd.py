@@ -40,7 +40,6 @@ from run_from_flags import (
     Parser,
     count,
     one_line,
-    one_tokenizer,
     open_run,
     positive,
     say_unused,
@@ -54,6 +53,7 @@ from run_from_flags import (
 from megakd.config.objective import SarConfig
 from megakd.config.parsing import parse
 from megakd.errors import UserError
+from megakd.models.checks import one_tokenizer
 from megakd.models.hub import load_config
 from megakd.names import expand, resolve
 from megakd.system.logging import say

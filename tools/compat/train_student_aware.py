@@ -35,7 +35,6 @@ from run_from_flags import (
     count,
     data_place,
     one_line,
-    one_tokenizer,
     open_run,
     positive,
     say_unused,
@@ -51,6 +50,7 @@ from megakd.config.parsing import parse
 from megakd.config.run import RunConfig
 from megakd.data.documents import SUFFIXES, find_files, iter_documents
 from megakd.errors import UserError
+from megakd.models.checks import one_tokenizer
 from megakd.models.hub import empty_model
 from megakd.models.routing import describe, find_routers
 from megakd.names import expand, resolve
