@@ -14,6 +14,7 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from megakd.cli import run_verb
 from megakd.commands.run import VerbFailed, to_the_end
@@ -61,14 +62,19 @@ def main(args: argparse.Namespace) -> None:
     )
     if any(row[name] is None for row in shown for name in ("kl", "nll")):
         raise UserError(f"{kd}: a measure is not finite; see `failed` in evals.jsonl of both runs")
-    opened, closed = (shown[1]["kl"] - shown[0]["kl"]), (shown[1]["kl"] - shown[2]["kl"])
-    gap = shown[1]["nll"] - shown[0]["nll"]
-    print(
-        f"\nKD closed {closed / opened:.0%} of the KL that compression opened (CE alone: "
-        f"{(shown[1]['kl'] - shown[3]['kl']) / opened:.0%}) and "
-        f"{(shown[1]['nll'] - shown[2]['nll']) / gap:.0%} of the loss "
-        f"(CE alone: {(shown[1]['nll'] - shown[3]['nll']) / gap:.0%}), at {shown[2]['tokens']:,} tokens each.\n"
-        f"{clock(time.perf_counter() - start)} in all; look at {kd / 'report.html'}"
+    print(f"\n{_conclusion(shown)}\n{clock(time.perf_counter() - start)} in all; look at {kd / 'report.html'}")
+
+
+def _conclusion(rows: list[dict[str, Any]]) -> str:
+    """Which shares of what compression lost KD and CE alone win back; rows: teacher, compressed, after KD, after CE."""
+    teacher, compressed, kd, ce = rows
+
+    def won_back(trained: dict[str, Any], name: str) -> str:
+        return f"{(compressed[name] - trained[name]) / (compressed[name] - teacher[name]):.0%}"
+
+    return (
+        f"KD closed {won_back(kd, 'kl')} of the KL that compression opened (CE alone: {won_back(ce, 'kl')}) and "
+        f"{won_back(kd, 'nll')} of the loss (CE alone: {won_back(ce, 'nll')}), at {kd['tokens']:,} tokens each."
     )
 
 

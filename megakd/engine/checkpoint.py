@@ -96,41 +96,57 @@ def save_checkpoint(
         temporary.mkdir(parents=True)
     barrier()
     engine.save(temporary / "state")
+    if world.first:
+        write_models(temporary, engine)
+        describe(temporary / "weights")
+        write_json(temporary / "carried.json", updates)
+        where = {**progress._asdict(), "memory": dict(progress.memory), "ranks": world.size, "megakd": made_with()}
+        write_json(temporary / "progress.json", where)
+    else:
+        for _ in engine.weights():  # gathering is collective: every rank takes part in it
+            pass
+    barrier()
+    write_checksums(temporary, world)
+    barrier()
+    if world.first:
+        publish(temporary, folder)
+    barrier()  # no rank goes on, or reports the checkpoint, before it can be loaded
+
+
+def write_models(checkpoint: Path, engine: Engine) -> None:
+    """The student's weights as they come, one tensor in memory at a time; after them what is trained with it."""
     auxiliary: dict[str, Tensor] = {}
 
-    def weights() -> Iterator[tuple[str, Tensor]]:
+    def student() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in engine.weights():
             if name.startswith("student."):
                 yield name.removeprefix("student."), tensor
             else:
                 auxiliary[name] = tensor.detach().cpu().contiguous()
 
-    if world.first:
-        write_weights(temporary / "weights", weights())
-        describe(temporary / "weights")
-        if auxiliary:
-            save_file(auxiliary, temporary / AUXILIARY)
-    else:
-        for _ in weights():  # gathering is collective
-            pass
-    if world.first:
-        write_json(temporary / "carried.json", updates)
-        where = {**progress._asdict(), "memory": dict(progress.memory), "ranks": world.size, "megakd": made_with()}
-        write_json(temporary / "progress.json", where)
-    barrier()
+    write_weights(checkpoint / "weights", student())
+    if auxiliary:
+        save_file(auxiliary, checkpoint / AUXILIARY)
+
+
+def write_checksums(checkpoint: Path, world: World) -> None:
+    """A file of each rank: size and CRC of its share of all files."""
     # on shared storage a rank may not see yet what another wrote: each lists its own at least, and all share one list
-    mine = [str(path.relative_to(temporary)) for path in temporary.rglob("*") if path.is_file()]
-    names = sorted({name for found in gather(mine) for name in found})
-    sums = {name: checksum(temporary / name) for name in names[world.rank :: world.size]}
-    write_json(temporary / "checksums" / f"{world.rank:05d}.json", sums)
-    barrier()
-    if world.first:
-        for path in [*temporary.rglob("*"), temporary]:
-            sync(path)
-        swap(temporary, folder, folder.with_name(folder.name + REPLACED))
-        sync(folder.parent)
-        remove(folder.with_name(folder.name + REPLACED))
-    barrier()
+    mine = [str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()]
+    names = sorted({name for listed in gather(mine) for name in listed})
+    sums = {name: checksum(checkpoint / name) for name in names[world.rank :: world.size]}
+    write_json(checkpoint / "checksums" / f"{world.rank:05d}.json", sums)
+
+
+def publish(temporary: Path, folder: Path) -> None:
+    """Give a whole checkpoint its name, in place of one that has it already."""
+    replaced = folder.with_name(folder.name + REPLACED)
+    # contents reach the disk before the name does: after a power cut the name must not stand for less
+    for path in [*temporary.rglob("*"), temporary]:
+        sync(path)
+    swap(temporary, folder, replaced)
+    sync(folder.parent)
+    remove(replaced)
 
 
 def checksum(path: Path) -> list[int]:

@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from megakd.config.train import GuardConfig
@@ -33,6 +34,11 @@ def wrong_with(loss: float, health: Health, config: GuardConfig) -> str:
         if loss - usual > (config.spike - 1) * scale:
             return f"its loss is {loss:.4f}, over {usual + (config.spike - 1) * scale:.4f}; usual is {usual:.4f}"
     return ""
+
+
+def acceptable(sums: Mapping[str, float], tokens: int, health: Health, config: GuardConfig) -> bool:
+    """Whether to make the update of a step with these loss sums over `tokens` tokens (`engine.base.Accept`)."""
+    return not wrong_with(sums["total"] / tokens, health, config)
 
 
 def after_step(health: Health, loss: float, left_out: str, config: GuardConfig) -> Health:

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -49,13 +49,7 @@ def assign_rules(module: nn.Module, rules: tuple[LrRule, ...]) -> list[Assignmen
         assigned += parts
     for index, pattern in enumerate(patterns):
         if all(a.rule != index for a in assigned):
-            found = [a for a in assigned if pattern.search(a.name)]
-            if found:
-                earlier = sorted({rules[a.rule].pattern for a in found if a.rule is not None})
-                why = f"all {len(found)} parameters it matches are taken by earlier rules: {', '.join(earlier)}"
-            else:
-                examples = assigned[0].name, assigned[len(assigned) // 2].name
-                why = f"it matches no parameter; names look like {examples[0]} and {examples[1]}"
+            why = _why_unused([a for a in assigned if pattern.search(a.name)], assigned, rules)
             raise UserError(f"lr_multipliers: the rule {rules[index].pattern!r} has no effect: {why}")
     return assigned
 
@@ -69,6 +63,15 @@ def canonical_names(name: str, parameter: nn.Parameter) -> list[str]:
     """`canonical_name`, or those of the factors that lie packed in the parameter."""
     packed = getattr(parameter, "packed", None)
     return [canonical_name(name)] if packed is None else packed.names(canonical_name(name))
+
+
+def _why_unused(matches: list[Assignment], assigned: list[Assignment], rules: tuple[LrRule, ...]) -> str:
+    """Why no parameter got a rule whose pattern matches `matches`."""
+    if matches:
+        earlier = sorted({rules[a.rule].pattern for a in matches if a.rule is not None})
+        return f"all {len(matches)} parameters it matches are taken by earlier rules: {', '.join(earlier)}"
+    examples = assigned[0].name, assigned[len(assigned) // 2].name
+    return f"it matches no parameter; names look like {examples[0]} and {examples[1]}"
 
 
 def _check_alike(tensor: str, parts: list[Assignment], rules: tuple[LrRule, ...]) -> None:
@@ -102,31 +105,51 @@ def build_optimizer(
     Sharded experts get groups of their own, marked as DeepSpeed wants them; with multiplier 0 they stay as they are by
     a rate of 0 (`packed.frozen`), for DeepSpeed can neither group nor save experts that require no gradient.
     """
-    groups: dict[tuple[float, float, str | None, int], list[nn.Parameter]] = {}
     counts = {id(p): (updates or {}).get(canonical_names(name, p)[0], 0) for name, p in module.named_parameters()}
+    # by parameter: the several names of a packed one are one tensor to the optimizer, and have one multiplier
     assignments = {id(assigned.parameter): assigned for assigned in assign_rules(module, rules)}
+    groups: dict[GroupKey, list[nn.Parameter]] = {}
     for assigned in assignments.values():
-        packed = getattr(assigned.parameter, "packed", None)
-        assigned.parameter.requires_grad_(assigned.multiplier > 0 or packed is not None)
+        parameter, multiplier = assigned.parameter, assigned.multiplier
+        packed = getattr(parameter, "packed", None)
+        parameter.requires_grad_(multiplier > 0 or packed is not None)
         if packed is not None:
-            packed.frozen = assigned.multiplier == 0
-        if assigned.parameter.requires_grad:
-            # ZeRO-3 leaves an empty tensor behind and keeps the shape in ds_shape
-            shape = getattr(assigned.parameter, "ds_shape", assigned.parameter.shape)
-            decays = len(shape) > 1 and assigned.multiplier > 0 and not getattr(assigned.parameter, "no_decay", False)
-            decay = optim.weight_decay if decays else 0.0
-            group = packed.group if packed is not None else None
-            key = assigned.multiplier, decay, group, counts[id(assigned.parameter)]
-            groups.setdefault(key, []).append(assigned.parameter)
-    if all(multiplier == 0 for multiplier, *_ in groups):
+            packed.frozen = multiplier == 0
+        if parameter.requires_grad:
+            decay = optim.weight_decay if multiplier > 0 and decays(parameter) else 0.0
+            experts = packed.group if packed is not None else None
+            key = GroupKey(multiplier, decay, experts, counts[id(parameter)])
+            groups.setdefault(key, []).append(parameter)
+    if all(key.multiplier == 0 for key in groups):
         raise UserError("lr_multipliers: every parameter is frozen; a stage must train something")
-    settings = [
-        {"params": parameters, "lr": optim.lr * multiplier, "base_lr": optim.lr * multiplier, "weight_decay": decay}
-        | {"label": f"x{multiplier:g}" + ("" if decay or not optim.weight_decay else "-no-decay")}
-        | ({} if group is None else {"moe": True, "name": group})
-        for (multiplier, decay, group, _), parameters in groups.items()
-    ]
+    settings = [group_settings(key, parameters, optim) for key, parameters in groups.items()]
     return torch.optim.AdamW(settings, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=fused or None)
+
+
+class GroupKey(NamedTuple):
+    """What the parameters of one optimizer group share; experts: their group of ranks, where experts are sharded."""
+
+    multiplier: float
+    decay: float
+    experts: str | None
+    updates: int
+
+
+def decays(parameter: nn.Parameter) -> bool:
+    """Whether weight decay applies: not to one dimension, nor to what an objective marks `no_decay`."""
+    # ZeRO-3 leaves an empty tensor behind and keeps the shape in ds_shape
+    shape = getattr(parameter, "ds_shape", parameter.shape)
+    return len(shape) > 1 and not getattr(parameter, "no_decay", False)
+
+
+def group_settings(key: GroupKey, parameters: list[nn.Parameter], optim: OptimConfig) -> dict[str, Any]:
+    """A group as torch takes it, with `base_lr` for the schedule, its `label` in the log, and DeepSpeed's marks."""
+    rate = optim.lr * key.multiplier
+    label = f"x{key.multiplier:g}"
+    if optim.weight_decay and not key.decay:
+        label += "-no-decay"
+    group = {"params": parameters, "lr": rate, "base_lr": rate, "weight_decay": key.decay, "label": label}
+    return group if key.experts is None else {**group, "moe": True, "name": key.experts}
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:

@@ -4,7 +4,7 @@ import resource
 import time
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from megakd.system.logging import say
 from megakd.system.text import clock, short
@@ -55,29 +55,38 @@ class StageWatch:
         self.asked = now
         if self.log is None:
             return
+        self.damaged += record.damaged
         means = {
             "loss" if name == "total" else name: value / max(record.tokens, 1) for name, value in record.sums.items()
         }
-        speed, wait, memory = record.tokens / seconds, self.waited / seconds, peak_memory_gb()
-        self.damaged += record.damaged
         counts = {"damaged_samples": self.damaged, "left_out_updates": record.left_out}
-        counts = {name: count for name, count in counts.items() if count}
-        timing = {"tokens_per_second": speed, "data_wait_share": wait, "memory_gb": memory}
-        numbers = {**means, "lr": record.lr, "grad_norm": record.norm, **record.norms, **counts, **timing}
-        self.log.write(record.step, {"stage": self.stage, "tokens": record.seen, **numbers})
+        timing = {
+            "tokens_per_second": record.tokens / seconds,
+            "data_wait_share": self.waited / seconds,
+            "memory_gb": peak_memory_gb(),
+        }
+        numbers: dict[str, Any] = {"stage": self.stage, "tokens": record.seen}
+        numbers |= {**means, "lr": record.lr, "grad_norm": record.norm, **record.norms}
+        numbers |= {name: count for name, count in counts.items() if count}
+        numbers |= timing
+        self.log.write(record.step, numbers)
         if record.stage_step % self.every_steps == 0 or record.stage_step == self.steps:
-            left = (now - self.start) / (record.stage_step - self.first_step) * (self.steps - record.stage_step)
-            parts = [
-                f"{self.stage} {record.stage_step}/{self.steps} {record.stage_step / self.steps:.0%}",
-                " ".join(f"{name} {value:.4f}" for name, value in means.items()) or "nothing to learn from",
-                f"lr {record.lr:.2e}",
-                f"grad {record.norm:.2f}",
-                f"{short(speed)} tokens/s",
-                f"wait {wait:.1%}",
-                f"{memory:.2f} GB",
-                f"ETA {clock(left)}",
-            ]
-            say(" | ".join(parts))
+            seconds_per_step = (now - self.start) / (record.stage_step - self.first_step)
+            eta = seconds_per_step * (self.steps - record.stage_step)
+            say(progress_line(record, self.stage, self.steps, means, timing, eta))
+
+
+def progress_line(
+    record: StepRecord, stage: str, steps: int, means: Mapping[str, float], timing: Mapping[str, float], eta: float
+) -> str:
+    """all 30/60 50% | loss 1.2346 … | … | ETA 0:12"""
+    done = record.stage_step
+    losses = " ".join(f"{name} {value:.4f}" for name, value in means.items())
+    parts = [f"{stage} {done}/{steps} {done / steps:.0%}", losses or "nothing to learn from"]
+    parts += [f"lr {record.lr:.2e}", f"grad {record.norm:.2f}"]
+    parts += [f"{short(timing['tokens_per_second'])} tokens/s", f"wait {timing['data_wait_share']:.1%}"]
+    parts += [f"{timing['memory_gb']:.2f} GB", f"ETA {clock(eta)}"]
+    return " | ".join(parts)
 
 
 def peak_memory_gb() -> float:

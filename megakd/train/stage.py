@@ -1,6 +1,7 @@
 """One stage of a training: its objective and engine, step by step to its end or a signal, with checkpoints."""
 
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ from megakd.data.shards import ShardSet
 from megakd.data.stream import shards_digest
 from megakd.engine.base import CarryOver, StepReport
 from megakd.engine.checkpoint import Progress, Saved, check_ranks, rotate, save_checkpoint
-from megakd.engine.guard import wrong_with
+from megakd.engine.guard import acceptable
 from megakd.engine.optim import schedule
 from megakd.models.hub import copy_side_files, write_config
 from megakd.run import Run
@@ -92,32 +93,33 @@ class StageTrainer:
 
     def step(self, step: Step) -> StepRecord:
         """One optimizer step on the ranks' micro-batches, and what is logged of it."""
-        done = self.progress
+        before = self.progress
         # torch's random state, schedules and data follow from the number of the step alone: resume needs no more
-        seed_step(self.config.seed, done.step, self.world.rank)
-        self.objective.at(done.stage_step / max(self.steps - 1, 1), done.step)
-        factor = schedule(self.config.optim, done.stage_step, self.steps)
+        seed_step(self.config.seed, before.step, self.world.rank)
+        self.objective.at(before.stage_step / max(self.steps - 1, 1), before.step)
+        factor = schedule(self.config.optim, before.stage_step, self.steps)
         tokens, damaged = count_damage(self.run, step, self.world)
         # without tokens there is nothing to learn from: momentum and weight decay alone must not move the weights
         report = self._learn(step, tokens, factor) if tokens else StepReport({}, 0.0)
-        self.progress = self.progress._replace(
-            stage_step=done.stage_step + 1,
-            step=done.step + 1,
-            samples=done.samples + self.config.windows_per_step,
-            tokens=done.tokens + tokens,
+        after = self.progress._replace(
+            stage_step=before.stage_step + 1,
+            step=before.step + 1,
+            samples=before.samples + self.config.windows_per_step,
+            tokens=before.tokens + tokens,
             shards=self.shards,
             memory=dict(self.objective.memory),
         )
+        self.progress = after
         return StepRecord(
-            stage_step=self.progress.stage_step,
-            step=self.progress.step,
-            seen=self.progress.tokens,
+            stage_step=after.stage_step,
+            step=after.step,
+            seen=after.tokens,
             tokens=tokens,
             sums=report.sums,
             lr=self.config.optim.lr * factor,
             norm=report.grad_norm,
             damaged=damaged,
-            left_out=self.progress.health.left_out,
+            left_out=after.health.left_out,
             norms=report.norms,
         )
 
@@ -151,12 +153,8 @@ class StageTrainer:
 
     def _learn(self, step: Step, tokens: int, factor: float) -> StepReport:
         """Forward, backward and update; a step whose loss fails makes no update, or ends the training (`judge`)."""
-        health, guard = self.progress.health, self.config.guard
-
-        def accept(sums: dict[str, float]) -> bool:
-            return not wrong_with(sums["total"] / tokens, health, guard)
-
         number = self.progress.step + 1
+        accept = partial(acceptable, tokens=tokens, health=self.progress.health, config=self.config.guard)
         batches = (to_device(batch, self.world.device) for batch in step.micro_batches)
         norms = (self.progress.stage_step + 1) % self.config.log.every_steps == 0
         report = self.engine.step(batches, tokens, factor, accept, norms)
