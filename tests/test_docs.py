@@ -1,4 +1,7 @@
-"""The documentation is true: commands, flags, fields, files and links of README and docs exist, examples run."""
+"""The documentation is true: commands, flags, fields, files and links of README and docs exist.
+
+tests/test_docs_commands.py runs the commands and the examples.
+"""
 
 import argparse
 import ast
@@ -7,7 +10,6 @@ import inspect
 import itertools
 import json
 import re
-import shlex
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -24,48 +26,34 @@ from megakd.config.effects import check
 from megakd.config.parsing import apply_overrides, load_recipe, parse
 from megakd.config.run import RunConfig, is_mutable
 from megakd.names import find_recipe
-from tests.conftest import ROOT, forked
-
-README = ROOT / "README.md"
-DOCS = ROOT / "docs"
-PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "ds_configs" / "README.md"]
-PAGES += sorted(DOCS.rglob("*.md"))
-HISTORY = (DOCS / "log.md", ROOT / "CHANGELOG.md")  # name what was
-CURRENT = [page for page in PAGES if page not in HISTORY]
-
-
-def named(page: Path) -> str:
-    return str(page.relative_to(ROOT))
-
-
-def blocks(page: Path, language: str) -> list[str]:
-    found = re.findall(rf"^([ ]*)```{language}\n(.*?)^\1```", page.read_text(), re.MULTILINE | re.DOTALL)
-    return [body for _, body in found]
+from tests.conftest import ROOT, for_each
+from tests.pages import (
+    CURRENT,
+    DOCS,
+    PAGES,
+    README,
+    blocks,
+    commands,
+    find,
+    headings,
+    links,
+    named,
+    programs,
+    section_of,
+)
 
 
-# ---- commands ----------------------------------------------------------------------------------------------------
-
-
-def commands(page: Path) -> Iterator[list[str]]:
-    """The words of every command in the page's bash blocks; of `deepspeed … --module megakd VERB`, those of megakd."""
-    for body in blocks(page, "bash(?: run)?"):
-        for line in body.replace("\\\n", " ").splitlines():
-            line = re.sub(r"^\s*\w+=\$\((.*)\)\s*$", r"\1", line)
-            words = shlex.split(line, comments=True)
-            for whole, part in itertools.groupby(words, lambda word: word in ("&&", "&", "|")):
-                command = list(part)
-                while command and re.match(r"[A-Z_]+=", command[0]):
-                    command.pop(0)
-                if whole or not command:
-                    continue
-                if "--module" in command:
-                    command = command[command.index("--module") + 1 :]
-                yield command
-
-
-MEGAKD = sorted({(named(p), tuple(c[1:])) for p in CURRENT for c in commands(p) if c[0] == "megakd"})
-TOOLS = sorted({(named(p), tuple(c[1:])) for p in CURRENT for c in commands(p) if c[0] == "python" and len(c) > 1})
-LAUNCHES = sorted({(named(p), tuple(c)) for p in CURRENT for c in commands(p) if any("launch/" in w for w in c)})
+def programs_named(name: str) -> list[tuple[str, list[str]]]:
+    """(where it stands, words) of every program of this name in a page; of `--module megakd VERB`, from megakd on."""
+    found = []
+    for command in itertools.chain.from_iterable(map(commands, CURRENT)):
+        for program in programs(command.text):
+            words = program.words
+            if "--module" in words:
+                words = words[words.index("--module") + 1 :]
+            if words and words[0] == name:
+                found.append((str(command), words[1:]))
+    return found
 
 
 class Parsed(BaseException):
@@ -96,12 +84,12 @@ def parsed_by(program: Any, *args: Any) -> argparse.Namespace:
     return argparse.Namespace()
 
 
-@pytest.mark.parametrize("page, arguments", MEGAKD)
-def test_commands_of_megakd_are_parsed_and_their_overrides_valid(page, arguments, parsers_only):
-    if list(arguments) == ["--help"]:
+@for_each("place, arguments", programs_named("megakd"))
+def test_commands_of_megakd_are_parsed_and_their_overrides_valid(place, arguments, parsers_only):
+    if arguments == ["--help"]:
         assert not vars(parsed_by(cli.run_verb, ["--help"]))
         return
-    found = parsed_by(cli.run_verb, list(arguments))
+    found = parsed_by(cli.run_verb, arguments)
     overrides = getattr(found, "overrides", [])
     if arguments[0] in ("new", "demo"):
         check_new(getattr(found, "recipe", "demo"), overrides)
@@ -141,16 +129,16 @@ def fields() -> dict[str, dict[str, list[TypeAdapter[Any]]]]:
     return found
 
 
-def check_field(item: str) -> None:
+def check_field(item: str, place: str = "") -> None:
     """`section.key` or `section.key=value`; values in capitals stand for the reader's own."""
     path, _, text = item.partition("=")
     section, _, key = path.partition(".")
     if section in ("name", "seed", "stages"):
         return
-    assert section in fields(), f"{item}: no section {section}"
-    assert key in fields()[section], f"{item}: no field {key} in {section}"
+    assert section in fields(), f"{place} {item}: no section {section}"
+    assert key in fields()[section], f"{place} {item}: no field {key} in {section}"
     if text and not text.isupper():
-        assert any(accepts(adapter, value_of(text)) for adapter in fields()[section][key]), item
+        assert any(accepts(adapter, value_of(text)) for adapter in fields()[section][key]), f"{place} {item}"
 
 
 def value_of(text: str) -> Any:
@@ -177,8 +165,8 @@ def tool(path: str) -> Any:
     return module
 
 
-@pytest.mark.parametrize("page, arguments", TOOLS)
-def test_commands_of_tools_are_parsed_and_their_overrides_valid(page, arguments, parsers_only, monkeypatch):
+@for_each("place, arguments", programs_named("python"))
+def test_commands_of_tools_are_parsed_and_their_overrides_valid(place, arguments, parsers_only, monkeypatch):
     program, *rest = arguments
     assert program.startswith("tools/"), program
     monkeypatch.setattr(sys, "argv", [program, *rest])
@@ -190,34 +178,39 @@ def test_commands_of_tools_are_parsed_and_their_overrides_valid(page, arguments,
 def test_flags_of_the_smoke_test_exist():
     script = (ROOT / "tools" / "bench" / "gpu_smoke.sh").read_text()
     script += (ROOT / "tools" / "bench" / "gpu_smoke.py").read_text()
-    for page in CURRENT:
-        for command in commands(page):
-            if command[0] == "bash":
-                assert command[1] == "tools/bench/gpu_smoke.sh"
-                assert all(word in script for word in command[2:] if word.startswith("--")), command
+    for place, words in programs_named("bash"):
+        assert words[0] == "tools/bench/gpu_smoke.sh", place
+        assert all(word in script for word in words[1:] if word.startswith("--")), place
 
 
-@pytest.mark.parametrize("page, words", LAUNCHES)
-def test_launch_files_exist_and_their_overrides_may_change(page, words):
-    script = next(word for word in words if re.match(r"launch/.*(sh|sbatch)$", word) or "launch/" in word)
-    if "*" not in script:
-        assert (ROOT / script).exists(), script
+def launches() -> Iterator[tuple[str, list[str]]]:
+    """(where it stands, words) of every program with a file of launch/ among its words."""
+    for command in itertools.chain.from_iterable(map(commands, CURRENT)):
+        for program in programs(command.text):
+            if any("launch/" in word for word in program.words):
+                yield str(command), program.words
+
+
+@for_each("place, words", launches())
+def test_launch_files_exist_and_their_overrides_may_change(place, words):
+    script = next(word for word in words if "launch/" in word)
+    assert list(ROOT.glob(script)), script
     check_mutable([word for word in words[words.index(script) + 1 :] if re.match(r"\w+\.\w+=", word)])
 
 
-@pytest.mark.parametrize("page", CURRENT, ids=named)
+@for_each("page", CURRENT)
 def test_verbs_flags_and_fields_of_the_text_exist(page, parsers_only):
-    text = page.read_text()
-    for verb, rest in re.findall(r"`megakd ([a-z][a-z-]+)([^`]*)`", text):
-        assert verb in cli.VERBS, verb
+    for place, match in find(r"`megakd ([a-z][a-z-]+)([^`]*)`", page):
+        verb, rest = match.groups()
+        assert verb in cli.VERBS, f"{place}: megakd {verb}"
         for flag in re.findall(r"--[\w-]+", rest):
-            assert flag in flags_of(verb), f"megakd {verb} {flag}"
+            assert flag in flags_of(verb), f"{place}: megakd {verb} {flag}"
     known = fields()
-    for path in re.findall(r"`([a-z]+\.[a-z]\w*(?:=[^`]*)?)`", text):
-        section, _, key = path.partition("=")[0].partition(".")
+    for place, match in find(r"`([a-z]+\.[a-z]\w*(?:=[^`]*)?)`", page):
+        section, _, key = match[1].partition("=")[0].partition(".")
         if section in known and key not in ("safetensors", "py", "json", "md", "png", "layers"):
-            check_field(path)
-    assert not (old := re.findall(r"`(?:sar|online)\.(?!py)\w+", text)), old
+            check_field(match[1], place)
+    assert not (old := [place for place, _ in find(r"`(?:sar|online)\.(?!py)\w+", page)]), old
 
 
 @cache
@@ -229,53 +222,11 @@ def flags_of(verb: str) -> set[str]:
     return set(parser._option_string_actions)
 
 
-# ---- examples that run -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.demo
-def test_readme_walkthrough_runs_line_by_line(tmp_path, monkeypatch, recipe):
-    """Every line of the `bash run` blocks, in order; the recipe's sizes are overridden by those of a test."""
-    value = json.loads(recipe.read_text())
-    for section in ("objective", "checkpoint", "stages"):
-        value.pop(section)  # what the shipped recipe says stays
-    small = [
-        f"{section}.{k}={json.dumps(v)}"
-        for section, fields in value.items()
-        if isinstance(fields, dict)
-        for k, v in fields.items()
-    ]
-    small += ["data.subset=null", "compress.calibration_tokens=2048", "stages.0.tokens=1024", "stages.1.tokens=1024"]
-    monkeypatch.chdir(tmp_path)
-    ran = []
-    for line in "".join(blocks(README, "bash run")).splitlines():
-        program, *arguments = shlex.split(line, comments=True)
-        assert program == "megakd"
-        if arguments[:2] == ["new", "runs/qwen3"]:
-            arguments += small
-        forked(*arguments)
-        ran.append(arguments[0])
-    assert {"new", "plan", "compress", "tokenize", "generate-logits", "train", "evaluate", "export", "report"} <= set(
-        ran
-    )
-    assert (tmp_path / "runs" / "qwen3" / "report.html").exists()
-
-
-def test_python_example_of_the_data_format(prepared, capsys):
-    code, _ = blocks(DOCS / "data-format.md", "python")
-    exec(code.replace("data/logits/train", str(prepared / "data" / "logits" / "train")), {})
-    assert "(33,) (32, 16)" in capsys.readouterr().out
-
-
-def test_python_example_of_the_readme(prepared, tmp_path):
-    """With the path of a student made here."""
-    (code,) = blocks(README, "python")
-    done: dict = {}
-    exec(code.replace("runs/qwen3/export", str(prepared / "student-0")), done)
-    assert type(done["model"]).__name__ == "SharedCoreQwen3MoeForCausalLM"
+# ---- examples of configuration and messages ----------------------------------------------------------------------
 
 
 def test_stages_of_the_examples_are_valid():
-    first, second = blocks(DOCS / "offline-distillation.md", "json")
+    first, second = (block.text for block in blocks(DOCS / "offline-distillation.md", "json"))
     stages = json.loads("{" + first + "}")["stages"] + [json.loads(second)]
     assert [stage.name for stage in parse({"stages": stages}, "the page").stages] == ["experts", "all", "anneal"]
 
@@ -306,43 +257,26 @@ def test_messages_of_the_troubleshooting_page_are_messages_of_the_code():
 # ---- files, links, pages -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("page", CURRENT, ids=named)
+@for_each("page", CURRENT)
 def test_files_that_a_page_names_exist(page):
-    text = page.read_text()
-    for path in re.findall(r"`((?:megakd|tests|launch|ds_configs|tools|docs)/[\w./-]+\.\w+)`", text):
-        assert (ROOT / path).exists(), path
-    for path in re.findall(r"`((?:data|models|losses|engine|objectives|evals|commands|system|config)/\w+\.py)`", text):
-        assert (ROOT / "megakd" / path).exists(), path
+    for place, match in find(r"`((?:megakd|tests|launch|ds_configs|tools|docs)/[\w./-]+\.\w+)`", page):
+        assert (ROOT / match[1]).exists(), f"{place}: {match[1]}"
+    folders = "data|models|losses|engine|objectives|evals|commands|system|config"
+    for place, match in find(rf"`((?:{folders})/\w+\.py)`", page):
+        assert (ROOT / "megakd" / match[1]).exists(), f"{place}: {match[1]}"
 
 
-def anchors(page: Path) -> set[str]:
-    """Of each heading, as GitHub makes them."""
-    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
-    return {slug(title) for title in titles}
-
-
-def slug(title: str) -> str:
-    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
-
-
-def links(page: Path) -> list[tuple[Path, str]]:
-    found = []
-    for target, anchor in re.findall(r"\]\((?!https?:)([\w./-]*)(?:#([\w-]+))?\)", page.read_text()):
-        found.append(((page.parent / target).resolve() if target else page, anchor))
-    return found
-
-
-@pytest.mark.parametrize("page", PAGES, ids=named)
+@for_each("page", PAGES)
 def test_links_of_a_page_lead_to_pages_and_headings(page):
-    for target, anchor in links(page):
-        assert target.exists(), target
-        assert not anchor or anchor in anchors(target), f"{target.name}#{anchor}"
+    for place, target, anchor in links(page):
+        assert target.exists(), f"{place}: {target}"
+        assert not anchor or anchor in headings(target), f"{place}: {target.name}#{anchor}"
 
 
 def within_two_links() -> set[Path]:
-    once = {target for target, _ in links(README)}
-    return once | {target for page in once if page.suffix == ".md" and page.exists() for target, _ in links(page)}
+    once = {link.target for link in links(README)}
+    pages = [page for page in once if page.suffix == ".md" and page.exists()]
+    return once | {link.target for page in pages for link in links(page)}
 
 
 def test_every_page_is_at_most_two_links_from_the_readme():
@@ -367,28 +301,19 @@ QUESTIONS = {
 }
 
 
-@pytest.mark.parametrize("question", QUESTIONS)
+@for_each("question", QUESTIONS)
 def test_newcomers_question_is_answered_within_two_links_of_the_readme(question):
     name, anchor, word = QUESTIONS[question]
     page = DOCS / name
-    assert (page, anchor) in [link for start in (README, DOCS / "index.md") for link in links(start)]
+    assert (page, anchor) in [link[1:] for start in (README, DOCS / "index.md") for link in links(start)]
     text = page.read_text()
     if anchor:
-        assert anchor in anchors(page)
+        assert anchor in headings(page)
         text = section_of(text, anchor)
     assert word.lower() in text.lower(), f"{name}#{anchor} does not say {word}"
 
 
-def section_of(text: str, anchor: str) -> str:
-    """The text below the heading with this anchor, up to the next heading of its level or above."""
-    parts = re.split(r"^(#+) (.+)$", text, flags=re.MULTILINE)[1:]
-    levels, titles, bodies = parts[0::3], [slug(title) for title in parts[1::3]], parts[2::3]
-    start = titles.index(anchor)
-    inner = itertools.takewhile(lambda i: len(levels[i]) > len(levels[start]), range(start + 1, len(titles)))
-    return "".join([bodies[start], *(bodies[i] for i in inner)])
-
-
-@pytest.mark.parametrize("page", [p for p in CURRENT if p.name != "configuration.md"], ids=named)
+@for_each("page", [p for p in CURRENT if p.name != "configuration.md"])
 def test_a_page_begins_with_what_the_reader_can_do(page):
     first = page.read_text().split("\n\n")[1]
     assert re.search(r"\blets? you\b|^Run `", first), first
@@ -398,7 +323,7 @@ def test_readme_is_short_and_names_targets_of_the_makefile():
     assert len(README.read_text().splitlines()) <= 150
     makefile = (ROOT / "Makefile").read_text()
     for page in PAGES:
-        for target in re.findall(r"^make (\w+)", "".join(blocks(page, "bash")), re.MULTILINE):
+        for target in re.findall(r"^make (\w+)", "".join(block.text for block in blocks(page, "bash")), re.MULTILINE):
             assert f"\n{target}:" in makefile, target
     assert "make check test" in (ROOT / ".ci" / "run").read_text()
 

@@ -77,6 +77,7 @@ def evaluate_model(
     batch_size: int,
     device: torch.device,
     name: str,
+    *,
     tokenizers: Tokenizers | None = None,
     after: Callable[[Batch], None] | None = None,
 ) -> Quality:
@@ -126,9 +127,17 @@ def evaluate_model(
     bits_per_byte = nll / math.log(2) * tokens_per_byte * (positions / text_tokens)
     parameters = {p.data_ptr(): p for p in model.parameters()}.values()
     return Quality(
-        perplexity, bits_per_byte, kl, top1, topk, nll, positions, sum(p.numel() for p in parameters),
-        sum(p.numel() * p.element_size() for p in parameters), tokens / forward.seconds(),
-    )  # fmt: skip
+        perplexity=perplexity,
+        bits_per_byte=bits_per_byte,
+        kl=kl,
+        top1=top1,
+        topk=topk,
+        nll=nll,
+        positions=positions,
+        parameters=sum(p.numel() for p in parameters),
+        bytes=sum(p.numel() * p.element_size() for p in parameters),
+        tokens_per_second=tokens / forward.seconds(),
+    )
 
 
 def _batches(

@@ -212,7 +212,14 @@ class Meter:
         batch_size = self.config.eval.batch_size
         try:
             return evaluate_model(
-                model, self.holdout, self.tokens_per_byte, batch_size, self.device, name, tokenizers, after
+                model,
+                self.holdout,
+                self.tokens_per_byte,
+                batch_size,
+                self.device,
+                name,
+                tokenizers=tokenizers,
+                after=after,
             )
         except OtherLogits as error:
             raise Unusable(f"{name}: {error}") from error

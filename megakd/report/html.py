@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from megakd.evals.tasks import flat
+from megakd.report.tables import COLUMNS, TEACHER_COLUMNS, quality_cells, quality_columns
 from megakd.system.files import publishing
 from megakd.system.text import cell, finite
 
@@ -42,6 +43,15 @@ TERMS = {
     "lr": "learning rate",
     "grad_norm": "gradient norm",
     "tokens_per_second": "tokens/s",
+}
+# of evals.jsonl: what of it is drawn, and the measure of the teacher itself that is drawn as a level
+MEASURES = {
+    "perplexity": ("held-out perplexity", "perplexity"),
+    "kl": ("held-out KL(teacher || student)", None),
+    "top1": ("top-1 agreement", None),
+    "attention": ("overlap of attention with the teacher's", None),
+    "teacher_perplexity": ("held-out perplexity of the teacher with its new routers", "perplexity"),
+    "teacher_kl": ("held-out KL(teacher || teacher with its new routers)", "kl"),
 }
 NOT_NOISY = ("capacity", "router_anchor", "lr")
 STYLE = """
@@ -105,25 +115,13 @@ def plot(title: str, draw: Callable[[Axes], None], xlabel: str) -> str:
 def _quality(curves: dict[str, list[dict[str, Any]]]) -> str:
     if not curves:
         return '<p class="note">Nothing was evaluated yet: megakd evaluate RUN.</p>'
-    headers = ["model", "tokens", "perplexity", "bits/byte", "KL", "top-1", "top-k", "parameters", "MB", "tokens/s"]
-    taught = any("teacher_nll" in row for evals in curves.values() for row in evals)
-    attends = any("attention" in row for evals in curves.values() for row in evals)
-    headers += ["attention"] if attends else []
-    headers += ["teacher's perplexity", "teacher's KL"] if taught else []
+    columns = quality_columns([row for evals in curves.values() for row in evals], [*COLUMNS, *TEACHER_COLUMNS])
     rows = []
     for name, evals in curves.items():
         for row in sorted(evals, key=lambda row: row["step"]):
             label = row["model"] if name == "this run" else f"{name}: {row['model']}"
-            numbers = [cell(row, "tokens", ","), cell(row, "perplexity", ".2f"), cell(row, "bits_per_byte", ".3f")]
-            numbers += [cell(row, "kl", ".4f"), cell(row, "top1", ".1%"), cell(row, "topk", ".1%")]
-            numbers += [cell(row, "parameters", ","), cell(row, "bytes", ".1f", 1e-6)]
-            numbers.append(cell(row, "tokens_per_second", ",.0f"))
-            if attends:
-                numbers.append(cell(row, "attention", ".4f"))
-            if taught:
-                numbers += [cell(row, "teacher_perplexity", ".2f"), cell(row, "teacher_kl", ".4f")]
-            rows.append([label, *numbers])
-    return _table(headers, rows)
+            rows.append([label, cell(row, "tokens", ","), *quality_cells(row, columns)])
+    return _table(["model", "tokens", *(column.title for column in columns)], rows)
 
 
 def _tasks(curves: dict[str, list[dict[str, Any]]]) -> str:
@@ -189,19 +187,10 @@ def evaluation_panels(curves: dict[str, list[dict[str, Any]]]) -> list[Panel]:
 
     if not any(row.get("tokens") for rows in curves.values() for row in rows):
         return []
-    # measure: title, and the measure of the teacher itself that stands next to it
-    titles = {
-        "perplexity": ("held-out perplexity", "perplexity"),
-        "kl": ("held-out KL(teacher || student)", None),
-        "top1": ("top-1 agreement", None),
-        "attention": ("overlap of attention with the teacher's", None),
-        "teacher_perplexity": ("held-out perplexity of the teacher with its new routers", "perplexity"),
-        "teacher_kl": ("held-out KL(teacher || teacher with its new routers)", "kl"),
-    }
     trained = [row for rows in curves.values() for row in rows if row["model"] != "teacher"]
     panels = [
         Panel(title, lambda axes, key=key, own=own: draw(axes, {key: lambda row: row.get(key)}, own), label)
-        for key, (title, own) in titles.items()
+        for key, (title, own) in MEASURES.items()
         if any(finite(line.get(key)) is not None for line in trained)
     ]
     measured = [flat(row.get("tasks", {})) for row in trained]

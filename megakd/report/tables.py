@@ -1,12 +1,44 @@
 """Tables of evaluations and of compression errors as text."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from megakd.evals.tasks import flat
 from megakd.models.shared_core import (
     PROJECTIONS,
 )
 from megakd.system.text import cell, finite, table
+
+
+class Column(NamedTuple):
+    """A measure of evals.jsonl in tables: its title, its name in a line, its format; shown as value times scale.
+
+    only_with: the column is shown where some line has this measure.
+    """
+
+    title: str
+    name: str
+    form: str
+    scale: float = 1
+    only_with: str | None = None
+
+
+COLUMNS = (
+    Column("perplexity", "perplexity", ".2f"),
+    Column("bits/byte", "bits_per_byte", ".3f"),
+    Column("KL to teacher", "kl", ".4f"),
+    Column("top-1", "top1", ".1%"),
+    Column("top-k", "topk", ".1%"),
+    Column("attention", "attention", ".4f", only_with="attention"),
+    Column("parameters", "parameters", ","),
+    Column("MB", "bytes", ".1f", 1e-6),
+    Column("tokens/s", "tokens_per_second", ",.0f"),
+)
+# in a table of their own where text is printed (`teacher_table`)
+TEACHER_COLUMNS = (
+    Column("teacher's perplexity", "teacher_perplexity", ".2f", only_with="teacher_nll"),
+    Column("teacher's KL", "teacher_kl", ".4f", only_with="teacher_nll"),
+)
 
 
 def error_table(report: dict[str, Any]) -> str:
@@ -27,20 +59,21 @@ def task_table(rows: list[dict[str, Any]]) -> str:
     return table(["tasks", *names], [[row["model"], *line] for row, line in zip(rows, cells, strict=True)])
 
 
+def quality_columns(rows: list[dict[str, Any]], columns: Sequence[Column] = COLUMNS) -> list[Column]:
+    """The columns that lines of evals.jsonl fill."""
+    return [c for c in columns if c.only_with is None or any(c.only_with in row for row in rows)]
+
+
+def quality_cells(row: dict[str, Any], columns: list[Column]) -> list[str]:
+    return [cell(row, column.name, column.form, column.scale) for column in columns]
+
+
 def quality_table(rows: list[dict[str, Any]], names: list[str] | None = None) -> str:
     """Rows of evals.jsonl as text, a model a line."""
-    headers = ["held out", "perplexity", "bits/byte", "KL to teacher", "top-1", "top-k"]
-    attends = any("attention" in row for row in rows)
-    headers += [*(["attention"] if attends else []), "parameters", "MB", "tokens/s"]
-    lines = []
-    for name, row in zip(names or [row["model"] for row in rows], rows, strict=True):
-        numbers = [cell(row, "perplexity", ".2f"), cell(row, "bits_per_byte", ".3f"), cell(row, "kl", ".4f")]
-        numbers += [cell(row, "top1", ".1%"), cell(row, "topk", ".1%")]
-        if attends:
-            numbers.append(cell(row, "attention", ".4f"))
-        size = [cell(row, "parameters", ","), cell(row, "bytes", ".1f", 1e-6), cell(row, "tokens_per_second", ",.0f")]
-        lines.append([name, *numbers, *size])
-    return table(headers, lines)
+    columns = quality_columns(rows)
+    named = zip(names or [row["model"] for row in rows], rows, strict=True)
+    lines = [[name, *quality_cells(row, columns)] for name, row in named]
+    return table(["held out", *(column.title for column in columns)], lines)
 
 
 def ratio_table(teacher: dict[str, Any], rows: list[dict[str, Any]]) -> str:

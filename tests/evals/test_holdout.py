@@ -227,7 +227,7 @@ def test_a_model_that_reads_the_text_in_its_own_tokens(tokens, teacher, tokenize
     """With the validation set's own tokenizer: the same, but for words that a window cuts, encoded again."""
     model = load_model(teacher, torch.float32)
     expected = evaluate_model(model, tokens, 0.25, 8, CPU, "teacher")
-    found = evaluate_model(model, tokens, 0.25, 8, CPU, "teacher", Tokenizers(tokenizer, tokenizer))
+    found = evaluate_model(model, tokens, 0.25, 8, CPU, "teacher", tokenizers=Tokenizers(tokenizer, tokenizer))
     assert found.nll == pytest.approx(expected.nll, rel=0.02)
     assert found.bits_per_byte == pytest.approx(expected.bits_per_byte, rel=0.02)
     assert found.positions == pytest.approx(expected.positions, rel=0.02) and found.kl is None
@@ -237,7 +237,9 @@ def test_text_that_exceeds_a_models_table_of_positions_is_one_line(tokens, token
     """In its own tokens the text of a sequence may be longer than data.sequence_length: an IndexError before."""
     config = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=20)
     with pytest.raises(UserError, match="table of 20 positions"):
-        evaluate_model(GPT2LMHeadModel(config), tokens, 0.25, 8, CPU, "teacher", Tokenizers(tokenizer, tokenizer))
+        evaluate_model(
+            GPT2LMHeadModel(config), tokens, 0.25, 8, CPU, "teacher", tokenizers=Tokenizers(tokenizer, tokenizer)
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

