@@ -15,15 +15,8 @@ from megakd.data import codec
 from megakd.data.batches import prefetch
 from megakd.data.codebook import Book, build_book, load_book, save_book
 from megakd.data.records import Sample
-from megakd.data.shards import (
-    ShardSet,
-    finished,
-    known_manifest,
-    layout_of,
-    summary_of,
-    write_manifest,
-    write_shard,
-)
+from megakd.data.shard_writer import finished, known_manifest, summary_of, write_manifest, write_shard
+from megakd.data.shards import ShardSet, layout_of
 from megakd.identity import TeacherIdentity, TokenizerIdentity
 from megakd.run import Run
 from megakd.system.dist import barrier, sum_over_ranks

@@ -21,10 +21,7 @@ import re
 
 from megakd.capture.pipeline import Worker, capture_part, make_codebook, part_of
 from megakd.capture.source import Capture
-from megakd.data.shards import (
-    ShardSet,
-    unfinished,
-)
+from megakd.data.shards import ShardSet, unfinished
 from megakd.data.tokenizers import check_bos, identify_tokenizer, load_tokenizer
 from megakd.errors import UserError
 from megakd.identity import DataIdentity

@@ -11,17 +11,8 @@ from megakd.config.data import DataConfig
 from megakd.data.documents import SUFFIXES, find_files, held_out, hub_commit, iter_documents, source_files
 from megakd.data.packing import pack
 from megakd.data.records import Sample
-from megakd.data.shards import (
-    MANIFEST,
-    SIDECAR,
-    VERSION,
-    finished,
-    known_manifest,
-    shard_name,
-    summary_of,
-    write_manifest,
-    write_shard,
-)
+from megakd.data.shard_writer import finished, known_manifest, shard_name, summary_of, write_manifest, write_shard
+from megakd.data.shards import MANIFEST, SIDECAR, VERSION
 from megakd.data.tokenizers import bos_of, identify_tokenizer
 from megakd.data.tokenizing import tokenized
 from megakd.errors import UserError

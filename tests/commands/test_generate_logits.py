@@ -17,7 +17,8 @@ from megakd import cli
 from megakd.capture import pipeline as capture_pipeline
 from megakd.capture import source as capture_source
 from megakd.data.records import Sample
-from megakd.data.shards import ShardSet, shard_name, write_shard
+from megakd.data.shard_writer import shard_name, write_shard
+from megakd.data.shards import ShardSet
 from megakd.errors import UserError
 from megakd.identity import TeacherIdentity, fingerprint, sampled_files
 from megakd.run import Run

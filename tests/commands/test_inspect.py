@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from megakd import cli
-from megakd.data.shards import ShardSet, layout_of, summary_of, write_manifest, write_shard
+from megakd.data.shard_writer import summary_of, write_manifest, write_shard
+from megakd.data.shards import ShardSet, layout_of
 from megakd.errors import UserError
 from megakd.run import Run
 from megakd.system.files import read_json

@@ -12,7 +12,8 @@ from megakd.config.data import LogitsConfig
 from megakd.data import codec
 from megakd.data.codebook import build_book, save_book
 from megakd.data.records import IGNORED, Sample, TeacherTargets
-from megakd.data.shards import ShardSet, finished, shard_name, summary_of, write_manifest, write_shard
+from megakd.data.shard_writer import finished, shard_name, summary_of, write_manifest, write_shard
+from megakd.data.shards import ShardSet
 from megakd.errors import UserError
 
 VOCABULARY, LENGTH = 400, 40

@@ -12,15 +12,8 @@ import webdataset
 
 from megakd.data import codec
 from megakd.data.records import Sample
-from megakd.data.shards import (
-    DamagedSample,
-    ShardSet,
-    Stored,
-    finished,
-    shard_name,
-    write_shard,
-    write_stored,
-)
+from megakd.data.shard_writer import Stored, finished, shard_name, write_shard, write_stored
+from megakd.data.shards import DamagedSample, ShardSet
 from tests.data.small_shards import LAYOUTS, TOKENS, facts, flip, same, samples, write
 
 

@@ -11,7 +11,8 @@ import pytest
 
 from megakd.data import codec
 from megakd.data.codebook import Book, build_book, save_book
-from megakd.data.shards import DamagedSample, ShardSet, shard_name, summary_of, write_manifest, write_shard
+from megakd.data.shard_writer import shard_name, summary_of, write_manifest, write_shard
+from megakd.data.shards import DamagedSample, ShardSet
 from megakd.errors import UserError
 from megakd.system.files import digest, read_json, write_json
 from tests.data.small_shards import BOOK, LAYOUTS, TOKENS, error_of, facts, flip, same, samples, write

@@ -11,7 +11,8 @@ from megakd.data import codec
 from megakd.data.codebook import save_book
 from megakd.data.codec import Layout
 from megakd.data.records import Sample
-from megakd.data.shards import ShardSet, shard_name, summary_of, write_manifest, write_shard
+from megakd.data.shard_writer import shard_name, summary_of, write_manifest, write_shard
+from megakd.data.shards import ShardSet
 from megakd.errors import UserError
 from tests.data.damage import FOLDERS, MUTATIONS, SEED, chance
 from tests.data.test_codec import Case, example, same

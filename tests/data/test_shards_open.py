@@ -12,16 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megakd.data.shards import (
-    SIDECAR,
-    VERSION,
-    Index,
-    ShardSet,
-    shard_name,
-    summary_of,
-    write_manifest,
-    write_shard,
-)
+from megakd.data.shard_writer import shard_name, summary_of, write_manifest, write_shard
+from megakd.data.shards import SIDECAR, VERSION, Index, ShardSet
 from megakd.errors import UserError
 from megakd.system.files import write_sealed
 from tests.data.small_shards import LAYOUTS, error_of, facts, same, samples, write

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megakd.data.shards import ShardSet, known_manifest, read_manifest, write_manifest
+from megakd.data.shard_writer import known_manifest, write_manifest
+from megakd.data.shards import ShardSet, read_manifest
 from megakd.run import Run
 from megakd.system.files import read_json, write_sealed
 from megakd.system.version import (
@@ -130,7 +131,7 @@ def test_version_is_no_part_of_what_makes_shards_the_same(prepared, sibling, mon
     target = path.resolve() if path.is_symlink() else path
     before = files(target)
     later = {"version": "9.9.9", "commit": None}
-    monkeypatch.setattr("megakd.data.shards.made_with", lambda: later)
+    monkeypatch.setattr("megakd.data.shard_writer.made_with", lambda: later)
     in_process("tokenize", run.folder)
     in_process("generate-logits", run.folder)
     assert files(target) == before

@@ -17,7 +17,8 @@ from megakd.config.data import LogitsConfig
 from megakd.data import codec
 from megakd.data.codebook import build_book, save_book
 from megakd.data.records import IGNORED, Sample, TeacherTargets
-from megakd.data.shards import ShardSet, layout_of, shard_name, summary_of, write_manifest, write_shard
+from megakd.data.shard_writer import shard_name, summary_of, write_manifest, write_shard
+from megakd.data.shards import ShardSet, layout_of
 from megakd.data.tokenizers import identify_tokenizer
 from tests.conftest import ROOT
 

@@ -29,7 +29,8 @@ from megakd.data import codec
 from megakd.data.batches import prefetch, to_device
 from megakd.data.codebook import build_book, save_book
 from megakd.data.records import IGNORED, Batch, Sample, TeacherTargets
-from megakd.data.shards import ShardSet, shard_name, summary_of, write_manifest, write_shard
+from megakd.data.shard_writer import shard_name, summary_of, write_manifest, write_shard
+from megakd.data.shards import ShardSet
 from megakd.engine.base import Engine
 from megakd.engine.checkpoint import Progress
 from megakd.engine.local import LocalEngine

@@ -22,7 +22,8 @@ from megakd.config.data import LogitsConfig
 from megakd.data import codec
 from megakd.data.codebook import build_book, save_book
 from megakd.data.records import Sample, TeacherTargets
-from megakd.data.shards import ShardSet, shard_name, summary_of, write_manifest, write_shard
+from megakd.data.shard_writer import shard_name, summary_of, write_manifest, write_shard
+from megakd.data.shards import ShardSet
 from megakd.system.logging import Progress
 
 LENGTH, TOP_K, DRAWS = 2048, 64, 50

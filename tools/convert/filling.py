@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from megakd.data.codebook import Book, save_book
-from megakd.data.shards import finished, read_manifest, shard_name, summary_of, write_manifest
+from megakd.data.shard_writer import finished, shard_name, summary_of, write_manifest
+from megakd.data.shards import read_manifest
 from megakd.errors import UserError
 from megakd.outputs import check_place
 from megakd.system.logging import Progress, say

@@ -20,7 +20,8 @@ from megakd.config.data import DataConfig, LogitsConfig
 from megakd.data import codec
 from megakd.data.codebook import build_book
 from megakd.data.records import Sample, TeacherTargets
-from megakd.data.shards import ShardSet, layout_of, write_shard
+from megakd.data.shard_writer import write_shard
+from megakd.data.shards import ShardSet, layout_of
 from megakd.data.tokenizers import bos_of, identify_tokenizer, load_tokenizer
 from megakd.errors import UserError
 from megakd.identity import TeacherIdentity, TokenizerIdentity

@@ -23,7 +23,8 @@ import numpy as np
 from filling import Plan, fill
 
 from megakd.config.run import flatten
-from megakd.data.shards import ShardSet, Stored, write_stored
+from megakd.data.shard_writer import Stored, write_stored
+from megakd.data.shards import ShardSet
 from megakd.errors import UserError
 from megakd.names import expand
 from megakd.system.files import digest
