@@ -104,7 +104,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def unfinished(folders: Iterable[Path]) -> str | None:
-    """Why one of these folders cannot be read to its end: it is missing, cut short or changed; None: all can be."""
+    """Why one of the folders cannot be read to its end: it is missing, cut short or changed; None: all can be."""
     for folder in folders:
         try:
             ShardSet(folder)
