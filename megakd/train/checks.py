@@ -47,30 +47,7 @@ def check(run: Run) -> ShardSet:
     check_unquantized(student, load_config(student), "training")
     if read_world().first:
         check_isolation(run)
-    skeleton, teacher = empty_model(student), None
-    _, other = tokenizers(config, dataset.facts)
-    if other is None and not saved:
-        _check_one_tokenizer(config)
-    size, length = text_facts(dataset.facts)["tokenizer"]["vocab_size"], config.data.sequence_length
-    check_tables(skeleton, student, size, length)
-    if config.objective.live:
-        folder = resolve(config.model.teacher, config.model.revision)
-        teacher = empty_model(folder)
-        size, length = (size, length) if other is None else (vocabulary_size(other), length + length // 4)
-        check_tables(teacher, folder, size, length)
-    if config.engine.expert_parallel > 1 and config.engine.kind == "deepspeed":
-        os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # DeepSpeed asks for it
-        from megakd.models.expert_parallel import spread_experts
-
-        spread_experts(skeleton, config.engine.expert_parallel, 0)  # so that rules meet the tensors they will train
-    for stage in config.stages:
-        try:
-            size = None if other is None else vocabulary_size(other)
-            assign_rules(build(config.at(stage), skeleton, teacher, dataset.facts, size), stage.lr_multipliers)
-            if config.engine.kind == "deepspeed":
-                deepspeed_config(config.at(stage), 1, 1)
-        except UserError as error:
-            raise UserError(f"{run.folder}: stage {stage.name!r}: {error}") from error
+    _check_stages(run, dataset, begins=saved is None)
     unfinished = saved is not None and not reached_end(config, saved, dataset)
     if saved and unfinished:
         check_shards(saved, shards_digest(dataset.names, dataset.sizes), dataset.folder)
@@ -82,6 +59,37 @@ def check(run: Run) -> ShardSet:
         if saved and unfinished:
             check_ranks(saved, ranks)
     return dataset
+
+
+def _check_stages(run: Run, dataset: ShardSet, begins: bool) -> None:
+    """Every stage's rules, objective and engine fit the models, which are built here without weights."""
+    config, student = run.config, run.student_folder
+    skeleton, teacher = empty_model(student), None
+    _, other = tokenizers(config, dataset.facts)
+    if other is None and begins:
+        _check_one_tokenizer(config)
+    size, length = text_facts(dataset.facts)["tokenizer"]["vocab_size"], config.data.sequence_length
+    check_tables(skeleton, student, size, length)
+    other_size = None if other is None else vocabulary_size(other)
+    if config.objective.live:
+        folder = resolve(config.model.teacher, config.model.revision)
+        teacher = empty_model(folder)
+        # a teacher of another tokenizer may make up to a quarter more tokens of a sequence
+        size, length = (size, length) if other_size is None else (other_size, length + length // 4)
+        check_tables(teacher, folder, size, length)
+    if config.engine.expert_parallel > 1 and config.engine.kind == "deepspeed":
+        os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # DeepSpeed asks for it
+        from megakd.models.expert_parallel import spread_experts
+
+        spread_experts(skeleton, config.engine.expert_parallel, 0)  # so that rules meet the tensors they will train
+    for stage in config.stages:
+        try:
+            objective = build(config.at(stage), skeleton, teacher, dataset.facts, other_size)
+            assign_rules(objective, stage.lr_multipliers)
+            if config.engine.kind == "deepspeed":
+                deepspeed_config(config.at(stage), 1, 1)
+        except UserError as error:
+            raise UserError(f"{run.folder}: stage {stage.name!r}: {error}") from error
 
 
 def reached_end(config: RunConfig, saved: Saved, dataset: ShardSet) -> bool:
