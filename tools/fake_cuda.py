@@ -31,7 +31,6 @@ from megakd.config.data import LogitsConfig
 from megakd.config.objective import CachedConfig, OnlineConfig, SarConfig
 from megakd.data.batches import collate, to_device
 from megakd.data.records import Batch, Paired, Sample, Side, TeacherTargets, with_rows
-from megakd.losses.signals import Dense
 from megakd.models.memory import _grouped_mm
 from megakd.models.offload import _streamed
 from megakd.models.shared_core import PROJECTIONS, SharedCoreExperts, make_form
@@ -267,27 +266,16 @@ def _capture(profile: str) -> Case:
     return run
 
 
-def _dense_teacher(mode: FakeTensorMode) -> None:
-    """The fused loss with a teacher's whole logits."""
-    with _real():
-        objective: Any = _cached("ghost")()
-    to_fake(objective, mode)
-    hidden = torch.empty(9, SHAPE["hidden_size"], device=DEVICE, requires_grad=True)
-    labels, logits = torch.empty(9, dtype=torch.int64, device=DEVICE), torch.empty(9, VOCABULARY, device=DEVICE)
-    with NoCopies():
-        objective.head(hidden, labels, Dense(logits), 0.5, 2.0)
-
-
 def cases() -> dict[str, Case]:
     half, brain, none = torch.float16, torch.bfloat16, None
     found = {f"cached, {tail}": run_objective(_cached(tail), make_batch, brain)
              for tail in ("ghost", "truncated", "sampled", "hybrid")}  # fmt: skip
     for kind in ("reverse_kl", "jsd", "skew_kl", "tvd"):
         found[f"cached, {kind}"] = run_objective(_cached("ghost", divergence=kind), make_batch, half)
+        found[f"sar, {kind}"] = run_objective(_sar(False, divergence=kind), make_batch, half)
     for form in ("additive", "two bases"):
         found[f"cached, student of {form}"] = run_objective(_cached("ghost", form), make_batch, brain)
     found["cached, float32"] = run_objective(_cached("ghost", alpha=0.3), make_batch, none)
-    found["cached, dense teacher"] = _dense_teacher
     for paired, batch in ((False, make_batch), (True, make_pair)):
         name = "two tokenizers" if paired else "one tokenizer"
         found[f"online, {name}"] = run_objective(_online(paired), batch, brain)

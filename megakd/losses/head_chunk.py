@@ -5,19 +5,21 @@ needs, 1 and T, are then exp(x) and a power of it.
 """
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from megakd.losses.divergence import Divergence
-from megakd.losses.signals import Sparse, TeacherSignal
+from megakd.losses.signals import Dense, Sparse, TeacherSignal
 
 
 class Job(NamedTuple):
-    """What the loss of a batch is, besides hidden states and weight.
+    """What the loss of a batch is, besides hidden states and weight, and how one model makes its logits.
 
     compute: the dtype of the matrix products. differentiate: whether gradients are asked for at all.
+    kl_weight: of the divergence, besides alpha.
     """
 
     labels_N: Tensor
@@ -30,6 +32,7 @@ class Job(NamedTuple):
     softcap: float | None
     compute: torch.dtype
     differentiate: bool
+    kl_weight: float = 1.0
 
     @property
     def work(self) -> torch.dtype:
@@ -53,8 +56,11 @@ class Job(NamedTuple):
 
     @property
     def flat(self) -> float:
-        """The higher one of the temperatures 1 and T: the exponentials of the other are powers of its own."""
-        return max(self.temperature, 1.0)
+        """The higher one of the temperatures 1 and T: the exponentials of the other are powers of its own.
+
+        Next to a live teacher 1: x are the logits, for each temperature has a softmax of its own.
+        """
+        return 1.0 if isinstance(self.teacher, Dense) else max(self.temperature, 1.0)
 
     @property
     def power(self) -> float:
@@ -63,7 +69,7 @@ class Job(NamedTuple):
     @property
     def slopes(self) -> tuple[float, float]:
         """Of the total by the divergence and by the cross entropy, by logits / flat instead of logits / their T."""
-        return self.alpha * self.temperature * self.flat, (1 - self.alpha) * self.flat
+        return self.alpha * self.kl_weight * self.temperature * self.flat, (1 - self.alpha) * self.flat
 
     @property
     def cap(self) -> float | None:
@@ -89,7 +95,6 @@ class Chunk:
     def __init__(self, raw_cV: Tensor, x_cV: Tensor, factor: float, job: Job, differentiate: bool, rows: int):
         self.raw_cV, self.x_cV, self.factor, self.job, self.differentiate = raw_cV, x_cV, factor, job, differentiate
         self.rows = rows
-        self.scratch = torch.empty_like(x_cV[:rows])
         self.left_c1: Tensor | None = None
         if not job.in_place:
             for x, raw in self.blocks(raw_cV):
@@ -97,10 +102,14 @@ class Chunk:
                 if job.cap is not None:
                     x.tanh_().mul_(job.cap)
 
-    def blocks(self, *others: Tensor, share: int = 1) -> Iterator[tuple[Tensor, ...]]:
-        """Views of x_cV and others of as many rows, some rows at a time; share: so many times fewer."""
-        rows = max(self.rows // share, 1)
-        return zip(*(each.split(rows) for each in (self.x_cV, *others)), strict=True)
+    @cached_property
+    def scratch(self) -> Tensor:
+        """A block without values."""
+        return torch.empty_like(self.x_cV[: self.rows])
+
+    def blocks(self, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Views of x_cV and others of as many rows, some rows at a time."""
+        return zip(*(each.split(self.rows) for each in (self.x_cV, *others)), strict=True)
 
     def to_raw(self, gradient: Tensor, raw: Tensor) -> None:
         """The gradient by x becomes the gradient by raw, in its place."""

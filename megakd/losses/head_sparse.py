@@ -20,7 +20,7 @@ from megakd.losses.reference import KL, head_and_tail, is_kl_t1, knows_kl_t1, te
 from megakd.losses.signals import Sparse
 
 
-def sparse_sums(part: Chunk, chunk: slice) -> Tensor:
+def sparse_sums(chunk: slice, part: Chunk) -> Tensor:
     """Sums [ce, kl, kl_t1] over the chunk in float64; where gradients are asked for, `part` becomes the gradient."""
     job, teacher = part.job, part.job.teacher
     assert isinstance(teacher, Sparse)

@@ -21,16 +21,18 @@ TAIL_FLOOR = 1e-6
 
 
 class DistillTerms(NamedTuple):
-    """Sums over counted tokens: total is what is differentiated; ce, kl (at T, without T^2) and kl_t1 are detached.
+    """Sums over counted tokens: total is what is differentiated; the others are detached.
 
-    kl is the divergence that trains; kl_t1 is always KL(teacher || student), None where the data cannot tell it: draws
-    at another temperature than 1 and no head.
+    kl: the divergence that trains, at T, without T^2, weighted where tokens are; kl_t1: always KL(teacher || student)
+    at T = 1, unweighted, None where the data cannot tell it: draws at another temperature than 1 and no head.
+    teacher_ce: the cross entropy of a live teacher, None for a cached one.
     """
 
     total: Tensor
     ce: Tensor
     kl: Tensor
     kl_t1: Tensor | None
+    teacher_ce: Tensor | None = None
 
 
 def distill_loss(

@@ -1,11 +1,13 @@
-"""Where the teacher's side of a loss comes from: cached teacher logits (Sparse), or logits that exist (Dense)."""
+"""Where the teacher's side of a loss comes from: cached teacher logits (Sparse), or a live teacher (Dense)."""
 
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from torch import Tensor
 
 from megakd.data.records import TeacherTargets
+
+if TYPE_CHECKING:  # the head takes a signal, and a live teacher's signal has a head
+    from megakd.losses.head import FusedHead
 
 Tail = Literal["ghost", "truncated", "sampled", "hybrid"]
 
@@ -30,16 +32,15 @@ class Sparse(NamedTuple):
 
 
 class Dense(NamedTuple):
-    """Logits of the teacher [N, >= V], or what computes those of a slice of the tokens. Right at any temperature.
+    """A live teacher of N tokens: its head and its last hidden states [N, G]. Right at any temperature.
 
-    A function is called without gradients and without autocast.
+    Gradients reach both where they are asked for. weights_N: how much each token's divergence counts, a constant; 1
+    each where it is None.
     """
 
-    logits: Tensor | Callable[[slice], Tensor]
-
-    def of(self, chunk: slice) -> Tensor:
-        """The logits of some tokens, [n, >= V]."""
-        return self.logits[chunk] if isinstance(self.logits, Tensor) else self.logits(chunk)
+    head: "FusedHead"
+    hidden_NG: Tensor
+    weights_N: Tensor | None = None
 
 
 TeacherSignal = Sparse | Dense

@@ -8,8 +8,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from megakd.data.records import IGNORED, Paired, Rows, Side, labelled, scored_spans
-from megakd.losses.head import FusedHead
-from megakd.losses.online import label_logprobs
+from megakd.losses.head import Device, FusedHead
+from megakd.losses.per_token import label_logprobs
 from megakd.losses.spans import span_logprobs
 
 
@@ -32,12 +32,12 @@ def span_scores(
     hidden_BTD: Tensor,
     taught_BUG: Tensor,
     paired: Paired,
-    chunk_bytes: int | None = None,
+    sizes_of: Device | None = None,
 ) -> Scores:
-    """Scores of last hidden states; gradients to both sides. chunk_bytes: as for `live_loss`."""
+    """Scores of last hidden states; gradients to both sides. sizes_of: as for `FusedHead`."""
     there = scored_spans(paired)
     each = [
-        _label_scores(head, hidden, side, chunk_bytes)
+        _label_scores(head, hidden, side, sizes_of)
         for head, hidden, side in zip((own, theirs), (hidden_BTD, taught_BUG), paired[:2], strict=True)
     ]
     (student_BS, _), (teacher_BS, _) = (
@@ -53,8 +53,7 @@ def per_token(counted_BU: Tensor, tokens_B: Tensor) -> Tensor:
     return counted_BU * (tokens_B / counted_BU.sum(1).clamp(min=1))[:, None]
 
 
-def _label_scores(head: FusedHead, hidden_BTD: Tensor, side: Side, chunk_bytes: int | None) -> Tensor:
+def _label_scores(head: FusedHead, hidden_BTD: Tensor, side: Side, sizes_of: Device | None) -> Tensor:
     """log p of each label, [B, T], 0 where there is none."""
     rows = labelled(side)
-    picked = rows.pick(hidden_BTD), rows.pick(side.labels)
-    return rows.place(label_logprobs(head.logits, *picked, head.vocab_size, chunk_bytes))
+    return rows.place(label_logprobs(head, rows.pick(hidden_BTD), rows.pick(side.labels), sizes_of))

@@ -11,6 +11,7 @@ from megakd.config.objective import LossConfig
 from megakd.data.records import Batch, Side
 from megakd.errors import UserError
 from megakd.losses.divergence import Divergence
+from megakd.losses.head import Device
 
 
 class LossReport(NamedTuple):
@@ -28,7 +29,7 @@ class Objective(nn.Module):
 
     alpha, temperature: what is in force, by `at`. divergence: of the stage.
     memory: what steps leave for those after them; in checkpoints.
-    chunk_bytes: of a live loss's logits (`live_loss`); None: what suits the device.
+    sizes_of: the device whose sizes of chunks the loss takes; None: the tensors' own.
     """
 
     def __init__(self, student: Any, config: LossConfig):
@@ -37,7 +38,7 @@ class Objective(nn.Module):
         self.config = config
         self.divergence = Divergence(config.divergence, config.mix)
         self.memory: dict[str, list[float]] = {}
-        self.chunk_bytes: int | None = None
+        self.sizes_of: Device | None = None
 
     @torch.no_grad()
     def restore(self, auxiliary: Mapping[str, Tensor]) -> None:

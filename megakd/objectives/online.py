@@ -16,14 +16,15 @@ from megakd.config.objective import OnlineConfig
 from megakd.data.records import IGNORED, Batch, Paired, Rows, Side, labelled, shared_spans
 from megakd.losses.head import FusedHead
 from megakd.losses.hidden import attention_loss, contrastive_loss, feature_loss, gap_weights, layer_map
-from megakd.losses.online import LiveTerms, live_loss
+from megakd.losses.per_token import kl_each
+from megakd.losses.reference import DistillTerms
+from megakd.losses.signals import Dense
 from megakd.losses.spans import span_attention, span_likelihoods, span_means, span_sizes
 from megakd.models.routing import Router, find_routers, scheduled, weighed
 from megakd.objectives.across import span_scores
 from megakd.objectives.base import LossReport, Objective, check_spans, projection
 from megakd.objectives.cached import fused_head
 from megakd.objectives.live_head import LiveHead
-from megakd.objectives.sar import kl_each
 from megakd.system.dist import sum_over_ranks
 
 KEEP = 0.9  # of what was remembered, each step
@@ -160,14 +161,14 @@ class OnlineDistillation(Objective):
         online = self.online
         gap_power = online.gap if online.gap or online.importance else None
         form = {"alpha": self.alpha, "temperature": self.temperature, "divergence": self.divergence}
-        form |= {"kl_weight": online.kl, "chunk_bytes": self.chunk_bytes}
-        terms, gap_BT = self.head(weighted_live_loss, self.held[1], hidden, taught, batch, gap_power, **form)
+        form |= {"kl_weight": online.kl, "sizes_of": self.sizes_of}
+        terms, gap_BT = self.head(weighted_loss, hidden, Dense(self.held[1], taught), batch, gap_power, **form)
         named = {"ce": terms.ce, "kl": terms.kl, "kl_t1": terms.kl_t1, "teacher_ce": terms.teacher_ce}
         return terms.total, named, None if gap_BT is None else (batch.labels != IGNORED, gap_BT)
 
     def _over_spans(self, hidden: Tensor, taught: Tensor, paired: Paired) -> Compared:
         settings = self.online
-        scores = self.head(span_scores, self.held[1], hidden, taught, paired, self.chunk_bytes)
+        scores = self.head(span_scores, self.held[1], hidden, taught, paired, self.sizes_of)
         sides, there = (scores.student_BS, scores.teacher_BS, scores.there), scores.there
         with torch.no_grad():
             gap_N = span_likelihoods(*sides, 1.0)
@@ -208,26 +209,22 @@ class OnlineDistillation(Objective):
         self.gap_sums = found if self.gap_sums is None else self.gap_sums + found
 
 
-def weighted_live_loss(
-    own: FusedHead,
-    theirs: FusedHead,
-    hidden_BTD: Tensor,
-    taught_BTG: Tensor,
-    batch: Batch,
-    gap_power: float | None,
-    **form: Any,
-) -> tuple[LiveTerms, Tensor | None]:
-    """`live_loss` of the labelled positions, weighted by (KL at T = 1)^gap_power; that KL of each, [B, T].
+def weighted_loss(
+    own: FusedHead, hidden_BTD: Tensor, everywhere: Dense, batch: Batch, gap_power: float | None, **form: Any
+) -> tuple[DistillTerms, Tensor | None]:
+    """The loss of `own` over the labelled positions, weighted by (KL at T = 1)^gap_power; that KL of each, [B, T].
 
-    gap_power: None for equal weights, and no KL. form: the settings of `live_loss`.
+    everywhere: the teacher at all positions, [B, T, G]. gap_power: None for equal weights, and no KL. form: the
+    settings of `FusedHead.forward`.
     """
     rows = labelled(batch)
-    hidden_ND, taught_NG, labels_N = map(rows.pick, (hidden_BTD, taught_BTG, batch.labels))
-    weights_N = gap_BT = None
+    hidden_ND, taught_NG, labels_N = map(rows.pick, (hidden_BTD, everywhere.hidden_NG, batch.labels))
+    teacher, gap_BT = Dense(everywhere.head, taught_NG), None
     if gap_power is not None:
-        gap_BT = rows.place(kl_each(theirs, taught_NG, own, hidden_ND))
+        gap_BT = rows.place(kl_each(teacher.head, taught_NG, own, hidden_ND))
         weights_N = rows.pick(gap_weights(gap_BT, batch.labels != IGNORED, gap_power))
-    return live_loss(own, theirs, hidden_ND, taught_NG, labels_N, weights_N=weights_N, **form), gap_BT
+        teacher = teacher._replace(weights_N=weights_N)
+    return own(hidden_ND, labels_N, teacher, **form), gap_BT
 
 
 class Units(NamedTuple):

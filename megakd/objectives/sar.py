@@ -15,8 +15,9 @@ from megakd.config.objective import SarConfig
 from megakd.data.records import IGNORED, Batch, Paired, Side, labelled, shared_spans
 from megakd.errors import UserError
 from megakd.losses.head import FusedHead
-from megakd.losses.online import kl_rows, live_loss
+from megakd.losses.per_token import kl_each
 from megakd.losses.router import anchor, load_balance, routing_entropy
+from megakd.losses.signals import Dense
 from megakd.losses.spans import span_feature_loss, span_likelihood_loss, span_means
 from megakd.models.routing import (
     Choice,
@@ -35,7 +36,6 @@ from megakd.objectives.live_head import LiveHead
 from megakd.system.dist import sum_over_ranks
 
 SEPARATOR = ":"
-ROWS = 256  # of logits at once, where no gradient is needed
 
 
 class SarDistillation(Objective):
@@ -115,9 +115,10 @@ class SarDistillation(Objective):
         with choices(self.found) as chosen:
             taught = last_hidden(teacher, theirs)
         if batch.paired is None:
-            picked = map(rows.pick, (hidden, taught, batch.labels))
-            form = {"divergence": self.divergence, "chunk_bytes": self.chunk_bytes}
-            terms = self.head(live_loss, self.held[1], *picked, self.alpha, self.temperature, **form)
+            signal = Dense(self.held[1], rows.pick(taught))
+            picked = rows.pick(hidden), rows.pick(batch.labels)
+            form = self.alpha, self.temperature, self.divergence
+            terms = self.head(FusedHead.forward, *picked, signal, *form, sizes_of=self.sizes_of)
             named = {"ce": terms.ce, "kl": terms.kl, "kl_t1": terms.kl_t1, "teacher_ce": terms.teacher_ce}
             total = terms.total
         else:
@@ -132,7 +133,7 @@ class SarDistillation(Objective):
 
     def _over_spans(self, hidden_BTD: Tensor, taught_BUG: Tensor, paired: Paired) -> tuple[Tensor, dict[str, Tensor]]:
         """CE and divergence over spans of text, for a teacher with another tokenizer; named sums."""
-        scores = self.head(span_scores, self.held[1], hidden_BTD, taught_BUG, paired, self.chunk_bytes)
+        scores = self.head(span_scores, self.held[1], hidden_BTD, taught_BUG, paired, self.sizes_of)
         likelihood = span_likelihood_loss(scores.student_BS, scores.teacher_BS, scores.there, self.temperature)
         divergence = self.settings.likelihood * self.temperature * likelihood
         named = {"ce": scores.ce, "span_kl": likelihood, "teacher_ce": scores.teacher_ce}
@@ -213,13 +214,6 @@ class SarDistillation(Objective):
                 "sar: the routers got no gradient in the first step; the student's loss does not reach them. With "
                 "objective.alpha=0 the teacher has no part in the loss"
             )
-
-
-@torch.no_grad()
-def kl_each(head: FusedHead, states_NG: Tensor, other: FusedHead, others_ND: Tensor) -> Tensor:
-    """KL(head of states || other of others) at T = 1 of each row, [N], a few rows at a time."""
-    parts = zip(states_NG.split(ROWS), others_ND.split(ROWS), strict=True)
-    return torch.cat([kl_rows(head.logits(p).float(), other.logits(q).float()) for p, q in parts])
 
 
 def check_schedule(routers: list[Router], sar: SarConfig) -> None:

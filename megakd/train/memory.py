@@ -10,7 +10,6 @@ from megakd.config.run import RunConfig
 from megakd.config.train import StageConfig
 from megakd.data.records import Batch, Paired, Rows, Side
 from megakd.engine.base import MOMENTS
-from megakd.losses.online import CHUNK_BYTES
 from megakd.models.memory import Fakes, LiveBytes, Peak, fake_model
 from megakd.models.offload import offload, offloaded
 from megakd.models.routing import scheduled
@@ -51,7 +50,7 @@ def training_peak(
         if config.engine.offload_teacher:
             offload(other, torch.device("cpu"))
         objective = build(config, own, other, {"tokenizer": {"vocab_size": vocab_size}}, teacher_vocab_size)
-        objective.chunk_bytes = CHUNK_BYTES["cuda" if gpu else "cpu"]  # fakes are on the CPU
+        objective.sizes_of = "cuda" if gpu else "cpu"  # fakes are on the CPU
         for name, parameter in objective.named_parameters():
             if not name.startswith("student."):  # as build_objective does
                 parameter.data = parameter.data.float()

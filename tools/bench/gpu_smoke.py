@@ -83,16 +83,15 @@ def experts(device: Any, folder: Path) -> dict[str, Any]:
 
 
 def loss(device: Any, folder: Path) -> dict[str, Any]:
-    """The fused loss and the live one against autograd in float64, values and gradients."""
+    """The fused loss to cached logits and to a live teacher against autograd in float64, values and gradients."""
     import torch
 
     from megakd.capture.targets import targets_from_logits
     from megakd.config.data import LogitsConfig
     from megakd.data.records import TeacherTargets
     from megakd.losses.head import FusedHead
-    from megakd.losses.online import live_loss
     from megakd.losses.reference import distill_loss
-    from megakd.losses.signals import Sparse, Stored, Tail
+    from megakd.losses.signals import Dense, Sparse, Stored, Tail
 
     tokens, vocabulary, size = 700, 5000, 64
     torch.manual_seed(0)
@@ -137,7 +136,7 @@ def loss(device: Any, folder: Path) -> dict[str, Any]:
                 compare(f"cached, {tail}", dtype, *cached(targets, there, stored, tail), hidden, weight)
         compare(
             "live", dtype,
-            lambda h, t, w, v: live_loss(head(w), head(v), h, t, labels.to(device), 0.7, 2.0).total,
+            lambda h, t, w, v: head(w)(h, labels.to(device), Dense(head(v), t), 0.7, 2.0).total,
             lambda h, t, w, v: _live_reference(h @ w[:vocabulary].T, t @ v.T, labels),
             hidden, other, weight, other_weight,
         )  # fmt: skip

@@ -76,13 +76,15 @@ def make_case(tokens: int, size: int, device: str, dtype: torch.dtype, vocabular
 def methods(case: Case, more: dict[str, Callable[[], Tensor]]) -> dict[str, Callable[[], None]]:
     """Name → forward and backward; gradients are made anew each time, as a training step does."""
     head, other = (FusedHead(case.weight_VD, len(case.weight_VD)) for _ in range(2))
-    stored, online = Sparse(case.targets, STORED, "ghost"), teacher_in_chunks(case)
+    stored = Sparse(case.targets, STORED, "ghost")
+    frozen = nn.Parameter(case.teacher_VD, requires_grad=False)
+    live = Dense(FusedHead(frozen, len(frozen)), case.teacher_ND)
     dense: dict[str, Callable[[], Tensor]] = {
         "megakd, fused": lambda: head(case.hidden_ND, case.labels_N, stored, ALPHA, TEMPERATURE).total,
         "megakd, dense": lambda: dense_loss(case),
         "densify + kl_div": lambda: densified_loss(case),
         "megakd, fused, teacher of hidden states": lambda: (
-            other(case.hidden_ND, case.labels_N, online, ALPHA, TEMPERATURE).total
+            other(case.hidden_ND, case.labels_N, live, ALPHA, TEMPERATURE).total
         ),
         **more,
     }
@@ -135,11 +137,6 @@ def densified_loss(case: Case) -> Tensor:
     kl = functional.kl_div((logits / TEMPERATURE).log_softmax(-1), p, reduction="sum")
     ce = functional.cross_entropy(logits, case.labels_N, reduction="sum")
     return (1 - ALPHA) * ce + ALPHA * TEMPERATURE**2 * kl
-
-
-def teacher_in_chunks(case: Case) -> Dense:
-    """A live teacher: its logits are made a chunk at a time, like the student's."""
-    return Dense(lambda chunk: case.teacher_ND[chunk] @ case.teacher_VD.T)
 
 
 def others(case: Case) -> dict[str, Callable[[], Tensor]]:

@@ -26,7 +26,8 @@ def test_the_forms_of_one_loss_give_the_same_gradients(case):
     mine, theirs = (gradients(case, forms[name]) for name in ("megakd, fused", "megakd, dense"))
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    truncated = bench.Dense(torch.full((13, 500), -1e4).scatter(1, case.targets.ids.long(), case.targets.logprobs))
+    logits = torch.full((13, 500), -1e4).scatter(1, case.targets.ids.long(), case.targets.logprobs)
+    truncated = bench.Dense(bench.FusedHead(torch.nn.Parameter(torch.eye(500), requires_grad=False), 500), logits)
     head = bench.FusedHead(case.weight_VD, 500)
     case.hidden_ND.grad = case.weight_VD.grad = None
     head(case.hidden_ND, case.labels_N, truncated, bench.ALPHA, bench.TEMPERATURE).total.backward()

@@ -1,4 +1,5 @@
-import weakref
+"""The fused loss to a live teacher against the textbook's form, token by token, and finite differences."""
+
 from collections.abc import Callable
 from typing import Any
 
@@ -6,10 +7,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megakd.losses import online as live
+from megakd.losses import head as fused
 from megakd.losses.divergence import Divergence
 from megakd.losses.head import FusedHead
-from megakd.losses.online import KL, LiveTerms, kl_rows, live_loss
+from megakd.losses.head_chunk import Chunk
+from megakd.losses.per_token import kl_rows
+from megakd.losses.reference import KL, DistillTerms
+from megakd.losses.signals import Dense
 from tests.losses.test_hidden import normal
 
 TOKENS, VOCABULARY, PADDING, SIZE, WIDTH = 11, 13, 3, 6, 4  # D of the student, G of the teacher
@@ -21,6 +25,11 @@ ROW = 4 * VOCABULARY  # bytes of one token's logits
 def plain(dtype: torch.dtype = torch.float64) -> FusedHead:
     """A head whose logits are the hidden states."""
     return FusedHead(nn.Parameter(torch.eye(VOCABULARY, dtype=dtype)), VOCABULARY)
+
+
+def of_logits(student: Tensor, teacher: Tensor, *form: Any) -> DistillTerms:
+    """The loss of logits that exist already."""
+    return plain(student.dtype)(student, LABELS, Dense(plain(teacher.dtype), teacher), *form)
 
 
 class Inputs:
@@ -39,18 +48,10 @@ class Inputs:
         weights: Tensor | None = None,
         tokens: int = TOKENS,
         divergence: Divergence = KL,
-    ) -> LiveTerms:
-        return live_loss(
-            FusedHead(self.student_head, VOCABULARY),
-            FusedHead(self.teacher_head, VOCABULARY),
-            self.student[:tokens],
-            self.teacher[:tokens],
-            LABELS[:tokens],
-            alpha,
-            temperature,
-            weights_N=weights,
-            divergence=divergence,
-        )
+    ) -> DistillTerms:
+        teacher = Dense(FusedHead(self.teacher_head, VOCABULARY), self.teacher[:tokens], weights)
+        student = FusedHead(self.student_head, VOCABULARY)
+        return student(self.student[:tokens], LABELS[:tokens], teacher, alpha, temperature, divergence)
 
     def gradients(self, total: Tensor) -> list[Tensor]:
         leaves = (self.student, self.teacher, self.student_head, self.teacher_head)
@@ -72,7 +73,7 @@ DIVERGENCES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
 
 def dense(
     inputs: Inputs, alpha: float, temperature: float, weights: Tensor | None = None, divergence: Divergence = KL
-) -> LiveTerms:
+) -> DistillTerms:
     """With probabilities and their logarithms as the textbook has them, token by token."""
     zero = torch.zeros((), dtype=torch.float64)
     ce, kl, kl_t1, teacher_ce = zero, zero, zero, zero
@@ -87,7 +88,7 @@ def dense(
         kl = kl + (1 if weights is None else weights[n]) * each
         p, q = t.softmax(0), s.softmax(0)
         kl_t1 = kl_t1 + (p * (p / q).log()).sum()
-    return LiveTerms((1 - alpha) * ce + alpha * temperature**2 * kl, ce, kl, kl_t1, teacher_ce)
+    return DistillTerms((1 - alpha) * ce + alpha * temperature**2 * kl, ce, kl, kl_t1, teacher_ce)
 
 
 def alike(found: list[Tensor], expected: list[Tensor], tolerance: float = 1e-10) -> bool:
@@ -114,8 +115,8 @@ def test_gradient_is_that_of_the_returned_loss(alpha, temperature):
     weights = normal(4, TOKENS).exp()
 
     def loss(student: Tensor, teacher: Tensor, student_head: Tensor, teacher_head: Tensor) -> Tensor:
-        heads = (FusedHead(nn.Parameter(head), VOCABULARY) for head in (student_head, teacher_head))
-        return live_loss(*heads, student, teacher, LABELS, alpha, temperature, weights_N=weights).total
+        own, other = (FusedHead(nn.Parameter(head), VOCABULARY) for head in (student_head, teacher_head))
+        return own(student, LABELS, Dense(other, teacher, weights), alpha, temperature).total
 
     leaves = [leaf.detach() for leaf in (inputs.student, inputs.teacher, inputs.student_head, inputs.teacher_head)]
     slopes = inputs.gradients(inputs.loss(alpha, temperature, weights).total)
@@ -154,11 +155,11 @@ def test_every_divergence_reaches_both_sides(divergence, alpha, temperature):
 def test_a_divergence_of_equals_is_zero_and_far_logits_stay_finite(divergence):
     logits = normal(0, TOKENS, VOCABULARY)
     sides = logits.clone().requires_grad_(), logits.clone().requires_grad_()
-    found = live_loss(plain(), plain(), *sides, LABELS, 1.0, 2.0, divergence=divergence)
+    found = of_logits(*sides, 1.0, 2.0, divergence)
     assert abs(found.kl.item()) < 1e-14
     assert all(slope.abs().max() < 1e-14 for slope in torch.autograd.grad(found.total, sides))
     far = [(3e3 * normal(seed, TOKENS, VOCABULARY)).float().requires_grad_() for seed in (0, 1)]
-    found = live_loss(plain(far[0].dtype), plain(far[0].dtype), *far, LABELS, 0.5, 2.0, divergence=divergence)
+    found = of_logits(*far, 0.5, 2.0, divergence)
     assert all(x.isfinite().all() for x in (*found, *torch.autograd.grad(found.total, far)))
 
 
@@ -191,7 +192,7 @@ def test_heads_with_a_scale_and_a_soft_cap(scale, softcap):
         FusedHead(inputs.student_head, VOCABULARY, scale, softcap),
         FusedHead(inputs.teacher_head, VOCABULARY, 1.5, 2.0),
     ]
-    found = live_loss(*heads, inputs.student, inputs.teacher, LABELS, 0.3, 2.0)
+    found = heads[0](inputs.student, LABELS, Dense(heads[1], inputs.teacher), 0.3, 2.0)
     s, t = heads[0].logits(inputs.student), heads[1].logits(inputs.teacher)
     kl = kl_rows(t / 2, s / 2).sum()
     expected = 0.7 * nn.functional.cross_entropy(s, LABELS, reduction="sum") + 0.3 * 4 * kl
@@ -199,41 +200,45 @@ def test_heads_with_a_scale_and_a_soft_cap(scale, softcap):
     assert alike(inputs.gradients(found.total), inputs.gradients(expected))
 
 
+@pytest.mark.parametrize("block", [1, 2, 100])
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 11, 12])
-def test_chunks_change_nothing(rows, monkeypatch):
+@pytest.mark.parametrize("divergence", [KL, Divergence("jsd", 0.3)])
+def test_chunks_and_blocks_change_nothing(rows, block, divergence, monkeypatch):
     inputs, weights = Inputs(), normal(4, TOKENS).exp()
-    whole = inputs.loss(0.3, 2.0, weights)
+    whole = inputs.loss(0.3, 2.0, weights, divergence=divergence)
     expected = inputs.gradients(whole.total)
-    monkeypatch.setattr(live, "CHUNK_BYTES", {"cpu": rows * ROW + ROW - 1})
+    monkeypatch.setitem(fused.DENSE_CHUNK_BYTES, "cpu", rows * ROW + ROW - 1)
+    monkeypatch.setitem(fused.DENSE_BLOCK_BYTES, "cpu", block * 2 * ROW)  # of float64
     sizes = []
-    original = live._rows
-    monkeypatch.setattr(live, "_rows", lambda *job: sizes.append(len(job[2])) or original(*job))
-    found = inputs.loss(0.3, 2.0, weights)
+    original = fused.dense_sums
+    monkeypatch.setattr(fused, "dense_sums", lambda *job: sizes.append(len(job[1].x_cV)) or original(*job))
+    found = inputs.loss(0.3, 2.0, weights, divergence=divergence)
     assert max(sizes) == min(rows, TOKENS) and sum(sizes) == TOKENS
     assert [x.item() for x in found] == pytest.approx([x.item() for x in whole], rel=1e-13)
     assert alike(inputs.gradients(found.total), expected, 1e-13)
 
 
 def test_a_chunk_is_at_least_one_token(monkeypatch):
-    monkeypatch.setattr(live, "CHUNK_BYTES", {"cpu": 1})
+    monkeypatch.setitem(fused.DENSE_CHUNK_BYTES, "cpu", 1)
     inputs = Inputs()
     assert inputs.loss(0.3, 2.0).total.item() == pytest.approx(dense(inputs, 0.3, 2.0).total.item(), rel=1e-12)
 
 
 def test_no_logits_are_kept_and_the_gradients_go_once(monkeypatch):
     """Nothing of the size of a chunk's logits lives until the backward pass."""
-    monkeypatch.setattr(live, "CHUNK_BYTES", {"cpu": 2 * ROW})
+    monkeypatch.setitem(fused.DENSE_CHUNK_BYTES, "cpu", 2 * ROW)
     inputs, made = Inputs(), []
-    original = live._rows
+    original = fused.dense_sums
 
-    def watched(*job: Any) -> Any:
-        found, slopes = original(*job)
-        made.extend(weakref.ref(tensor) for tensor in (*job[2:4], *slopes))
-        return found, slopes
+    def watched(chunk: slice, *parts: Chunk) -> Any:
+        made.extend(part.raw_cV.untyped_storage()._weak_ref() for part in parts)
+        return original(chunk, *parts)
 
-    monkeypatch.setattr(live, "_rows", watched)
-    total = inputs.loss(0.3, 2.0).total
-    assert len(made) == 4 * 6 and not any(ref() is not None for ref in made)
+    monkeypatch.setattr(fused, "dense_sums", watched)
+    head, other = (FusedHead(weight, VOCABULARY) for weight in (inputs.student_head, inputs.teacher_head))
+    total = head(inputs.student, LABELS, Dense(other, inputs.teacher), 0.3, 2.0).total
+    assert len(made) == 2 * 6 and len(set(made)) == 2  # one buffer of each model, for all chunks
+    assert all(torch.UntypedStorage._expired(ref) for ref in made) and not head.buffers_made and not other.buffers_made
     inputs.gradients(total * 2)
     with pytest.raises(RuntimeError, match="passed on by an earlier backward"):
         inputs.gradients(total * 2)
@@ -253,7 +258,7 @@ def test_no_tokens_give_zero_with_a_live_graph(weighted):
 def test_student_equal_to_teacher_gives_zero_kl_and_no_gradient(temperature):
     logits = normal(0, TOKENS, VOCABULARY)
     student, teacher = logits.clone().requires_grad_(), logits.clone().requires_grad_()
-    found = live_loss(plain(), plain(), student, teacher, LABELS, 1.0, temperature)
+    found = of_logits(student, teacher, 1.0, temperature)
     assert found.kl == 0 and found.kl_t1 == 0 and found.ce == found.teacher_ce
     assert all(x.abs().max() < 1e-14 for x in torch.autograd.grad(found.total, (student, teacher)))
 
@@ -306,9 +311,9 @@ def test_without_gradients_the_values_are_the_same():
 def test_logits_of_lower_precision_are_reduced_in_float32(dtype, tolerance):
     """Logits as the heads give them: what follows is float32, so the terms are those of the same logits in float64."""
 
-    def run(student: Tensor, teacher: Tensor) -> tuple[LiveTerms, tuple[Tensor, ...]]:
+    def run(student: Tensor, teacher: Tensor) -> tuple[DistillTerms, tuple[Tensor, ...]]:
         student, teacher = student.requires_grad_(), teacher.requires_grad_()
-        found = live_loss(plain(student.dtype), plain(student.dtype), student, teacher, LABELS, 0.3, 2.0)
+        found = of_logits(student, teacher, 0.3, 2.0)
         return found, torch.autograd.grad(found.total, (student, teacher))
 
     logits = [(3 * normal(seed, TOKENS, VOCABULARY)).to(dtype) for seed in (0, 1)]
@@ -322,15 +327,15 @@ def test_logits_of_lower_precision_are_reduced_in_float32(dtype, tolerance):
 
 def test_gradients_of_16_bit_heads_add_up_in_float32(monkeypatch):
     """In one chunk or in many: what is rounded is each chunk's product and the sum, not every sum on the way."""
-    sums, original = [], live.add_product
+    sums, original = [], fused.add_product
     monkeypatch.setattr(
-        live, "add_product", lambda total, *more, **new: sums.append(total.dtype) or original(total, *more, **new)
+        fused, "add_product", lambda total, *more, **new: sums.append(total.dtype) or original(total, *more, **new)
     )
     half = Inputs()
     for parameter in (half.student, half.teacher, half.student_head, half.teacher_head):
         parameter.data = parameter.data.bfloat16()
     whole = half.gradients(half.loss(0.3, 2.0).total)
-    monkeypatch.setattr(live, "CHUNK_BYTES", {"cpu": ROW})
+    monkeypatch.setitem(fused.DENSE_CHUNK_BYTES, "cpu", ROW)
     many = half.gradients(half.loss(0.3, 2.0).total)
     assert sums == [torch.float32] * 2 * (1 + TOKENS)
     for one, other in zip(whole, many, strict=True):
@@ -340,6 +345,6 @@ def test_gradients_of_16_bit_heads_add_up_in_float32(monkeypatch):
 
 def test_logits_of_thousands_stay_finite():
     student, teacher = ((3e3 * normal(seed, TOKENS, VOCABULARY)).float().requires_grad_() for seed in (0, 1))
-    found = live_loss(plain(student.dtype), plain(student.dtype), student, teacher, LABELS, 0.5, 2.0)
+    found = of_logits(student, teacher, 0.5, 2.0)
     slopes = torch.autograd.grad(found.total, (student, teacher))
     assert all(x.isfinite().all() for x in (*found, *slopes))
