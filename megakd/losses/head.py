@@ -17,7 +17,7 @@ from megakd.losses.head_chunk import Chunk, Job
 from megakd.losses.head_dense import dense_sums
 from megakd.losses.head_sparse import sparse_sums
 from megakd.losses.reference import KL, DistillTerms, knows_kl_t1
-from megakd.losses.signals import Dense, Sparse, TeacherSignal
+from megakd.losses.signals import Dense, Head, Sparse, TeacherSignal
 
 Device = Literal["cpu", "cuda"]
 # Of one [c, V] buffer in float32. Larger ones read the head's weight less often.
@@ -71,7 +71,7 @@ class FusedHead(nn.Module):
             divergence=divergence,
             differentiate=torch.is_grad_enabled(),
             kl_weight=kl_weight,
-            **self._form(),
+            **_form_of(self),
         )
         plan = _plan(job, sizes_of or kind_of(hidden_ND.device))
         if isinstance(teacher, Sparse):
@@ -80,14 +80,9 @@ class FusedHead(nn.Module):
             return DistillTerms(total, ce, kl, kl_t1 if knows_kl_t1(teacher, temperature, divergence) else None)
         assert self.vocab_size == teacher.head.vocab_size, (self.vocab_size, teacher.head.vocab_size)
         # chunks are small enough for malloc to keep them: no buffers between calls
-        models = [_Model(job, plan, {}), _Model(job._replace(**teacher.head._form()), plan, {})]
+        models = [_Model(job, plan, {}), _Model(job._replace(**_form_of(teacher.head)), plan, {})]
         tensors = hidden_ND, self.weight, teacher.hidden_NG, teacher.head.weight
         return DistillTerms(*_FusedLoss.apply(models, plan, *tensors))
-
-    def _form(self) -> dict[str, Any]:
-        """What a `Job` says of the model whose head this is."""
-        compute = compute_dtype(self.weight)
-        return {"vocab_size": self.vocab_size, "scale": self.scale, "softcap": self.softcap, "compute": compute}
 
     def logits(self, hidden_ND: Tensor, out: Tensor | None = None) -> Tensor:
         """The dense logits, [N, V]: what the loss never stores. out: where their product may go, without gradients."""
@@ -101,6 +96,12 @@ class FusedHead(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """The weight is loaded as the student's."""
+
+
+def _form_of(head: Head) -> dict[str, Any]:
+    """What a `Job` says of the model whose head it is."""
+    compute = compute_dtype(head.weight)
+    return {"vocab_size": head.vocab_size, "scale": head.scale, "softcap": head.softcap, "compute": compute}
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:

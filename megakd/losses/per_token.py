@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megakd.losses.head import DENSE_CHUNK_BYTES, Device, FusedHead, kind_of, rows_within
 from megakd.losses.hidden import wide
+from megakd.losses.signals import Head
 
 KL_ROWS = 256  # of logits at once, where no gradient is needed
 
@@ -33,7 +34,7 @@ def label_logprobs(head: FusedHead, hidden_ND: Tensor, labels_N: Tensor, sizes_o
 
 
 @torch.no_grad()
-def kl_each(teacher: FusedHead, teacher_NG: Tensor, student: FusedHead, student_ND: Tensor) -> Tensor:
+def kl_each(teacher: Head, teacher_NG: Tensor, student: Head, student_ND: Tensor) -> Tensor:
     """KL(teacher || student) at T = 1 of each token, [N]."""
     parts = zip(teacher_NG.split(KL_ROWS), student_ND.split(KL_ROWS), strict=True)
     return torch.cat([kl_rows(teacher.logits(t).float(), student.logits(s).float()) for t, s in parts])

@@ -1,13 +1,10 @@
 """Where the teacher's side of a loss comes from: cached teacher logits (Sparse), or a live teacher (Dense)."""
 
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from megakd.data.records import TeacherTargets
-
-if TYPE_CHECKING:  # the head takes a signal, and a live teacher's signal has a head
-    from megakd.losses.head import FusedHead
 
 Tail = Literal["ghost", "truncated", "sampled", "hybrid"]
 
@@ -31,6 +28,17 @@ class Sparse(NamedTuple):
     tail: Tail
 
 
+class Head(Protocol):
+    """What a signal knows of a model's `FusedHead`, which itself takes a signal."""
+
+    weight: nn.Parameter
+    vocab_size: int
+    scale: float
+    softcap: float | None
+
+    def logits(self, hidden_ND: Tensor) -> Tensor: ...
+
+
 class Dense(NamedTuple):
     """A live teacher of N tokens: its head and its last hidden states [N, G]. Right at any temperature.
 
@@ -38,7 +46,7 @@ class Dense(NamedTuple):
     each where it is None.
     """
 
-    head: "FusedHead"
+    head: Head
     hidden_NG: Tensor
     weights_N: Tensor | None = None
 
