@@ -37,6 +37,7 @@ from megakd.run import Run
 from megakd.system.dist import read_world
 from megakd.system.files import digest, read_json, write_json
 from megakd.system.logging import say
+from megakd.system.machine import machine_load
 
 COMPARING = ("kl", "top1", "topk")  # those of them that need the teacher's targets
 TEACHER = ("teacher_nll", "teacher_perplexity", "teacher_kl")  # of the teacher with a checkpoint's routers
@@ -127,7 +128,7 @@ class Meter:
     def _row(self, subject: Subject, pieces: Path | None) -> dict[str, Any]:
         model = functools.cache(lambda: self._load(subject))
         against = {} if self.compares else {"targets": False}
-        found = [_piece(pieces, "holdout", against, lambda: self._quality(subject, model()))]
+        found = [_piece(pieces, "holdout", against, lambda: self._held_out(subject, model()))]
         if self.attention and subject.name != "teacher":
             windows = {"windows": self.attention}
             found.append(_piece(pieces, "attention", windows, lambda: self._attention(subject, model())))
@@ -190,6 +191,10 @@ class Meter:
         packing = packing_of(self.holdout.facts)
         check_config(model.config, place, packing)
         check_model(model, place, packing)
+
+    def _held_out(self, subject: Subject, model: Any) -> dict[str, Any]:
+        """Its quality, and how busy the machine was: what else ran slows its tokens/s."""
+        return self._quality(subject, model) | {"machine_load": machine_load(self.device)}
 
     def _quality(self, subject: Subject, model: Any) -> dict[str, Any]:
         place, config = str(subject.folder), self.config

@@ -12,6 +12,7 @@ from megakd.models.hub import load_config
 from megakd.run import Run
 from megakd.system.dist import World
 from megakd.system.logging import say
+from megakd.system.machine import describe_machine
 from megakd.system.signals import StopSignals
 from megakd.system.version import made_with
 from megakd.tracking import MetricLog, wandb_id
@@ -29,7 +30,7 @@ def train(run: Run, dataset: ShardSet, world: World, stop: StopSignals) -> bool:
     log = None
     if world.first:
         remove_unpublished(run.path("checkpoints"))
-        announce(run, saved, world.size)
+        announce(run, saved, world)
         log = open_log(run, saved)
     with closing(log) if log else nullcontext():
         return train_stages(Training(run, dataset, world, stop, student_config, log), saved)
@@ -68,14 +69,15 @@ def train_stage(
     return trainer.saved, trainer.carry_over()
 
 
-def announce(run: Run, saved: Saved | None, ranks: int) -> None:
+def announce(run: Run, saved: Saved | None, world: World) -> None:
     """Say and record that training starts, or from which checkpoint it goes on."""
     for line in notices(run.config):
         say(f"train: {line}")
     models: dict[str, Any] = {"teacher": live_teacher(run)} if run.config.objective.live else {}
     models["student"] = student_identity(run).record()
     step, resumed = (saved.progress.step, str(saved.folder)) if saved else (0, None)
-    run.record("train", ranks=ranks, step=step, resumed=resumed, megakd=made_with(), **models)
+    machine = describe_machine(world.device)
+    run.record("train", ranks=world.size, step=step, resumed=resumed, megakd=made_with(), machine=machine, **models)
     if saved:
         say(f"train: going on from {saved.folder}")
 

@@ -16,6 +16,7 @@ from megakd.models.hub import copy_side_files, write_config
 from megakd.run import Run
 from megakd.system.dist import World, seed_step
 from megakd.system.logging import say
+from megakd.system.machine import machine_load
 from megakd.system.signals import StopSignals
 from megakd.tracking import MetricLog
 from megakd.train.build import build_engine, build_objective
@@ -128,7 +129,8 @@ class StageTrainer:
         folder = self.run.path("checkpoints", self.stage.name, f"step-{self.progress.step:06d}")
         save_checkpoint(folder, self.engine, self.progress, self.world, self._describe, self.updates)
         if self.world.first:
-            self.run.record("checkpoint", folder=str(folder.relative_to(self.run.folder)), step=self.progress.step)
+            place, load = str(folder.relative_to(self.run.folder)), machine_load(self.world.device)
+            self.run.record("checkpoint", folder=place, step=self.progress.step, machine_load=load)
             rotate(self.run.path("checkpoints"), self.config.checkpoint.keep, {folder})
         self.saved = Saved(folder, self.progress)
 
