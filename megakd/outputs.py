@@ -20,7 +20,7 @@ from megakd.system.version import made_with
 
 MARKER = "megakd.json"  # {"made_by": mark, "megakd": its version, "files": names of all others}
 RUN_PARTS = {"config.json", "history.jsonl", "metrics.jsonl", "evals.jsonl", "report.html", "student-0", "compress"}
-RUN_PARTS |= {"data", "checkpoints", "tensorboard", "wandb", "watch", "export", "export-dense"}
+RUN_PARTS |= {"data", "checkpoints", "tensorboard", "wandb", "watch", "export", "export-dense", "samples.json"}
 MODEL_FILE = re.compile(
     r"model[\w.-]*\.safetensors(\.index\.json)?|(router_update/)?router_update\.(safetensors|pt|json)"
     r"|(generation_|preprocessor_)?config\.json|tokenizer[\w.-]*\.(json|model)|(spiece|sentencepiece[\w.]*)\.model"

@@ -109,8 +109,8 @@ STEPS: dict[str, dict[str, Changes]] = {
     },
     "add-a-metric": {
         "A training metric": {
-            "megakd/report/html.py": [
-                ("TERMS = {\n", 'TERMS = {\n    "sharpness": "probability of the first token",\n'),
+            "megakd/report/series.py": [
+                ("TERMS = {\n", 'TERMS = {\n    "sharpness": Term("probability of the first token", "%"),\n'),
             ]
         },
         "A held-out measure": {
@@ -121,8 +121,8 @@ STEPS: dict[str, dict[str, Changes]] = {
             "megakd/config/train.py": [('HIGHER_IS_BETTER = {"kl"', 'HIGHER_IS_BETTER = {"double_nll": False, "kl"')],
         },
         "Titles and tables": {
-            "megakd/report/html.py": [
-                ("MEASURES = {\n", 'MEASURES = {\n    "double_nll": ("twice the held-out NLL", "double_nll"),\n')
+            "megakd/report/series.py": [
+                ("MEASURES = {\n", 'MEASURES = {\n    "double_nll": Term("twice the held-out NLL", NATS),\n')
             ],
             "megakd/report/tables.py": [
                 (

@@ -43,7 +43,7 @@ def test_demo_ends_with_a_table_in_which_distillation_wins(tmp_path):
         assert re.search(rf"^{name}  ", output, re.MULTILINE), output
     assert f"{after['kl']:.4f}" in output and f"{alone['perplexity']:.2f}" in output
     page = (tmp_path / "demo" / "kd" / "report.html").read_text()
-    assert "ce-alone" in page and page.count("<img") >= 9
+    assert "ce-alone" in page and page.count("<figure") >= 15
     assert (tmp_path / "demo" / "kd" / "export-dense" / "model.safetensors").exists()
     events = [
         json.loads(line)["event"] for line in (tmp_path / "demo" / "kd" / "history.jsonl").read_text().splitlines()

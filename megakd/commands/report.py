@@ -1,12 +1,13 @@
-"""Draw a run: losses per stage, learning rates, errors per layer, evaluations over tokens, the configuration.
+"""Draw a run: summary, held-out quality, every logged number, errors per layer, history, the configuration.
 
-The page needs nothing next to it. --baseline draws the evaluations of another run in the same plots; --png makes one
-picture of all curves, too.
+The page, RUN/report.html, needs nothing next to it and no network. --baseline draws other runs in the same figures;
+--samples lets teacher and student go on with held-out text; --png makes one picture of all curves, too.
 
 examples:
   megakd report runs/a
+  megakd report runs/a --baseline runs/b runs/c
+  megakd report runs/a --samples 4
   megakd report runs/a --png a.png
-  megakd report runs/a --baseline runs/b
 """
 
 import argparse
@@ -14,14 +15,20 @@ import argparse
 from megakd.errors import UserError
 from megakd.names import expand
 from megakd.outputs import check_file
-from megakd.report.html import PNG_MARK, evaluation_panels, render_report, training_panels, write_png
+from megakd.report.figures import PNG_MARK, write_png
+from megakd.report.html import render_report
+from megakd.report.samples import text_samples
+from megakd.report.series import Recorded, borders, quality_charts, training_charts, with_names
 from megakd.run import Run
-from megakd.system.files import publishing, read_json, read_json_lines
+from megakd.system.files import publishing
 from megakd.system.logging import say
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--baseline", type=expand, metavar="RUN2", help="another run to draw next to this one")
+    parser.add_argument("--baseline", type=expand, nargs="+", default=[], metavar="RUN", help="runs to draw next to it")
+    parser.add_argument(
+        "--samples", type=int, metavar="N", help="greedy continuations of N held-out texts, kept in the run's folder"
+    )
     parser.add_argument("--png", type=expand, metavar="FILE", help="write all curves there as one picture")
 
 
@@ -37,30 +44,15 @@ def missing(run: Run) -> str | None:
 
 def main(run: Run, args: argparse.Namespace) -> None:
     png = args.png and check_file(args.png, PNG_MARK)
-    compressed = run.path("student-0", "compress.json")
-    baseline = None
-    if args.baseline:
-        other = Run.open(args.baseline)
-        baseline = (
-            other.config.name,
-            [r for r in read_json_lines(other.path("evals.jsonl"), "model", "step") if r["model"] != "teacher"],
-        )
-    metrics = read_json_lines(run.path("metrics.jsonl"), "step", "stage")
-    evals = read_json_lines(run.path("evals.jsonl"), "model", "step")
-    page = render_report(
-        run.config.model_dump(mode="json"),
-        metrics,
-        evals,
-        read_json(compressed) if compressed.exists() else None,
-        baseline,
-    )
+    recorded, *others = (Recorded.of(each) for each in [run, *(Run.open(folder) for folder in args.baseline)])
+    page = render_report(recorded, others, text_samples(run, args.samples))
     with publishing(run.path("report.html")) as temporary:
         temporary.write_text(page, encoding="utf-8")
     say(f"report: {run.path('report.html')}")
     if png:
-        curves = {"this run": evals, **dict([baseline] if baseline else [])}
-        panels = [*training_panels(metrics), *evaluation_panels({name: rows for name, rows in curves.items() if rows})]
-        if not panels:
+        runs = with_names([recorded, *others])
+        charts = [*quality_charts(runs), *training_charts(runs)]
+        if not charts:
             raise UserError(f"{run.folder}: no training step was recorded yet, so there are no curves")
-        write_png(png, panels)
+        write_png(png, charts, borders(recorded.metrics))
         say(f"report: {args.png}")

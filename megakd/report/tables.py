@@ -29,7 +29,7 @@ COLUMNS = (
     Column("KL to teacher", "kl", ".4f"),
     Column("top-1", "top1", ".1%"),
     Column("top-k", "topk", ".1%"),
-    Column("attention", "attention", ".4f", only_with="attention"),
+    Column("attention", "attention", ".1%", only_with="attention"),
     Column("parameters", "parameters", ","),
     Column("MB", "bytes", ".1f", 1e-6),
     Column("tokens/s", "tokens_per_second", ",.0f"),

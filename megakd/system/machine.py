@@ -47,7 +47,7 @@ def machine_load(device: Any) -> dict[str, Any]:
 
 
 def why_shared(recorded: Any) -> str:
-    """Why a throughput measured under such a `machine_load` is not the machine's own, in words; "" where nothing says so."""
+    """Why a throughput measured under this `machine_load` is not the machine's own; "" where nothing says so."""
     if not isinstance(recorded, dict):
         return ""
     reasons = []

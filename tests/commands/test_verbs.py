@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from megakd.data.shards import ShardSet
+from megakd.report.series import PLACE, TERMS
 from tests.conftest import files, in_process
+from tests.report.page import Page
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +86,27 @@ def test_report_has_all_parts(trained, tmp_path):
         in_process("report", trained, "--png", place, code=2)
         assert (files(tmp_path), (trained / "config.json").read_bytes()) == before
     page = (trained / "report.html").read_text()
-    assert page.count("data:image/svg+xml;base64,") >= 9
+    drawn = Page(page).figures
+    rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    for key in {key for row in rows for key in row} - set(PLACE):
+        traces = drawn[TERMS[key.partition("/")[0]].title]["traces"]
+        logged = {row["step"]: row[key] for row in rows if key in row}
+        rate = max(logged.values()) if key == "lr" else None  # of groups with a multiplier of 1, among others
+        assert any(dict(zip(t["x"], t["y"], strict=True)) == logged for t in traces) or rate in traces[0]["y"], key
     for text in ("held-out", "experts", "sequence_length", "Compression", "all/step-000010"):
         assert text.lower() in page.lower()
+
+
+def test_report_shows_what_teacher_and_student_write(trained):
+    """Made once per student; a page without --samples shows those that are kept."""
+    assert "text samples of teacher" in in_process("report", trained, "--samples", 2)
+    kept = json.loads((trained / "samples.json").read_text())
+    assert kept["student"] == "all/step-000010" and len(kept["samples"]) == 2
+    assert [list(each["continuations"]) for each in kept["samples"]] == [["teacher", "student, all/step-000010"]] * 2
+    for arguments in (["--samples", 2], ["--samples", 1], []):
+        assert "text samples of" not in in_process("report", trained, *arguments)
+    assert "student, all/step-000010" in (trained / "report.html").read_text()
+    in_process("report", trained, "--samples", -1, code=2)
 
 
 def test_inspect_shows_rules_shards_and_checkpoints(trained):

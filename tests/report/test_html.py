@@ -1,69 +1,41 @@
-import base64
+"""The page of a run: what a browser reads of it holds the numbers that were recorded, and nothing of a user is run."""
+
 import json
 import re
-from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import pytest
+from plotly.offline import get_plotlyjs
 
 from megakd.config.parsing import parse
 from megakd.config.run import RunConfig
-from megakd.report.html import TERMS, evaluation_panels, plot, render_report, training_panels, write_png
-from megakd.report.tables import quality_table, ratio_table, teacher_table
+from megakd.report.figures import figure, timeline, write_png
+from megakd.report.html import render_report
+from megakd.report.series import (
+    TERMS,
+    Chart,
+    Line,
+    Recorded,
+    borders,
+    compression_charts,
+    quality_charts,
+    training_charts,
+)
+from megakd.report.tables import COLUMNS, quality_table, ratio_table, teacher_table
+from tests.report.page import Page
 
-TRAINING = [
-    "loss",
-    "cross entropy",
-    "KL(teacher || student), T = 1",
-    "learning rate",
-    "gradient norm",
-    "tokens/s",
+KEYS = ("loss", "ce", "kl", "kl_t1", "lr", "grad_norm", "tokens_per_second", "data_wait_share")
+TRAINING = [TERMS[key].title for key in KEYS]
+EVALUATION = [
+    "held-out perplexity",
+    "held-out bits per byte",
+    "held-out KL(teacher || student)",
+    "top-1 agreement",
+    "top-k agreement",
+    "forward passes of the evaluation",
 ]
-EVALUATION = ["held-out perplexity", "held-out KL(teacher || student)", "top-1 agreement"]
-
-
-class Page(HTMLParser):
-    """What a browser would see: tags with attributes, text, cells of tables; tags must nest."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.text: dict[str, str] = {}
-        self.rows: list[list[str]] = []
-        self.feed(text)
-        self.close()
-        assert self.open == [], self.open
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "img"):
-            self.open.append(tag)
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        tag = self.open[-1] if self.open else ""
-        self.text[tag] = self.text.get(tag, "") + data
-        if tag in ("td", "th"):
-            self.rows[-1][-1] += data
-
-    @property
-    def images(self) -> dict[str, str]:
-        """SVG source by title."""
-        found = {}
-        for tag, attributes in self.tags:
-            if tag == "img":
-                kind, data = attributes["src"].split(",", 1)
-                assert kind == "data:image/svg+xml;base64"
-                found[attributes["alt"]] = base64.b64decode(data, validate=True).decode()
-        return found
 
 
 def config(**changes: Any) -> dict[str, Any]:
@@ -71,9 +43,13 @@ def config(**changes: Any) -> dict[str, Any]:
 
 
 def metrics(stages: list[str]) -> list[dict[str, Any]]:
-    keys = ("loss", "ce", "kl", "kl_t1", "lr", "grad_norm", "tokens_per_second", "data_wait_share")
     return [
-        {"step": s + 1, "stage": stages[s * len(stages) // 6], "tokens": 100 * s, **{k: 1 / (s + 1) for k in keys}}
+        {
+            "step": s + 1,
+            "stage": stages[s * len(stages) // 6],
+            "tokens": 100 * (s + 1),
+            **{k: 1 / (s + 1) for k in KEYS},
+        }
         for s in range(6)
     ]
 
@@ -88,100 +64,122 @@ def evaluation(model: str, tokens: int, perplexity: float) -> dict[str, Any]:
         "bytes": 2469134,
         "tokens_per_second": 4321.0,
     }
-    return {"model": model, "tokens": tokens, "step": 0, "stage": None, "perplexity": perplexity, **numbers}
+    return {"model": model, "tokens": tokens, "step": tokens, "stage": None, "perplexity": perplexity, **numbers}
 
 
 EVALS = [evaluation("teacher", 0, 11.11), evaluation("student-0", 0, 99.5), evaluation("all/step-000006", 600, 22.22)]
+FORM = {"shape": "wrappers", "input_rank": 7, "output_rank": 7, "groups": 1}
 COMPRESS = {
     "rank": 7,
     "parts": [
-        {"layer": layer, "projection": p, "errors": [0.1 * (i + 1), 0.3 + layer / 100]}
+        {"layer": layer, "projection": p, "form": FORM, "errors": [0.1 * (i + 1), 0.3 + layer / 100]}
         for layer in (10, 2)
         for i, p in enumerate(("gate", "up", "down"))
     ],
 }
+MACHINE = {"device": "NVIDIA H200", "devices": 8, "memory_gb": 139.8, "cpus": 96, "libraries": ["torch 2.13.0"]}
+HISTORY = [
+    {"time": "2026-11-01T10:00:00Z", "event": "new", "megakd": {"version": "0.1.0", "commit": "abc1234"}},
+    {"time": "2026-11-01T10:05:00Z", "event": "train", "ranks": 8, "resumed": None, "machine": MACHINE},
+    {"time": "2026-11-01T10:06:00Z", "event": "skipped", "step": 3, "reason": "<b>spike</b> & more"},
+    {"time": "2026-11-01T10:07:00Z", "event": "checkpoint", "step": 4, "machine_load": {"load": 3.0, "cpus": 96}},
+    {"time": "2026-11-01T10:09:00Z", "event": "train", "ranks": 8, "resumed": "checkpoints/all/step-000004"},
+]
 
 
-def drawn(svg: str) -> set[str]:
-    """Texts of a plot: matplotlib leaves each as a comment next to its outlines."""
-    return set(re.findall(r"<!-- (.*?) -->", svg))
+def recorded(**parts: Any) -> Recorded:
+    empty = {"config": config(), "metrics": [], "evals": [], "history": [], "compress": None, "folder": Path("runs/a")}
+    given = {**empty, **parts}
+    return Recorded(name=given["config"]["name"], **given)
+
+
+def whole(stages: list[str], **parts: Any) -> Recorded:
+    return recorded(metrics=metrics(stages), **{"evals": EVALS, "compress": COMPRESS, "history": HISTORY, **parts})
+
+
+def named(name: str, **parts: Any) -> Recorded:
+    return recorded(config=config(name=name), **parts)
+
+
+def render(*others: Recorded, samples: Any = (), **parts: Any) -> str:
+    return render_report(recorded(**parts), others, samples)
 
 
 def test_page_needs_nothing_beside_it():
-    page = render_report(config(), metrics(["experts", "all"]), EVALS, COMPRESS, ("other", EVALS[1:]))
+    page = render_report(whole(["experts", "all"]), [named("other", evals=EVALS[1:])])
     parsed = Page(page)
-    assert {tag for tag, _ in parsed.tags}.isdisjoint({"script", "link", "iframe", "object", "embed", "base"})
-    for text in (page, *parsed.images.values()):
-        assert not re.search(r"""\b(src|href|srcset|data)\s*=\s*["']?\s*(https?:|//)""", text, re.I)
-        assert not re.search(r"@import|url\(\s*[\"']?(https?:|//)", text, re.I)
-        assert "<script" not in text
-    assert all(attributes.get("src", "data:").startswith("data:") for _, attributes in parsed.tags)
-    assert page.startswith("<!doctype html>") and 'charset="utf-8"' in page
+    assert {tag for tag, _ in parsed.tags}.isdisjoint({"link", "iframe", "object", "embed", "base", "img"})
+    assert not any({"src", "href", "srcset"} & set(each) for tag, each in parsed.tags if tag != "a")
+    assert all(str(each["href"]).startswith("#") for tag, each in parsed.tags if tag == "a")
+    assert not re.search(r"@import|url\(|https?:|fetch\(|XMLHttp", parsed.own + parsed.data)
+    assert sum(tag == "script" for tag, _ in parsed.tags) == 3
+    assert page.startswith("<!doctype html>") and 'charset="utf-8"' in page and 'name="viewport"' in page
 
 
-def test_every_metric_is_drawn_with_every_stage():
-    images = Page(render_report(config(), metrics(["experts", "all"]), EVALS, COMPRESS)).images
-    assert list(images) == [*EVALUATION, *TRAINING, "relative weight error, rank 7, mean over experts"]
-    for title in TRAINING:
-        assert {"experts", "all", title, "step"} <= drawn(images[title])
+def test_equal_inputs_make_equal_pages():
+    assert render_report(whole(["experts", "all"])) == render_report(whole(["experts", "all"]))
+
+
+def test_every_number_of_metrics_is_in_a_figure_with_the_borders_of_stages():
+    run = whole(["experts", "all"])
+    parsed = Page(render_report(run))
+    errors = ["error of the weights, rank 7", "ranks of the wrappers"]
+    assert list(parsed.figures) == [*EVALUATION, *TRAINING, *errors, "events over time"]
+    for key, title in zip(KEYS, TRAINING, strict=True):
+        [trace] = parsed.figures[title]["traces"]
+        assert dict(zip(trace["x"], trace["y"], strict=True)) == {row["step"]: row[key] for row in run.metrics}
+        assert trace["meta"] == {
+            "role": "raw",
+            "step": [r["step"] for r in run.metrics],
+            "tokens": [r["tokens"] for r in run.metrics],
+        }
+        unit = parsed.figures[title]["layout"]["yaxis"]
+        assert unit["title"]["text"] == TERMS[key].unit.replace("%", "") and ("%" in unit["tickformat"]) == (
+            TERMS[key].unit == "%"
+        )
+    stages = [{"stage": "experts", "step": 0, "tokens": 0}, {"stage": "all", "step": 3, "tokens": 300}]
+    assert json.loads(parsed.data)["borders"] == stages
     for title in EVALUATION:
-        assert {"this run", title, "step"} <= drawn(images[title])
-    assert "teacher" in drawn(images["held-out perplexity"])
-    assert {"gate", "up", "down", "layer"} <= drawn(images[list(images)[-1]])
+        names = {"student", "teacher"} if title in (*EVALUATION[:2], EVALUATION[-1]) else {"student"}
+        assert parsed.named(title) == names
+    assert parsed.named(errors[0]) == {"gate", "up", "down"}
 
 
-def test_terms_of_every_objective_are_drawn_where_they_were_logged():
-    rows = [{**row, "span_kl": 0.1, "teacher_ce": 2.0, "unknown": 1.0} for row in metrics(["experts"])]
-    rows[0]["teacher_drift"] = 0.0
-    for row in rows:
-        del row["kl_t1"]
-    titles = [panel.title for panel in training_panels(rows)]
-    assert titles[:4] == ["loss", "cross entropy", TERMS["span_kl"], TERMS["teacher_ce"]]
-    assert TERMS["teacher_drift"] in titles and TERMS["kl_t1"] not in titles and "unknown" not in titles
+@pytest.mark.parametrize("log", [False, True])
+def test_figures_are_what_plotly_takes(log):
+    """Of every kind of line, with gaps, standard errors and shares; it raises at a field that it does not know."""
+    from plotly.graph_objects import Figure
+
+    kinds = [Line(role, [0, 1, 2], [0, 5, 9], [1.0, None, 2.0], role) for role in ("raw", "mean", "points")]
+    measured = Line("piqa", [0, 2], None, [0.5, 0.6], "points", 1, [0.1, None])
+    chart = Chart("title", "%", [*kinds, measured, Line("teacher", [], None, [1.5], "level")], log, note="some")
+    run = whole(["experts", "all"])
+    charts = [chart, *training_charts([run]), *quality_charts([run]), *compression_charts(COMPRESS, (8, 4))]
+    for made in [*map(figure, charts), timeline(HISTORY)]:
+        Figure(data=made["traces"], layout=made["layout"])
+    made = figure(chart)
+    assert made["traces"][3]["customdata"] == [" ± 10.0%", ""] and made["log"] == log
+    assert made["traces"][4]["meta"] == {"role": "level", "step": [0, 2], "tokens": [0, 9]}
 
 
-def test_noise_has_its_mean_over_a_tenth_of_the_stage():
-    rows = [{"step": i, "stage": "all", "loss": float(i % 2), "lr": 1e-3 * i} for i in range(40)]
-    for panel, count in zip(training_panels(rows), (2, 1), strict=True):
-        _, axes = plt.subplots()
-        panel.draw(axes)
-        lines: list[Any] = axes.get_lines()
-        assert len(lines) == count and list(lines[0].get_ydata()) == [
-            row["loss" if count == 2 else "lr"] for row in rows
-        ]
-        if count == 2:
-            assert list(lines[1].get_ydata()) == [0.5] * 37 and lines[1].get_xdata()[0] == 3
-        plt.close()
-
-
-def test_all_panels_make_one_picture(tmp_path):
-    panels = [*training_panels(metrics(["experts", "all"])), *evaluation_panels({"this run": EVALS})]
-    write_png(tmp_path / "curves.png", panels)
+def test_all_charts_make_one_picture(tmp_path):
+    run = whole(["experts", "all"])
+    charts = [*quality_charts([run]), *training_charts([run])][4:8]
+    write_png(tmp_path / "curves.png", charts, borders(run.metrics))
     height, width, _ = plt.imread(tmp_path / "curves.png").shape
     assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
-    assert (height, width) == (3 * 256, 3 * 448)  # nine panels, three in a row
+    assert (height, width) == (2 * 256, 3 * 448)  # four charts, three in a row
 
 
 def test_a_stage_that_was_not_reached_is_not_drawn():
-    images = Page(render_report(config(), metrics(["experts"]), [], None)).images
-    assert list(images) == TRAINING
-    assert all("experts" in drawn(svg) and "all" not in drawn(svg) for svg in images.values())
+    parsed = Page(render(metrics=metrics(["experts"])))
+    assert list(parsed.figures) == TRAINING
+    assert [border["stage"] for border in json.loads(parsed.data)["borders"]] == ["experts"]
 
 
 def test_tables_hold_the_numbers():
-    rows = Page(render_report(config(), [], EVALS, COMPRESS)).rows
-    assert rows[0] == [
-        "model",
-        "tokens",
-        "perplexity",
-        "bits/byte",
-        "KL to teacher",
-        "top-1",
-        "top-k",
-        "parameters",
-        "MB",
-        "tokens/s",
-    ]
+    rows = Page(render(evals=EVALS, compress=COMPRESS)).rows
+    assert rows[0] == ["model", "tokens", *(column.title for column in COLUMNS if column.only_with is None)]
     assert rows[1] == ["teacher", "0", "11.11", "1.500", "0.2500", "62.5%", "50.0%", "1,234,567", "2.5", "4,321"]
     assert [row[:3] for row in rows[2:4]] == [["student-0", "0", "99.50"], ["all/step-000006", "600", "22.22"]]
     # mean over experts of each layer, in the order of layers
@@ -192,43 +190,99 @@ def test_tables_hold_the_numbers():
     ]
 
 
+def test_error_of_the_fit_stands_next_to_that_of_the_weights():
+    parts = [{**part, "weighted_errors": [0.01, 0.03]} for part in COMPRESS["parts"]]
+    parsed = Page(render(compress={**COMPRESS, "parts": parts}))
+    assert parsed.rows[0] == [
+        "layer",
+        *(f"{kind} {p}" for kind in ("weighted", "weights") for p in ("gate", "up", "down")),
+    ]
+    assert parsed.rows[1] == ["2", "0.0200", "0.0200", "0.0200", "0.2100", "0.2600", "0.3100"]
+    assert next(iter(parsed.figures)) == "weighted error, which the fit minimised, rank 7"
+
+
+def test_summary_says_what_came_out_and_of_what_the_run_was_made():
+    evals = [{**EVALS[0], "kl": 0.05, "bytes": 2469134 * 2}, {**EVALS[1], "kl": 0.45}, {**EVALS[2], "kl": 0.15}]
+    text = Page(render_report(whole(["experts", "all"], evals=evals))).text
+    for shown in ("75.0%", "22.22", "50.0%", "600"):
+        assert shown in text["b"], text["b"]
+    for shown in ("KL 0.4500 before, 0.1500 after; the teacher's own 0.0500", "teacher 11.11, before KD 99.50"):
+        assert shown in text["small"]
+    facts = text["dd"]
+    assert "NVIDIA H200, 139.8 GiB, 8 of them per host, 96 CPU cores, 8 ranks" in facts and "torch 2.13.0" in facts
+    assert "0.1.0 (abc1234)" in facts and "2026-11-01 10:00:00 UTC to 2026-11-01 10:09:00 UTC" in facts
+    assert "shared" not in facts
+
+
+def test_speed_is_marked_where_the_machine_was_shared():
+    busy = {"load": 120.0, "cpus": 96}
+    history = [{**event, **({"machine_load": busy} if event["event"] == "checkpoint" else {})} for event in HISTORY]
+    evals = [{**EVALS[0], "machine_load": busy}, {**EVALS[1], "machine_load": {"load": 1.0, "cpus": 96}}]
+    parsed = Page(render_report(whole(["all"], history=history, evals=evals)))
+    assert [row[9] for row in parsed.rows[1:3]] == ["4,321*", "4,321"]
+    assert "load average 120.0 on 96 cores" in parsed.text["p"]
+    assert "machine shared at 1 of 1 checkpoints: load average 120.0 on 96 cores" in parsed.text["dd"]
+
+
+def test_history_is_drawn_and_listed():
+    parsed = Page(render(history=HISTORY))
+    events = parsed.figures["events over time"]
+    kinds = {trace["name"]: trace for trace in events["traces"]}
+    assert list(kinds) == ["new", "train", "skipped", "checkpoint", "resume"]
+    assert kinds["skipped"]["x"] == ["2026-11-01 10:06:00"]
+    assert "reason: &lt;b>spike&lt;/b> &amp; more" in kinds["skipped"]["text"][0]  # Plotly reads tags
+    assert [row[1] for row in parsed.rows[1:]] == ["new", "train", "skipped", "checkpoint", "resume"]
+
+
+def test_text_of_teacher_and_student_stands_side_by_side():
+    sample = {"prompt": "<i>Once", "continuations": {"teacher": "upon", "student, all/step-6": "<u>in"}}
+    page = render(samples=[sample])
+    text = Page(page).text
+    assert "<i>Once" in text["p"] and "upon" in text["p"] and "student, all/step-6" in text["b"]
+    assert "<u>in" not in page and "Text samples" not in render()
+
+
 def test_configuration_is_there_whole_and_escaped():
     nasty = """</pre><script>alert("1")</script>&amp;'é"""
     value = config(name=nasty, data={"source": "<b>/x"})
-    page = render_report(value, [], [evaluation(nasty, 0, 1.0)], None, (nasty, [evaluation("<i>", 5, 1.0)]))
+    rows = [{**row, nasty: 1.0, "stage": nasty} for row in metrics(["all"])]
+    other = recorded(config=value, evals=[evaluation("<i>", 5, 1.0)], folder=Path("runs/<u>"))
+    page = render(other, config=value, metrics=rows, evals=[evaluation(nasty, 0, 1.0)])
     parsed = Page(page)
-    assert "<script" not in page and "<i>" not in page and "<b>" not in page
+    own = page.replace(get_plotlyjs(), "")
+    assert not any(tag in own for tag in ("<i>", "<b>/x", "<u>", "<script>alert"))
+    assert sum(tag == "script" for tag, _ in parsed.tags) == 3
     assert nasty in parsed.text["h1"] and nasty in parsed.text["title"]
-    assert parse(json.loads(parsed.text["pre"]), "report") == parse(value, "here")
-    assert [row[0] for row in parsed.rows] == ["model", nasty, f"{nasty}: <i>"]
+    assert "<" in parsed.figures  # NAME of NAME/GROUP
+    first = parsed.text["pre"][: parsed.text["pre"].index("}{") + 1]
+    assert parse(json.loads(first), "report") == parse(value, "here")
+    assert [row[0] for row in parsed.rows[1:]] == [f"{nasty} (a): {nasty}", f"{nasty} (<u>): <i>"]
 
 
 def test_a_run_with_nothing_recorded_says_so():
-    page = render_report(config(name="empty"), [], [], None)
-    parsed = Page(page)
+    parsed = Page(render(config=config(name="empty")))
     notes = parsed.text["p"]
-    assert not parsed.images and not parsed.rows
+    assert not parsed.figures and not parsed.rows and not parsed.data
     assert "megakd evaluate RUN" in notes and "No training step" in notes and "not made by compress" in notes
     assert parsed.text["h1"] == "MegaKD run: empty"
 
 
 def test_before_training_there_is_a_table_but_no_curve():
-    parsed = Page(render_report(config(), [], EVALS[:2], COMPRESS))
-    assert len(parsed.images) == 1  # the compression's
+    parsed = Page(render(evals=EVALS[:2], compress=COMPRESS))
+    assert len(parsed.figures) == 2  # the compression's
     assert [row[0] for row in parsed.rows[:3]] == ["model", "teacher", "student-0"]
 
 
 @pytest.mark.parametrize("own", [EVALS, []], ids=["both", "baseline alone"])
 def test_a_baseline_is_drawn_and_listed_beside(own):
-    parsed = Page(
-        render_report(config(), metrics(["all"]), own, None, ("old run", [*EVALS[1:2], evaluation("x", 300, 33.33)]))
-    )
+    other = named("old run", metrics=metrics(["all"]), evals=[*EVALS[1:2], evaluation("x", 300, 33.33)])
+    parsed = Page(render(other, config=config(name="new run"), metrics=metrics(["all"]), evals=own))
     for title in EVALUATION:
-        texts = drawn(parsed.images[title])
-        assert "old run" in texts and ("this run" in texts) == bool(own)
-        assert ("tokens trained on" if own else "step") in texts  # steps of two runs do not compare
+        assert {"old run", *(["new run"] if own else [])} <= parsed.named(title)
+    for title in TRAINING:
+        assert parsed.named(title) == {"new run", "old run"}
     names = [row[0] for row in parsed.rows[1:]]
-    assert names == [*(row["model"] for row in own), "old run: student-0", "old run: x"]
+    assert names == [*(f"new run: {row['model']}" for row in own), "old run: student-0", "old run: x"]
 
 
 def with_tasks(row: dict[str, Any], value: float) -> dict[str, Any]:
@@ -239,51 +293,52 @@ def with_tasks(row: dict[str, Any], value: float) -> dict[str, Any]:
     return {**row, "tasks": tasks}
 
 
-@pytest.mark.parametrize("baseline", [None, ("old run", [with_tasks(EVALS[2], 0.6)])])
-def test_tasks_have_a_table_and_a_plot_each(baseline):
+@pytest.mark.parametrize("baseline", [False, True])
+def test_tasks_have_a_table_and_a_figure_for_each_metric(baseline):
     """Lines out of order, as several watches write them; a model without tasks has no row."""
     evals = [with_tasks(evaluation("all/step-000009", 900, 20.0), 0.75), EVALS[0], with_tasks(EVALS[2], 0.5)]
-    parsed = Page(render_report(config(), [], evals, None, baseline))
-    assert {"piqa", "lambada"} <= set(parsed.images)
-    expected = {"acc", "acc_norm"} if baseline is None else {"this run: acc", "old run: acc", "this run: acc_norm"}
-    assert expected <= drawn(parsed.images["piqa"])
-    assert ("step" if baseline is None else "tokens trained on") in drawn(parsed.images["piqa"])
+    others = [named("old run", evals=[with_tasks(EVALS[2], 0.6)])] if baseline else []
+    parsed = Page(render(*others, config=config(name="new run"), evals=evals))
+    assert {"piqa/acc", "piqa/acc_norm", "lambada/perplexity"} <= set(parsed.figures)
+    assert parsed.named("piqa/acc") == ({"new run", "old run"} if baseline else {"student"})
+    trace = parsed.figures["piqa/acc"]["traces"][0]
+    assert trace["y"] == [0.5, 0.75] and trace["error_y"]["array"] == [0.02, 0.02]
     start = parsed.rows.index(["model", "piqa/acc", "piqa/acc_norm", "lambada/perplexity"])
-    assert parsed.rows[start + 1] == ["all/step-000009", "0.75 ± 0.02", "0.375", "7.5"]
-    assert parsed.rows[start + 2] == ["all/step-000006", "0.5 ± 0.02", "0.25", "5"]
-    assert len(parsed.rows) == start + (3 if baseline is None else 4)
+    prefix = "new run: " if baseline else ""
+    assert parsed.rows[start + 1] == [f"{prefix}all/step-000009", "75.0% ± 2.0%", "37.5%", "7.5"]
+    assert parsed.rows[start + 2] == [f"{prefix}all/step-000006", "50.0% ± 2.0%", "25.0%", "5"]
+    assert len(parsed.rows) == start + (4 if baseline else 3)
 
 
-def test_a_baseline_without_evaluations_adds_nothing():
-    parsed = Page(render_report(config(), [], EVALS, None, ("old run", [])))
-    assert "old run" not in drawn(parsed.images[EVALUATION[0]]) and len(parsed.rows) == 4
+def test_a_baseline_without_records_adds_nothing():
+    parsed = Page(render(named("old run"), evals=EVALS))
+    assert "old run" not in parsed.named(EVALUATION[0]) and len(parsed.rows) == 4
 
 
 def test_measures_that_some_lines_lack():
     """A run that trains without stored logits: targets came late; the teacher's routers are measured at checkpoints."""
     bare = [{name: value for name, value in row.items() if name not in ("kl", "top1", "topk")} for row in EVALS]
     routed = {"teacher_nll": 2.5, "teacher_perplexity": 12.18}
-    parsed = Page(render_report(config(), [], [*bare[:2], {**bare[2], **routed}], None))
+    parsed = Page(render(evals=[*bare[:2], {**bare[2], **routed}]))
     teacher = "held-out perplexity of the teacher with its new routers"
-    assert list(parsed.images) == ["held-out perplexity", teacher]
-    assert {"this run", "teacher"} <= drawn(parsed.images[teacher])
+    assert list(parsed.figures) == [*EVALUATION[:2], teacher, EVALUATION[-1]]
+    assert parsed.named(teacher) == {"student", "teacher"}
     assert parsed.rows[0][-2:] == ["teacher's perplexity", "teacher's KL"]
-    assert parsed.rows[1] == ["teacher", "0", "11.11", "1.500", *"---", "1,234,567", "2.5", "4,321", *"--"]
+    assert parsed.rows[1] == ["teacher", "0", "11.11", "1.500", *"---", "1,234,567", "2.5", "4,321", "-", "-"]
     assert parsed.rows[3][-2:] == ["12.18", "-"]
     later = {**EVALS[2], **routed, "teacher_kl": 0.015625, "model": "all/step-000009", "tokens": 900}
-    parsed = Page(render_report(config(), [], [*bare, later], None, ("stored", EVALS[1:])))
-    assert list(parsed.images) == [*EVALUATION, teacher, "held-out KL(teacher || teacher with its new routers)"]
-    assert "stored" in drawn(parsed.images[EVALUATION[1]]) and "stored" not in drawn(parsed.images[teacher])
-    assert [row[-1] for row in parsed.rows[1:5]] == ["-", "-", "-", "0.0156"]
+    parsed = Page(render(named("stored", evals=EVALS[1:]), evals=[*bare, later]))
+    drift = "held-out KL(teacher || teacher with its new routers)"
+    assert list(parsed.figures) == [*EVALUATION[:-1], teacher, drift, EVALUATION[-1]]
+    assert "stored" in parsed.named(EVALUATION[1]) and "stored" not in parsed.named(teacher)
+    assert sorted(row[-1] for row in parsed.rows[1:5]) == ["-", "-", "-", "0.0156"]
 
 
 def test_attention_is_drawn_where_some_line_has_it():
-    rows = [*EVALS[:2], {**EVALS[2], "attention": 0.71875}]
-    parsed = Page(render_report(config(), [], rows, None))
+    parsed = Page(render(evals=[*EVALS[:2], {**EVALS[2], "attention": 0.71875}]))
     title = "overlap of attention with the teacher's"
-    assert list(parsed.images) == [*EVALUATION, title] and "this run" in drawn(parsed.images[title])
-    column = parsed.rows[0].index("attention")
-    assert [row[column] for row in parsed.rows[1:4]] == ["-", "-", "0.7188"]
+    assert list(parsed.figures) == [*EVALUATION[:-1], title, EVALUATION[-1]] and parsed.named(title) == {"student"}
+    assert [row[7] for row in parsed.rows[:4]] == ["attention", "-", "-", "71.9%"]
 
 
 def test_metrics_that_some_steps_lack():
@@ -292,29 +347,26 @@ def test_metrics_that_some_steps_lack():
     del rows[2]["kl_t1"]
     rows[3]["loss"] = float("nan")
     titles = ["loss (1 of 6 steps: not finite)", *TRAINING[1:]]
-    assert list(Page(render_report(config(), rows, [], None)).images) == titles
-
-
-def test_plot_escapes_its_title_and_shows_a_legend_of_labels():
-    image = Page(plot("<a> & b", lambda axes: axes.plot([1, 2], [3, 4], label="line"), "x axis")).images
-    assert list(image) == ["<a> & b"]
-    assert {"line", "x axis"} <= drawn(image["<a> & b"])
+    figures = Page(render(metrics=rows)).figures
+    assert list(figures) == titles and figures[TERMS["kl_t1"].title]["traces"][0]["x"] == [1, 2, 4, 5, 6]
 
 
 def test_steps_without_a_finite_value_end_no_report():
     """Each float16 run whose loss scaler skipped a step has a null in metrics.jsonl, which no mean can be taken of."""
-    rows = [{"step": step, "stage": "all", "loss": 1.0 / step, "grad_norm": 1.0} for step in range(1, 41)]
+    rows: list[dict[str, Any]] = [
+        {"step": step, "stage": "all", "loss": 1.0 / step, "grad_norm": 1.0} for step in range(1, 41)
+    ]
     rows[3]["grad_norm"], rows[7]["grad_norm"], rows[9]["loss"] = None, float("inf"), float("nan")
     del rows[11]["loss"]
-    titles = [panel.title for panel in training_panels(rows)]
-    assert titles == ["loss (1 of 39 steps: not finite)", "gradient norm (2 of 40 steps: not finite)"]
-    images = Page(render_report(config(), rows, [], None)).images
-    assert set(titles) <= images.keys() and all("nan" not in svg.lower() for svg in images.values())
+    parsed = Page(render(metrics=rows))
+    titles = ["loss (1 of 39 steps: not finite)", "gradient norm (2 of 40 steps: not finite)"]
+    assert list(parsed.figures) == titles and "NaN" not in parsed.data and "Infinity" not in parsed.data
+    assert [at for at, y in enumerate(parsed.figures[titles[1]]["traces"][0]["y"]) if y is None] == [3, 7]
 
 
 @pytest.mark.parametrize("rows", [[], [{"step": 1, "stage": "all", "loss": None}], [{"step": 1, "stage": "all"}]])
 def test_one_row_or_no_number_ends_no_report(rows):
-    assert "nan" not in Page(render_report(config(), rows, [], None)).text.get("p", "")
+    assert "nan" not in Page(render(metrics=rows)).text.get("p", "")
 
 
 def test_evaluation_without_a_number_ends_no_report():
@@ -322,7 +374,7 @@ def test_evaluation_without_a_number_ends_no_report():
     lost = {**evaluation("all/step-2", 100, 20.0), "perplexity": None, "kl": float("nan")}
     bare = {"model": "all/step-4", "step": 4}
     rows = [evaluation("teacher", 0, 5.0) | {"kl": None, "perplexity": None}, good, lost, bare]
-    cells = {row[0]: row[1:] for row in Page(render_report(config(), [], rows, None)).rows}
+    cells = {row[0]: row[1:] for row in Page(render(evals=rows)).rows}
     assert cells["all/step-2"][1] == "-" and cells["all/step-2"][3] == "-"
     assert set(cells["all/step-4"]) == {"-"} and cells["student-0"][1] == "30.00"
     shown = quality_table(rows)

@@ -13,7 +13,7 @@ root=$(cd "$here/../.." && pwd)
 python=${PYTHON:-python3}
 # what MegaKD imports beside torch, transformers and what these bring; without numba with its llvmlite (64 MB), scipy,
 # pyarrow and matplotlib, which are common on GPU machines: what of them is missing shows as a part that failed
-packages=(deepspeed hjson msgpack py-cpuinfo einops ninja psutil zstandard accelerate
+packages=(deepspeed plotly narwhals hjson msgpack py-cpuinfo einops ninja psutil zstandard accelerate
           pydantic pydantic-core annotated-types typing-inspection typing-extensions)
 
 usage() { sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }

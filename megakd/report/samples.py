@@ -1,0 +1,80 @@
+"""Greedy continuations of held-out text by the teacher and the last student, kept in RUN/samples.json."""
+
+from typing import Any
+
+import torch
+
+from megakd.data.shards import ShardSet
+from megakd.data.tokenizers import load_tokenizer
+from megakd.errors import UserError, foreign
+from megakd.evals.evaluate import named
+from megakd.evals.measure import Subject
+from megakd.models.hub import load_model
+from megakd.names import resolve
+from megakd.run import Run
+from megakd.system.dist import read_world
+from megakd.system.files import read_json, write_json
+from megakd.system.logging import say
+
+PROMPT, CONTINUATION = 48, 64  # tokens; of a short document at most half is the prompt
+SHORTEST = 16  # tokens of a prompt that begins with its document
+
+
+def text_samples(run: Run, count: int | None = None) -> list[dict[str, Any]]:
+    """[{"prompt", "continuations": {model: text}}]: those that are kept, or `count` of the last student.
+
+    Models run only where the kept ones are of another student, or too few.
+    """
+    file = run.path("samples.json")
+    kept = read_json(file) if file.exists() else {"student": None, "samples": []}
+    if count is None:
+        return kept["samples"]
+    if count < 0:
+        raise UserError(f"--samples {count}: give how many")
+    student = _last(run)
+    if kept["student"] != student.name or len(kept["samples"]) < count:
+        kept = {"student": student.name, "samples": _generate(run, student, count)}
+        write_json(file, kept)
+    return kept["samples"][:count]
+
+
+def _last(run: Run) -> Subject:
+    """The last checkpoint, or the student before training where there is none."""
+    started = any(run.path("checkpoints").glob("*/step-*/progress.json"))
+    return named(run, "last" if started else "student-0")
+
+
+def _generate(run: Run, student: Subject, count: int) -> list[dict[str, Any]]:
+    holdout = ShardSet(run.path("data", "tokens", "holdout"))
+    own = load_tokenizer(run.student_folder)
+    prompts = []
+    for index in sorted({len(holdout) * i // count for i in range(count)}) if count else []:
+        sample = holdout[index]
+        tokens = sample.tokens
+        whole = [int(at) for at in sample.starts[1:] if len(tokens) - at >= 2 * SHORTEST]  # documents that begin here
+        tokens = tokens[whole[0] :] if whole else tokens
+        prompts.append(own.decode(tokens[: max(1, min(PROMPT, len(tokens) // 2))], skip_special_tokens=True))
+    samples: list[dict[str, Any]] = [{"prompt": prompt, "continuations": {}} for prompt in prompts]
+    teacher = resolve(run.config.model.teacher, run.config.model.revision)
+    for name, folder, tokenizer in (
+        ("teacher", teacher, load_tokenizer(teacher)),
+        (f"student, {student.name}", student.folder, own),
+    ):
+        model = load_model(folder, getattr(torch, run.config.model.dtype)).eval().to(read_world().device)
+        for sample in samples:
+            with foreign(f"{folder}: text samples"):
+                sample["continuations"][name] = _continue(model, tokenizer, sample["prompt"])
+        say(f"report: {len(samples)} text samples of {name}")
+        del model  # before the next one is loaded
+    return samples
+
+
+@torch.no_grad()
+def _continue(model: Any, tokenizer: Any, prompt: str) -> str:
+    from transformers import GenerationConfig
+
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    stop = tokenizer.eos_token_id
+    greedy = GenerationConfig(max_new_tokens=CONTINUATION, do_sample=False, eos_token_id=stop, pad_token_id=stop)
+    tokens = model.generate(inputs.input_ids, attention_mask=inputs.attention_mask, generation_config=greedy)
+    return tokenizer.decode(tokens[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
