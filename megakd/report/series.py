@@ -155,15 +155,14 @@ class Recorded(NamedTuple):
 
 def with_names(runs: Sequence[Recorded]) -> list[Recorded]:
     """The runs under names that tell them apart: their own; where those are equal, with as much of the folder's."""
-    for depth in range(1, 1 + max(len(run.folder.parts) for run in runs)):
-        names = [run.name for run in runs]
-        tails = ["/".join(run.folder.parts[-depth:]) for run in runs]
-        full = [f"{n} ({t})" if names.count(n) > 1 else n for n, t in zip(names, tails, strict=True)]
-        if len(set(full)) == len(full):
-            break
-    else:  # one folder twice
-        full = [f"{name} #{number}" for number, name in enumerate(names, 1)]
-    return [run._replace(name=name) for run, name in zip(runs, full, strict=True)]
+    own = [run.name for run in runs]
+    for depth in range(1 + max(len(run.folder.parts) for run in runs)):
+        tails = ["/".join(run.folder.parts[-depth:]) if depth else "" for run in runs]
+        names = [f"{n} ({t})" if t and own.count(n) > 1 else n for n, t in zip(own, tails, strict=True)]
+        if len(set(names)) == len(names):
+            return [run._replace(name=name) for run, name in zip(runs, names, strict=True)]
+    names = [f"{name} #{number}" for number, name in enumerate(own, 1)]  # one folder twice
+    return [run._replace(name=name) for run, name in zip(runs, names, strict=True)]
 
 
 def borders(metrics: Sequence[dict[str, Any]]) -> list[Border]:
@@ -172,7 +171,7 @@ def borders(metrics: Sequence[dict[str, Any]]) -> list[Border]:
     for row in metrics:
         if row["stage"] != stage:
             found.append(Border(row["stage"], *last))
-        last, stage = (row["step"], finite(row.get("tokens")) or 0), row["stage"]
+        last, stage = (row["step"], int(finite(row.get("tokens")) or 0)), row["stage"]
     return found
 
 

@@ -86,7 +86,7 @@ def test_report_has_all_parts(trained, tmp_path):
         in_process("report", trained, "--png", place, code=2)
         assert (files(tmp_path), (trained / "config.json").read_bytes()) == before
     page = (trained / "report.html").read_text()
-    drawn = Page(page).figures
+    drawn = {title.partition(" (machine shared")[0]: drawn for title, drawn in Page(page).figures.items()}
     rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     for key in {key for row in rows for key in row} - set(PLACE):
         traces = drawn[TERMS[key.partition("/")[0]].title]["traces"]
