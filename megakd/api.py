@@ -1,4 +1,4 @@
-"""A run from Python in two calls: set it up, and run the verbs that are missing."""
+"""From Python: a run in two calls (set it up, run the verbs that are missing), and records as whole rows of logits."""
 
 import subprocess
 import sys
@@ -7,9 +7,11 @@ from pathlib import Path
 from megakd.cli import run_verb
 from megakd.engine.checkpoint import published
 from megakd.errors import UserError
+from megakd.losses.tails import reconstruct_logits
 from megakd.names import as_text
 from megakd.run import Run
 
+__all__ = ["reconstruct_logits", "run_distillation_training", "setup_distillation_pipeline"]
 RECIPE = "qwen3-30b-a3b-r64"  # its stages and rates; teacher, student and data are always given
 
 

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from megakd.config.base import Count, Section, mutable
+from megakd.config.tails import DEFAULT
 
 
 class DataConfig(Section):
@@ -59,7 +60,10 @@ class LogitsConfig(Section):
     draws: int = Field(50, ge=1, le=255, description="profile=sampled or hybrid: draws per position")
     draw_temperature: float = Field(1.0, gt=0, description="temperature of the draws")
     temperatures: tuple[Annotated[float, Field(gt=0)], ...] = Field(
-        (1.0, 2.0), max_length=16, description="temperatures at which the mass of the tail is kept; 1 always is"
+        DEFAULT,
+        max_length=16,
+        description="temperatures at which the mass of the tail is kept; 1 always is. Between them it is interpolated: "
+        "the default reaches every T in [1, 4]",
     )
     parallel: Literal["replica", "zero3", "autoep"] = mutable(
         "replica",

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from megakd.config.base import Section
 from megakd.config.objective import CachedConfig
 from megakd.config.run import RunConfig
+from megakd.config.tails import DEFAULT, reaches_all
 from megakd.config.train import HIGHER_IS_BETTER, EvalConfig
 from megakd.errors import UserError
 
@@ -327,18 +328,16 @@ def check_targets(
             f"objective.tail: {tail} needs the teacher's most probable tokens, these logits hold draws alone; set "
             "objective.tail=sampled, or capture with logits.profile=topk or hybrid in a new run"
         )
-    if ramp and tail != "truncated":
+    if ramp and tail in ("sampled", "hybrid"):
         raise UserError(
-            f"objective.temperature: a ramp passes through temperatures that {tail} has no targets for; give one "
-            "temperature (other stages may have another), or set objective.tail=truncated"
+            f"objective.temperature: a ramp passes through temperatures that {tail} has no draws for; give one "
+            "temperature (other stages may have another), or set objective.tail=ghost over logits with a head"
         )
     _check_divergence(config)
-    if tail in ("ghost", "hybrid") and temperature not in temperatures:
-        known = ", ".join(f"{t:g}" for t in temperatures)
-        raise UserError(
-            f"objective.temperature: the logits carry tails for T = {known or 'none'}, not {temperature:g}; "
-            "add it to logits.temperatures in a new run, or set objective.tail=truncated"
-        )
+    if tail in ("ghost", "hybrid"):
+        start, end = config.temperature if isinstance(config.temperature, tuple) else (temperature, temperature)
+        if not reaches_all(temperatures, start, end):
+            raise UserError(_out_of_reach(temperatures, start, end))
     if tail in ("sampled", "hybrid"):
         profile = "sampled" if tail == "sampled" else "hybrid"
         if draw_temperature is None:
@@ -356,6 +355,22 @@ def check_targets(
                 "objective.tail: these draws are from what is outside the head; set objective.tail=hybrid, or capture "
                 "with logits.profile=sampled in a new run"
             )
+
+
+def _out_of_reach(temperatures: tuple[float, ...], start: float, end: float) -> str:
+    """One line: what tails there are, what was asked for, and what to do."""
+    known, own = (", ".join(f"{t:g}" for t in each) for each in (temperatures, DEFAULT))
+    asked = f"{start:g}" if start == end else f"{start:g} to {end:g}"
+    if reaches_all(DEFAULT, start, end):
+        remedy = f"capture with logits.temperatures=[{own}], for every T from 1 to {max(DEFAULT):g}, in a new run"
+    elif start == end:
+        remedy = "add it to logits.temperatures in a new run"
+    else:
+        remedy = f"stay within 1 to {max(DEFAULT):g} with logits.temperatures=[{own}] in a new run"
+    return (
+        f"objective.temperature: the logits carry tails for T = {known or 'none'}, not {asked}, too far from them to "
+        f"interpolate; {remedy}, or set objective.tail=truncated"
+    )
 
 
 def _check_divergence(config: CachedConfig) -> None:

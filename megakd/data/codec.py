@@ -27,14 +27,14 @@ import struct
 import threading
 import zlib
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import zstandard
 
 from megakd.data import kernels as kernels
 from megakd.data.codebook import MAX_WIDTH, Book
-from megakd.data.records import Sample, TeacherTargets
+from megakd.data.records import Sample, TeacherTargets, by_probability
 
 NAME = "mkd-3"
 MAGIC = b"MKD3"
@@ -116,8 +116,17 @@ def encode(sample: Sample, layout: Layout) -> bytes:
     return MAGIC + struct.pack("<I", zlib.crc32(body)) + body
 
 
-def decode(key: str, data: bytes, layout: Layout) -> Sample:
-    """The inverse of `encode` up to rounding. Raises DamagedRecord, whatever the bytes are."""
+def decode(key: str, data: bytes, layout: Layout, order: Literal["stored", "probability"] = "stored") -> Sample:
+    """The inverse of `encode` up to rounding. Raises DamagedRecord, whatever the bytes are.
+
+    order: of a row's head: as it is stored (by place in the codebook), or from the most probable entry.
+    """
+    sample = _decode(key, data, layout)
+    assert sample.targets is not None
+    return sample if order == "stored" else sample._replace(targets=by_probability(sample.targets))
+
+
+def _decode(key: str, data: bytes, layout: Layout) -> Sample:
     if len(data) < HEADER.size:
         raise DamagedRecord(f"{len(data)} bytes are too few for a header")
     magic, crc, kind, temperatures, positions, starts, head, drawn, large, others, tag, size = HEADER.unpack_from(data)

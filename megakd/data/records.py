@@ -33,6 +33,13 @@ class TeacherTargets(NamedTuple):
     label_nll: Any
 
 
+def by_probability(targets: TeacherTargets) -> TeacherTargets:
+    """The same targets, numpy, each row's head ordered from the most probable entry; places without entry come last."""
+    order = np.argsort(-targets.logprobs, axis=-1, kind="stable")
+    ids, logprobs = (np.take_along_axis(field, order, -1) for field in (targets.ids, targets.logprobs))
+    return targets._replace(ids=ids, logprobs=logprobs)
+
+
 class Sample(NamedTuple):
     """One packed window of at most T+1 tokens; position t reads tokens[t] and predicts tokens[t+1].
 

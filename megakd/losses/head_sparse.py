@@ -18,6 +18,7 @@ from megakd.losses.head_cpu import Rows
 from megakd.losses.head_rows import Slopes, Student, factors, to_power
 from megakd.losses.reference import KL, head_and_tail, is_kl_t1, knows_kl_t1, teacher_buckets
 from megakd.losses.signals import Sparse
+from megakd.losses.tails import tail_for
 
 
 def sparse_sums(chunk: slice, part: Chunk) -> Tensor:
@@ -96,15 +97,14 @@ class Blocks:
 def _of_teacher(job: Job, teacher: Sparse, targets: TeacherTargets) -> tuple[Tensor | None, Slopes | None]:
     """log P of the buckets at T, None for draws; and the slopes, None where they depend on the student."""
     tail, temperature = teacher.tail, job.temperature
-    column = teacher.stored.column(temperature) if tail in ("ghost", "hybrid") else 0
     if tail in ("ghost", "truncated"):
-        log_tail_c = targets.log_tails[:, column]
+        log_tail_c = tail_for(targets, teacher.stored, tail, temperature)
         log_p_cB = teacher_buckets(targets.logprobs.double(), log_tail_c, temperature, tail, job.divergence)
         return log_p_cB, _bucket_slopes(job, log_p_cB, log_p_cB) if job.slopes_known else None
     shares_cE = targets.draw_shares.double()
     head_cK = shares_cE.new_zeros(len(shares_cE), targets.ids.shape[1] if teacher.stored.head else 0)
     if tail == "hybrid":
-        log_tail_c = targets.log_tails[:, column].double()
+        log_tail_c = tail_for(targets, teacher.stored, tail, temperature).double()
         head_cK, tail_c = head_and_tail(targets.logprobs.double(), log_tail_c, temperature)
         shares_cE = tail_c[:, None] * shares_cE
     total_c = head_cK.sum(-1) + shares_cE.sum(-1)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megakd.losses.divergence import Divergence, divergence_terms
 from megakd.losses.signals import Sparse, Tail
+from megakd.losses.tails import tail_for
 
 KL = Divergence()
 # A tail is stored as a byte: mass below (0.5 / 255)^2 = 4e-6 reads as none, and KL(Q || P) would be infinite.
@@ -82,12 +83,12 @@ def kl_to_targets(
     """KL(teacher || student) at temperature T per token in the form that the tail names, or another divergence, [N]."""
     targets, stored, tail = teacher
     if tail in ("ghost", "truncated"):
-        column = stored.column(temperature) if tail == "ghost" else 0
-        log_tail_N = targets.log_tails[:, column] if tail == "ghost" else torch.zeros_like(logits_NV[:, 0])
+        log_tail_N = tail_for(targets, stored, tail, temperature)
         return topk_kl(logits_NV, targets.ids, targets.logprobs, log_tail_N, temperature, tail, divergence)
     ids, weights = targets.draw_ids, targets.draw_shares
     if tail == "hybrid":
-        head_NK, tail_N = head_and_tail(targets.logprobs, targets.log_tails[:, stored.column(temperature)], temperature)
+        log_tail_N = tail_for(targets, stored, tail, temperature)
+        head_NK, tail_N = head_and_tail(targets.logprobs, log_tail_N, temperature)
         ids = torch.cat([targets.ids, ids], -1)
         weights = torch.cat([head_NK, tail_N[:, None] * weights], -1)
     return sampled_kl(logits_NV, ids, weights, targets.entropy, temperature)

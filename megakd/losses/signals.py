@@ -10,11 +10,15 @@ Tail = Literal["ghost", "truncated", "sampled", "hybrid"]
 
 
 class Stored(NamedTuple):
-    """What the targets of a data set are: temperatures with a tail, that of the draws (None: there are none)."""
+    """What the targets of a data set are: temperatures with a tail, that of the draws (None: there are none).
+
+    vocab_size: real entries, which tails between the declared temperatures need (losses/tails.py).
+    """
 
     head: bool
     temperatures: tuple[float, ...]
     draw_temperature: float | None
+    vocab_size: int = 0
 
     def column(self, temperature: float) -> int:
         return self.temperatures.index(temperature)

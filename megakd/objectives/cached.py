@@ -105,9 +105,10 @@ class _Answer(nn.Module):
 def stored_in(facts: dict[str, Any]) -> Stored:
     """What a manifest's facts say about its targets."""
     tails = tuple(facts["temperatures"]) if facts["tails"] else ()
-    return Stored(facts["top_k"] > 0, tails, facts["draw_temperature"] if facts["draws"] else None)
+    draws = facts["draw_temperature"] if facts["draws"] else None
+    return Stored(facts["top_k"] > 0, tails, draws, facts["vocab_size"])
 
 
 def check_support(config: CachedConfig, stored: Stored) -> None:
     """UserError when the targets do not hold what the loss needs."""
-    check_targets(config, *stored)
+    check_targets(config, stored.head, stored.temperatures, stored.draw_temperature)

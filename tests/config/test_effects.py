@@ -70,8 +70,14 @@ def test_what_takes_a_fields_place_is_said():
 @pytest.mark.parametrize(
     "sections, said",
     [
-        ({"objective": {"temperature": [4, 1]}}, r"stages.0 \(all\): objective.temperature: a ramp passes through"),
-        ({"objective": {"temperature": 3}}, "the logits carry tails for T = 1, 2, not 3"),
+        ({"objective": {"temperature": [5, 1]}},
+         r"stages.0 \(all\): objective.temperature: .*T = 1, 1.33, 2, 4, not 5 to 1"),
+        ({"objective": {"temperature": 0.9}}, "the logits carry tails for T = 1, 1.33, 2, 4, not 0.9"),
+        ({"objective": {"temperature": 4.5}}, "the logits carry tails for T = 1, 1.33, 2, 4, not 4.5"),
+        ({"objective": {"temperature": 3}, "logits": {"temperatures": [1, 2]}},
+         "the logits carry tails for T = 1, 2, not 3"),
+        ({"objective": {"temperature": [4, 1], "tail": "hybrid"}, "logits": {"profile": "hybrid"}},
+         "objective.temperature: a ramp passes through temperatures that hybrid has no draws for"),
         ({"objective": {"tail": "sampled"}}, "objective.tail: sampled needs draws"),
         ({"objective": {"tail": "truncated", "divergence": "reverse_kl"}}, "reverse_kl is infinite"),
         ({"stages": [{"name": "a", "steps": 1, "objective": {"kind": "sar"}}]},

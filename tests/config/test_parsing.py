@@ -70,7 +70,11 @@ def test_empty_recipe_is_the_documented_defaults(tmp_path):
     config = load_recipe(write(tmp_path, {}))
     assert config.model_copy(update={"engine": RunConfig().engine}) == RunConfig()
     assert (config.compress.rank, config.data.sequence_length, config.data.tokens) == (64, 2048, 2_000_000_000)
-    assert (config.objective.alpha, config.objective.temperature, config.logits.temperatures) == (0.5, 2.0, (1.0, 2.0))
+    assert (config.objective.alpha, config.objective.temperature, config.logits.temperatures) == (
+        0.5,
+        2.0,
+        (1.0, 1.33, 2.0, 4.0),
+    )
     assert (config.logits.profile, config.logits.top_k, config.logits.pmin) == ("topk", 64, 3e-4)
     assert (config.stream.lanes, config.stream.on_damage, config.objective.tail) == (0, "raise", "ghost")
     assert [stage.name for stage in config.stages] == ["all"]

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from megakd.capture.targets import targets_from_logits
 from megakd.config.data import LogitsConfig
 from megakd.config.objective import CachedConfig
+from megakd.config.tails import DEFAULT
 from megakd.data.batches import collate
 from megakd.data.records import IGNORED, Batch, TeacherTargets
 from megakd.data.shards import ShardSet
@@ -70,8 +71,9 @@ def teacher_logits(teacher, batch) -> Tensor:
 def exact(batch: Batch, teacher_logits: Tensor, tail: str = "ghost", temperature: float = 2.0, **changes: Any) -> Batch:
     """The batch with targets that were never rounded to be stored."""
     config = LogitsConfig(
-        profile=profile_of(tail), top_k=16, draws=12, draw_temperature=temperature, pmin=1e-2, **changes
-    )
+        profile=profile_of(tail), top_k=16, draws=12, draw_temperature=temperature, pmin=1e-2,
+        **{"temperatures": TEMPERATURES, **changes},
+    )  # fmt: skip
     offsets = torch.rand(batch.labels.numel(), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     flat = targets_from_logits(teacher_logits.flatten(0, 1), batch.labels.flatten(), config, offsets)
     return batch._replace(targets=TeacherTargets(*(field.unflatten(0, batch.labels.shape) for field in flat)))
@@ -242,7 +244,7 @@ NO_TAIL = "objective.temperature: the logits carry tails for T = 1, 2, not 3"
 NO_DRAWS = "objective.tail: {} needs draws, these logits hold none"
 NO_HEAD = "objective.tail: {} needs the teacher's most probable tokens"
 OTHER_DRAWS = "objective.temperature: the draws were made at T = {}, not {}"
-TO_TRUNCATED = "add it to logits.temperatures in a new run, or set objective.tail=truncated"
+TO_TRUNCATED = "1.33, 2, 4], for every T from 1 to 4, in a new run, or set objective.tail=truncated"
 TO_GHOST = "set objective.tail=ghost, or capture with logits.profile={} in a new run"
 TO_SAMPLED = "set objective.tail=sampled, or capture with logits.profile=topk or hybrid in a new run"
 TO_OTHER_DRAWS = "capture with logits.draw_temperature={} in a new run"
@@ -292,9 +294,9 @@ def test_what_is_not_refused_is_supported(student, batch, teacher_logits):
 
 
 def test_stored_in_reads_the_facts():
-    assert stored_in(facts("topk")) == Stored(True, (1.0, 2.0), None)
-    assert stored_in(facts("sampled")) == Stored(False, (), 2.0)
-    assert stored_in(facts("hybrid", 1.0)) == Stored(True, (1.0, 2.0), 1.0)
+    assert stored_in(facts("topk")) == Stored(True, (1.0, 2.0), None, VOCABULARY)
+    assert stored_in(facts("sampled")) == Stored(False, (), 2.0, VOCABULARY)
+    assert stored_in(facts("hybrid", 1.0)) == Stored(True, (1.0, 2.0), 1.0, VOCABULARY)
 
 
 def test_a_temperature_without_stored_tails_works_truncated(student, batch, teacher_logits):
@@ -455,6 +457,20 @@ def test_other_divergences(student, batch, teacher_logits, divergence, mix):
     assert report.terms["kl_t1"].item() == pytest.approx(expected.terms["kl_t1"].item(), rel=1e-12)
 
 
+def test_a_ramp_over_tails_between_the_declared_temperatures_trains(student, batch, teacher_logits):
+    """What trains at each step of the ramp is what a run at that one temperature would have."""
+    near = facts(temperatures=DEFAULT)
+    config = LogitsConfig(top_k=16, temperatures=DEFAULT)
+    labels, offsets = batch.labels.flatten(), torch.zeros(batch.labels.numel())
+    captured = targets_from_logits(teacher_logits.flatten(0, 1).double(), labels, config, offsets)
+    whole = batch._replace(targets=TeacherTargets(*(field.unflatten(0, batch.labels.shape) for field in captured)))
+    ramp = CachedDistillation(student, CachedConfig(temperature=(4.0, 1.0), tail="ghost"), near)
+    for share, temperature in ((0.0, 4.0), (0.25, 3.25), (0.9, 1.3), (1.0, 1.0)):
+        ramp.at(share)
+        alone = CachedDistillation(student, CachedConfig(temperature=temperature, tail="ghost"), near)
+        assert values(ramp(whole)) == pytest.approx(values(alone(whole)), rel=1e-9)
+
+
 DRAWS_ALONE = "objective.divergence: {} cannot be estimated from draws, kl alone can; set objective.divergence=kl"
 REFUSED_FORMS: list[tuple[str, dict[str, Any], str]] = [
     *(("sampled", {"tail": "sampled", "divergence": d}, DRAWS_ALONE.format(d)) for d in ("jsd", "tvd")),
@@ -462,8 +478,9 @@ REFUSED_FORMS: list[tuple[str, dict[str, Any], str]] = [
     ("topk", {"tail": "truncated", "divergence": "reverse_kl"}, "objective.divergence: reverse_kl is infinite where"),
     *(
         (profile, {"tail": tail, "temperature": (2.0, 1.0)}, f"objective.temperature: a ramp passes .* that {tail} has")
-        for profile, tail in (("topk", "ghost"), ("hybrid", "hybrid"), ("sampled", "sampled"))
+        for profile, tail in (("hybrid", "hybrid"), ("sampled", "sampled"))
     ),
+    ("topk", {"tail": "ghost", "temperature": (2.0, 1.0)}, "carry tails for T = 1, 2, not 2 to 1, too far"),
 ]
 
 

@@ -74,7 +74,7 @@ def make_shards(
     folder: Path, tokenizer: PreTrainedTokenizerFast, samples: int = SAMPLES, seed: int = 0, **logits: Any
 ) -> ShardSet:
     """Shards of 4 windows of 20 positions, the last window shorter; logits: of the LogitsConfig."""
-    config = LogitsConfig(**{"top_k": 8, "pmin": 3e-3, **logits})
+    config = LogitsConfig(**{"top_k": 8, "pmin": 3e-3, "temperatures": (1.0, 2.0), **logits})
     reader = identify_tokenizer(tokenizer)
     vocabulary, head, draws = reader.vocab_size, config.profile != "sampled", config.profile != "topk"
     found = []
