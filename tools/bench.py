@@ -6,6 +6,7 @@
   loss     the loss behind the student's head against three matrix products, dense forms, TRL and Liger; V 151,936
   live     a step next to a live teacher, against the loop one writes by hand
   evaluate the validation set through the chunked head, against a plain forward pass and stored logits; V 151,936
+  temperatures  tails between the declared temperatures against stored ones, on the demo's teacher or a real one
   step     an optimizer step against cross entropy alone, what a run waits for data, DeepSpeed on one rank and on two
 
 Prints a table; --json writes rows {"bench", "case", "metric", "value", "unit"}; --quick takes less than a minute.
@@ -41,6 +42,7 @@ from bench.loss import bench_loss
 from bench.rows import show
 from bench.step import bench_step
 from bench.store import bench_store
+from bench.temperatures import bench_temperatures
 
 from megakd.errors import UserError
 from megakd.names import expand
@@ -52,10 +54,15 @@ from megakd.system.terminal import accept_any_encoding
 def main() -> None:
     accept_any_encoding()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bench", choices=["store", "evaluate", "experts", "fit", "live", "loss", "step"])
+    parser.add_argument(
+        "bench", choices=["store", "evaluate", "experts", "fit", "live", "loss", "step", "temperatures"]
+    )
     parser.add_argument("--quick", action="store_true", help="less of everything: within a minute on 2 cores")
     parser.add_argument(
-        "--real", type=expand, metavar="FOLDER", help="store: a model folder of tools/make/real_models.py smollm2"
+        "--real",
+        type=expand,
+        metavar="FOLDER",
+        help="store, temperatures: a model folder of tools/make/real_models.py smollm2",
     )
     parser.add_argument(
         "--device",
@@ -65,8 +72,8 @@ def main() -> None:
     parser.add_argument("--json", type=expand, metavar="FILE", help="write the rows there too")
     args = parser.parse_args()
     try:
-        if args.real and args.bench != "store":
-            raise UserError("--real is for store: the other benchmarks need no model")
+        if args.real and args.bench not in ("store", "temperatures"):
+            raise UserError("--real is for store and temperatures: the other benchmarks need no model")
         if args.device != "cpu" and args.bench not in ("evaluate", "experts", "live", "loss", "step"):
             raise UserError(
                 "--device is for evaluate, experts, live, loss and step: the other benchmarks run on the CPU"
@@ -79,6 +86,7 @@ def main() -> None:
         benches["evaluate"] = lambda quick: bench_evaluate(quick, args.device)
         benches["live"] = lambda quick: bench_live(quick, args.device)
         benches["loss"] = lambda quick: bench_loss(quick, args.device)
+        benches["temperatures"] = lambda quick: bench_temperatures(quick, args.real)
         benches["step"] = lambda quick: bench_step(quick, args.device)
         rows = benches[args.bench](args.quick)
     except UserError as error:
