@@ -35,6 +35,7 @@
     if (isLog(id) !== figure.log) {
       layout.yaxis.type = isLog(id) ? "log" : "linear";
       delete layout.yaxis.dtick;
+      delete layout.yaxis.range;
     }
     if (figure.training) {
       layout.xaxis.title = { text: view.x === "tokens" ? "tokens trained on" : "step", standoff: 6 };

@@ -32,6 +32,8 @@ def figure(chart: Chart) -> dict[str, Any]:
     y |= {"tickformat": "~%" if shares else ",.9~g"}
     y |= {"dtick": "D2" if _decades(chart) < 1.5 else 1} if chart.log else {}
     y |= {"rangemode": "tozero"} if chart.unit in FROM_ZERO else {}
+    if shares and not chart.log and len({y for line in chart.lines for y in line.y if y is not None}) == 1:
+        y["range"] = [0, 1]  # else a constant share's axis would go from below 0 to above 100%
     x = {**GRID, "title": {"text": chart.xlabel or "step", "standoff": 6}}
     if chart.xlabel is None:
         x["tickformat"] = "~s"

@@ -224,10 +224,10 @@ def _parts(name: str, keys: list[str], run: Recorded) -> list[tuple[str, str, tu
 def _multipliers(metrics: Iterable[dict[str, Any]]) -> dict[float, set[str]]:
     """The learning-rate multipliers of parameter groups, and in which stages: groups' norms are logged by them."""
     found: dict[float, set[str]] = {}
-    for row in metrics:
-        for key in row:
+    for stage, keys in dict.fromkeys((row["stage"], tuple(row)) for row in metrics):  # few, of many rows
+        for key in keys:
             if match := re.fullmatch(r"(?:grad|update)_norm/x([\d.e+-]+?)(?:-no-decay)?", key):
-                found.setdefault(float(match[1]), set()).add(row["stage"])
+                found.setdefault(float(match[1]), set()).add(stage)
     return found
 
 
@@ -235,16 +235,17 @@ def _smoothed(name: str, rows: list[dict[str, Any]], values: np.ndarray, noisy: 
     """The values as they are and, over noise, their mean over the last tenth of the stage's points."""
     steps = np.array([row["step"] for row in rows])
     counted = [finite(row.get("tokens")) for row in rows]
-    tokens = None if None in counted else np.array(counted)
+    tokens = None if any(each is None for each in counted) else np.array(counted)
     lines = [_line(name, steps, tokens, values, "raw", run)]
     if not noisy:
         return lines
     means = np.full(len(values), np.nan)
-    stages = [row["stage"] for row in rows]
-    for stage in dict.fromkeys(stages):
-        mine = np.array([at for at, each in enumerate(stages) if each == stage and np.isfinite(values[at])], int)
+    stages = np.array([row["stage"] for row in rows])
+    for stage in dict.fromkeys(stages.tolist()):
+        mine = np.flatnonzero((stages == stage) & np.isfinite(values))
         if (size := len(mine) // 10) > 1:
-            means[mine[size - 1 :]] = np.convolve(values[mine], np.full(size, 1 / size), "valid")
+            sums = np.cumsum(np.concatenate([[0.0], values[mine]]))
+            means[mine[size - 1 :]] = (sums[size:] - sums[:-size]) / size
     at = np.isfinite(means)
     if at.any():
         lines.append(_line(name, steps[at], None if tokens is None else tokens[at], means[at], "mean", run))

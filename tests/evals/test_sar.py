@@ -28,7 +28,7 @@ from megakd.run import Run
 from tests.conftest import VOCABULARY, files, in_process, make_teacher
 from tests.models.students import FAMILIES, make_model
 from tests.objectives.sar import sar_recipe
-from tests.report.test_html import Page
+from tests.report.page import Page
 
 NAMES = ["first/step-000003", "second/step-000006", "second/step-000007"]
 COMPARED = {"kl", "top1", "topk", "teacher_kl"}
@@ -357,11 +357,12 @@ def test_the_page_draws_the_teacher(targets, run, compared):
     in_process("evaluate", folder)
     in_process("report", folder)
     page = Page((folder / "report.html").read_text())
-    drawn = [title for title in page.images if "held-out" in title or title == "top-1 agreement"]
-    student = ["held-out perplexity", "held-out KL(teacher || student)", "top-1 agreement"]
+    drawn = [title for title in page.figures if "held-out" in title or title == "top-1 agreement"]
+    student = ["held-out perplexity", "held-out bits per byte", "held-out KL(teacher || student)", "top-1 agreement"]
     teacher = ["held-out perplexity of the teacher with its new routers"]
     teacher += ["held-out KL(teacher || teacher with its new routers)"]
-    assert drawn == ([*student, *teacher] if targets else [student[0], teacher[0]])
+    assert drawn == ([*student, *teacher] if targets else [*student[:2], teacher[0]])
+    assert "load of the busiest expert" in page.figures
     assert page.rows[0][-2:] == ["teacher's perplexity", "teacher's KL"]
     line = lines_of(folder)[NAMES[2]]
     (row,) = [row for row in page.rows if row[:1] == [NAMES[2]]]
