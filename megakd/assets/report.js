@@ -11,6 +11,14 @@
     modeBarButtons: [["toImage", "pan2d", "zoom2d", "resetScale2d"]],
   };
 
+  // a figure keeps to its card, whatever made that narrower or wider
+  const sizes = new ResizeObserver((entries) => {
+    for (const entry of entries) {
+      const place = entry.target;
+      if (place._fullLayout && Math.abs(place._fullLayout.width - place.clientWidth) > 1) Plotly.Plots.resize(place);
+    }
+  });
+
   function isLog(id) {
     if (own[id] !== undefined) return own[id];
     return view.y === "auto" ? data.figures[id].log : view.y === "log";
@@ -56,6 +64,7 @@
     const [traces, layout] = parts(id);
     const button = place.parentNode.querySelector(".log");
     if (button) button.setAttribute("aria-pressed", String(isLog(id)));
+    if (!drawn.has(place)) sizes.observe(place);
     drawn.add(place);
     Plotly.react(place, traces, layout, config);
   }

@@ -15,7 +15,7 @@ PNG_MARK = "made by megakd report --png"
 PANEL = (5.6, 3.2)  # inches
 COLORS = ("#2f6fde", "#e0662b", "#24936e", "#b2459b", "#8a6d1d", "#5b4fc4", "#c23b4b", "#3f8fa8", "#6b7280", "#7aa02c")
 LEVEL = "#8b949e"
-DASHES = ("solid", "dash", "dot", "dashdot")
+DASHES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}  # names of Plotly and of matplotlib
 GRID = {"gridcolor": "#eaeef2", "linecolor": "#d0d7de", "zeroline": False, "automargin": True}
 HEIGHT, LEGEND_LINE, LEGEND_WIDTH = 272, 19, 340  # pixels
 FROM_ZERO = ("tokens/s", "GiB", "rank", "parameters", "samples", "updates", "experts")
@@ -98,7 +98,7 @@ def _styles(lines: Sequence[Line]) -> list[tuple[str, str]]:
     return [
         (LEVEL, "solid")
         if line.role == "level"
-        else (COLORS[order[line.run][line.name] % len(COLORS)], DASHES[line.run % len(DASHES)])
+        else (COLORS[order[line.run][line.name] % len(COLORS)], list(DASHES)[line.run % len(DASHES)])
         for line in lines
     ]
 
@@ -219,14 +219,22 @@ def write_png(path: Path, charts: Sequence[Chart], stages: Sequence[Border]) -> 
 def draw(axes: "Axes", chart: Chart, stages: Sequence[Border]) -> None:
     """One chart on axes of matplotlib."""
     smoothed = {(line.name, line.run) for line in chart.lines if line.role == "mean"}
-    for line, (color, _) in zip(chart.lines, _styles(chart.lines), strict=True):
+    for line, (color, dash) in zip(chart.lines, _styles(chart.lines), strict=True):
         if line.role == "level" and line.y[0] is not None:
             axes.axhline(line.y[0], linestyle="--", color=LEVEL, label=line.name)
             continue
         below = line.role == "raw" and (line.name, line.run) in smoothed
         y = [float("nan") if value is None else value for value in line.y]
         style: dict[str, Any] = {"marker": "o", "markersize": 3} if line.role == "points" else {}
-        axes.plot(line.x, y, color=color, alpha=0.35 if below else 1, label=None if below else line.name, **style)
+        axes.plot(
+            line.x,
+            y,
+            color=color,
+            alpha=0.35 if below else 1,
+            label=None if below else line.name,
+            linestyle=DASHES[dash],
+            **style,
+        )
         if line.errors is not None:
             axes.errorbar(line.x, y, [error or 0 for error in line.errors], color=color, fmt="none", capsize=2)
     if chart.xlabel is None:
