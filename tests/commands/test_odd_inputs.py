@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from megakd.commands import demo
 from megakd.run import Run
 from tests.conftest import files, in_process, make_teacher
+from tests.report.page import Page
 
 ONE_WINDOW = ["data.tokens=32", "data.shard_tokens=32", "optim.batch_tokens=32", "optim.micro_batch=1"]
 ONE_STEP = 'stages=[{"name": "all", "steps": 1}]'
@@ -241,8 +242,9 @@ def test_records_that_are_not_finite_are_reported(trained, tmp_path):
         (run / name).write_text(text)
     for verb in ("report", "inspect", "plan"):
         in_process(verb, run)
-    page = (run / "report.html").read_text()
-    assert "<img" in page and "None" not in page and "nan" not in page.partition("<img")[0]
+    page = Page((run / "report.html").read_text())
+    assert page.figures and "NaN" not in page.data
+    assert "None" not in page.own and "nan" not in page.own.partition("<figure")[0]
 
 
 def test_inspect_names_a_tensor_that_is_not_finite(damaged_teacher):
