@@ -55,7 +55,7 @@ def shipped_names(kind: str) -> str:
 
 
 def find_recipe(text: str | Path) -> Path:
-    """The JSON file of a recipe: shipped, a file, or the config.json of a run's folder. UserError when it is none."""
+    """The file of a recipe: shipped, a file, or the config.json of a run's folder. UserError when it is none."""
     if found := shipped_json("launch/recipes", text):
         return found
     path = expand(text)
@@ -64,7 +64,9 @@ def find_recipe(text: str | Path) -> Path:
     if holds_run(path):
         return path / "config.json"
     why = f"the folder {path} holds no run (no config.json of one)" if path.is_dir() else "no such recipe"
-    raise UserError(f"{text}: {why}; give a JSON file, a run's folder, or one of {shipped_names('launch/recipes')}")
+    raise UserError(
+        f"{text}: {why}; give a JSON or YAML file, a run's folder, or one of {shipped_names('launch/recipes')}"
+    )
 
 
 def find_deepspeed(text: str, folder: Path, key: str) -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megakd.config.effects import check, idle_fields
-from megakd.config.parsing import apply_overrides, load_recipe, parse, parse_frozen
+from megakd.config.parsing import apply_overrides, in_our_keys, load_recipe, parse, parse_frozen
 from megakd.config.run import RunConfig, flatten, is_mutable
 from megakd.errors import UserError
 from megakd.names import expand, find_recipe, may_be_hub_id, resolve
@@ -74,7 +74,8 @@ class Run:
         run._set_mark()
         if not overrides:
             return run
-        changed = parse(apply_overrides(config.model_dump(mode="json"), overrides), f"{file} with overrides")
+        now, overrides = in_our_keys(config.model_dump(mode="json"), overrides, str(file))
+        changed = parse(apply_overrides(now, overrides), f"{file} with overrides")
         before, after = dict(flatten(config.model_dump(mode="json"))), dict(flatten(changed.model_dump(mode="json")))
         changes = {
             k: [before.get(k), after.get(k)] for k in before.keys() | after.keys() if before.get(k) != after.get(k)

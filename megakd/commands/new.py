@@ -1,13 +1,19 @@
 """Make a run folder from a recipe.
 
-The recipe (a JSON file, the name of a shipped one, or another run's folder) and the overrides are resolved once,
-completed with defaults, checked, and frozen in RUN/config.json; every other verb reads that file alone. A field that
+The recipe (a JSON or YAML file, the name of a shipped one, or another run's folder) and the overrides are resolved
+once, completed with defaults, checked, and frozen in RUN/config.json; every other verb reads that file alone. A field that
 has no effect under the others is refused, or, where something else takes its place, named.
 From another run's folder, the student and the data that the overrides do not touch are linked, not made again.
+
+Keys of the systems that MegaKD unites and of Hugging Face's Trainer (loss.alpha, training.learning_rate,
+distillation.dataset.name, …) are put under our own, in a file or as overrides; each is said. In YAML 5e-5 is a number,
+yes, no, on and off are true and false; Hydra's `defaults` lists are composed from the files in the same folder, and ${a.b} and
+${oc.env:NAME,default} are resolved.
 
 examples:
   megakd new runs/a --from demo
   megakd new runs/b --from runs/a objective.alpha=0.0 name=ce-only
+  megakd new runs/c --from conf/config.yaml training.learning_rate=1e-4
 """
 
 import argparse
@@ -20,7 +26,7 @@ from megakd.system.logging import say
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="the folder to make")
     parser.add_argument(
-        "--from", dest="recipe", required=True, metavar="RECIPE", help="JSON file, shipped name, or run folder"
+        "--from", dest="recipe", required=True, metavar="RECIPE", help="JSON or YAML file, shipped name, or run folder"
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
 

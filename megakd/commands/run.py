@@ -1,8 +1,8 @@
 """Bring a run to its end: every verb whose result is missing, in order, each in a process of its own.
 
 tokenize → compress (where the student is a compressed teacher) → generate-logits → train → evaluate → export → report.
-With a live teacher generate-logits captures the validation set alone, and is left out where teacher and student have
-two tokenizers. Started again after a kill or a signal, it says what is finished and goes on with the rest. SIGTERM,
+With a live teacher generate-logits captures the validation set alone, and is skipped where teacher and student have two
+tokenizers. Started again after a kill or a signal, it says what is finished and goes on with the rest. SIGTERM,
 SIGUSR1 and Ctrl-C go to the verb that runs. The exit code is that of the verb that failed: 85 after a stop signal, 2
 for a user error. A model that evaluate cannot measure does not stop export and report; the exit code is 2 all the same.
 
@@ -92,7 +92,7 @@ def main(args: argparse.Namespace) -> None:
         )
     if args.dry_run:
         if args.overrides:
-            raise UserError("run: --dry-run changes nothing: leave out section.key=value")
+            raise UserError("run: --dry-run changes nothing: give no section.key=value")
         plan(Run.open(args.run), args.until)
         return
     try:

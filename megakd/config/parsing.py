@@ -2,12 +2,13 @@
 
 import json
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from megakd.config import hydra, originals
 from megakd.config.migration import migrate
 from megakd.config.objective import KINDS
 from megakd.config.run import RunConfig, nearest
@@ -19,15 +20,61 @@ from megakd.system.logging import say
 
 def load_recipe(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
     """A recipe (or a run's config.json) with overrides applied, the DeepSpeed file copied in, and checked."""
-    raw = read_json(path)
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: a recipe is a JSON object, not {type(raw).__name__}")
-    overrides = list(overrides)
+    raw, overrides = read_recipe(path, list(overrides))
     if any(item.startswith("engine.config=") for item in overrides) and isinstance(raw.get("engine"), dict):
         raw["engine"] = {k: v for k, v in raw["engine"].items() if k != "deepspeed"}  # the copy that it replaces
     config = parse(_of_one_process(raw, _of_one_kind(raw, apply_overrides(raw, overrides))), str(path))
     _check_distinct([stage.name for stage in config.stages], path)
     return _with_deepspeed(config, path.parent)
+
+
+def read_recipe(path: Path, overrides: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """A recipe of JSON or YAML in today's keys, and the overrides that are left to apply.
+
+    Old keys (`config.originals`) and choices of Hydra's groups among the overrides are applied already.
+    """
+    if path.suffix in hydra.SUFFIXES:
+        pairs = [item.lstrip("+").partition("=") for item in overrides]
+        chosen = {
+            key: name for key, _, name in pairs if key in hydra.groups(path) and key not in RunConfig.model_fields
+        }
+        overrides = [item for item in overrides if item.lstrip("+").partition("=")[0] not in chosen]
+        file = hydra.compose(path, chosen)
+    else:
+        file = read_json(path)
+    if not isinstance(file, dict):
+        raise UserError(f"{path}: a recipe is a JSON object, not {type(file).__name__}")
+    raw, overrides = in_our_keys(file, overrides, str(path), path.suffix in hydra.SUFFIXES)
+    unknown = [f"{key}={value}: {value.why}" for key, value in _values(raw) if isinstance(value, hydra.Unresolved)]
+    if unknown:
+        raise UserError(f"{path}: {'; '.join(unknown)}")
+    return raw, overrides
+
+
+def in_our_keys(
+    file: dict[str, Any], overrides: list[str], source: str, interpolates: bool = False
+) -> tuple[dict[str, Any], list[str]]:
+    """A tree with the old keys of it and of the overrides in ours, and the overrides that are left to apply."""
+    words = [item.partition("=")[0] for item in overrides]
+    old = [item.lstrip("+") for item, word in zip(overrides, words, strict=True) if originals.is_old(word)]
+    ours = [item for item, word in zip(overrides, words, strict=True) if not originals.is_old(word)]
+    early = [item for item in ours if not item.startswith("stages")]  # stages may be made of old keys first
+    full = apply_overrides(file, [*old, *early])
+    if interpolates:
+        file, full = hydra.resolve(file), hydra.resolve(full)
+    if not old and not originals.any_old(file):
+        return file, ours
+    asked = [item.partition("=")[0] for item in old]
+    return originals.modern(file, full, asked, source, RunConfig().model_dump(mode="json")), ours
+
+
+def _values(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted path, value) of every leaf, also in lists."""
+    if isinstance(node, dict | list):
+        for key, inner in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from _values(inner, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, node
 
 
 def _of_one_kind(before: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:

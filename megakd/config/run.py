@@ -12,6 +12,7 @@ from megakd.config.base import Section
 from megakd.config.data import DataConfig, LogitsConfig, StreamConfig
 from megakd.config.model import CompressConfig, ModelConfig
 from megakd.config.objective import KINDS, CachedConfig, LossConfig, ObjectiveConfig
+from megakd.config.originals import old_words, successors
 from megakd.config.train import (
     CheckpointConfig,
     EngineConfig,
@@ -152,7 +153,12 @@ def nearest(location: tuple[int | str, ...], objective: str = "cached") -> str:
     owners = [name for name, kind in KINDS.items() if issubclass(model, LossConfig) and key in kind.model_fields]
     if owners:
         return f": it is a field of objective.kind={' and '.join(owners)}, and the kind is {objective}"
+    if elsewhere := [f"{name}.{key}" for name in RunConfig.model_fields for kind in kinds_of(name)[:1]
+                     if key in kind.model_fields and kind is not model]:  # fmt: skip
+        return f"; did you mean {elsewhere[0]!r}?"
     close = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    if not close and (old := difflib.get_close_matches(key, old_words(), n=1, cutoff=0.8)):
+        return f"; did you mean {successors(old[0])[0]!r}?"
     return f"; did you mean {close[0]!r}?" if close else f"; known keys are {', '.join(names)}"
 
 

@@ -132,7 +132,8 @@ def test_bad_override_is_quoted(tmp_path, override):
     "value, key, nearest",
     [
         ({"optm": {}}, "optm", "optim"),
-        ({"optim": {"learning_rate": 1}}, "optim.learning_rate", None),
+        ({"optim": {"learning_rate": 1}}, "optim.learning_rate", "optim.lr"),
+        ({"optim": {"zzz": 1}}, "optim.zzz", None),
         ({"optim": {"weight_decy": 1}}, "optim.weight_decy", "weight_decay"),
         ({"stages": [{"name": "a", "tokens": 1}, {"name": "b", "token": 1, "tokens": 1}]}, "stages.1.token", "tokens"),
         (
