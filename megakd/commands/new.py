@@ -1,14 +1,14 @@
 """Make a run folder from a recipe.
 
 The recipe (a JSON or YAML file, the name of a shipped one, or another run's folder) and the overrides are resolved
-once, completed with defaults, checked, and frozen in RUN/config.json; every other verb reads that file alone. A field that
-has no effect under the others is refused, or, where something else takes its place, named.
+once, completed with defaults, checked, and frozen in RUN/config.json; every other verb reads that file alone. A field
+that has no effect under the others is refused, or, where something else takes its place, named.
 From another run's folder, the student and the data that the overrides do not touch are linked, not made again.
 
 Keys of the systems that MegaKD unites and of Hugging Face's Trainer (loss.alpha, training.learning_rate,
 distillation.dataset.name, …) are put under our own, in a file or as overrides; each is said. In YAML 5e-5 is a number,
-yes, no, on and off are true and false; Hydra's `defaults` lists are composed from the files in the same folder, and ${a.b} and
-${oc.env:NAME,default} are resolved.
+yes, no, on and off are true and false; Hydra's `defaults` lists are composed from the files in the same folder, and
+${a.b} and ${oc.env:NAME,default} are resolved.
 
 examples:
   megakd new runs/a --from demo

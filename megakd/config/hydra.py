@@ -158,7 +158,7 @@ class _Unknown(Exception):
 
 
 def resolve(root: dict[str, Any]) -> dict[str, Any]:
-    """The tree with `${a.b}`, `${.sibling}` and `${oc.env:NAME,default}` replaced; what has no value is `Unresolved`."""
+    """The tree with `${a.b}`, `${.sibling}` and `${oc.env:NAME,default}` replaced; the rest is `Unresolved`."""
     return _resolved(root, root, (), frozenset())
 
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+from megakd.config.tails import reaches
 from megakd.errors import LONGEST_MESSAGE, UserError, listed
 from megakd.system.logging import say
 from megakd.system.text import table
@@ -341,7 +342,8 @@ class _Reading:
         if temperature is not None:
             self._set(name, "objective.temperature", temperature)
             captured = self.value("logits.temperatures")
-            if cached is not False and _is_number(temperature) and temperature > 0 and temperature not in captured:
+            stored = cached is not False and _is_number(temperature) and temperature > 0
+            if stored and not reaches(captured, temperature):
                 self._set(name, "logits.temperatures", [1.0, temperature])
 
     def _precision(self) -> None:

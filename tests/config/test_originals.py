@@ -103,7 +103,8 @@ BLOCKS = {
         "data.tokens": 100 * 2048,
     },
     "dataset:\n  max_samples: null": {},
-    "loss:\n  temperature: 3.0": {"objective.temperature": 3.0, "logits.temperatures": [1.0, 3.0]},
+    "loss:\n  temperature: 3.0": {"objective.temperature": 3.0},
+    "loss:\n  temperature: 6.0": {"objective.temperature": 6.0, "logits.temperatures": [1.0, 6.0]},
     "model:\n  name: org/teacher": {"model.teacher": "org/teacher"},
     "compression:\n  rank: 32": {"compress.rank": 32},
     "compression:\n  num_steps: 500\n  lr: 1e-3": {
