@@ -18,7 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megakd.compress.pipeline import open_job, tasks
+from megakd.compress.job import open_job
+from megakd.compress.pipeline import tasks
 from megakd.errors import UserError
 from megakd.names import resolve
 from megakd.report.model_card import write_card
@@ -51,7 +52,8 @@ def main(run: Run, args: argparse.Namespace) -> None:
     if target.exists():
         raise UserError(f"{target}: exists already, and compress did not make it (no compress.json); move it away")
     started = time.perf_counter()
-    job = open_job(run, partial(_describe, run))
+    teacher = resolve(run.config.model.teacher, run.config.model.revision)
+    job = open_job(run, teacher, partial(_describe, run.config.name, teacher))
     own = run_tasks("compress", tasks(job), finished, job.parts / "locks")
     discard(job.parts)  # begun by this process when another had just finished
     report = read_json(finished)
@@ -65,8 +67,7 @@ def main(run: Run, args: argparse.Namespace) -> None:
     )
 
 
-def _describe(run: Run, folder: Path, report: dict[str, Any]) -> None:
+def _describe(name: str, teacher: Path, folder: Path, report: dict[str, Any]) -> None:
     """Add the plot of the errors and the model card to a student."""
     plot_errors(report, folder / "compress.png")
-    teacher = resolve(run.config.model.teacher, run.config.model.revision)
-    write_card(folder, run.config.name, report, license_from=(teacher,))
+    write_card(folder, name, report, license_from=(teacher,))

@@ -36,14 +36,12 @@ class Measured(NamedTuple):
     counts: Tensor  # [E] int64, routed rows, the held-out ones among them
     inputs: Tensor  # [D, D] mean of x x^T over training tokens: the inputs of every gate and up
     inputs_held: Tensor  # [D, D] the same over held-out tokens
-    hidden: (
-        Tensor  # [E, F, F] sum w^2 h h^T / sum w^2 over an expert's training rows, 0 without: the inputs of its down
-    )
+    # [E, F, F] sum w^2 h h^T / sum w^2 over an expert's training rows, 0 without: the inputs of its down
+    hidden: Tensor
     hidden_held: Tensor  # [E, F, F]
-    gate_rows: (
-        Tensor  # [E, F] what a unit of squared error in (gate x)_j costs the output, to first order, over training
-    )
-    # rows: sum w^2 (dh_j / d(gate x)_j)^2 / sum w^2 * ||column j of down||^2
+    # [E, F] what a unit of squared error in (gate x)_j costs the output, to first order, over training rows:
+    # sum w^2 (dh_j / d(gate x)_j)^2 / sum w^2 * ||column j of down||^2
+    gate_rows: Tensor
     up_rows: Tensor  # [E, F] the same of (up x)_j
     peaks: Tensor  # [E] largest |entry| of an expert's output down h, not weighted
     counts_held: Tensor  # [E] int64, routed rows of held-out tokens
@@ -68,6 +66,7 @@ class LayerRunner:
         config: Any,
         tokens: Tensor,
         position_ids: Tensor,
+        *,
         device: torch.device | str = "cpu",
         lengths: Tensor | None = None,
         batch: int | None = None,
@@ -168,30 +167,34 @@ class LayerRunner:
                 continue
             gate, up, down = (w[expert].to(self.device, torch.float32) for w in weights)
             for row, w in zip(token.split(ROWS), weight.split(ROWS), strict=True):
-                x = x_ND[row]
-                g, u = x @ gate.T, x @ up.T
-                activated = self.act_fn(g)
-                h = activated * u
-                y = h @ down.T
-                out_ND.index_add_(0, row if self.real_N is None else self.real_N[row], y * w)
+                rows = self._through_expert(x_ND[row], w, gate, up, down)
+                out_ND.index_add_(0, row if self.real_N is None else self.real_N[row], rows.y * w)
                 if found is not None:
-                    found.peaks[expert] = torch.maximum(found.peaks[expert], y.abs().max())
-                    h, held = h * w, self.held_N[row]
-                    for total, part in ((found.hidden, h[~held]), (found.hidden_held, h[held])):
-                        total[expert].addmm_(part.T, part)
-                    found.gate_rows[expert] += (slope(self.act_fn, g) * u * w)[~held].square().sum(0)
-                    found.up_rows[expert] += (activated * w)[~held].square().sum(0)
+                    self._add_rows(found, expert, rows, self.held_N[row])
             if found is not None:
-                held, squares = self.held_N[token], weight[:, 0].double().square()
-                own, other = (float(squares[side].sum()) or 1.0 for side in (~held, held))
-                found.hidden[expert].div_(own)
-                found.hidden_held[expert].div_(other)
-                for rows in (found.gate_rows, found.up_rows):
-                    rows[expert].mul_(down.square().sum(0) / own)
+                _divide(found, expert, weight, self.held_N[token], down)
         if found is not None:
             norms_N = torch.linalg.vector_norm(out_ND if self.real_N is None else out_ND[self.real_N], dim=1)
             found.stream.copy_(norms_N.median().square())
         return found
+
+    def _through_expert(self, x: Tensor, w: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> "_Rows":
+        g, u = x @ gate.T, x @ up.T
+        activated = self.act_fn(g)
+        h = activated * u
+        return _Rows(w, g, u, activated, h, h @ down.T)
+
+    def _add_rows(self, found: Measured, expert: int, rows: "_Rows", held: Tensor) -> None:
+        """Add an expert's rows to its sums; those of held-out tokens to the held-out second moment alone."""
+        w, g, u, activated, h, y = rows
+        found.peaks[expert] = torch.maximum(found.peaks[expert], y.abs().max())
+        weighted = h * w
+        for total, part in ((found.hidden, weighted[~held]), (found.hidden_held, weighted[held])):
+            total[expert].addmm_(part.T, part)
+        # h = act(g) u: dh/dg = act'(g) u and dh/du = act(g)
+        of_gate, of_up = slope(self.act_fn, g) * u * w, activated * w
+        found.gate_rows[expert] += of_gate[~held].square().sum(0)
+        found.up_rows[expert] += of_up[~held].square().sum(0)
 
     def _measured(self, x_ND: Tensor, expert_NA: Tensor, weight_NA: Tensor) -> Measured:
         """The measurements that need no expert; zeros for the others."""
@@ -213,6 +216,27 @@ class LayerRunner:
         share, mean_power = (power / power.sum()).float(), (power.sum() / len(x_ND)).float()
         peaks, stream = x_ND.new_zeros(experts), x_ND.new_zeros(())
         return Measured(share, counts, inputs[0], inputs[1], *hidden, *rows, peaks, counts_held, mean_power, stream)
+
+
+class _Rows(NamedTuple):
+    """Rows of one expert: routing weights w, g = gate x, u = up x, act(g), h = act(g) u, y = down h."""
+
+    w: Tensor
+    g: Tensor
+    u: Tensor
+    activated: Tensor
+    h: Tensor
+    y: Tensor
+
+
+def _divide(found: Measured, expert: int, weight: Tensor, held: Tensor, down: Tensor) -> None:
+    """An expert's sums by the sums of its squared routing weights, in float64: they are of all its rows."""
+    squares = weight[:, 0].double().square()
+    own, other = (float(squares[side].sum()) or 1.0 for side in (~held, held))
+    found.hidden[expert].div_(own)
+    found.hidden_held[expert].div_(other)
+    for rows in (found.gate_rows, found.up_rows):
+        rows[expert].mul_(down.square().sum(0) / own)
 
 
 def slope(act_fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

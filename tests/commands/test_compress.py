@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from megakd.commands import compress, tokenize
-from megakd.compress import pipeline as compress_pipeline
+from megakd.compress.job import open_job
 from megakd.errors import UserError
 from megakd.models.hub import load_config, write_config, write_weights
 from megakd.models.spec import spec_for
@@ -274,7 +274,7 @@ def test_a_teacher_that_changed_meanwhile(recipe, teacher, tmp_path):
     folder = tmp_path / "teacher"
     shutil.copytree(teacher, folder)
     run = Run.create(recipe, [f"model.teacher={folder}"], tmp_path / "a")
-    compress_pipeline.open_job(run)
+    open_job(run, folder)
     tensors = load_file(folder / "model.safetensors")
     tensors[NAME] += 1
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

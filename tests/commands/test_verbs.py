@@ -158,12 +158,15 @@ def test_plan_knows_qwen3_30b_a3b():
     ],
 )
 def test_plan_counts_the_tasks_of_compress(changes, prepared, tmp_path):
-    from megakd.compress.pipeline import open_job, tasks
+    from megakd.compress.job import open_job
+    from megakd.compress.pipeline import tasks
+    from megakd.names import resolve
     from megakd.report.plan import compression
     from megakd.run import Run
 
     run = Run.create(prepared, changes, tmp_path / "run")
-    assert compression(run)[0][1].startswith(f"{len(tasks(open_job(run)))} tasks ")
+    job = open_job(run, resolve(run.config.model.teacher))
+    assert compression(run)[0][1].startswith(f"{len(tasks(job))} tasks ")
 
 
 def test_compress_report_names_every_matrix(prepared):

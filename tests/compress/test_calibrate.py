@@ -83,7 +83,7 @@ def windows(packed: bool = True) -> tuple[Tensor, Tensor]:
 
 def runner(path: Path, tokens: Tensor, positions: Tensor, batch: int | None = None) -> LayerRunner:
     config = load_config(path)
-    return LayerRunner(Checkpoint(path), spec_for(config, "here"), config, tokens, positions, "cpu", batch=batch)
+    return LayerRunner(Checkpoint(path), spec_for(config, "here"), config, tokens, positions, batch=batch)
 
 
 @torch.no_grad()
@@ -336,7 +336,7 @@ def test_padding_is_not_measured(lengths, tmp_path):
     positions = torch.arange(12).expand(len(lengths), -1)
     found = []
     for ids in (tokens, other):
-        runner = LayerRunner(checkpoint, spec_for(config, "here"), config, ids, positions, "cpu", sizes)
+        runner = LayerRunner(checkpoint, spec_for(config, "here"), config, ids, positions, lengths=sizes)
         found.append(runner.layer(0, runner.embed(), measure=True))
     (out, measured), (again, same) = found
     assert measured is not None and same is not None

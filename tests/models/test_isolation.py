@@ -16,7 +16,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig
 
 from megakd.capture.source import Capture
-from megakd.compress import pipeline as compress_pipeline
+from megakd.compress.job import open_job
 from megakd.config.objective import OnlineConfig
 from megakd.data.batches import collate
 from megakd.data.records import Sample
@@ -243,15 +243,14 @@ def test_live_teacher_that_leaks_is_refused(given, leaking, teacher, monkeypatch
         checks.check(run)
 
 
-def test_calibration_is_refused_where_the_teacher_leaks(given, leaking, monkeypatch):
-
+def test_calibration_is_refused_where_the_teacher_leaks(given, teacher, monkeypatch):
     run = given()
     monkeypatch.setattr(isolation, "_leak_of", lambda config: isolation.Leak(0.1, 0.1))
     run.config = run.config.model_copy(
         update={"compress": run.config.compress.model_copy(update={"calibration_tokens": 100})}
     )
     with pytest.raises(UserError, match=r"data\.packing=documents"):
-        compress_pipeline.open_job(run)
+        open_job(run, teacher)
 
 
 def test_leaking_student_trains_on_one_document_a_sequence(run_of, leaking):
