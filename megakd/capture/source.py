@@ -15,7 +15,7 @@ from megakd.data.records import Sample, TeacherTargets
 from megakd.data.shards import MANIFEST, SIDECAR, VERSION, ShardSet
 from megakd.errors import UserError
 from megakd.identity import TeacherIdentity, changed_fingerprint, fingerprint
-from megakd.models.checks import check_isolation
+from megakd.models.checks import check_isolation, model_folders
 from megakd.models.hub import empty_model, load_model
 from megakd.models.isolation import Packing
 from megakd.run import Run
@@ -35,7 +35,8 @@ class Capture:
 
     def __init__(self, run: Run, folder: Path, world: World, vocab_size: int):
         """folder: of the teacher; vocab_size: real entries of its tokenizer."""
-        self.run, self.folder, self.world, self.vocab_size = run, folder, world, vocab_size
+        self.folder, self.world, self.vocab_size = folder, world, vocab_size
+        self.models = run.config.model
         self.logits, self.seed = run.path("data", "logits"), run.config.seed
         self.packing: Packing = run.config.data.packing
         weights = teacher_fingerprint(self.logits, folder)
@@ -95,7 +96,7 @@ class Capture:
             return Teacher(model, config, self.vocab_size, self.packing)
 
         if self.world.first:
-            check_isolation(self.run)
+            check_isolation(model_folders(self.models), self.packing)
         if config.parallel == "replica":
             loaded: Any = build().eval().to(self.world.device)
         else:

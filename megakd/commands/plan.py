@@ -26,7 +26,7 @@ SECTIONS = (
 
 
 def main(run: Run, args: argparse.Namespace) -> None:
-    check_models(run)
+    check_models(run.config)
     check_batches(run.config)
     rows = [*sizes(run), *compression(run), *beginnings(run), *packing(run), *lengths(run), *memory(run), *tasks(run)]
     print(table(["plan", ""], rows, left=True))

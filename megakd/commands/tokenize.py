@@ -17,7 +17,7 @@ from megakd.config.effects import check_batches
 from megakd.data.pipeline import source_commit, tokenize_part
 from megakd.data.shards import unfinished
 from megakd.data.tokenizers import bos_of, bos_words, load_tokenizer
-from megakd.models.checks import check_isolation, check_models, student_identity
+from megakd.models.checks import check_isolation, check_models, model_folders, student_identity
 from megakd.names import resolve
 from megakd.run import Run
 from megakd.system.logging import say
@@ -31,7 +31,7 @@ def missing(run: Run) -> str | None:
 
 
 def main(run: Run, args: argparse.Namespace) -> None:
-    check_models(run)
+    check_models(run.config)
     model = run.config.model
     if model.student:
         run.record("tokenize", student=student_identity(run).record())
@@ -41,7 +41,7 @@ def main(run: Run, args: argparse.Namespace) -> None:
         folder = resolve(model.teacher, model.revision, weights=False)
     check_batches(run.config)
     tokenizer = load_tokenizer(folder)
-    check_isolation(run)
+    check_isolation(model_folders(model), run.config.data.packing)
     data = run.config.data
     commit = source_commit(run)
     say(f"tokenize: documents begin {bos_words(tokenizer, bos_of(tokenizer, data.bos))} (data.bos={data.bos})")

@@ -12,7 +12,7 @@ from megakd.data.shards import read_manifest
 from megakd.data.tokenizers import identify_tokenizer, load_tokenizer
 from megakd.errors import UserError
 from megakd.identity import DataIdentity, changed_fingerprint, fingerprint
-from megakd.models.checks import check_isolation
+from megakd.models.checks import check_isolation, model_folders
 from megakd.models.hub import Checkpoint, check_folder, check_unquantized, load_config
 from megakd.models.shared_core import PROJECTIONS
 from megakd.models.spec import MoESpec, spec_for
@@ -101,7 +101,7 @@ def open_job(run: Run, folder: Path, describe: Callable[[Path, dict[str, Any]], 
     job = Job(run, folder, config, checkpoint, spec, names, layers, run.path("compress"), device, describe)
     if settings.calibration_tokens:
         _check_tokens(job)
-        check_isolation(run)
+        check_isolation(model_folders(run.config.model), run.config.data.packing)
     begun_with(job)
     return job
 

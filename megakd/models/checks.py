@@ -1,14 +1,18 @@
 """What config.json, tokenizers and fingerprints alone tell of a run's models."""
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
+from megakd.config.model import ModelConfig
+from megakd.config.objective import ObjectiveConfig
 from megakd.config.run import RunConfig
-from megakd.data.tokenizers import identify_tokenizer, load_tokenizer
+from megakd.data.tokenizers import identify_tokenizer, load_tokenizer, vocabulary_size
 from megakd.errors import UserError
-from megakd.identity import ModelIdentity, TokenizerIdentity, changed_fingerprint, fingerprint, identify
+from megakd.identity import ModelIdentity, TokenizerIdentity, changed_fingerprint, identify
 from megakd.models.hub import check_unquantized, empty_model, load_config
-from megakd.models.isolation import check_config
+from megakd.models.isolation import Packing, check_config
 from megakd.models.spec import check_preset
 from megakd.models.tables import check_tables
 from megakd.names import resolve
@@ -16,9 +20,47 @@ from megakd.run import Run
 from megakd.system.logging import say
 
 
-def live_teacher(run: Run) -> str:
-    """The fingerprint of the live teacher, to be recorded when training starts."""
-    return fingerprint(resolve(run.config.model.teacher, run.config.model.revision))
+class LiveTeacher(NamedTuple):
+    """The teacher of online distillation, found once per training.
+
+    tokenizers: the student's and the teacher's, where they differ; else None.
+    """
+
+    folder: Path
+    tokenizers: tuple[Any, Any] | None
+
+    @property
+    def other_vocab_size(self) -> int | None:
+        """Entries of the teacher's tokenizer, where it is not the student's."""
+        return None if self.tokenizers is None else vocabulary_size(self.tokenizers[1])
+
+
+def find_live_teacher(config: RunConfig, facts: dict[str, Any]) -> LiveTeacher | None:
+    """The run's live teacher, with its weights; None where cached logits take its place. facts: of the data."""
+    if not config.objective.live:
+        return None
+    folder = resolve(config.model.teacher, config.model.revision)
+    theirs = load_tokenizer(folder)
+    if not TokenizerIdentity.of(facts["tokenizer"]).difference(identify_tokenizer(theirs)):
+        return LiveTeacher(folder, None)
+    assert config.model.student is not None  # one that compress made has the teacher's
+    mine = load_tokenizer(resolve(config.model.student, config.model.student_revision, weights=False))
+    for place, tokenizer in ((folder, theirs), (config.model.student, mine)):
+        if not getattr(tokenizer, "is_fast", False):
+            raise UserError(f"{place}: a slow tokenizer; to align two of them both must give character offsets")
+    teacher = LiveTeacher(folder, (mine, theirs))
+    check_objective(config.objective, teacher)
+    return teacher
+
+
+def check_objective(objective: ObjectiveConfig, teacher: LiveTeacher) -> None:
+    """UserError when an objective, of a run or of one of its stages, learns nothing across two tokenizers."""
+    if teacher.tokenizers is not None and not objective.learns_across_tokenizers:
+        raise UserError(
+            f"{teacher.folder}: its tokenizer is not the student's, so there is no KL, and objective.likelihood and "
+            "objective.features are "
+            "0: nothing is left to learn from the teacher"
+        )
 
 
 def student_identity(run: Run) -> ModelIdentity:
@@ -27,11 +69,10 @@ def student_identity(run: Run) -> ModelIdentity:
     return identify(model.student or "student-0", model.student_revision, run.student_folder)
 
 
-def check_teacher(run: Run) -> None:
-    """UserError when the live teacher is another than the one that training started with."""
+def check_teacher(run: Run, folder: Path) -> None:
+    """UserError when the live teacher in `folder` is another than the one that training started with."""
     begun = next((event["teacher"] for event in run.events("train") if "teacher" in event), None)
-    folder = resolve(run.config.model.teacher, run.config.model.revision) if begun else None
-    if begun and folder and (now := changed_fingerprint(begun, folder)):
+    if begun and (now := changed_fingerprint(begun, folder)):
         raise UserError(
             f"{run.config.model.teacher}: its fingerprint is {now}, that of the teacher that {run.folder} has learned "
             f"from is {begun}: its weights or its config.json were changed; restore them, or make a new run"
@@ -65,12 +106,12 @@ def one_tokenizer(config: RunConfig) -> bool:
     return theirs.difference(mine) is None
 
 
-def check_models(run: Run) -> None:
+def check_models(config: RunConfig) -> None:
     """What config.json and tokenizers alone tell of a run's models, before anything is made: UserError, or said aloud.
 
     Ids and positions stay inside the tables, a given student is no quantized one, experts can be sharded as asked.
     """
-    config, model, length = run.config, run.config.model, run.config.data.sequence_length
+    model, length = config.model, config.data.sequence_length
     cached = not config.objective.live
     folder = resolve(model.teacher, model.revision, weights=False)
     theirs, skeleton = identify_tokenizer(load_tokenizer(folder)), empty_model(folder)
@@ -92,12 +133,16 @@ def check_models(run: Run) -> None:
         check_preset(skeleton.config.model_type, folder)
 
 
-def check_isolation(run: Run) -> None:
-    """UserError when the config of teacher or student is of a model that the run's packing is wrong for."""
-    model, packing = run.config.model, run.config.data.packing
+def model_folders(model: ModelConfig) -> list[Path]:
+    """The folders of the teacher and of a given student, with configuration and tokenizer alone."""
     folders = [resolve(model.teacher, model.revision, weights=False)]
     if model.student:
         folders.append(resolve(model.student, model.student_revision, weights=False))
+    return folders
+
+
+def check_isolation(folders: Sequence[Path], packing: Packing) -> None:
+    """UserError when the config of one of the models is of a family that the packing is wrong for."""
     for folder in folders if packing == "packed" else []:
         config = load_config(folder)
         if not check_config(config, str(folder), packing):
@@ -105,25 +150,3 @@ def check_isolation(run: Run) -> None:
                 f"{folder}: a small {config.model_type} cannot be made from its config to see whether packed documents "
                 "are separated; this is checked when its weights are loaded"
             )
-
-
-def tokenizers(config: RunConfig, facts: dict[str, Any]) -> tuple[Any, Any]:
-    """Student's and teacher's, where a live teacher has another one; else (None, None)."""
-    if not config.objective.live:
-        return None, None
-    folder = resolve(config.model.teacher, config.model.revision, weights=False)
-    theirs = load_tokenizer(folder)
-    if not TokenizerIdentity.of(facts["tokenizer"]).difference(identify_tokenizer(theirs)):
-        return None, None
-    assert config.model.student is not None  # one that compress made has the teacher's
-    mine = load_tokenizer(resolve(config.model.student, config.model.student_revision, weights=False))
-    for place, tokenizer in ((folder, theirs), (config.model.student, mine)):
-        if not getattr(tokenizer, "is_fast", False):
-            raise UserError(f"{place}: a slow tokenizer; to align two of them both must give character offsets")
-    if not config.objective.learns_across_tokenizers:
-        raise UserError(
-            f"{folder}: its tokenizer is not the student's, so there is no KL, and objective.likelihood and "
-            "objective.features are "
-            "0: nothing is left to learn from the teacher"
-        )
-    return mine, theirs

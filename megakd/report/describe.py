@@ -19,7 +19,7 @@ from megakd.data.tokenizers import identify_tokenizer, load_tokenizer
 from megakd.engine.optim import assign_rules
 from megakd.errors import UserError
 from megakd.identity import TeacherIdentity, changed_fingerprint
-from megakd.models.checks import tokenizers
+from megakd.models.checks import find_live_teacher
 from megakd.models.hub import Checkpoint, empty_model, load_config, load_model
 from megakd.models.spec import SPECS
 from megakd.names import resolve
@@ -61,12 +61,12 @@ def _trained(run: Run) -> Callable[[RunConfig], nn.Module]:
     student = empty_model(run.student_folder)
     if not run.config.objective.live:
         return lambda config: student
-    teacher = empty_model(resolve(run.config.model.teacher, run.config.model.revision))
     manifest = run.path("data", "tokens", "train", "manifest.json")
     # before `tokenize` the student's own tokenizer is the data's
     facts = ShardSet(manifest.parent).facts if manifest.exists() else {"tokenizer": _tokenizer_facts(run)}
-    _, other = tokenizers(run.config, facts)
-    size = None if other is None else len(other)
+    live = find_live_teacher(run.config, facts)
+    assert live is not None
+    teacher, size = empty_model(live.folder), live.other_vocab_size
     return lambda config: student if not config.objective.live else build(config, student, teacher, facts, size)
 
 

@@ -15,7 +15,7 @@ from megakd.data.pipeline import padding_share
 from megakd.data.shards import read_manifest
 from megakd.data.tokenizers import bos_of, bos_words, identify_tokenizer, load_tokenizer
 from megakd.errors import UserError
-from megakd.models.checks import check_isolation
+from megakd.models.checks import check_isolation, model_folders
 from megakd.models.hub import empty_model, load_config
 from megakd.models.offload import offloaded
 from megakd.models.shared_core import PROJECTIONS, Form, stored_parameters
@@ -160,7 +160,7 @@ def packing(run: Run) -> list[list[str]]:
     """How sequences are made, whether that is right for teacher and student, and how much of a batch is padding."""
     if run.config.data.packing == "packed":
         try:
-            check_isolation(run)
+            check_isolation(model_folders(run.config.model), run.config.data.packing)
         except UserError as error:
             return [["packing", f"refused: {error}"]]
         return [["packing", "packed: teacher and student separate the documents of a sequence"]]

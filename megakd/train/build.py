@@ -7,15 +7,13 @@ import torch
 
 from megakd.config.run import RunConfig
 from megakd.config.train import StageConfig
-from megakd.data.tokenizers import vocabulary_size
 from megakd.engine.base import Engine
 from megakd.engine.ds_json import deepspeed_config
 from megakd.engine.optim import build_optimizer
-from megakd.models.checks import tokenizers
+from megakd.models.checks import LiveTeacher, check_objective
 from megakd.models.hub import load_model
 from megakd.models.isolation import check_model
 from megakd.models.offload import offload
-from megakd.names import resolve
 from megakd.objectives.base import Objective
 from megakd.objectives.build import build
 from megakd.system.dist import World
@@ -24,27 +22,34 @@ from megakd.system.logging import say
 CPU = torch.device("cpu")
 
 
-def build_objective(config: RunConfig, folder: Path, facts: dict[str, Any], device: torch.device = CPU) -> Objective:
+def build_objective(
+    config: RunConfig,
+    folder: Path,
+    facts: dict[str, Any],
+    teacher: LiveTeacher | None = None,
+    device: torch.device = CPU,
+) -> Objective:
     """The student of `folder` inside the objective of a stage (`RunConfig.at`), with a live teacher on the device.
 
-    facts: those of the training data's manifest.
+    facts: those of the training data's manifest. teacher: None where the objective reads cached logits.
     """
+    assert config.objective.live == (teacher is not None), config.objective.kind
     half = getattr(torch, config.model.dtype)
     # without DeepSpeed's fp32 masters the weights themselves stay float32, and the forward runs under autocast
     dtype = half if config.engine.kind == "deepspeed" else torch.float32
-    student, teacher = load_model(folder, dtype), None
-    if config.objective.live:
-        teacher = load_model(resolve(config.model.teacher, config.model.revision), half)
+    student, live = load_model(folder, dtype), None
+    if teacher is not None:
+        check_objective(config.objective, teacher)
+        live = load_model(teacher.folder, half)
         if config.engine.offload_teacher:
-            offload(teacher, device)
+            offload(live, device)
         else:
-            teacher.to(device)
-    other = tokenizers(config, facts)[1]
-    objective = build(config, student, teacher, facts, None if other is None else vocabulary_size(other))
+            live.to(device)
+    objective = build(config, student, live, facts, teacher.other_vocab_size if teacher else None)
     # after `build`, which chooses how they attend
     check_model(student, str(folder), config.data.packing)
-    if teacher is not None:
-        check_model(teacher, config.model.teacher, config.data.packing)
+    if live is not None:
+        check_model(live, config.model.teacher, config.data.packing)
     for name, parameter in objective.named_parameters():
         if not name.startswith("student."):  # not the buffers: a router's correction bias stays as exact as it is
             parameter.data = parameter.data.to(device, dtype)

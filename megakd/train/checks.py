@@ -8,13 +8,20 @@ from megakd.config.effects import check_batches, check_stages, idle_fields
 from megakd.config.run import RunConfig
 from megakd.data.shards import ShardSet
 from megakd.data.stream import shards_digest
-from megakd.data.tokenizers import bos_of, bos_words, check_bos, identify_tokenizer, load_tokenizer, vocabulary_size
+from megakd.data.tokenizers import bos_of, bos_words, check_bos, identify_tokenizer, load_tokenizer
 from megakd.engine.checkpoint import Saved, check_ranks, check_shards, published
 from megakd.engine.ds_json import deepspeed_config
 from megakd.engine.optim import assign_rules
 from megakd.errors import UserError
 from megakd.identity import DataIdentity, TeacherIdentity, text_facts
-from megakd.models.checks import check_isolation, check_student, check_teacher, tokenizers
+from megakd.models.checks import (
+    LiveTeacher,
+    check_isolation,
+    check_student,
+    check_teacher,
+    find_live_teacher,
+    model_folders,
+)
 from megakd.models.hub import check_unquantized, empty_model, load_config
 from megakd.models.isolation import check_packing
 from megakd.models.tables import check_tables
@@ -46,12 +53,14 @@ def check(run: Run) -> ShardSet:
     _check_data(run, dataset)
     check_unquantized(student, load_config(student), "training")
     if read_world().first:
-        check_isolation(run)
-    _check_stages(run, dataset, begins=saved is None)
+        check_isolation(model_folders(config.model), config.data.packing)
+    live = find_live_teacher(config, dataset.facts)
+    _check_stages(run, dataset, live, begins=saved is None)
     unfinished = saved is not None and not reached_end(config, saved, dataset)
     if saved and unfinished:
         check_shards(saved, shards_digest(dataset.names, dataset.sizes), dataset.folder)
-        check_teacher(run)
+        if live:
+            check_teacher(run, live.folder)
     check_student(run, started=saved is not None and unfinished)
     if not was_launched():
         ranks = config.engine.ranks if config.engine.kind == "deepspeed" else 1
@@ -61,22 +70,20 @@ def check(run: Run) -> ShardSet:
     return dataset
 
 
-def _check_stages(run: Run, dataset: ShardSet, begins: bool) -> None:
+def _check_stages(run: Run, dataset: ShardSet, live: LiveTeacher | None, begins: bool) -> None:
     """Every stage's rules, objective and engine fit the models, which are built here without weights."""
     config, student = run.config, run.student_folder
     skeleton, teacher = empty_model(student), None
-    _, other = tokenizers(config, dataset.facts)
-    if other is None and begins:
+    other_size = live.other_vocab_size if live else None
+    if other_size is None and begins:
         _check_one_tokenizer(config)
     size, length = text_facts(dataset.facts)["tokenizer"]["vocab_size"], config.data.sequence_length
     check_tables(skeleton, student, size, length)
-    other_size = None if other is None else vocabulary_size(other)
-    if config.objective.live:
-        folder = resolve(config.model.teacher, config.model.revision)
-        teacher = empty_model(folder)
+    if live:
+        teacher = empty_model(live.folder)
         # a teacher of another tokenizer may make up to a quarter more tokens of a sequence
         size, length = (size, length) if other_size is None else (other_size, length + length // 4)
-        check_tables(teacher, folder, size, length)
+        check_tables(teacher, live.folder, size, length)
     if config.engine.expert_parallel > 1 and config.engine.kind == "deepspeed":
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # DeepSpeed asks for it
         from megakd.models.expert_parallel import spread_experts

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -19,9 +20,8 @@ from megakd.data.spans import pair, unaligned_labels
 from megakd.data.stream import Stream, share
 from megakd.data.tokenizers import pair_bos
 from megakd.engine.checkpoint import Progress
-from megakd.models.checks import tokenizers
+from megakd.models.checks import LiveTeacher
 from megakd.models.hub import load_config
-from megakd.names import resolve
 from megakd.system.dist import World
 from megakd.system.logging import say
 from megakd.system.signals import StopSignals
@@ -46,12 +46,17 @@ class Step(NamedTuple):
 
 
 def stage_data(
-    config: RunConfig, dataset: ShardSet, progress: Progress, steps: int, world: World
+    config: RunConfig,
+    dataset: ShardSet,
+    progress: Progress,
+    steps: int,
+    world: World,
+    teacher: LiveTeacher | None = None,
 ) -> Iterator[Step | None]:
     """The remaining steps of a stage, in the order of the data, whatever the number of ranks; None while they wait."""
     stream = Stream(dataset.sizes, config.seed, config.stream.lanes)
     reader = Reader(dataset, config.stream.workers, config.stream.on_damage == "skip")
-    pairing = find_pairing(config, dataset.facts)
+    pairing = find_pairing(config, dataset.facts, teacher)
     windows = config.windows_per_step
     try:
         for step in range(steps - progress.stage_step):
@@ -105,11 +110,11 @@ def count_labels(dataset: ShardSet, indices: Sequence[int]) -> int:
     return sum(dataset.entry(index).labels for index in indices)
 
 
-def find_pairing(config: RunConfig, facts: dict[str, Any]) -> Pairing | None:
+def find_pairing(config: RunConfig, facts: dict[str, Any], live: LiveTeacher | None) -> Pairing | None:
     """How samples are aligned with a live teacher of another tokenizer; None where one tokenizer serves both."""
-    student, teacher = tokenizers(config, facts)
-    if teacher is None:
+    if live is None or live.tokenizers is None:
         return None
+    student, teacher = live.tokenizers
     length = config.data.sequence_length
     return partial(
         pair,
@@ -117,7 +122,7 @@ def find_pairing(config: RunConfig, facts: dict[str, Any]) -> Pairing | None:
         teacher=teacher,
         student_length=length,
         teacher_length=length + length // 4,
-        teacher_limit=teacher_positions(config),
+        teacher_limit=teacher_positions(live.folder),
         bos=pair_bos(facts, teacher, config.data.bos),
     )
 
@@ -128,9 +133,9 @@ def pair_intact(samples: Sequence[Sample], pairing: Pairing) -> Batch:
     return Batch(*paired.student[:3], paired=paired)
 
 
-def teacher_positions(config: RunConfig) -> int:
+def teacher_positions(folder: Path) -> int:
     """How many tokens of a live teacher a sequence may become: its position limit, or no limit."""
-    settings = load_config(resolve(config.model.teacher, config.model.revision, weights=False)).get_text_config()
+    settings = load_config(folder).get_text_config()
     limit = getattr(settings, "max_position_embeddings", None)
     return limit if isinstance(limit, int) else 2**31
 

@@ -7,7 +7,8 @@ from megakd.config.effects import notices
 from megakd.data.shards import ShardSet
 from megakd.engine.base import CarryOver
 from megakd.engine.checkpoint import Saved, last_sound, remove_unpublished
-from megakd.models.checks import live_teacher, student_identity
+from megakd.identity import fingerprint
+from megakd.models.checks import LiveTeacher, find_live_teacher, student_identity
 from megakd.models.hub import load_config
 from megakd.run import Run
 from megakd.system.dist import World
@@ -27,13 +28,14 @@ def train(run: Run, dataset: ShardSet, world: World, stop: StopSignals) -> bool:
         run.record("damaged checkpoint", reason=reason)
     # before anything is recorded: a student without a config ends the training here
     student_config = load_config(run.student_folder)
+    teacher = find_live_teacher(run.config, dataset.facts)
     log = None
     if world.first:
         remove_unpublished(run.path("checkpoints"))
-        announce(run, saved, world)
+        announce(run, saved, teacher, world)
         log = open_log(run, saved)
     with closing(log) if log else nullcontext():
-        return train_stages(Training(run, dataset, world, stop, student_config, log), saved)
+        return train_stages(Training(run, dataset, teacher, world, stop, student_config, log), saved)
 
 
 def train_stages(training: Training, saved: Saved | None) -> bool:
@@ -69,11 +71,11 @@ def train_stage(
     return trainer.saved, trainer.carry_over()
 
 
-def announce(run: Run, saved: Saved | None, world: World) -> None:
+def announce(run: Run, saved: Saved | None, teacher: LiveTeacher | None, world: World) -> None:
     """Say and record that training starts, or from which checkpoint it goes on."""
     for line in notices(run.config):
         say(f"train: {line}")
-    models: dict[str, Any] = {"teacher": live_teacher(run)} if run.config.objective.live else {}
+    models: dict[str, Any] = {"teacher": fingerprint(teacher.folder)} if teacher else {}
     models["student"] = student_identity(run).record()
     step, resumed = (saved.progress.step, str(saved.folder)) if saved else (0, None)
     machine = describe_machine(world.device)

@@ -12,6 +12,7 @@ from megakd.engine.base import CarryOver, StepReport
 from megakd.engine.checkpoint import Progress, Saved, check_ranks, rotate, save_checkpoint
 from megakd.engine.guard import acceptable
 from megakd.engine.optim import schedule
+from megakd.models.checks import LiveTeacher
 from megakd.models.hub import copy_side_files, write_config
 from megakd.run import Run
 from megakd.system.dist import World, seed_step
@@ -35,6 +36,7 @@ class Training(NamedTuple):
 
     run: Run
     dataset: ShardSet
+    teacher: LiveTeacher | None
     world: World
     stop: StopSignals
     student_config: Any
@@ -49,7 +51,7 @@ class StageTrainer:
     """
 
     def __init__(self, training: Training, index: int, saved: Saved | None, carried: CarryOver | None = None):
-        self.run, self.dataset, self.world, self.stop, self.student_config, self.log = training
+        self.run, self.dataset, self.teacher, self.world, self.stop, self.student_config, self.log = training
         self.saved = saved
         self.stage = self.run.config.stages[index]
         self.config = self.run.config.at(self.stage)
@@ -58,7 +60,7 @@ class StageTrainer:
         self.shards = shards_digest(self.dataset.names, self.dataset.sizes)
 
         student = saved.weights if saved else self.run.student_folder
-        self.objective = build_objective(self.config, student, self.dataset.facts, self.world.device)
+        self.objective = build_objective(self.config, student, self.dataset.facts, self.teacher, self.world.device)
         self.objective.restore(saved.auxiliary if saved else {})
 
         resumed = saved if saved and saved.progress.stage == index else None
@@ -78,7 +80,7 @@ class StageTrainer:
     def train(self) -> None:
         """Every step that remains; a checkpoint at each interval, at the end, and when a signal came in between."""
         self._recall_memory()
-        data = stage_data(self.config, self.dataset, self.progress, self.steps, self.world)
+        data = stage_data(self.config, self.dataset, self.progress, self.steps, self.world, self.teacher)
         watch = StageWatch(self.stage.name, self.steps, self.progress.stage_step, self.config.log.every_steps, self.log)
         with closing(prefetch(data)) as prefetched:
             for step in in_step(prefetched, self.world, self.stop):

@@ -30,6 +30,7 @@ from megakd.data.stream import Stream, share
 from megakd.engine.guard import GRADIENT, Health, after_step, wrong_with
 from megakd.engine.optim import build_optimizer, schedule
 from megakd.errors import UserError
+from megakd.models.checks import LiveTeacher
 from megakd.models.hub import load_model
 from megakd.objectives.build import build
 from megakd.system.dist import World
@@ -204,8 +205,9 @@ def ranks(config: RunConfig) -> Any:
 def offloaded(config: RunConfig) -> bool:
     """Whether the teacher's layers go to CPU memory."""
     names: dict[str, Any] = dict.fromkeys(("load_model", "build", "offload", "check_model"), mock.DEFAULT)
-    with mock.patch.multiple(assemble, tokenizers=lambda *_: (None, None), **names):
-        train_build.build_objective(config, Path("student"), mock.MagicMock())
+    teacher = LiveTeacher(Path("teacher"), None) if config.objective.live else None
+    with mock.patch.multiple(assemble, **names):
+        train_build.build_objective(config, Path("student"), mock.MagicMock(), teacher)
         return train_build.offload.called  # type: ignore[attr-defined]
 
 

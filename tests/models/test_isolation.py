@@ -25,6 +25,7 @@ from megakd.engine.checkpoint import Progress
 from megakd.errors import UserError
 from megakd.evals.measure import Meter, Subject, Unusable
 from megakd.models import isolation
+from megakd.models.checks import find_live_teacher
 from megakd.models.isolation import check_config, check_model, measure, sketch
 from megakd.objectives.cached import fused_head
 from megakd.run import Run
@@ -238,7 +239,7 @@ def test_live_teacher_that_leaks_is_refused(given, leaking, teacher, monkeypatch
     config = run.config = run.config.model_copy(update={"objective": OnlineConfig()})
     dataset = ShardSet(run.path("data", "tokens", "train"))
     with pytest.raises(UserError, match="lfm2 does not separate"):
-        train_build.build_objective(config, teacher, dataset.facts)
+        train_build.build_objective(config, teacher, dataset.facts, find_live_teacher(config, dataset.facts))
     with pytest.raises(UserError, match=r"data\.packing=documents"):
         checks.check(run)
 

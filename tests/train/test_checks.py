@@ -77,16 +77,16 @@ def test_a_quantization_config_is_told_before_anything_is_made(recipe, teacher, 
     folder = Path(shutil.copytree(teacher, tmp_path / "copy"))
     edited(folder, **quantized)
     with pytest.raises(UserError, match="compress needs float weights"):
-        check_models(run_with(recipe, tmp_path / "a", f"model.teacher={folder}"))
+        check_models(run_with(recipe, tmp_path / "a", f"model.teacher={folder}").config)
     edited(student, **quantized)
     with pytest.raises(UserError, match="training needs float weights"):
-        check_models(run_with(recipe, tmp_path / "b", f"model.student={student}"))
+        check_models(run_with(recipe, tmp_path / "b", f"model.student={student}").config)
 
 
 def test_a_student_with_another_tokenizer_is_told_before_a_capture(recipe, student, documents, tmp_path):
     train_tokenizer(documents, 300).save_pretrained(student)
     with pytest.raises(UserError, match="cached targets need one tokenizer"):
-        check_models(run_with(recipe, tmp_path / "run", f"model.student={student}"))
+        check_models(run_with(recipe, tmp_path / "run", f"model.student={student}").config)
 
 
 def test_a_student_changed_since_training_began_is_refused(recipe, student, tmp_path):
