@@ -44,7 +44,7 @@ class Part(NamedTuple):
 
 
 def part_of(run: Run, name: str, tokens: ShardSet) -> Part:
-    """train, as configured, or holdout, whose logits are always the most probable tokens."""
+    """train, as configured, or the validation set, whose logits are always the most probable tokens."""
     config = run.config.logits
     if name != "train":
         config = config.model_copy(update={"profile": "topk"})

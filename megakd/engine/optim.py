@@ -49,7 +49,8 @@ def assign_rules(module: nn.Module, rules: tuple[LrRule, ...]) -> list[Assignmen
         assigned += parts
     for index, pattern in enumerate(patterns):
         if all(a.rule != index for a in assigned):
-            why = _why_unused([a for a in assigned if pattern.search(a.name)], assigned, rules)
+            matches = [a for a in assigned if pattern.search(a.name)]
+            why = _why_unused(matches, assigned, rules) if matches else _why_unmatched(pattern, module, assigned)
             raise UserError(f"lr_multipliers: the rule {rules[index].pattern!r} has no effect: {why}")
     return assigned
 
@@ -67,9 +68,17 @@ def canonical_names(name: str, parameter: nn.Parameter) -> list[str]:
 
 def _why_unused(matches: list[Assignment], assigned: list[Assignment], rules: tuple[LrRule, ...]) -> str:
     """Why no parameter got a rule whose pattern matches `matches`."""
-    if matches:
-        earlier = sorted({rules[a.rule].pattern for a in matches if a.rule is not None})
-        return f"all {len(matches)} parameters it matches are taken by earlier rules: {', '.join(earlier)}"
+    earlier = sorted({rules[a.rule].pattern for a in matches if a.rule is not None})
+    return f"all {len(matches)} parameters it matches are taken by earlier rules: {', '.join(earlier)}"
+
+
+def _why_unmatched(pattern: re.Pattern[str], module: nn.Module, assigned: list[Assignment]) -> str:
+    """Why a pattern matches no parameter: it may know a tied weight by its second name."""
+    first_names = {id(a.parameter): a.name for a in assigned}
+    for whole, parameter in module.named_parameters(remove_duplicate=False):
+        name, first = canonical_name(whole), first_names[id(parameter)]
+        if name != first and pattern.search(name):
+            return f"{name} is tied to {first}: one tensor, which rules know as {first}"
     examples = assigned[0].name, assigned[len(assigned) // 2].name
     return f"it matches no parameter; names look like {examples[0]} and {examples[1]}"
 

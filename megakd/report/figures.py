@@ -71,7 +71,7 @@ def layout_of() -> dict[str, Any]:
 
 
 def _legend_lines(names: Sequence[str]) -> int:
-    """How many lines a legend of these names takes below a figure of ordinary width; Plotly makes no room for them."""
+    """How many lines a legend of these names takes below a figure of usual width; Plotly makes no room for them."""
     if len(names) < 2:
         return 0
     lines, left = 1, LEGEND_WIDTH
@@ -199,7 +199,7 @@ def plain(text: str) -> str:
 
 
 def write_png(path: Path, charts: Sequence[Chart], stages: Sequence[Border]) -> None:
-    """All charts as one picture, three in a row, with the borders of stages."""
+    """All charts as one picture, three in a row, with lines between stages."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -33,7 +33,7 @@ def build_objective(
 
     facts: those of the training data's manifest. teacher: None where the objective reads cached logits.
     """
-    assert config.objective.live == (teacher is not None), config.objective.kind
+    assert config.objective.live == (teacher is not None)
     half = getattr(torch, config.model.dtype)
     # without DeepSpeed's fp32 masters the weights themselves stay float32, and the forward runs under autocast
     dtype = half if config.engine.kind == "deepspeed" else torch.float32
