@@ -71,7 +71,7 @@ def layout_of() -> dict[str, Any]:
 
 
 def _legend_lines(names: Sequence[str]) -> int:
-    """How many lines a legend of these names takes below a figure of usual width; Plotly makes no room for them."""
+    """How many lines a legend takes below a figure of usual width; Plotly makes no room for them."""
     if len(names) < 2:
         return 0
     lines, left = 1, LEGEND_WIDTH

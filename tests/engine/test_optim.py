@@ -112,6 +112,15 @@ def test_a_rule_that_matches_nothing_is_refused():
         assign_rules(Objective(), rules(("norm", 0.0), ("experst", 0.1)))
 
 
+def test_a_rule_for_a_tied_weight_is_told_its_first_name():
+    objective = Objective()
+    objective.student["lm_head"] = nn.Linear(3, 5, bias=False)
+    objective.student["lm_head"].weight = objective.student["embed"].weight
+    assert assign_rules(objective, rules((".*embed.*", 0.1)))[0].multiplier == 0.1
+    with pytest.raises(UserError, match=r"lm_head\.weight is tied to embed\.weight: one tensor"):
+        assign_rules(objective, rules((".*lm_head.*", 0.1)))
+
+
 def test_a_rule_whose_parameters_are_all_taken_is_refused_naming_by_whom():
     with pytest.raises(UserError) as error:
         assign_rules(
