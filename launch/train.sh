@@ -42,7 +42,7 @@ if [ -n "${HOSTFILE:-}" ]; then
 else
   ranks=${RANKS:-1}
   number RANKS "$ranks"
-  port=${MASTER_PORT:-$("$PYTHON" -c 'from megakd.system.dist import free_port; print(free_port())')}
+  port=${MASTER_PORT:-$("$PYTHON" -c 'from megakd.system.launcher import free_port; print(free_port())')}
   where=(--hostfile '' --master_addr 127.0.0.1 --master_port "$port")
   if [ -n "${CUDA_VISIBLE_DEVICES:-}" ] && [ "${DS_ACCELERATOR:-}" != cpu ] && [ -e /proc/driver/nvidia/version ]; then
     # with --num_gpus, DeepSpeed would ignore it and take the first GPUs of the machine

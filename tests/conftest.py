@@ -32,7 +32,8 @@ from megakd.data.shards import ShardSet
 from megakd.errors import UserError
 from megakd.models.tiny import tiny_moe_config, train_tokenizer
 from megakd.run import Run
-from megakd.system.dist import NVIDIA_DRIVER, free_port
+from megakd.system.dist import NVIDIA_DRIVER
+from megakd.system.launcher import free_port
 from tests.forks import Forked
 
 ROOT = Path(__file__).parent.parent

@@ -130,8 +130,8 @@ def load() -> None:
 
     for module in pkgutil.iter_modules(megakd.commands.__path__):
         importlib.import_module(f"megakd.commands.{module.name}")
-    import deepspeed  # noqa: F401
-
+    # which every engine imports, and which compiles a function: torch's inductor takes 3 s to import
+    importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
     for name in ("engine.deepspeed", "integrations.hf_trainer", "report.html", "tracking"):
         importlib.import_module(f"megakd.{name}")
     for family in FAMILIES:

@@ -12,7 +12,7 @@ import torch.distributed
 
 from megakd.errors import UserError
 from megakd.system.extras import require
-from megakd.system.launcher import read_launcher
+from megakd.system.launcher import free_port, read_launcher
 
 T = TypeVar("T")
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
@@ -113,13 +113,6 @@ def _set_meeting_point(world: World) -> None:
         address, port = "127.0.0.1", str(free_port())
     os.environ["MASTER_ADDR"] = address or "127.0.0.1"
     os.environ["MASTER_PORT"] = port or str(free_port())
-
-
-def free_port() -> int:
-    """A TCP port nobody listens on now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def barrier() -> None:

@@ -1,6 +1,7 @@
 """Which process this is, of how many, by the variables of the launcher that started it; needs no torch."""
 
 import os
+import socket
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -127,3 +128,10 @@ def _number(environ: Mapping[str, str], name: str) -> int | None:
     if not (text.isascii() and text.isdigit() and len(text) < 19):
         raise UserError(f"{name}={text}: expected a whole number from 0, as launchers set it")
     return int(text)
+
+
+def free_port() -> int:
+    """A TCP port nobody listens on now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
