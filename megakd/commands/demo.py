@@ -117,7 +117,7 @@ def _to_the_end(run: Path, until: str) -> None:
     """As `megakd run` brings it there; the process ends with the exit code of a verb that fails."""
     say(f"\n$ megakd run {run} --until {until}")
     try:
-        to_the_end(Run.open(run), until)
+        to_the_end(Run.open(run), until, here=run_verb)
     except VerbFailed as failed:
         say(f"{run}: {failed}; the same command again goes on")
         sys.exit(failed.code)

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from types import FrameType
 from typing import NamedTuple
 
@@ -114,15 +114,18 @@ def plan(run: Run, until: str | None = None) -> None:
     print(table(["verb", "", "why"], rows, left=True))
 
 
-def to_the_end(run: Run, until: str | None = None) -> None:
-    """Run each verb whose result is missing, up to `until`; VerbFailed where one does not end well."""
+def to_the_end(run: Run, until: str | None = None, here: Callable[[list[str]], None] | None = None) -> None:
+    """Run each verb whose result is missing, up to `until`; VerbFailed where one does not end well.
+
+    here: what runs a verb in this process (`VerbsHere`); None: each has a process of its own.
+    """
     from megakd.tracking import check_tracking
 
     check_tracking(run.config.log)  # what train would refuse hours later
     steps, rows, failed = steps_of(run, until), [], None
     begin = time.perf_counter()
     alone = locked(run.path("run.lock"), "is being brought to its end by another process; wait for it or stop it")
-    with alone, Verbs.listening() as verbs:
+    with alone, Verbs.listening() if here is None else nullcontext(VerbsHere(here)) as verbs:
         for number, step in enumerate(steps, start=1):
             verbs.check_stopped(step.verb)
             why = lacks(run, step.verb)
@@ -211,3 +214,20 @@ class Verbs:
         if code and self.stopped:
             return STOPPED
         return code if code >= 0 else 128 - code
+
+
+class VerbsHere(Verbs):
+    """Runs verbs in this process, for models so small that the imports of a process take longer than the verb.
+
+    train has a process of its own all the same: it may start a launcher, and joins the ranks.
+    """
+
+    def __init__(self, here: Callable[[list[str]], None]) -> None:
+        super().__init__()
+        self.here = here
+
+    def run(self, *argv: str) -> int:
+        if argv[0] == "train":
+            return super().run(*argv)
+        self.here(list(argv))
+        return 0

@@ -174,10 +174,10 @@ SETTINGS = {
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_it_is_what_a_real_step_takes(name: str):
-    """The same count to a thousandth, of 97 to 350 MB: all that is left is what kernels take for themselves."""
+    """The same count to a thousandth, of 74 to 350 MB: all that is left is what kernels take for themselves."""
     config, teacher = SETTINGS[name], tiny_moe_config(VOCABULARY)
     peak = predicted_peak(config, teacher, None)
-    assert sum(peak.parts.values()) == peak.total > 90e6
+    assert sum(peak.parts.values()) == peak.total > 70e6
     assert peak.total == pytest.approx(measured_peak(config, teacher, None), rel=0.01)
 
 

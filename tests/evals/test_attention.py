@@ -193,8 +193,9 @@ def test_a_run_measures_it_when_asked(sibling, teacher):
     holdout = ShardSet(run / "data" / "tokens" / "holdout")
     expected = attention_overlap(student, load_model(teacher, torch.float32).eval(), holdout, 2, CPU, "student")
     assert row["attention"] == pytest.approx(expected, rel=1e-6) and 0 < expected < 1
-    assert any(line.startswith("teacher ") and line.split()[6] == "-" for line in said.splitlines())
-    assert any(line.startswith("student-0 ") and line.split()[6] == f"{expected:.4f}" for line in said.splitlines())
+    shown = {line.split()[0]: line.split() for line in reversed(said.splitlines()) if line.strip()}
+    column = header(said).index("attention") - 3  # words of "held out" and "KL to teacher" that are no columns
+    assert shown["teacher"][column] == "-" and shown["student-0"][column] == f"{expected:.1%}"
     assert quality_table([row]).split("\n")[0].split() == header(said)
     assert numbers(row)["attention"] == row["attention"]
     in_process("evaluate", run)

@@ -124,9 +124,9 @@ def test_a_rank_takes_its_gpu_before_it_meets_the_others(alone):
     order: list[str] = []
     alone.setattr(dist, "read_world", lambda: dist.World(0, 1, torch.device("cuda", 1)))
     alone.setattr(torch.cuda, "set_device", lambda device: order.append(str(device)))
-    alone.setattr("deepspeed.init_distributed", lambda **_: order.append("met"))
     for name, value in (("DS_ACCELERATOR", "cpu"), ("LOCAL_SIZE", "0")):
         alone.setenv(name, value)
+    alone.setattr("deepspeed.init_distributed", lambda **_: order.append("met"))  # imported now, for this accelerator
     dist.join_world()
     assert order == ["cuda:1", "met"]
 
