@@ -5,6 +5,7 @@
   experts  a layer of shared-core experts against the naive form and the dense experts, Qwen3-30B-A3B's sizes, one core
   loss     the loss behind the student's head against three matrix products, dense forms, TRL and Liger; V 151,936
   live     a step next to a live teacher, against the loop one writes by hand
+  offline  a step with cached teacher logits, against the same step with a live teacher; 7B to 30B teachers predicted
   evaluate the validation set through the chunked head, against a plain forward pass and stored logits; V 151,936
   temperatures  tails between the declared temperatures against stored ones, on the demo's teacher or a real one
   step     an optimizer step against cross entropy alone, what a run waits for data, DeepSpeed on one rank and on two
@@ -20,6 +21,7 @@ examples:
   OMP_NUM_THREADS=1 python tools/bench.py loss
   OMP_NUM_THREADS=1 python tools/bench.py step
   OMP_NUM_THREADS=1 python tools/bench.py live
+  OMP_NUM_THREADS=1 python tools/bench.py offline
   OMP_NUM_THREADS=1 python tools/bench.py evaluate
 """
 
@@ -39,6 +41,7 @@ from bench.experts import bench_experts
 from bench.fit import bench_fit
 from bench.live import bench_live
 from bench.loss import bench_loss
+from bench.offline import bench_offline
 from bench.rows import show
 from bench.step import bench_step
 from bench.store import bench_store
@@ -55,14 +58,14 @@ def main() -> None:
     accept_any_encoding()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "bench", choices=["store", "evaluate", "experts", "fit", "live", "loss", "step", "temperatures"]
+        "bench", choices=["store", "evaluate", "experts", "fit", "live", "loss", "offline", "step", "temperatures"]
     )
     parser.add_argument("--quick", action="store_true", help="less of everything: within a minute on 2 cores")
     parser.add_argument(
         "--real",
         type=expand,
         metavar="FOLDER",
-        help="store, temperatures: a model folder of tools/make/real_models.py smollm2",
+        help="offline, store, temperatures: a model folder of tools/make/real_models.py smollm2",
     )
     parser.add_argument(
         "--device",
@@ -72,8 +75,8 @@ def main() -> None:
     parser.add_argument("--json", type=expand, metavar="FILE", help="write the rows there too")
     args = parser.parse_args()
     try:
-        if args.real and args.bench not in ("store", "temperatures"):
-            raise UserError("--real is for store and temperatures: the other benchmarks need no model")
+        if args.real and args.bench not in ("offline", "store", "temperatures"):
+            raise UserError("--real is for offline, store and temperatures: the other benchmarks need no model")
         if args.device != "cpu" and args.bench not in ("evaluate", "experts", "live", "loss", "step"):
             raise UserError(
                 "--device is for evaluate, experts, live, loss and step: the other benchmarks run on the CPU"
@@ -87,6 +90,7 @@ def main() -> None:
         benches["live"] = lambda quick: bench_live(quick, args.device)
         benches["loss"] = lambda quick: bench_loss(quick, args.device)
         benches["temperatures"] = lambda quick: bench_temperatures(quick, args.real)
+        benches["offline"] = lambda quick: bench_offline(quick, args.real)
         benches["step"] = lambda quick: bench_step(quick, args.device)
         rows = benches[args.bench](args.quick)
     except UserError as error:

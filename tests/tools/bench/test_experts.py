@@ -74,7 +74,10 @@ def test_rows(small, monkeypatch):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["experts", "--real", "model"], "--real is for store and temperatures: the other benchmarks need no model"),
+        (
+            ["experts", "--real", "model"],
+            "--real is for offline, store and temperatures: the other benchmarks need no model",
+        ),
         (["experts", "--device", "cuda"], "--device cuda: torch sees no GPU here"),
         (
             ["store", "--device", "cuda"],
