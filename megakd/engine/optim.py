@@ -135,6 +135,25 @@ def build_optimizer(
     return torch.optim.AdamW(settings, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=fused or None)
 
 
+def rule_rows(assigned: list[Assignment], rules: tuple[LrRule, ...], optim: OptimConfig) -> list[list[str]]:
+    """A row for each rule and each weight decay: pattern, multiplier, rate, tensors, parameters, weight decay."""
+    groups: dict[tuple[int, float, float], list[nn.Parameter]] = {}
+    for each in assigned:
+        decay = optim.weight_decay if each.multiplier > 0 and decays(each.parameter) else 0.0
+        place = len(rules) if each.rule is None else each.rule  # without a rule: last
+        groups.setdefault((place, each.multiplier, decay), []).append(each.parameter)
+    rows = []
+    for (place, multiplier, decay), parameters in sorted(groups.items(), key=lambda item: (item[0][0], -item[0][2])):
+        pattern = rules[place].pattern if place < len(rules) else "(no rule)"
+        sizes = {id(p): getattr(p, "ds_numel", p.numel()) for p in parameters}  # packed: one tensor, several names
+        rate = f"{optim.lr * multiplier:g}" if multiplier else "frozen"
+        rows.append([pattern, f"{multiplier:g}", rate, str(len(parameters)), f"{sum(sizes.values()):,}", f"{decay:g}"])
+    return rows
+
+
+RULE_HEADERS = ["rule", "x lr", "lr", "tensors", "parameters", "weight decay"]
+
+
 class GroupKey(NamedTuple):
     """What the parameters of one optimizer group share; experts: their group of ranks, where experts are sharded."""
 

@@ -5,6 +5,7 @@ student inside. What Trainer saves is the student alone; its loss is divided by 
 accumulation steps.
 """
 
+import copy
 import json
 import weakref
 from collections.abc import Callable, Sequence
@@ -28,7 +29,7 @@ from megakd.data.batches import collate
 from megakd.data.records import IGNORED, Batch, Rows, Sample, TeacherTargets, with_rows
 from megakd.data.shards import ShardSet
 from megakd.data.tokenizers import bos_of, bos_words, identify_tokenizer
-from megakd.engine.optim import assign_rules, build_optimizer
+from megakd.engine.optim import RULE_HEADERS, assign_rules, build_optimizer, rule_rows
 from megakd.errors import UserError, foreign
 from megakd.identity import DataIdentity, TokenizerIdentity, packing_of
 from megakd.models.hub import copy_code, is_student, load_model
@@ -38,8 +39,10 @@ from megakd.objectives.base import LossReport
 from megakd.objectives.cached import CachedDistillation, stored_in
 from megakd.system.dist import sum_over_ranks
 from megakd.system.logging import say
+from megakd.system.text import table
 
 SAVING_REMEDY = "correct its generation_config.json, or set student.generation_config.do_sample = True before"
+ALSO = {"loss": "total_loss", "ce": "ce_loss", "kl": "kl_loss"}  # terms that the log has under a second name
 STUDENT = "objective.student."  # what the names of an Answering begin with
 Data = Any  # a DistillationDataset, or the folder that it reads
 
@@ -143,7 +146,9 @@ class Answering(nn.Module):
 
 
 class DistillationTrainer(Trainer):
-    """A Trainer of `student` (a transformers model) over shards with teacher targets; data sets or their folders.
+    """A Trainer of `model` (of transformers) over shards with teacher targets; data sets or their folders.
+
+    lr_multipliers: as in the arguments, for those who build them elsewhere. student: the name of `model` in 0.1.
 
     Refused, because their numbers would be others: FSDP, tensor or sequence parallelism, several GPUs in one process.
     """
@@ -152,15 +157,21 @@ class DistillationTrainer(Trainer):
 
     def __init__(
         self,
-        student: Any,
-        args: DistillationTrainingArguments,
-        train_dataset: Data,
+        model: Any = None,
+        args: DistillationTrainingArguments | None = None,
+        train_dataset: Data = None,
         eval_dataset: Data | dict[str, Data] | None = None,
         processing_class: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        *,
+        lr_multipliers: list[dict[str, Any]] | None = None,
+        student: Any = None,
     ):
-        _check_arguments(args)
+        if (model is None) == (student is None):
+            raise UserError("DistillationTrainer: give the student once, as model")
+        student = student if model is None else model
+        args = _check_arguments(args, lr_multipliers)
         if optimizers[0] is not None and args.lr_multipliers:
             raise UserError("optimizers: an optimizer that was given skips lr_multipliers; give one of both")
         train_dataset, eval_dataset = _opened(train_dataset), _opened(eval_dataset)
@@ -207,6 +218,8 @@ class DistillationTrainer(Trainer):
             if {"params", "model", "optimizer_dict"} & settings.keys() or not isinstance(kind, type):
                 raise UserError(f"optim: {args.optim} chooses its parameters itself; lr_multipliers need another one")
             self.optimizer = kind(kept, **settings)
+            rows = rule_rows(assign_rules(answering.objective, args.lr_rules()), args.lr_rules(), optim)
+            say(f"Trainer: parameter groups\n{table(RULE_HEADERS, rows)}")
         return self.optimizer
 
     def compute_loss(
@@ -233,6 +246,7 @@ class DistillationTrainer(Trainer):
         steps = self.state.global_step - self.sums_from
         if "loss" in logs and self.sums and steps:
             logs |= {name: value / steps for name, value in self._summed().items()}
+            logs |= {ours: logs[name] for name, ours in ALSO.items() if name in logs}
         super().log(logs, start_time)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
@@ -269,6 +283,9 @@ class DistillationTrainer(Trainer):
         self.sums = training
         tokens = sums.pop("tokens")
         metrics = {f"{metric_key_prefix}_{name}": value / max(tokens, 1) for name, value in sums.items()}
+        metrics |= {
+            f"{metric_key_prefix}_{ALSO[name]}": metrics[f"{metric_key_prefix}_{name}"] for name in sums.keys() & ALSO
+        }
         share: Any = dataloader.dataset
         return output._replace(metrics={**(output.metrics or {}), **metrics}, num_samples=len(share.dataset))
 
@@ -368,8 +385,8 @@ def _checked(make: Callable[[], Any], prefix: str) -> Any:
         raise UserError(f"{place}: {first['msg'].removeprefix('Value error, ')}, got {first['input']!r}") from None
 
 
-def _check_arguments(args: DistillationTrainingArguments) -> None:
-    """UserError for settings of Trainer that would change the loss, or have no effect."""
+def _check_arguments(args: Any, lr_multipliers: list[dict[str, Any]] | None) -> DistillationTrainingArguments:
+    """With the trainer's own `lr_multipliers`; UserError for settings that would change the loss, or have no effect."""
     if not isinstance(args, DistillationTrainingArguments):
         raise UserError(f"args: DistillationTrainingArguments, not {type(args).__name__}")
     if args.n_gpu > 1:
@@ -380,6 +397,14 @@ def _check_arguments(args: DistillationTrainingArguments) -> None:
         raise UserError("average_tokens_across_devices=False: the loss is a mean over all ranks' labels; leave it out")
     if args.label_smoothing_factor:
         raise UserError("label_smoothing_factor: the loss knows no label smoothing; leave it out")
+    if lr_multipliers is None:
+        return args
+    if args.lr_multipliers and args.lr_multipliers != lr_multipliers:
+        raise UserError("lr_multipliers: the trainer's and those of args differ; leave one of both out")
+    args = copy.copy(args)  # the caller's stay as they are
+    args.lr_multipliers = lr_multipliers
+    args.lr_rules()
+    return args
 
 
 def _opened(data: Any) -> Any:

@@ -9,7 +9,7 @@ from megakd.config.run import RunConfig
 from megakd.config.train import StageConfig
 from megakd.engine.base import Engine
 from megakd.engine.ds_json import deepspeed_config
-from megakd.engine.optim import build_optimizer
+from megakd.engine.optim import RULE_HEADERS, assign_rules, build_optimizer, rule_rows
 from megakd.models.checks import LiveTeacher, check_objective
 from megakd.models.hub import load_model
 from megakd.models.isolation import check_model
@@ -18,6 +18,7 @@ from megakd.objectives.base import Objective
 from megakd.objectives.build import build
 from megakd.system.dist import World
 from megakd.system.logging import say
+from megakd.system.text import table
 
 CPU = torch.device("cpu")
 
@@ -76,6 +77,9 @@ def build_engine(
     zero = (config.engine.deepspeed or {}).get("zero_optimization", {}) if config.engine.kind == "deepspeed" else {}
     offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
     optimizer = build_optimizer(objective, stage.lr_multipliers, config.optim, updates, fused=offloaded)
+    if world.first:
+        rows = rule_rows(assign_rules(objective, stage.lr_multipliers), stage.lr_multipliers, config.optim)
+        say(f"train: stage {stage.name}: parameter groups\n{table(RULE_HEADERS, rows)}")
     if config.engine.activation_checkpointing:
         objective.checkpoint_activations()
     elif config.engine.offload_teacher:

@@ -105,6 +105,32 @@ def test_steps_are_those_of_the_local_engine(make, prepared):
     assert not any(torch.equal(found[name], begin[name]) for name in begin if "wrapper" in name)
 
 
+def test_the_names_that_users_of_trainer_write(prepared, tmp_path, capfd):
+    """model=, lr_multipliers= of the trainer, and the loss under the names of Hugging Face's examples."""
+    changes = {"output_dir": str(tmp_path), "max_steps": 1, "lr_multipliers": None}
+    args = DistillationTrainingArguments(**{**SETTINGS, **changes})
+    student, data = load_model(prepared / "student-0", torch.float32), prepared / "data" / "logits" / "train"
+    trainer = DistillationTrainer(model=student, args=args, train_dataset=data, lr_multipliers=RULES)
+    assert args.lr_multipliers is None and trainer.args.lr_multipliers == RULES
+    trainer.train()
+    row = trainer.state.log_history[0]
+    assert [row[name] for name in ("total_loss", "ce_loss", "kl_loss")] == [row[name] for name in ("loss", "ce", "kl")]
+    printed = capfd.readouterr().err
+    lines = [line.split() for line in printed[printed.index("parameter groups") :].splitlines()]
+    counts = [
+        int(words[-2].replace(",", ""))
+        for words in lines
+        if words and words[0] in ("embed_tokens|layers.0.self_attn", "wrapper", "(no")
+    ]
+    assert sum(counts) == sum(p.numel() for p in student.parameters())
+    assert ["wrapper", "0.5", "0.0005"] in [words[:3] for words in lines] and "frozen" in printed
+    args.lr_multipliers = RULES[:1]
+    with pytest.raises(UserError, match="the trainer's and those of args differ"):
+        DistillationTrainer(model=student, args=args, train_dataset=data, lr_multipliers=RULES)
+    with pytest.raises(UserError, match="give the student once, as model"):
+        DistillationTrainer(student, args, data, student=student)
+
+
 def test_accumulation_makes_no_difference(make):
     one, two = (make(per_device_train_batch_size=8 // n, gradient_accumulation_steps=n) for n in (1, 2))
     for trainer in (one, two):
