@@ -69,7 +69,9 @@ def demo(tmp_path, monkeypatch):
                 run_verb(argv)
 
         monkeypatch.setattr(module, "run_verb", verb)
-        monkeypatch.setattr(module, "to_the_end", lambda run, until: named.append(f"{run.folder.name} until {until}"))
+        monkeypatch.setattr(
+            module, "to_the_end", lambda run, until, here: named.append(f"{run.folder.name} until {until}")
+        )
         return named, in_process("demo", *argv, code=code)
 
     return start
