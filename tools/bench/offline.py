@@ -86,7 +86,12 @@ def pairs(quick: bool, real: Path | None) -> Iterator[tuple[str, Pair]]:
         yield real.name, Pair(student, teacher, real, 1 if quick else 2, 128 if quick else 512)
         return
     teacher = tiny_moe_config(2048, num_hidden_layers=2)
-    sizes = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     student = LlamaConfig(vocab_size=2048, tie_word_embeddings=True, num_key_value_heads=2, **sizes)
     yield "toy", Pair(student, teacher, None, 2, 64)
     if not quick:
