@@ -334,7 +334,8 @@ def test_training_that_fails_is_said(recipe, tmp_path, monkeypatch):
 
 def test_no_file_of_megakd_imports_the_leaves():
     for path in sorted(Path(ROOT, "megakd").rglob("*.py")):
-        assert "hf_trainer" not in path.read_text() or path.name == "hf_trainer.py", path
+        leaf = path.name == "hf_trainer.py" or path.parent.name == "integrations"
+        assert leaf or "hf_trainer" not in path.read_text(), path
 
 
 @pytest.mark.parametrize("world", [1, 3, 5])

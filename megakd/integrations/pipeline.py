@@ -1,0 +1,165 @@
+"""Two calls from Python whose results go into Hugging Face's Trainer: the pieces of a training, and the training.
+
+The work is a run's: its folder is made, or gone on with. `megakd.api` has the calls that stay within a run.
+"""
+
+import importlib
+import json
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from megakd.cli import run_verb
+from megakd.config.objective import CachedConfig
+from megakd.config.parsing import in_our_keys, load_recipe, parse, read_recipe
+from megakd.config.run import RunConfig
+from megakd.config.train import StageConfig
+from megakd.data.tokenizers import load_tokenizer
+from megakd.errors import UserError
+from megakd.integrations.hf_trainer import DistillationDataset, DistillationTrainer, DistillationTrainingArguments
+from megakd.models.hub import load_model
+from megakd.names import as_text, expand
+from megakd.run import Run
+from megakd.system.files import write_json
+from megakd.system.logging import say
+
+Pieces = tuple[Any, DistillationDataset, DistillationDataset | None, Any]
+
+
+def setup_distillation_pipeline(
+    config: Any,
+    teacher_model_path: str | Path | None = None,
+    student_model_path: str | Path | None = None,
+    force_regenerate_logits: bool = False,
+    folder: str | Path | None = None,
+) -> Pieces:
+    """(student, training set, validation set, tokenizer), made in a run's folder; called again it goes on there.
+
+    config: a dict, an OmegaConf object, a recipe's path (JSON, YAML) or a RunConfig; in the keys of MegaKD or of the
+    systems it unites. folder: of the run; default: output_dir of the config's training. The validation set is None
+    where the capture draws tokens, for it has no draws.
+    """
+    tree = _tree(config)
+    folder = expand(folder or _output_dir(tree))
+    raw = _ours(tree)
+    model = {"teacher": teacher_model_path, "student": student_model_path}
+    raw["model"] = {**raw.get("model", {}), **{name: as_text(path) for name, path in model.items() if path is not None}}
+    run = _run(raw, folder)
+    if run.config.objective.live:
+        raise UserError("config: objective.kind has a live teacher, which Trainer has not; use: megakd run RUN")
+    logits = run.path("data", "logits")
+    if force_regenerate_logits and (logits.exists() or logits.is_symlink()):
+        aside = logits.with_name(f"logits-before-{time.strftime('%Y%m%d-%H%M%S')}")
+        logits.rename(aside)
+        say(f"{logits}: is captured again; what was there is {aside.name} now, delete it when nothing needs it")
+    for verb in ["tokenize", *([] if run.config.model.student else ["compress"]), "generate-logits"]:
+        run_verb([verb, str(run.folder)])
+    student = load_model(run.student_folder, torch.float32)
+    holdout = DistillationDataset(logits / "holdout") if run.config.logits.profile == "topk" else None
+    return student, DistillationDataset(logits / "train"), holdout, load_tokenizer(run.student_folder)
+
+
+def run_distillation_training(
+    config: Any,
+    student_model: Any,
+    train_dataset: Any,
+    eval_dataset: Any = None,
+    tokenizer: Any = None,
+    output_dir: str | Path | None = None,
+) -> DistillationTrainer:
+    """The student trained by Trainer through all stages of the config; the trainer of the last one.
+
+    output_dir: of Trainer's checkpoints; default: `trainer` in the config's output_dir. AdamW begins anew in a stage.
+    """
+    tree = _tree(config)
+    folder = expand(output_dir) if output_dir else expand(_output_dir(tree)) / "trainer"
+    settings = parse(_ours(tree), "config")
+    trainer = None
+    for stage in settings.stages:
+        args = _arguments(settings.at(stage), stage, folder / stage.name, len(train_dataset))
+        trainer = DistillationTrainer(student_model, args, train_dataset, eval_dataset, tokenizer)
+        trainer.train()
+    assert trainer is not None
+    return trainer
+
+
+def _tree(config: Any) -> dict[str, Any]:
+    """A configuration as a dict of our keys or of older ones."""
+    if isinstance(config, RunConfig):
+        return config.model_dump(mode="json")
+    if isinstance(config, str | Path):
+        return read_recipe(expand(config), [])[0]
+    if type(config).__module__.partition(".")[0] == "omegaconf" and "omegaconf" in sys.modules:
+        config = importlib.import_module("omegaconf").OmegaConf.to_container(config, resolve=True)
+    if not isinstance(config, dict):
+        raise UserError(f"config: a dict, an OmegaConf object, a path or a RunConfig, not {type(config).__name__}")
+    return json.loads(json.dumps(config, default=str))
+
+
+def _ours(tree: dict[str, Any]) -> dict[str, Any]:
+    return in_our_keys(tree, [], "config", True)[0]
+
+
+def _output_dir(tree: dict[str, Any]) -> str:
+    training = tree.get("training")
+    found = training.get("output_dir") if isinstance(training, dict) else None
+    if not (found or tree.get("output_dir")):
+        raise UserError("config: names no training.output_dir; give folder= (run_distillation_training: output_dir=)")
+    return str(found or tree["output_dir"])
+
+
+def _run(raw: dict[str, Any], folder: Path) -> Run:
+    """The run of a configuration in a folder: a new one, or the one that is there, of the same configuration."""
+    with TemporaryDirectory() as place:
+        recipe = Path(place, "config-from-python.json")
+        write_json(recipe, raw)
+        if not (folder / "config.json").exists():
+            return Run.create(recipe, [], folder)
+        run, wanted = Run.open(folder), load_recipe(recipe)
+    if run.config.fingerprint() != wanted.fingerprint():
+        raise UserError(f"{folder}: a run of another configuration; give another folder=")
+    return run
+
+
+def _arguments(config: RunConfig, stage: StageConfig, folder: Path, samples: int) -> DistillationTrainingArguments:
+    """A stage as Trainer's arguments; UserError for a loss that they cannot say."""
+    optim, objective = config.optim, config.objective
+    if not isinstance(objective, CachedConfig):
+        raise UserError("config: Trainer's loss reads cached logits: set objective.kind=cached")
+    ends = optim.final_lr_ratio if optim.schedule == "cosine" else {"linear": 0.0, "constant": 1.0}[optim.schedule]
+    if optim.schedule == "linear" and optim.final_lr_ratio:
+        say("optim.final_lr_ratio: Trainer's linear schedule ends at 0")
+    kind = {"cosine": "cosine_with_min_lr", "linear": "linear", "constant": "constant_with_warmup"}[optim.schedule]
+    steps = config.steps_of(stage, samples)
+    names = ("alpha", "temperature", "tail", "divergence", "mix")
+    args = DistillationTrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        learning_rate=optim.lr,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.betas[0],
+        adam_beta2=optim.betas[1],
+        adam_epsilon=optim.eps,
+        max_grad_norm=optim.clip_norm,
+        lr_scheduler_type=kind,
+        lr_scheduler_kwargs={"min_lr_rate": ends} if optim.schedule == "cosine" else {},
+        warmup_steps=min(optim.warmup_steps, steps // 2),
+        per_device_train_batch_size=optim.micro_batch,
+        gradient_accumulation_steps=max(optim.batch_tokens // (config.data.sequence_length * optim.micro_batch), 1),
+        bf16=config.model.dtype == "bfloat16" and torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+        logging_steps=config.log.every_steps,
+        seed=config.seed,
+        report_to="none",
+        lr_multipliers=[rule.model_dump() for rule in stage.lr_multipliers],
+        **{f"distillation_{name}": getattr(objective, name) for name in names},
+    )
+    if args.world_size > 1:
+        args.gradient_accumulation_steps = max(args.gradient_accumulation_steps // args.world_size, 1)
+    if args.objective_config() != objective:
+        raise UserError("config: objective has fields that Trainer's arguments do not; use: megakd train RUN")
+    return args

@@ -1,0 +1,55 @@
+"""The two calls of the Python API of a system that MegaKD unites, as its document shows them."""
+
+import json
+import re
+
+import pytest
+
+from megakd.errors import UserError
+from megakd.integrations.pipeline import run_distillation_training, setup_distillation_pipeline
+
+
+def test_the_documented_calls_run_as_pasted(prepared, recipe, tmp_path, monkeypatch, capfd):
+    """Set up, train through both stages, save; set up again goes on, and a forced capture keeps the old one aside."""
+    monkeypatch.chdir(tmp_path)
+    config = json.loads(recipe.read_text())
+    teacher_path = config["model"].pop("teacher")
+    config["output_dir"] = "outputs"
+    for stage in config["stages"]:
+        stage.pop("tokens", None)
+        stage["steps"] = 1
+    config["data"]["tokens"] = 2000
+    student_path = prepared / "student-0"
+
+    def set_up(force: bool):
+        return setup_distillation_pipeline(
+            config=config,
+            teacher_model_path=teacher_path,
+            student_model_path=student_path,
+            force_regenerate_logits=force,
+        )
+
+    student_model, train_dataset, eval_dataset, tokenizer = set_up(False)
+    trainer = run_distillation_training(
+        config=config,
+        student_model=student_model,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        tokenizer=tokenizer,
+    )
+    assert trainer.state.global_step == 1 and (tmp_path / "outputs/config.json").exists()
+    trainer.save_model("./final_model")
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
+        p.name for p in (tmp_path / "final_model").iterdir()
+    }
+    assert len(set_up(True)[1]) == len(train_dataset)
+    assert re.search(r"is captured again; what was there is logits-before-", capfd.readouterr().err)
+    assert len(list((tmp_path / "outputs/data").glob("logits-before-*"))) == 1
+    config["seed"] = 5
+    with pytest.raises(UserError, match="a run of another configuration; give another folder="):
+        set_up(False)
+
+
+def test_a_config_of_another_kind_is_refused():
+    with pytest.raises(UserError, match="a dict, an OmegaConf object, a path or a RunConfig, not int"):
+        setup_distillation_pipeline(3)
