@@ -5,6 +5,7 @@ The work is a run's: its folder is made, or gone on with. `megakd.api` has the c
 
 import importlib
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,7 +14,6 @@ from typing import Any
 
 import torch
 
-from megakd.cli import run_verb
 from megakd.config.objective import CachedConfig
 from megakd.config.parsing import in_our_keys, load_recipe, parse, read_recipe
 from megakd.config.run import RunConfig
@@ -57,7 +57,8 @@ def setup_distillation_pipeline(
         logits.rename(aside)
         say(f"{logits}: is captured again; what was there is {aside.name} now, delete it when nothing needs it")
     for verb in ["tokenize", *([] if run.config.model.student else ["compress"]), "generate-logits"]:
-        run_verb([verb, str(run.folder)])
+        if code := subprocess.call([sys.executable, "-m", "megakd", verb, str(run.folder)]):
+            raise UserError(f"{run.folder}: {verb} ended with exit code {code}; call this again to go on")
     student = load_model(run.student_folder, torch.float32)
     holdout = DistillationDataset(logits / "holdout") if run.config.logits.profile == "topk" else None
     return student, DistillationDataset(logits / "train"), holdout, load_tokenizer(run.student_folder)
