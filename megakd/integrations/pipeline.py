@@ -114,7 +114,7 @@ def _output_dir(tree: dict[str, Any]) -> str:
 
 
 def _run(raw: dict[str, Any], folder: Path) -> Run:
-    """The run of a configuration in a folder: a new one, or the one that is there, of the same configuration."""
+    """The run of a configuration in a folder: a new one, or the existing one of the same configuration."""
     with TemporaryDirectory() as place:
         recipe = Path(place, "config-from-python.json")
         write_json(recipe, raw)
