@@ -86,6 +86,7 @@ def _run_verb(argv: list[str]) -> None:
         prog=f"megakd {verb}",
         description=command.__doc__ or line,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
         epilog=_sections(getattr(command, "SECTIONS", ())),
     )
     if opens_run:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megakd.cli import run_verb
-from megakd.config.effects import idle_fields
+from megakd.config.effects import check, idle_fields
 from megakd.config.parsing import apply_overrides, parse
 from megakd.config.run import flatten, is_mutable
 from megakd.data.documents import source_files
@@ -44,7 +44,8 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are UserErrors: one line without the usage, which has tens of flags here."""
 
     def __init__(self, description: str | None, **more: Any):
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **more)
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=form, allow_abbrev=False, **more)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
@@ -128,6 +129,7 @@ def settled(value: dict[str, Any], overrides: Sequence[str], kind: str, source: 
     value["model"]["teacher"] = model_place(config.model.teacher, "teacher_model")
     value["model"]["student"] = model_place(str(config.model.student), "student_model", found=True)
     value["data"]["source"] = data_place(config.data.source)
+    check(parse(value, source), source)  # as `new` does, before anything is written
     return value
 
 

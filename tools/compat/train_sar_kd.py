@@ -54,7 +54,8 @@ from megakd.config.objective import SarConfig
 from megakd.config.parsing import parse
 from megakd.errors import UserError
 from megakd.models.checks import one_tokenizer
-from megakd.models.hub import load_config
+from megakd.models.hub import empty_model, load_config
+from megakd.models.routing import describe, find_routers
 from megakd.names import expand, resolve
 from megakd.system.logging import say
 from megakd.system.terminal import accept_any_encoding
@@ -67,8 +68,12 @@ def main(argv: list[str] | None = None) -> None:
     with one_line("train_sar_kd"):
         args = build_parser().read(argv, greedy="router_patterns")
         value = recipe(args)
-        compares = one_tokenizer(parse(value, "flags"))
+        config = parse(value, "flags")
+        compares = one_tokenizer(config)
         warn(args, value)
+        teacher = resolve(config.model.teacher, config.model.revision, weights=False)
+        routers = find_routers(empty_model(teacher), config.model.teacher, config.objective.patterns)
+        say(f"train_sar_kd: learns {describe(routers)}")
         to_the_end(open_run(args.output_dir, value), compares)
 
 
