@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megakd.cli import run_verb
-from megakd.commands.run import VerbFailed, to_the_end
+from megakd.commands.run import to_the_end
 from megakd.config.parsing import load_recipe
 from megakd.config.run import flatten, is_mutable
 from megakd.errors import UserError
@@ -27,6 +27,7 @@ from megakd.report.tables import quality_table
 from megakd.run import Run
 from megakd.system.logging import say
 from megakd.system.text import clock
+from megakd.system.verbs import VerbFailed
 
 RECIPE = "demo"
 

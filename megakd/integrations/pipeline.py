@@ -150,7 +150,6 @@ def _arguments(config: RunConfig, stage: StageConfig, folder: Path, samples: int
         lr_scheduler_kwargs={"min_lr_rate": ends} if optim.schedule == "cosine" else {},
         warmup_steps=min(optim.warmup_steps, steps // 2),
         per_device_train_batch_size=optim.micro_batch,
-        gradient_accumulation_steps=max(optim.batch_tokens // (config.data.sequence_length * optim.micro_batch), 1),
         bf16=config.model.dtype == "bfloat16" and torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
         logging_steps=config.log.every_steps,
@@ -159,8 +158,15 @@ def _arguments(config: RunConfig, stage: StageConfig, folder: Path, samples: int
         lr_multipliers=[rule.model_dump() for rule in stage.lr_multipliers],
         **{f"distillation_{name}": getattr(objective, name) for name in names},
     )
-    if args.world_size > 1:
-        args.gradient_accumulation_steps = max(args.gradient_accumulation_steps // args.world_size, 1)
+    at_once = optim.micro_batch * args.world_size
+    if config.windows_per_step % at_once or optim.batch_tokens % config.data.sequence_length:
+        raise UserError(
+            f"config: optim.batch_tokens={optim.batch_tokens} is no whole number of micro-batches of "
+            f"{optim.micro_batch} sequences of {config.data.sequence_length} tokens on {args.world_size} ranks"
+        )
+    args.gradient_accumulation_steps = config.windows_per_step // at_once
+    if config.model.dtype != "float32" and not args.bf16:
+        say(f"model.dtype={config.model.dtype}: Trainer computes in float32 here")
     if args.objective_config() != objective:
         raise UserError("config: objective has fields that Trainer's arguments do not; use: megakd train RUN")
     return args

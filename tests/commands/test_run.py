@@ -14,11 +14,12 @@ import pytest
 
 import megakd.commands.run as module
 from megakd.cli import run_verb
-from megakd.commands.run import VerbFailed, Verbs, steps_of, to_the_end
+from megakd.commands.run import steps_of, to_the_end
 from megakd.config.parsing import parse
 from megakd.errors import UserError
 from megakd.run import Run
 from megakd.system.signals import STOPPED
+from megakd.system.verbs import VerbFailed, Verbs
 from tests.conftest import forked, in_process, kill_when
 
 ALL = ["tokenize", "compress", "generate-logits", "train", "evaluate", "export", "report"]
@@ -126,7 +127,7 @@ def test_a_stop_signal_goes_to_the_verb_and_gives_85(tmp_path, number, code):
     """The child ends by the signal's default, as tokenize does."""
     program = f"""
 import sys, threading, os, time, signal
-from megakd.commands.run import Verbs
+from megakd.system.verbs import Verbs
 with Verbs.listening() as verbs:
     sys.executable = {str(fake(tmp_path))!r}
     print("ready", flush=True)
@@ -154,7 +155,7 @@ def test_a_verb_that_another_signal_killed_is_no_stop(tmp_path):
     path.write_text("#!/bin/sh\nkill -9 $$\n")
     path.chmod(0o755)
     with Verbs.listening() as verbs, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module.sys, "executable", str(path))
+        patch.setattr(sys, "executable", str(path))
         assert verbs.run("train") == 137
         assert not verbs.stopped
         os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,84 @@
+"""Start verbs of MegaKD one after another: in processes of their own, to which signals are passed on, or here."""
+
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+
+STOPPED = 85  # `megakd.system.signals`, without its libraries
+
+
+class VerbFailed(Exception):
+    """A verb ended with another exit code than 0."""
+
+    def __init__(self, verb: str, code: int):
+        super().__init__(f"{verb} ended with exit code {code}")
+        self.verb, self.code = verb, code
+
+
+class Verbs:
+    """Starts verbs in processes of their own, so that each one's memory is free for the next; signals go to them."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen[bytes] | None = None
+        self.stopped = False
+
+    @classmethod
+    @contextmanager
+    def listening(cls) -> Iterator["Verbs"]:
+        verbs = cls()
+        numbers = (signal.SIGTERM, signal.SIGUSR1)
+        before = {number: signal.signal(number, verbs._pass_on) for number in numbers}
+        try:
+            yield verbs
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        self.stopped = True
+        if self.process is not None:
+            with suppress(ProcessLookupError):
+                self.process.send_signal(number)
+
+    def check_stopped(self, verb: str) -> None:
+        """VerbFailed with the code of a stop, where a signal came between two verbs."""
+        if self.stopped:
+            raise VerbFailed(verb, STOPPED)
+
+    def run(self, *argv: str) -> int:
+        """`megakd ARGV` to its end; its exit code, 85 where a stop signal ended it, 128 + N where another signal N."""
+        self.process = subprocess.Popen([sys.executable, "-m", "megakd", *argv])
+        if self.stopped:  # the signal came before there was a process to pass it to
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            code = self.process.wait()
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():  # a terminal sends it to both
+                self.process.send_signal(signal.SIGINT)
+            self.process.wait()
+            raise
+        finally:
+            self.process = None
+        if code and self.stopped:
+            return STOPPED
+        return code if code >= 0 else 128 - code
+
+
+class VerbsHere(Verbs):
+    """Runs verbs in this process, for models so small that the imports of a process take longer than the verb.
+
+    train has a process of its own all the same: it may start a launcher, and joins the ranks.
+    """
+
+    def __init__(self, here: Callable[[list[str]], None]) -> None:
+        super().__init__()
+        self.here = here
+
+    def run(self, *argv: str) -> int:
+        if argv[0] == "train":
+            return super().run(*argv)
+        self.here(list(argv))
+        return 0
