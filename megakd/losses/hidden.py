@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from megakd.data.records import Rows, rows_of
 
-# Of a variance, that a constant vector has a gradient: scale has no say down to a standard deviation of some 1e-3.
+# Added to a variance, so that a constant vector has a gradient; negligible above a standard deviation of about 1e-3.
 VARIANCE_FLOOR = 1e-8
 # Of an attention probability. Its inverse is the largest slope, and that times a loss scale must fit float32.
 ATTENTION_FLOOR = 1e-20
@@ -61,8 +61,9 @@ def attention_loss(student_BHTT: Tensor, teacher_BGTT: Tensor, counted_BT: Tenso
 def contrastive_loss(student_BTD: Tensor, teacher_BTD: Tensor, counted_BT: Tensor | Rows, temperature: float) -> Tensor:
     """sum over counted i of -log of exp(cos(s_i, t_i) / T) / sum_j exp(cos(s_i, t_j) / T), j counted in i's window.
 
-    Negatives from the same window alone: the batch has no say. 0 for a window of fewer than two. A window needs T x T
-    similarities. (InfoNCE: van den Oord et al. 2018, section 2.3; between models: Sun et al. 2020, CoDIR, section 3.)
+    Negatives from the same window alone, whatever else is in the batch. 0 for a window of fewer than two. A window
+    needs T x T similarities. (InfoNCE: van den Oord et al. 2018, section 2.3; between models: Sun et al. 2020,
+    CoDIR, section 3.)
     """
     assert student_BTD.shape == teacher_BTD.shape, (student_BTD.shape, teacher_BTD.shape)
     rows, windows = as_rows(counted_BT), []

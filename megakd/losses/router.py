@@ -32,7 +32,7 @@ def load_balance(logits_BTE: Tensor, experts_BTk: Tensor, counted_BT: Tensor) ->
     """E * sum over e of f_e P_e of each window, [B]; 1 where experts are used alike, E / k where k take all.
 
     f_e: the share of the window's routed rows that expert e gets, P_e: its mean probability (Fedus et al. 2021, section
-    2.2; by window as in DeepSeek-V3, section 2.1.2, but with softmax), both over counted positions: padding has no say.
+    2.2; by window as in DeepSeek-V3, section 2.1.2, but with softmax), both over counted positions: padding is ignored.
     0 without any.
     """
     experts = logits_BTE.shape[-1]

@@ -1,7 +1,8 @@
 """Work that any number of processes share through a folder: a task is done when its file is there.
 
-No coordinator and no ranks: a process takes whatever is ready and not held by another. A killed one releases its task
-(the lock is the kernel's), and whoever comes next does it again. Start as many as there are machines, at any time.
+No coordinator and no ranks: a process takes any task that is ready and not held by another. A killed one
+releases its task (the lock is the kernel's), and the next process does it again. Start as many as there are machines,
+at any time.
 """
 
 import fcntl
