@@ -82,6 +82,7 @@ RULES: tuple[Rule, ...] = (
         lambda c: not _of(c, "contrastive"),
         "objective.contrastive=0 switches it off",
     ),
+    Rule(("objective.progressive_layers",), lambda c: not _of(c, "layers"), "objective.layers=0 switches it off"),
     Rule(
         ("objective.gap",),
         lambda c: not _of(c, "kl"),

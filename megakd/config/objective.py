@@ -152,6 +152,11 @@ class OnlineConfig(LossConfig):
     feature: float = Field(0.1, ge=0, description="weight of the last hidden states")
     attention: float = Field(0.1, ge=0, description="weight of the attention maps")
     layers: float = Field(0.05, ge=0, description="weight of every layer's hidden states")
+    progressive_layers: bool = Field(
+        False,
+        description="layers: compare the student's lowest layer alone at the start of each stage, one more in equal "
+        "parts of it, all at its end",
+    )
     contrastive: float = Field(0.05, ge=0, description="weight of the contrastive loss over a sequence's positions")
     contrastive_temperature: float = Field(0.1, gt=0, description="temperature of the contrastive loss")
     gap: float = Field(0.0, ge=0, description="positions count for D by their KL at T = 1 to this power")

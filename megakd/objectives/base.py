@@ -42,10 +42,16 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def restore(self, auxiliary: Mapping[str, Tensor]) -> None:
-        """Set what is trained besides the student, and its buffers, by name."""
+        """Set what is trained besides the student, and its buffers, by name.
+
+        What other stages train, and this one does not, becomes a buffer of that name: checkpoints keep it as it is.
+        """
         mine = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         for name, tensor in auxiliary.items():
-            mine[name].copy_(tensor)
+            if name in mine:
+                mine[name].copy_(tensor)
+            else:
+                _keep(self, name, tensor)
 
     def at(self, share: float, step: int = 0) -> None:
         """Set alpha and the temperature for this share of the stage, 0 to 1; step: those done in all. Once a step."""
@@ -75,6 +81,16 @@ class Objective(nn.Module):
         damaged = [name for name, values in memory.items() if not all(map(math.isfinite, values))]
         self.memory |= {name: list(values) for name, values in memory.items() if name not in damaged}
         return damaged
+
+
+def _keep(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Register a buffer by its whole name, below modules that hold nothing else."""
+    *places, last = name.split(".")
+    for place in places:
+        if place not in module._modules:
+            module.add_module(place, nn.Module())
+        module = module.get_submodule(place)
+    module.register_buffer(last, tensor)
 
 
 def check_spans(config: LossConfig) -> None:

@@ -7,6 +7,7 @@ takes, which of them count more, and which positions do.
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +42,7 @@ class OnlineDistillation(Objective):
     F: normalised error of the last hidden states behind a projection; L: that of every layer of the student to the one
     that `layer_map` gives it, mean over layers, behind one projection for all (TinyBERT); A: KL of the attentions of
     the same layers, mean over layers; C: each position's last hidden state finds the teacher's among its window's.
+    progressive_layers: of L's layers the lowest count alone, one more in equal parts of a stage, in the end all.
     A part with weight 0 costs nothing: attention maps, which need the eager attention, are made only when asked for.
 
     gap: positions count for D by (KL at T = 1)^gap, with mean 1 over a window.
@@ -88,6 +90,8 @@ class OnlineDistillation(Objective):
 
     def at(self, share: float, step: int = 0) -> None:
         super().at(share, step)
+        layers = len(self.layer_of)
+        self.layer_count = min(int(share * layers) + 1, layers) if self.online.progressive_layers else layers
         if self.online.routing == "capacity":
             share = self.memory["capacity"][0]
         rule = self.online.routing, self.online.initial_top_k, self.online.final_top_k
@@ -142,10 +146,13 @@ class OnlineDistillation(Objective):
                 taken["contrastive"] = online.contrastive, value
         if online.layers:
             pairs = zip(own.hidden_states[1:], (theirs.hidden_states[1 + i] for i in self.layer_of), strict=True)
+            pairs = islice(pairs, self.layer_count)
             values = [
                 feature_loss(self.layer_projector(units.own(s)), units.theirs(t), units.counted) for s, t in pairs
             ]
             taken["layers"] = online.layers, torch.stack(values).mean()
+            if online.progressive_layers:
+                named["layers_compared"] = (batch.labels != IGNORED).sum() * self.layer_count
         if online.attention:
             pairs = zip(own.attentions, (theirs.attentions[i] for i in self.layer_of), strict=True)
             values = [attention_loss(units.own_maps(s), units.their_maps(t), units.counted) for s, t in pairs]

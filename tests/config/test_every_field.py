@@ -373,6 +373,7 @@ FIELDS: dict[str, Seen | Listed] = {
     "objective.feature": Seen(0.5, objective),
     "objective.attention": Seen(0.5, objective),
     "objective.layers": Seen(0.5, objective),
+    "objective.progressive_layers": Seen(True, objective),
     "objective.contrastive": Seen(0.5, objective),
     "objective.contrastive_temperature": Seen(0.5, objective),
     "objective.gap": Seen(1.0, objective),

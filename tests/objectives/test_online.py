@@ -180,6 +180,26 @@ def test_top_k_follows_the_capacity(made, batch):
     assert objective(batch).terms["capacity"].item() / counted == pytest.approx(objective.memory["capacity"][0])
 
 
+def test_layers_join_from_the_lowest_in_equal_parts_of_a_stage(made, batch):
+    objective = made(**NONE | {"layers": 1.0}, progressive_layers=True, depth=3)
+    parts = []
+    for share, count in ((0.0, 1), (0.33, 1), (0.34, 2), (0.66, 2), (0.67, 3), (1.0, 3)):
+        objective.at(share)
+        own, theirs = asked(objective.student, batch), asked(objective.held[0], batch)
+        each = [
+            feature_loss(
+                objective.layer_projector(own.hidden_states[i + 1]), theirs.hidden_states[j + 1],
+                batch.labels != IGNORED,
+            ).item()
+            for i, j in ((0, 0), (1, 1), (2, 1))
+        ]  # fmt: skip
+        terms = objective(batch).terms
+        assert terms["layers"].item() == pytest.approx(sum(each[:count]) / count, rel=1e-5), share
+        assert terms["layers_compared"] == count * (batch.labels != IGNORED).sum()
+        parts.append(terms["layers"].item())
+    assert len({round(value, 3) for value in parts}) == 3
+
+
 @pytest.mark.parametrize("kind, mix", [("reverse_kl", 0.5), ("jsd", 0.3), ("skew_kl", 0.1), ("tvd", 0.5)])
 def test_the_divergence_that_is_asked_for_is_trained(made, batch, kind, mix):
     """It was accepted, and the KL trained instead."""

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from megakd.objectives.base import LossReport
 from megakd.objectives.online import OnlineDistillation
@@ -56,6 +58,60 @@ def test_it_resumes_and_ranks_give_the_local_curve(trained, tmp_path):
             assert mine.keys() == theirs.keys()
             numbers = {name: value for name, value in theirs.items() if isinstance(value, float)}
             assert {name: mine[name] for name in numbers} == pytest.approx(numbers, rel=2e-4, abs=2e-5), zero
+
+
+STAGES = [
+    {"name": "low", "steps": 3, "objective": {"feature": 0, "contrastive": 0, "attention": 0, "layers": 1,
+                                              "progressive_layers": True}},
+    {"name": "maps", "steps": 2, "objective": {"layers": 0, "routing": "all", "importance": 0}},
+    {"name": "all", "steps": 2},
+]  # fmt: skip
+
+
+def auxiliary(run: Run, checkpoint: str) -> dict[str, Any]:
+    return load_file(run.path("checkpoints", checkpoint, "auxiliary.safetensors"))
+
+
+def train_interrupted(run: Run, steps: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train to the end, through an exception after each of these steps and before its checkpoint."""
+    observe = OnlineDistillation.observe
+
+    def interrupted(self: Any, *args: Any) -> None:
+        observe(self, *args)
+        if steps_logged(run) + 1 in steps:
+            steps.remove(steps_logged(run) + 1)
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OnlineDistillation, "observe", interrupted)
+        for _ in range(len(steps)):
+            with pytest.raises(KeyboardInterrupt):
+                in_process("train", run.folder)
+        in_process("train", run.folder)
+
+
+def test_stages_with_other_components_resume_and_keep_what_is_off(trained, tmp_path, monkeypatch):
+    """A stage without the projection of one before it ended with a KeyError."""
+    settings = ["checkpoint.every_steps=1", f"stages={json.dumps(STAGES)}"]
+    whole, resumed = (Run.create(trained, settings, tmp_path / name) for name in ("whole", "resumed"))
+    in_process("train", whole.folder)
+    train_interrupted(resumed, {2, 5, 7}, monkeypatch)
+    rows = metrics(whole.folder)
+    assert metrics(resumed.folder) == rows and len(rows) == 7
+    parts = ("feature", "attention", "layers", "contrastive")
+    assert [{name for name in parts if name in row} for row in rows] == [
+        *[{"layers"}] * 3,
+        *[{"feature", "attention", "contrastive"}] * 2,
+        *[set(parts)] * 2,
+    ]
+    assert [row.get("layers_compared") for row in rows] == [1, 2, 2, None, None, None, None]
+    first, kept, last = (auxiliary(whole, at) for at in ("low/step-000003", "maps/step-000005", "all/step-000007"))
+    name = "layer_projector.weight"
+    assert first.keys() == {name} and kept.keys() == last.keys() == {name, "projector.weight"}
+    assert torch.equal(kept[name], first[name]) and not torch.equal(last[name], kept[name])
+    for at in ("low/step-000002", "maps/step-000004", "all/step-000007"):
+        mine, theirs = auxiliary(resumed, at), auxiliary(whole, at)
+        assert mine.keys() == theirs.keys() and all(torch.equal(mine[n], theirs[n]) for n in mine)
 
 
 def finite(memory: dict[str, list[float]]) -> bool:
