@@ -10,19 +10,13 @@ from typing import Any
 
 from megakd.config.effects import check, idle_fields
 from megakd.config.parsing import apply_overrides, in_our_keys, load_recipe, parse, parse_frozen
+from megakd.config.products import PRODUCTS, STUDENT, differences
 from megakd.config.run import RunConfig, flatten, is_mutable
 from megakd.errors import UserError
 from megakd.names import expand, find_recipe, may_be_hub_id, resolve
 from megakd.system.files import append_json, read_json, read_json_lines, settle, write_json
 from megakd.system.launcher import read_launcher
 from megakd.system.version import made_with
-
-# What a sibling run may take over from the run it was made from, and the sections each thing depends on.
-ARTIFACTS = {
-    "student-0": ("model", "compress"),
-    "data/tokens": ("model", "data"),
-    "data/logits": ("model", "data", "logits"),
-}
 
 
 class Run:
@@ -36,7 +30,7 @@ class Run:
     def create(cls, recipe: str | Path, overrides: Iterable[str], folder: str | Path) -> "Run":
         """Resolve a recipe (a file, the name of a shipped one, or a run's folder) once and freeze it in `folder`.
 
-        From a run's folder, the student and data that the changed sections do not touch are linked, not made again.
+        From a run's folder, the student and data that do not depend on what changed are linked (config/products.py).
         """
         folder, overrides = expand(folder), list(overrides)
         if (folder / "config.json").exists():
@@ -123,15 +117,18 @@ class Run:
         return resolve(student, revision) if may_be_hub_id(student) else expand(student)
 
     def _link_from(self, other: "Run") -> None:
-        linked = []
-        for name, sections in ARTIFACTS.items():
+        """Link what `other` has and this run would make alike; what is not linked is recorded with the reason."""
+        linked, left = [], {}
+        for name in PRODUCTS:
             theirs = other.path(name)
-            if name == "data/logits" and self.config.logits.profile != "topk":
-                sections = (*sections, "seed")  # draws depend on it
-            if name == "student-0" and self.config.compress.calibration_tokens:
-                sections = (*sections, "data")
-            if theirs.exists() and self.config.fingerprint(*sections) == other.config.fingerprint(*sections):
+            if name == STUDENT and self.config.model.student:
+                continue  # compress makes none
+            if not theirs.exists():
+                left[name] = "there is none"
+            elif different := differences(name, self.config, other.config):
+                left[name] = ", ".join(different)
+            else:
                 self.path(name).parent.mkdir(parents=True, exist_ok=True)
                 self.path(name).symlink_to(os.path.relpath(theirs.resolve(), self.path(name).parent.resolve()))
                 linked.append(name)
-        self.record("link", run=str(other.folder), linked=linked)
+        self.record("link", run=str(other.folder), linked=linked, not_linked=left)

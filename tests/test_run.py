@@ -1,11 +1,13 @@
 import json
 import shutil
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megakd.commands import new
 from megakd.errors import UserError
 from megakd.run import Run
 from megakd.system.files import read_json, read_json_lines, write_json
@@ -153,6 +155,8 @@ def test_wrong_override_names_the_file(made):
         (["compress.rank=8"], ("data/tokens", "data/logits")),
         (["compress.rank=8", "logits.top_k=32"], ("data/tokens",)),
         (["model.teacher=other"], ()),
+        (["model.student=other"], ("data/tokens", "data/logits")),
+        (["model.dtype=bfloat16"], ("data/tokens", "data/logits")),
     ],
 )
 def test_sibling_links_what_its_changes_do_not_touch(made, tmp_path, overrides, linked):
@@ -162,7 +166,11 @@ def test_sibling_links_what_its_changes_do_not_touch(made, tmp_path, overrides, 
         if name in linked:
             assert sibling.path(name, "file").read_text() == name and sibling.path(name).samefile(made.path(name))
     assert [event["event"] for event in history(sibling)] == ["new", "link"]
-    assert history(sibling)[-1]["linked"] == list(linked)
+    event = history(sibling)[-1]
+    assert event["linked"] == list(linked)
+    assert set(event["not_linked"]) == set(MADE) - {*linked, *(["student-0"] if sibling.config.model.student else [])}
+    for why in event["not_linked"].values():
+        assert overrides[0].partition("=")[0] in why or overrides[-1].partition("=")[0] in why
     assert not sibling.path("metrics.jsonl").exists()
 
 
@@ -179,6 +187,15 @@ def test_sibling_of_a_sibling_outlives_it(made, tmp_path):
     assert last.path("data", "tokens", "file").read_text() == "data/tokens"
     moved = (tmp_path / "runs").rename(tmp_path / "moved")  # links are relative
     assert (moved / "c" / "student-0" / "file").read_text() == "student-0"
+
+
+def test_new_says_what_is_linked_and_why_the_rest_is_not(made, tmp_path, capsys):
+    shutil.rmtree(made.path("student-0"))
+    new.main(Namespace(recipe=str(made.folder), overrides=["logits.top_k=32"], run=str(tmp_path / "b")))
+    said = capsys.readouterr().err
+    assert f"data/tokens: linked from {made.folder}\n" in said
+    assert f"data/logits: not linked from {made.folder}: logits.top_k is 32 instead of 64\n" in said
+    assert f"student-0: not linked from {made.folder}: there is none\n" in said
 
 
 def test_a_plain_recipe_links_nothing(recipe, made, tmp_path):

@@ -12,12 +12,15 @@ examples:
   megakd generate-logits runs/a --max-tokens 1e8      the first 100M tokens; without it, later, the rest
   megakd generate-logits runs/a --part 0/4            worker 0 of 4, on any machine that sees the folder
   megakd generate-logits runs/a --reread              finished shards are hashed again, damaged ones redone
+  megakd generate-logits runs/a --force               capture everything again; the old logits are set aside
   sbatch --array=0-15 launch/generate_logits.sbatch runs/a
   deepspeed --num_gpus 8 --module megakd generate-logits runs/a logits.parallel=zero3
 """
 
 import argparse
 import re
+import time
+from pathlib import Path
 
 from megakd.capture.pipeline import Worker, capture_part, make_codebook, part_of
 from megakd.capture.source import Capture
@@ -48,6 +51,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=float, help="capture only the first shards that hold so many tokens")
     parser.add_argument("--part", default="0/1", metavar="I/N", help="take part I of N of the shards (0/1: all)")
     parser.add_argument("--reread", action="store_true", help="hash finished shards again and redo damaged ones")
+    parser.add_argument("--force", action="store_true", help="set existing logits aside and capture them again")
 
 
 def missing(run: Run) -> str | None:
@@ -62,6 +66,11 @@ def missing(run: Run) -> str | None:
 def main(run: Run, args: argparse.Namespace) -> None:
     world = join_world() if run.config.logits.parallel != "replica" else take_device(read_world())
     worker = _worker(args.part, world)
+    if args.force and worker.workers > 1:
+        raise UserError(
+            f"--force: each of {worker.workers} workers would set aside what the others write; rename "
+            f"{run.path('data', 'logits')}, and start them without --force"
+        )
     if args.max_tokens is not None and not args.max_tokens > 0:
         raise UserError(f"--max-tokens {args.max_tokens:g}: expected a number above 0, like 1e8")
     folder = resolve(run.config.model.teacher, run.config.model.revision)
@@ -89,6 +98,8 @@ def main(run: Run, args: argparse.Namespace) -> None:
     check_tables(model, folder, tokenizer.vocab_size, length)
     if run.config.logits.parallel == "autoep":
         check_preset(model.config.model_type, folder)
+    if args.force:
+        _set_aside(run.path("data", "logits"))
     capture = Capture(run, folder, world, tokenizer.vocab_size)
     parts = [part_of(run, name, tokens) for name, tokens in sets.items()]
     book = make_codebook(capture, next(part for part in parts if part.name == "train"))
@@ -100,6 +111,14 @@ def main(run: Run, args: argparse.Namespace) -> None:
         share = f"{worker.number}/{worker.workers}"
         run.record("generate-logits", part=part.name, worker=share, shards=made, megakd=made_with())
     close_world()
+
+
+def _set_aside(logits: Path) -> None:
+    """Rename existing logits; of linked ones the link alone, so that the run that they are in keeps them."""
+    if logits.is_symlink() or logits.exists():
+        aside = logits.with_name(f"logits-before-{time.strftime('%Y%m%d-%H%M%S')}")
+        logits.rename(aside)
+        say(f"{logits}: captured again; the old logits are {aside.name} now, delete it when nothing needs it")
 
 
 def _worker(part: str, world: World) -> Worker:

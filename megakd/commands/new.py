@@ -3,7 +3,8 @@
 The recipe (a JSON or YAML file, the name of a shipped one, or another run's folder) and the overrides are resolved
 once, completed with defaults, checked, and frozen in RUN/config.json; every other verb reads that file alone. A field
 that has no effect under the others is refused, or, where something else takes its place, named.
-From another run's folder, the student and the data that the overrides do not touch are linked, not made again.
+From another run's folder, student, tokens and logits that do not depend on what changed are linked, not made again;
+it says which, and of the others what differs.
 
 Keys of the systems that MegaKD unites and of Hugging Face's Trainer (loss.alpha, training.learning_rate,
 distillation.dataset.name, …) are put under our own, in a file or as overrides; each is said. In YAML 5e-5 is a number,
@@ -35,5 +36,9 @@ def main(args: argparse.Namespace) -> None:
     run = Run.create(args.recipe, args.overrides, args.run)
     for line in notices(run.config):
         say(f"{run.folder}: {line}")
-    linked = [name for name in ("student-0", "data/tokens", "data/logits") if run.path(name).is_symlink()]
-    say(f"{run.folder}: a new run, {run.config.fingerprint()}" + (f", sharing {', '.join(linked)}" if linked else ""))
+    say(f"{run.folder}: a new run, {run.config.fingerprint()}")
+    for event in run.events("link"):
+        for name in event["linked"]:
+            say(f"{run.folder}: {name}: linked from {event['run']}")
+        for name, why in event["not_linked"].items():
+            say(f"{run.folder}: {name}: not linked from {event['run']}: {why}")

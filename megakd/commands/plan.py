@@ -9,6 +9,7 @@ import argparse
 from megakd.config.effects import check_batches
 from megakd.models.checks import check_models
 from megakd.report.plan import beginnings, compression, lengths, memory, packing, sizes, tasks
+from megakd.report.stored import stored_shards
 from megakd.run import Run
 from megakd.system.text import table
 
@@ -28,5 +29,6 @@ SECTIONS = (
 def main(run: Run, args: argparse.Namespace) -> None:
     check_models(run.config)
     check_batches(run.config)
-    rows = [*sizes(run), *compression(run), *beginnings(run), *packing(run), *lengths(run), *memory(run), *tasks(run)]
+    rows = [*sizes(run), *compression(run), *beginnings(run), *packing(run), *stored_shards(run), *lengths(run)]
+    rows += [*memory(run), *tasks(run)]
     print(table(["plan", ""], rows, left=True))

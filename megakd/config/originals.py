@@ -60,7 +60,7 @@ _TABLE: dict[str, Move | Computed | Skip] = {
     "teacher.batch_size": Move("logits.batch_size"),
     "teacher.dtype teacher.torch_dtype": Move("logits.dtype", only=DTYPES),
     "teacher.force_regenerate teacher.force_regenerate_logits":
-        Skip("delete RUN/data/logits to capture again", (False,)),
+        Skip("megakd generate-logits RUN --force captures again", (False,)),
     "teacher.compression teacher.compression_opts": Skip("shards have one codec; tools/convert writes HDF5"),
     "loss.alpha training.distillation_alpha": Move("objective.alpha"),
     "loss.temperature training.distillation_temperature": Computed("objective.temperature"),

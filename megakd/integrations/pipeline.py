@@ -7,7 +7,6 @@ import importlib
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -52,13 +51,10 @@ def setup_distillation_pipeline(
     if run.config.objective.live:
         raise UserError("config: objective.kind has a live teacher, which Trainer has not; use: megakd run RUN")
     logits = run.path("data", "logits")
-    if force_regenerate_logits and (logits.exists() or logits.is_symlink()):
-        aside = logits.with_name(f"logits-before-{time.strftime('%Y%m%d-%H%M%S')}")
-        logits.rename(aside)
-        say(f"{logits}: is captured again; what was there is {aside.name} now, delete it when nothing needs it")
-    for verb in ["tokenize", *([] if run.config.model.student else ["compress"]), "generate-logits"]:
-        if code := subprocess.call([sys.executable, "-m", "megakd", verb, str(run.folder)]):
-            raise UserError(f"{run.folder}: {verb} ended with exit code {code}; call this again to go on")
+    capture = ["generate-logits", *(["--force"] if force_regenerate_logits else [])]
+    for verb in [["tokenize"], *([] if run.config.model.student else [["compress"]]), capture]:
+        if code := subprocess.call([sys.executable, "-m", "megakd", *verb, str(run.folder)]):
+            raise UserError(f"{run.folder}: {verb[0]} ended with exit code {code}; call this again to go on")
     student = load_model(run.student_folder, torch.float32)
     holdout = DistillationDataset(logits / "holdout") if run.config.logits.profile == "topk" else None
     return student, DistillationDataset(logits / "train"), holdout, load_tokenizer(run.student_folder)

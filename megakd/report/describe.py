@@ -24,6 +24,7 @@ from megakd.models.hub import Checkpoint, empty_model, load_config, load_model
 from megakd.models.spec import SPECS
 from megakd.names import resolve
 from megakd.objectives.build import build
+from megakd.report.stored import stored_shards
 from megakd.run import Run
 from megakd.system.dist import read_world
 from megakd.system.text import short, table
@@ -35,8 +36,9 @@ MOST_NLL_DIFFERENCE = 0.2  # nats; rounding costs 0.02 to 0.05 in float32, other
 
 
 def describe_run(run: Run) -> str:
-    """The run's stages; for each rule, how many parameters it got, their elements, and one of them."""
+    """The run's shards and stages; for each rule, how many parameters it got, their elements, and one of them."""
     parts = [f"run {run.folder}: {run.config.name}, fingerprint {run.config.fingerprint()}"]
+    parts.append(table(["shards", ""], stored_shards(run), left=True))
     if not (run.student_folder / "config.json").exists():
         return "\n".join([*parts, f"no student yet; run: megakd compress {run.folder}"])
     trained = _trained(run)

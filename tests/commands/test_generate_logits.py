@@ -1,6 +1,7 @@
 """Which part of a capture is done: --max-tokens, --part, --reread; whose work a run may touch."""
 
 import os
+import re
 import shutil
 import sys
 import time
@@ -124,6 +125,27 @@ def test_reread_redoes_what_is_damaged_and_nothing_else(owner, prepared):
     after = {path.name: path.stat().st_mtime_ns for path in train.glob("*.tar")}
     assert [name for name in sorted(before) if before[name] != after[name]] == ["shard-00001.tar"]
     assert stored(owner) == files((prepared / "data" / "logits").resolve())
+
+
+def test_force_captures_again_and_leaves_the_run_that_the_logits_are_linked_from(sibling, prepared, capsys):
+    run, before = sibling(), files((prepared / "data" / "logits").resolve())
+    megakd("generate-logits", run.folder, "--force")
+    logits = run.path("data", "logits")
+    assert not logits.is_symlink() and files(logits) == before == files(prepared / "data" / "logits")
+    [aside] = run.path("data").glob("logits-before-*")
+    assert aside.is_symlink() and f"the old logits are {aside.name} now" in capsys.readouterr().err
+    with pytest.raises(UserError, match="--force: each of 2 workers would set aside what the others write"):
+        megakd("generate-logits", run.folder, "--force", "--part", "0/2")
+    (logits / "train" / "shard-00002.json").unlink()
+    capsys.readouterr()
+    megakd("inspect", run.folder)
+    megakd("plan", run.folder)
+    shown = capsys.readouterr().out
+    assert len(re.findall(r"^data/logits/train +4 of 5 shards, [\d.]+k tokens *$", shown, re.MULTILINE)) == 2
+    assert (
+        len(re.findall(rf"^data/tokens/train +5 of 5 shards.*, in {prepared}/data/tokens/train *$", shown, re.MULTILINE))
+        == 2
+    )
 
 
 @pytest.mark.parametrize("content", ["{}", '{"format": "megakd-shards", "version": 1}', "edited"])

@@ -43,7 +43,7 @@ def test_the_documented_calls_run_as_pasted(prepared, recipe, tmp_path, monkeypa
         p.name for p in (tmp_path / "final_model").iterdir()
     }
     assert len(set_up(True)[1]) == len(train_dataset)
-    assert re.search(r"is captured again; what was there is logits-before-", capfd.readouterr().err)
+    assert re.search(r"captured again; the old logits are logits-before-", capfd.readouterr().err)
     assert len(list((tmp_path / "outputs/data").glob("logits-before-*"))) == 1
     config["seed"] = 5
     with pytest.raises(UserError, match="a run of another configuration; give another folder="):
