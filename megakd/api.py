@@ -1,8 +1,12 @@
 """From Python: a run in two calls (set it up, run the verbs that are missing), and records as whole rows of logits."""
 
+import inspect
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 from megakd.cli import run_verb
 from megakd.engine.checkpoint import published
@@ -15,6 +19,29 @@ __all__ = ["reconstruct_logits", "run_distillation_training", "setup_distillatio
 RECIPE = "qwen3-30b-a3b-r64"  # its stages and rates; teacher, student and data are always given
 
 
+Given = ParamSpec("Given")
+Made = TypeVar("Made")
+
+
+def _of_one_signature(function: Callable[Given, Made]) -> Callable[Given, Made]:
+    """The function; arguments of its namesake in `megakd.integrations.pipeline`, like config=, are one clear line."""
+
+    @wraps(function)
+    def call(*args: Given.args, **kwargs: Given.kwargs) -> Made:
+        try:
+            inspect.signature(function).bind(*args, **kwargs)
+        except TypeError as error:
+            name = function.__name__
+            raise UserError(
+                f"megakd.api.{name}: {error}; it takes {', '.join(inspect.signature(function).parameters)}. With "
+                f"config= call megakd.integrations.pipeline.{name}, which hands out models and data sets"
+            ) from None
+        return function(*args, **kwargs)
+
+    return call
+
+
+@_of_one_signature
 def setup_distillation_pipeline(
     teacher: str | Path,
     student_or_rank: str | Path | int,
@@ -36,6 +63,7 @@ def setup_distillation_pipeline(
     return Run.create(recipe, [*given, *overrides], folder)
 
 
+@_of_one_signature
 def run_distillation_training(run: Run | str | Path) -> Path:
     """Run what the run still lacks, verb by verb: each skips what is finished. The folder of the final weights."""
     run = run if isinstance(run, Run) else Run.open(run)

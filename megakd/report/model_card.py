@@ -205,7 +205,10 @@ def _loading(config: dict[str, Any]) -> str:
         f"With MegaKD installed, `import megakd` makes the architecture known:\n\n"
         f"{plain.replace('from transformers', 'import megakd' + chr(10) + 'from transformers', 1)}\n\n"
         "Without it, with the code in this folder, which needs torch and transformers alone:\n\n"
-        + _code('model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", trust_remote_code=True)')
+        + _code(
+            'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", trust_remote_code=True)',
+            'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder", trust_remote_code=False)',
+        )
         + "\n\nFor software that knows stock models alone, `megakd export RUN --dense` multiplies the experts out."
     )
 

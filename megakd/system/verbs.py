@@ -1,5 +1,7 @@
 """Start verbs of MegaKD one after another: in processes of their own, to which signals are passed on, or here."""
 
+import ctypes
+import os
 import signal
 import subprocess
 import sys
@@ -7,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 STOPPED = 85  # `megakd.system.signals`, without its libraries
 
 
@@ -16,6 +19,21 @@ class VerbFailed(Exception):
     def __init__(self, verb: str, code: int):
         super().__init__(f"{verb} ended with exit code {code}")
         self.verb, self.code = verb, code
+
+
+def start(*argv: str, env: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
+    """`megakd ARGV` in a process of its own, which gets SIGTERM when this one is killed (on Linux)."""
+    parent = os.getpid()
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+    def end_with_parent() -> None:
+        if libc is not None:
+            libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+            if os.getppid() != parent:  # killed in between
+                os._exit(128 + signal.SIGKILL)
+
+    words = [sys.executable, "-m", "megakd", *argv]
+    return subprocess.Popen(words, env=None if env is None else {**os.environ, **env}, preexec_fn=end_with_parent)
 
 
 class Verbs:
@@ -50,7 +68,7 @@ class Verbs:
 
     def run(self, *argv: str) -> int:
         """`megakd ARGV` to its end; its exit code, 85 where a stop signal ended it, 128 + N where another signal N."""
-        self.process = subprocess.Popen([sys.executable, "-m", "megakd", *argv])
+        self.process = start(*argv)
         if self.stopped:  # the signal came before there was a process to pass it to
             self.process.send_signal(signal.SIGTERM)
         try:

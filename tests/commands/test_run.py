@@ -122,9 +122,9 @@ def test_ranks_of_a_launcher_are_refused(sibling, monkeypatch):
     assert "run: started as rank 0 of 2" in in_process("run", sibling().folder, code=2)
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, STOPPED), (signal.SIGUSR1, STOPPED)])
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, STOPPED), (signal.SIGUSR1, STOPPED), (signal.SIGKILL, -9)])
 def test_a_stop_signal_goes_to_the_verb_and_gives_85(tmp_path, number, code):
-    """The child ends by the signal's default, as tokenize does."""
+    """The child ends by the signal's default, as tokenize does; a kill that nobody can catch ends the verb as well."""
     program = f"""
 import sys, threading, os, time, signal
 from megakd.system.verbs import Verbs
@@ -139,6 +139,8 @@ with Verbs.listening() as verbs:
     time.sleep(0.1)
     process.send_signal(number)
     assert process.wait(20) == code
+    started = time.monotonic()
+    assert process.stdout.read() == "" and time.monotonic() - started < 10  # its pipe is open as long as the verb runs
     process.stdout.close()
 
 

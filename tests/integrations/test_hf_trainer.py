@@ -326,6 +326,9 @@ def test_a_pipeline_in_two_calls(recipe, tmp_path):
 
 def test_training_that_fails_is_said(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(api, "run_verb", lambda words: None)
+    for call in (api.setup_distillation_pipeline, api.run_distillation_training):
+        with pytest.raises(UserError, match=f"{call.__name__}: .* With config= call megakd.integrations.pipeline"):
+            call(config={}, student_model_path="b")
     monkeypatch.setattr(api.subprocess, "call", lambda words: 2)
     run = api.setup_distillation_pipeline("teacher", 3, "text.jsonl", tmp_path / "run", recipe=recipe)
     with pytest.raises(UserError, match="training ended with exit code 2"):

@@ -18,7 +18,7 @@ from megakd.models.student import SharedCoreQwen3MoeForCausalLM, stock_config, s
 from megakd.run import Run
 from megakd.system.files import read_json
 from megakd.system.version import VERSION
-from tests.conftest import ROOT, make_teacher
+from tests.conftest import ROOT, VOCABULARY, make_teacher
 from tests.forks import Forked
 from tests.models.students import FULL, logits, make_model, make_student
 
@@ -252,10 +252,11 @@ with torch.no_grad():
     model.generate(tokens, max_new_tokens=3, do_sample=False, use_cache=True, eos_token_id=None)
 """
 TRUSTED = f"""
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 {USE}
 model.save_pretrained(sys.argv[4])
+assert len(AutoTokenizer.from_pretrained(sys.argv[4], trust_remote_code=False)) == {VOCABULARY}  # asks nothing
 config = AutoConfig.from_pretrained(sys.argv[4], trust_remote_code=True)
 again = AutoModelForCausalLM.from_pretrained(sys.argv[4], trust_remote_code=True)
 # transformers prefers classes that somebody registered to a folder's
@@ -267,8 +268,9 @@ assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.
 
 
 @pytest.mark.parametrize("installed", [False, True], ids=["alone", "next to megakd"])
-def test_the_folder_alone_is_enough_for_those_who_trust_it(mixed, tokens, tmp_path, installed):
-    """Also saved again from there, and next to an installed MegaKD."""
+def test_the_folder_alone_is_enough_for_those_who_trust_it(mixed, tokens, tokenizer, tmp_path, installed):
+    """Also saved again from there, and next to an installed MegaKD; its tokenizer needs no trust."""
+    tokenizer.save_pretrained(tmp_path / "b")
     tokens = tokens % 61
     torch.save(tokens, tmp_path / "tokens")
     script = ("import megakd\n" if installed else "") + TRUSTED

@@ -118,7 +118,7 @@ def test_python_of_a_card_runs(folder, monkeypatch):
     text = model_card(folder, "tiny", report("a/b"), [])
     first, second = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     done: dict[str, Any] = {"AutoModelForCausalLM": AutoModelForCausalLM}
-    for code in (re.sub(r"tokenizer = .*", "", first), second):
+    for code in (re.sub(r"tokenizer = .*", "", each) for each in (first, second)):
         exec(code.replace("path/to/this/folder", str(folder)), done)
         assert type(done["model"]).__name__ == "SharedCoreQwen3MoeForCausalLM"
 

@@ -30,12 +30,12 @@ There and back, ids, tokens and documents stay; of the values 2 rows in 100 move
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from foreign import convert, exported, one_line_errors, sorted_head, two_ways
+from foreign import convert, exported, needs, one_line_errors, sorted_head, two_ways, unsaid
 from foreign_rows import Names, Row
 
 from megakd.data.shards import ShardSet
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
             write_hdf5(ShardSet(args.shards), args.out, args.gzip)
         else:
             names = Names(args.ids, args.indices, args.values_name, "starts", "log_tails", "label_nll")
-            with Hdf5Source(args.source, names) as source:
+            with Hdf5Source(args.source, names, unsaid(args)) as source:
                 convert(source, args, "convert_hdf5 from")
 
 
@@ -115,9 +115,12 @@ def _padded(array: np.ndarray, length: int, filler: Any) -> np.ndarray:
 
 
 class Hdf5Source:
-    """An HDF5 file as foreign.Source; shapes and types are checked when it is opened."""
+    """An HDF5 file as foreign.Source; datasets, shapes and types are checked when it is opened.
 
-    def __init__(self, path: Path, names: Names):
+    unsaid: options that a file without facts needs, so that one error names everything that is missing.
+    """
+
+    def __init__(self, path: Path, names: Names, unsaid: Sequence[str] = ()):
         self.path, self.names = path, names
         if not path.is_file():
             raise UserError(f"{path}: no such file")
@@ -125,7 +128,9 @@ class Hdf5Source:
             self.file = h5py.File(path, "r")
         except OSError as error:
             raise UserError(f"{path}: cannot be read as HDF5; was it cut short? ({error})") from error
-        self.tokens, self.ids, self.values = (self._needed(n) for n in (names.tokens, names.ids, names.values))
+        needed = {name: self._found(name) for name in (names.tokens, names.ids, names.values)}
+        self._check_present([name for name, found in needed.items() if found is None], unsaid)
+        self.tokens, self.ids, self.values = (found for found in needed.values() if found is not None)
         self.starts, self.log_tails, self.label_nll, self.lengths = (
             self._found(name) for name in (names.starts, names.log_tails, names.label_nll, "lengths")
         )
@@ -165,13 +170,15 @@ class Hdf5Source:
         found = self.file.get(name)
         return _cached(found) if isinstance(found, h5py.Dataset) else None
 
-    def _needed(self, name: str) -> h5py.Dataset:
-        found = self._found(name)
-        if found is None:
-            held: list[str] = []
-            self.file.visititems(lambda name, item: held.append(name) if isinstance(item, h5py.Dataset) else None)
-            raise UserError(f"{self.path}: no dataset {name}; it holds {listed(held) or 'none'}")
-        return found
+    def _check_present(self, lacks: Sequence[str], unsaid: Sequence[str]) -> None:
+        """UserError with the datasets that the file lacks, and what else has to be said about it."""
+        if not lacks:
+            return
+        held: list[str] = []
+        self.file.visititems(lambda name, item: held.append(name) if isinstance(item, h5py.Dataset) else None)
+        more = "" if "facts" in self.file.attrs or not unsaid else f"; {needs(unsaid)}"
+        what = f"no dataset {', '.join(lacks)}; it holds {listed(held) or 'none'}"
+        raise UserError(f"{self.path}: {what} (--ids, --values-name and --indices give other names){more}")
 
     def _check(self) -> None:
         if self.tokens.ndim != 2 or self.tokens.shape[0] < 1 or self.tokens.shape[1] < 2:
@@ -188,15 +195,18 @@ class Hdf5Source:
             (self.label_nll, "f", (count, rows)),
             (self.lengths, "iu", (count,)),
         ]
+        faults = []
         for dataset, kinds, shape in shapes:
             if dataset is not None and dataset.shape != shape:
-                raise UserError(f"{self.path}: {_name(dataset)} has shape {dataset.shape}, expected {shape}")
+                faults.append(f"{_name(dataset)} has shape {dataset.shape}, expected {shape}")
             if dataset is not None and dataset.dtype.kind not in kinds:
                 what = "integers" if kinds == "iu" else "floating-point numbers"
-                raise UserError(f"{self.path}: {_name(dataset)} is of type {dataset.dtype}, expected {what}")
+                faults.append(f"{_name(dataset)} is of type {dataset.dtype}, expected {what}")
         inner = self.starts is not None and h5py.check_vlen_dtype(self.starts.dtype)
         if self.starts is not None and not (inner and inner.kind in "iu" and self.starts.shape == (count,)):
-            raise UserError(f"{self.path}: starts is not {count} lists of integers")
+            faults.append(f"starts is not {count} lists of integers")
+        if faults:
+            raise UserError(f"{self.path}: {'; '.join(faults)}")
 
     def _facts(self) -> dict[str, Any] | None:
         text = self.file.attrs.get("facts")

@@ -6,7 +6,7 @@ else needs to be said about it.
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -93,6 +93,19 @@ def _from_arguments(parser: argparse.ArgumentParser) -> None:
     add("--part", help="which part of the data this is (default: train, or as the stated facts say)")
 
 
+def unsaid(args: argparse.Namespace) -> list[str]:
+    """The options that a file without facts needs, of those that the command line lacks."""
+    needed = {"--tokenizer FOLDER": args.tokenizer, "--values logprobs (or logits)": args.values}
+    return [option for option, given in needed.items() if given is None]
+
+
+def needs(unsaid: Sequence[str]) -> str:
+    """What has to be said about a file without facts, in words."""
+    also = "train also wants --teacher ID and --weights HASH, as RUN/student-0/compress.json names them"
+    verb = "is" if len(unsaid) == 1 else "are"
+    return f"it states no facts about its numbers, so {' and '.join(unsaid)} {verb} needed ({also})"
+
+
 def convert(source: Source, args: argparse.Namespace, title: str) -> None:
     """Write a source as a folder of logit shards with a codebook from its first positions."""
     check_free(args.shards)
@@ -169,9 +182,8 @@ def sorted_head(targets: TeacherTargets) -> tuple[np.ndarray, np.ndarray]:
 
 def _facts(source: Source, first: Row, args: argparse.Namespace) -> dict[str, Any]:
     """The facts of a file that states none, from what the command line says."""
-    if args.tokenizer is None or args.values is None:
-        missing = "--tokenizer FOLDER" if args.tokenizer is None else "--values logprobs (or logits)"
-        raise UserError(f"{source.path}: states no facts about its numbers, so {missing} is needed")
+    if missing := unsaid(args):
+        raise UserError(f"{source.path}: {needs(missing)}")
     temperatures, tails = args.temperatures or [1.0], args.values == "logprobs"
     if first.log_tails is not None and not tails:
         raise UserError(f"--values logits: {source.path} has {source.names.log_tails}, which go with log-probabilities")

@@ -106,7 +106,11 @@ def test_a_damaged_chunk_is_named(shards, hdf5, tmp_path, capsys):
 def test_what_must_be_said_about_a_file(folder, hdf5, tmp_path, capsys):
     mine = Handmade("logprobs").write(tmp_path / "mine.h5")
     out = tmp_path / "out"
-    assert "so --tokenizer FOLDER is needed" in refused(module, capsys, "from", mine, out)
+    both = "so --tokenizer FOLDER and --values logprobs (or logits) are needed (train also wants --teacher ID and"
+    assert both in refused(module, capsys, "from", mine, out)
+    bare = Handmade("logprobs").write(tmp_path / "bare.h5", topk_values=None, topk_indices=None)
+    said = refused(module, capsys, "from", bare, out)  # all of it at once
+    assert "no dataset topk_indices, topk_values; it holds input_ids" in said and both in said
     assert "so --values logprobs (or logits) is needed" in refused(
         module, capsys, "from", mine, out, "--tokenizer", folder
     )
