@@ -177,7 +177,8 @@ def test_stage_watch_divides_by_the_steps_tokens_and_counts_damage(tmp_path, cap
     for step, (tokens, damaged) in enumerate([(10, 0), (8, 1), (0, 3), (10, 0)], 1):
         watch.data_ready()
         sums = {"total": 2.0 * tokens, "ce": tokens}
-        watch.step_done(StepRecord(step, 6 + step, 100 * step, tokens, sums, 0.1, 0.5, damaged))
+        watch.step_done()
+        watch.write(StepRecord(step, 6 + step, 100 * step, tokens, sums, 0.1, 0.5, damaged))
     log.close()
     rows = read_json_lines(tmp_path / "metrics.jsonl")
     assert [r.get("damaged_samples") for r in rows] == [None, 1, 4, 4]
@@ -187,7 +188,8 @@ def test_stage_watch_divides_by_the_steps_tokens_and_counts_damage(tmp_path, cap
     said = capsys.readouterr().err.splitlines()
     assert [line.split(" | ")[0] for line in said] == ["experts 2/4 50%", "experts 4/4 100%"]
     silent = StageWatch("experts", 4, 0, 1, None)  # of another rank
-    silent.step_done(StepRecord(1, 1, 10, 10, {"total": 2.0}, 0.1, 0.5, 2))
+    silent.step_done()
+    silent.write(StepRecord(1, 1, 10, 10, {"total": 2.0}, 0.1, 0.5, 2))
     assert capsys.readouterr().err == ""
 
 

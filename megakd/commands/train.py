@@ -45,6 +45,7 @@ SECTIONS = (
     "engine",
     "guard",
     "checkpoint",
+    "eval",
     "log",
 )  # of the configuration
 

@@ -95,7 +95,8 @@ _TABLE: dict[str, Move | Computed | Skip] = {
     "training.save_strategy training.eval_strategy training.evaluation_strategy training.logging_strategy "
     "training.logging_first_step":
         Skip("checkpoint.every_steps and log.every_steps say when"),
-    "training.eval_steps training.do_eval training.do_train":
+    "training.eval_steps": Move("eval.every_steps"),
+    "training.do_eval training.do_train":
         Skip("megakd evaluate and watch measure every checkpoint: checkpoint.every_steps"),
     "training.load_best_model_at_end training.greater_is_better":
         Skip("megakd watch keeps the best checkpoint, export --checkpoint best takes it"),

@@ -139,8 +139,14 @@ HIGHER_IS_BETTER = {"kl": False, "perplexity": False, "bits_per_byte": False, "n
 
 
 class EvalConfig(Section):
-    """What `evaluate` and `watch` measure besides the validation set, and how (docs/evaluation.md)."""
+    """What is measured of a model besides the validation set, when and how (docs/evaluation.md)."""
 
+    every_steps: int = mutable(
+        0,
+        ge=0,
+        description="optimizer steps between two measurements of the student's perplexity on the validation set by the "
+        "training itself, and at the end of each stage; 0: none. `evaluate` and `watch` measure checkpoints",
+    )
     batch_size: int = mutable(8, ge=1, description="sequences of the validation set per forward pass")
     tasks: tuple[str, ...] = mutable((), description="tasks of lm-eval, its own or those below task_folder")
     task_folder: str | None = mutable(None, description="a folder of lm-eval task files (YAML)")

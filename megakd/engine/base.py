@@ -64,6 +64,13 @@ class Engine(Protocol):
         """
         ...
 
+    def measure(self, batches: Iterable[Any]) -> dict[str, float]:
+        """Named sums over the batches of all ranks of what the objective reports of held-out text (`held_out=True`).
+
+        The weights as they are, in evaluation mode, without gradients. Every rank has as many batches.
+        """
+        ...
+
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """(canonical name below the objective, whole tensor) of every parameter and every buffer that is saved.
 

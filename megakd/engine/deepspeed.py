@@ -80,8 +80,7 @@ class DeepSpeedEngine:
             # DeepSpeed averages gradients over ranks; we want the sum over all tokens divided once. Experts are kept
             # by fewer ranks, and DeepSpeed divides their sums by all ranks too
             self.engine.backward(report.total * (self.world.size / tokens), scale_wrt_gas=False)
-            for name, value in {"total": report.total, **report.terms}.items():
-                found.add(name, value)
+            found.add_report(report)
             if self.engine.is_gradient_accumulation_boundary():
                 sums = found.read(over_ranks=True)
                 squares = self._grad_squares() if norms else {}
@@ -98,6 +97,14 @@ class DeepSpeedEngine:
             members = ((groups[self.labels[id(parts[0])]], master) for master, parts in masters(self.engine))
             squares |= self._over_ranks(named("update_norm", update_squares(self.optimizer, members)))
         return StepReport(sums, grad_norm, left_out, {name: value**0.5 for name, value in squares.items()})
+
+    @torch.no_grad()
+    def measure(self, batches: Iterable[Any]) -> dict[str, float]:
+        self.engine.eval()
+        found = Sums()
+        for batch in batches:
+            found.add_report(self.engine(batch, held_out=True))
+        return found.read(over_ranks=True)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.engine.module.named_parameters():

@@ -42,8 +42,7 @@ class LocalEngine:
             with self.autocast:
                 report = self.objective(batch)
             self.scaler.scale(report.total / tokens).backward()
-            for name, value in {"total": report.total, **report.terms}.items():
-                found.add(name, value)
+            found.add_report(report)
         self.scaler.unscale_(self.optimizer)
         squares: dict[str, float] = {}
         if norms:
@@ -66,6 +65,15 @@ class LocalEngine:
             members = ((group, p) for group in self.optimizer.param_groups for p in group["params"])
             squares |= named("update_norm", update_squares(self.optimizer, members))
         return StepReport(sums, grad_norm, left_out, {name: value**0.5 for name, value in squares.items()})
+
+    @torch.no_grad()
+    def measure(self, batches: Iterable[Any]) -> dict[str, float]:
+        self.objective.eval()
+        found = Sums()
+        for batch in batches:
+            with self.autocast:
+                found.add_report(self.objective(batch, held_out=True))
+        return found.read()
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         yield from ((name, p.detach()) for name, p in self.objective.named_parameters())

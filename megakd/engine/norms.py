@@ -19,6 +19,11 @@ class Sums:
         wide = value.detach().double()
         self.sums[name] = self.sums[name] + wide if name in self.sums else wide
 
+    def add_report(self, report: Any) -> None:
+        """The sums of a `LossReport`, its total under that name."""
+        for name, value in {"total": report.total, **report.terms}.items():
+            self.add(name, value)
+
     def read(self, over_ranks: bool = False) -> dict[str, float]:
         """The sums, those of all ranks added where it is asked for; one transfer."""
         if not self.sums:

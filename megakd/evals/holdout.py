@@ -24,6 +24,7 @@ from megakd.errors import UserError
 from megakd.losses.divergence import divergence_terms
 from megakd.losses.head import CHUNK_BYTES
 from megakd.losses.hidden import wide
+from megakd.losses.per_token import perplexity
 from megakd.losses.reference import KL, buckets, teacher_buckets
 from megakd.models.tables import check_tables
 from megakd.objectives.heads import streamed_head
@@ -33,7 +34,6 @@ from megakd.system.logging import Progress, say
 # as long as 7), and keeps a GPU busy.
 BLOCK_BYTES = {"cpu": 1 << 22, "cuda": 1 << 26}
 NO_TOKEN = 2**62  # sorts behind every id
-MOST_NLL = 709.0  # of which a float still holds the exponential
 
 
 class Tokenizers(NamedTuple):
@@ -123,11 +123,10 @@ def evaluate_model(
     if math.isnan(nll):  # an order of logits among which are NaN says nothing
         compared = [math.nan] * 3
     kl, top1, topk = compared if stored else (None, None, None)
-    perplexity = math.exp(nll) if nll < MOST_NLL else nll * math.inf
     bits_per_byte = nll / math.log(2) * tokens_per_byte * (positions / text_tokens)
     parameters = {p.data_ptr(): p for p in model.parameters()}.values()
     return Quality(
-        perplexity=perplexity,
+        perplexity=perplexity(nll),
         bits_per_byte=bits_per_byte,
         kl=kl,
         top1=top1,

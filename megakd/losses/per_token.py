@@ -3,6 +3,8 @@
 N tokens, V real vocabulary, D hidden size of a model, G of the teacher. Logits exist a chunk of tokens at a time.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -13,6 +15,12 @@ from megakd.losses.hidden import wide
 from megakd.losses.signals import Head
 
 KL_ROWS = 256  # of logits at once, where no gradient is needed
+MOST_NLL = 709.0  # of which a float still holds the exponential
+
+
+def perplexity(nll: float) -> float:
+    """exp of a mean -log p in nats; inf where it is too large for a float, NaN of NaN."""
+    return math.exp(nll) if nll < MOST_NLL else nll * math.inf
 
 
 def label_logprobs(head: FusedHead, hidden_ND: Tensor, labels_N: Tensor, sizes_of: Device | None = None) -> Tensor:

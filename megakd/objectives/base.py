@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from megakd.config.objective import LossConfig
-from megakd.data.records import Batch, Side
+from megakd.data.records import IGNORED, Batch, Side, labelled
 from megakd.errors import UserError
 from megakd.losses.divergence import Divergence
 from megakd.losses.head import Device
+from megakd.losses.per_token import label_logprobs
+from megakd.objectives.live_head import LiveHead
 
 
 class LossReport(NamedTuple):
@@ -27,10 +29,13 @@ class LossReport(NamedTuple):
 class Objective(nn.Module):
     """forward(Batch) -> LossReport. `student` and whatever else it registers is trained, by the stage's rules.
 
+    A kind of objective has a `loss`, and a `head`: the student's output head, which held-out text is measured with.
     alpha, temperature: what is in force, by `at`. divergence: of the stage.
     memory: what steps leave for those after them; in checkpoints.
     sizes_of: the device whose sizes of chunks the loss takes; None: the tensors' own.
     """
+
+    head: LiveHead
 
     def __init__(self, student: Any, config: LossConfig):
         super().__init__()
@@ -39,6 +44,22 @@ class Objective(nn.Module):
         self.divergence = Divergence(config.divergence, config.mix)
         self.memory: dict[str, list[float]] = {}
         self.sizes_of: Device | None = None
+
+    def forward(self, batch: Batch, held_out: bool = False) -> LossReport:
+        """`loss`; with held_out the student's alone: total, the sum of -log p over `labels` labelled positions.
+
+        One forward for both, because ZeRO-3 gathers weights for calls of the module that the engine wraps alone.
+        """
+        if not held_out:
+            return self.loss(batch)
+        rows = labelled(batch)
+        hidden_ND, labels_N = rows.pick(last_hidden(self.student, batch)), rows.pick(batch.labels)
+        nll = -self.head(label_logprobs, hidden_ND, labels_N, self.sizes_of).double().sum()
+        return LossReport(nll, {"labels": (batch.labels != IGNORED).sum()})
+
+    def loss(self, batch: Batch) -> LossReport:
+        """The sums of a training batch: what is differentiated, and what is logged."""
+        raise NotImplementedError
 
     @torch.no_grad()
     def restore(self, auxiliary: Mapping[str, Tensor]) -> None:

@@ -13,10 +13,11 @@ from megakd.errors import UserError
 from megakd.losses.head import FusedHead
 from megakd.losses.signals import Sparse, Stored, Tail
 from megakd.objectives.base import LossReport, Objective
+from megakd.objectives.live_head import LiveHead
 
 
 class CachedDistillation(Objective):
-    """forward(batch) = sums of (1 - alpha) CE + alpha T^2 KL over the labelled positions of a batch.
+    """loss(batch) = sums of (1 - alpha) CE + alpha T^2 KL over the labelled positions of a batch.
 
     The loss sits inside forward because ZeRO-3 gathers a module's weights only while it runs; the student's decoder
     runs alone, and its head inside the loss (`FusedHead`), so that logits are never stored.
@@ -29,10 +30,11 @@ class CachedDistillation(Objective):
         self.stored = stored_in(facts)
         self.tail: Tail = config.tail
         check_support(config, self.stored)
-        self.head = fused_head(student, facts["vocab_size"])  # after the student, whose name its weight keeps
+        # after the student, whose name its weight keeps
+        self.head = LiveHead(fused_head(student, facts["vocab_size"]))
         self.at(0.0)
 
-    def forward(self, batch: Batch) -> LossReport:
+    def loss(self, batch: Batch) -> LossReport:
         if batch.targets is None:
             raise UserError("the samples carry no teacher targets; run: megakd generate-logits RUN")
         decoder = self.student.get_decoder()
@@ -42,7 +44,7 @@ class CachedDistillation(Objective):
         teacher = Sparse(targets, self.stored, self.tail)
         # a batch without labels passes through too: 0 with a live graph, so that every rank takes part in the backward
         rows = counted.pick(hidden), counted.pick(batch.labels)
-        terms = self.head(*rows, teacher, self.alpha, self.temperature, self.divergence)
+        terms = self.head(FusedHead.forward, *rows, teacher, self.alpha, self.temperature, self.divergence)
         named = {"ce": terms.ce, "kl": terms.kl, "kl_t1": terms.kl_t1}
         if self.stored.head:
             named["stored_mass"] = targets.logprobs.double().exp().sum()

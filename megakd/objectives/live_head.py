@@ -1,4 +1,4 @@
-"""The student's head next to a live teacher's, gathered while a loss of both runs."""
+"""The student's head, gathered while a loss of it runs, with or without a live teacher's."""
 
 from collections.abc import Callable
 from typing import Any

@@ -36,7 +36,7 @@ Compared = tuple[Tensor, dict[str, Tensor], tuple[Tensor, Tensor] | None]
 
 
 class OnlineDistillation(Objective):
-    """forward(batch) = sums of (1 - alpha) CE + alpha (kl T^2 D + feature F + attention A + layers L + contrastive C).
+    """loss(batch) = sums of (1 - alpha) CE + alpha (kl T^2 D + feature F + attention A + layers L + contrastive C).
 
     D: `objective.divergence`, the KL if nothing else is asked for, over the whole vocabulary.
     F: normalised error of the last hidden states behind a projection; L: that of every layer of the student to the one
@@ -123,7 +123,7 @@ class OnlineDistillation(Objective):
     def forget_step(self) -> None:
         self.gap_sums = None
 
-    def forward(self, batch: Batch) -> LossReport:
+    def loss(self, batch: Batch) -> LossReport:
         teacher, _ = self.held
         online, units = self.online, units_of(batch)
         own = self._ask(self.student, batch)

@@ -39,7 +39,7 @@ SEPARATOR = ":"
 
 
 class SarDistillation(Objective):
-    """forward(batch) = sums of (1 - alpha) CE + alpha T^2 D and of the routers' terms, over labelled positions.
+    """loss(batch) = sums of (1 - alpha) CE + alpha T^2 D and of the routers' terms, over labelled positions.
 
     D: `objective.divergence`, the KL if nothing else is asked for, over the whole vocabulary.
 
@@ -106,7 +106,7 @@ class SarDistillation(Objective):
             if getattr(module, "gradient_checkpointing", False):
                 module.training = True
 
-    def forward(self, batch: Batch) -> LossReport:
+    def loss(self, batch: Batch) -> LossReport:
         teacher, _ = self.held
         theirs = batch if batch.paired is None else batch.paired.teacher  # what the teacher reads
         rows, rows_there, counted_there = labelled(batch), labelled(theirs), theirs.labels != IGNORED

@@ -48,6 +48,8 @@ TERMS = {
     "kl_frozen": Term("KL(teacher as it was || student), T = 1", NATS),
     "teacher_ce": Term("the teacher's cross entropy", NATS),
     "teacher_drift": Term("KL(teacher as it was || teacher), T = 1", NATS),
+    "validation_nll": Term("validation loss while training", NATS, noisy=False),
+    "validation_perplexity": Term("validation perplexity while training", "perplexity", noisy=False),
     "features": Term("features of spans"),
     "feature": Term("features"),
     "attention": Term("attention"),

@@ -34,6 +34,7 @@ from megakd.system.files import read_json
 from megakd.system.launcher import read_launcher
 from megakd.system.logging import say
 from megakd.tracking import check_tracking
+from megakd.train.validation import open_holdout
 
 
 def check(run: Run) -> ShardSet:
@@ -51,6 +52,7 @@ def check(run: Run) -> ShardSet:
         raise UserError(f"{run.path('config.json')}: {idle[0]}; make a new run without it")
     dataset = open_dataset(run)
     _check_data(run, dataset)
+    open_holdout(run)
     check_unquantized(student, load_config(student), "training")
     if read_world().first:
         check_isolation(model_folders(config.model), config.data.packing)

@@ -18,6 +18,7 @@ from megakd.system.signals import StopSignals
 from megakd.system.version import made_with
 from megakd.tracking import MetricLog, wandb_id
 from megakd.train.stage import StageTrainer, Training
+from megakd.train.validation import read_holdout
 
 
 def train(run: Run, dataset: ShardSet, world: World, stop: StopSignals) -> bool:
@@ -35,7 +36,8 @@ def train(run: Run, dataset: ShardSet, world: World, stop: StopSignals) -> bool:
         announce(run, saved, teacher, world)
         log = open_log(run, saved)
     with closing(log) if log else nullcontext():
-        return train_stages(Training(run, dataset, teacher, world, stop, student_config, log), saved)
+        holdout = read_holdout(run, world)
+        return train_stages(Training(run, dataset, holdout, teacher, world, stop, student_config, log), saved)
 
 
 def train_stages(training: Training, saved: Saved | None) -> bool:

@@ -16,7 +16,7 @@ class StepRecord(NamedTuple):
 
     stage_step, step: those done in the stage, in all. seen: tokens in all. tokens: the step's counted ones.
     norm: of the gradient. damaged: samples that the step skipped. left_out: updates that were skipped so far.
-    norms: more of them, by their names in the log.
+    norms, validation: more of them, measures of the validation set, by their names in the log.
     """
 
     stage_step: int
@@ -29,6 +29,7 @@ class StepRecord(NamedTuple):
     damaged: int = 0
     left_out: int = 0
     norms: Mapping[str, float] = MappingProxyType({})
+    validation: Mapping[str, float] = MappingProxyType({})
 
 
 class StageWatch:
@@ -37,7 +38,7 @@ class StageWatch:
     def __init__(self, stage: str, steps: int, first_step: int, every_steps: int, log: MetricLog | None):
         self.stage, self.steps, self.first_step, self.every_steps, self.log = stage, steps, first_step, every_steps, log
         self.start = self.asked = time.perf_counter()
-        self.waited = 0.0
+        self.waited = self.seconds = 0.0
         self.damaged = 0
 
     def data_ready(self) -> None:
@@ -48,11 +49,14 @@ class StageWatch:
         """Skip what passed since the last step, such as saving a checkpoint."""
         self.asked = time.perf_counter()
 
-    def step_done(self, record: StepRecord) -> None:
-        """Log a step's metrics; the number of damaged samples since this process began the stage."""
+    def step_done(self) -> None:
+        """The step is made; what comes now is not of its time."""
         now = time.perf_counter()
-        seconds = now - self.asked
+        self.seconds = now - self.asked
         self.asked = now
+
+    def write(self, record: StepRecord) -> None:
+        """Log a step's metrics; the number of damaged samples since this process began the stage."""
         if self.log is None:
             return
         self.damaged += record.damaged
@@ -61,17 +65,17 @@ class StageWatch:
         }
         counts = {"damaged_samples": self.damaged, "left_out_updates": record.left_out}
         timing = {
-            "tokens_per_second": record.tokens / seconds,
-            "data_wait_share": self.waited / seconds,
+            "tokens_per_second": record.tokens / self.seconds,
+            "data_wait_share": self.waited / self.seconds,
             "memory_gb": peak_memory_gb(),
         }
         numbers: dict[str, Any] = {"stage": self.stage, "tokens": record.seen}
-        numbers |= {**means, "lr": record.lr, "grad_norm": record.norm, **record.norms}
+        numbers |= {**means, "lr": record.lr, "grad_norm": record.norm, **record.norms, **record.validation}
         numbers |= {name: count for name, count in counts.items() if count}
         numbers |= timing
         self.log.write(record.step, numbers)
         if record.stage_step % self.every_steps == 0 or record.stage_step == self.steps:
-            seconds_per_step = (now - self.start) / (record.stage_step - self.first_step)
+            seconds_per_step = (time.perf_counter() - self.start) / (record.stage_step - self.first_step)
             eta = seconds_per_step * (self.steps - record.stage_step)
             say(progress_line(record, self.stage, self.steps, means, timing, eta))
 

@@ -1,11 +1,13 @@
 """One stage of a training: its objective and engine, step by step to its end or a signal, with checkpoints."""
 
+import time
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from megakd.data.batches import prefetch, to_device
+from megakd.data.records import Batch
 from megakd.data.shards import ShardSet
 from megakd.data.stream import shards_digest
 from megakd.engine.base import CarryOver, StepReport
@@ -19,23 +21,27 @@ from megakd.system.dist import World, seed_step
 from megakd.system.logging import say
 from megakd.system.machine import machine_load
 from megakd.system.signals import StopSignals
+from megakd.system.text import clock
 from megakd.tracking import MetricLog
 from megakd.train.build import build_engine, build_objective
 from megakd.train.damage import count_damage, count_unaligned
 from megakd.train.data import Step, in_step, stage_data
 from megakd.train.metrics import StageWatch, StepRecord
 from megakd.train.skipped import judge
+from megakd.train.validation import due, validate
 
 
 class Training(NamedTuple):
     """What the stages of a training share.
 
+    validation_set: this rank's share, where it is measured.
     student_config: of the student that training started from; every checkpoint of this process gets it.
     log: of the first rank; None on the others.
     """
 
     run: Run
     dataset: ShardSet
+    validation_set: list[Batch]
     teacher: LiveTeacher | None
     world: World
     stop: StopSignals
@@ -51,7 +57,8 @@ class StageTrainer:
     """
 
     def __init__(self, training: Training, index: int, saved: Saved | None, carried: CarryOver | None = None):
-        self.run, self.dataset, self.teacher, self.world, self.stop, self.student_config, self.log = training
+        self.run, self.dataset, self.validation_set, self.teacher, self.world, self.stop, *more = training
+        self.student_config, self.log = more
         self.saved = saved
         self.stage = self.run.config.stages[index]
         self.config = self.run.config.at(self.stage)
@@ -85,7 +92,12 @@ class StageTrainer:
         with closing(prefetch(data)) as prefetched:
             for step in in_step(prefetched, self.world, self.stop):
                 watch.data_ready()
-                watch.step_done(self.step(step))
+                record = self.step(step)
+                watch.step_done()
+                if due(self.config, record.stage_step, self.steps):
+                    record = record._replace(validation=self.validate())
+                    watch.resume_clock()
+                watch.write(record)
                 if self._rollback_due():
                     self.roll_back()
                 if self._checkpoint_due():
@@ -125,6 +137,15 @@ class StageTrainer:
             left_out=after.health.left_out,
             norms=report.norms,
         )
+
+    def validate(self) -> dict[str, float]:
+        """Measure the validation set with the weights as they are."""
+        start = time.perf_counter()
+        found = validate(self.engine, self.validation_set, self.world)
+        if self.world.first:
+            took, value = clock(time.perf_counter() - start), found["validation_perplexity"]
+            say(f"train: step {self.progress.step}: validation perplexity {value:.4g} ({took})")
+        return found
 
     def save(self) -> None:
         """Publish a checkpoint, then delete the oldest ones."""

@@ -143,7 +143,9 @@ def test_force_captures_again_and_leaves_the_run_that_the_logits_are_linked_from
     shown = capsys.readouterr().out
     assert len(re.findall(r"^data/logits/train +4 of 5 shards, [\d.]+k tokens *$", shown, re.MULTILINE)) == 2
     assert (
-        len(re.findall(rf"^data/tokens/train +5 of 5 shards.*, in {prepared}/data/tokens/train *$", shown, re.MULTILINE))
+        len(
+            re.findall(rf"^data/tokens/train +5 of 5 shards.*, in {prepared}/data/tokens/train *$", shown, re.MULTILINE)
+        )
         == 2
     )
 

@@ -419,6 +419,9 @@ FIELDS: dict[str, Seen | Listed] = {
     "checkpoint.keep": Listed(
         1, "read by the loop", T + "engine/test_checkpoint.py::test_rotate_keeps_the_newest_and_the_protected"
     ),
+    "eval.every_steps": Listed(
+        3, "read by the loop", T + "engine/test_equivalence.py::test_deepspeed_gives_the_local_curve"
+    ),
     "eval.batch_size": Listed(
         3, VERB, T + "evals/test_holdout.py::test_a_student_is_worse_and_the_batch_size_does_not_matter"
     ),

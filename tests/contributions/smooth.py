@@ -9,14 +9,14 @@ from megakd.objectives.base import LossReport, Objective
 
 
 class Smooth(Objective):
-    """forward(batch) = sum over labelled positions of the cross entropy with smoothed labels."""
+    """loss(batch) = sum over labelled positions of the cross entropy with smoothed labels."""
 
     def __init__(self, student: Any, config: Any):
         super().__init__(student, config)
         self.smoothing = config.smoothing
         self.at(0.0)
 
-    def forward(self, batch: Batch) -> LossReport:
+    def loss(self, batch: Batch) -> LossReport:
         logits = self.student(batch.tokens, position_ids=batch.position_ids, use_cache=False).logits
         rows = labelled(batch)
         logits_NV, labels_N = rows.pick(logits).float(), rows.pick(batch.labels)

@@ -18,23 +18,34 @@ def curve(rows: list[dict]) -> list[tuple]:
     return [(row["step"], row["tokens"], row["loss"], row["ce"], row["kl"], row["kl_t1"]) for row in rows]
 
 
+def validation(rows: list[dict]) -> dict[int, float]:
+    """{step: validation loss}; measured every 3 steps of both stages and at their ends."""
+    found = {row["step"]: row["validation_nll"] for row in rows if "validation_nll" in row}
+    assert list(found) == [3, 4, 7, 10]
+    return found
+
+
 @pytest.fixture(scope="module")
-def local_curve(prepared, tmp_path_factory):
+def local(prepared, tmp_path_factory):
     run = tmp_path_factory.mktemp("local") / "run"
-    in_process("new", run, "--from", prepared)
+    in_process("new", run, "--from", prepared, "eval.every_steps=3")
     in_process("train", run)
-    return curve(metrics(run))
+    return metrics(run)
+
+
+@pytest.fixture(scope="module")
+def local_curve(local):
+    return curve(local)
 
 
 @pytest.mark.ranks
 @pytest.mark.parametrize(
     "zero, ranks, accumulation", [("zero2", 1, 4), ("zero2", 2, 1), ("zero3", 1, 1), ("zero3", 2, 4)]
 )
-def test_deepspeed_gives_the_local_curve(local_curve, sibling, zero, ranks, accumulation):
+def test_deepspeed_gives_the_local_curve(local, local_curve, sibling, zero, ranks, accumulation):
     micro_batch = 16 // ranks // accumulation
-    run = sibling(
-        "engine.kind=deepspeed", f"engine.config={zero}", f"engine.ranks={ranks}", f"optim.micro_batch={micro_batch}"
-    )
+    engine = [f"engine.config={zero}", f"engine.ranks={ranks}", f"optim.micro_batch={micro_batch}"]
+    run = sibling("engine.kind=deepspeed", *engine, "eval.every_steps=3")
     # through launch/train.sh once: what starts the ranks is the same for all
     run_ranks(ranks, run.folder) if (zero, ranks) == ("zero3", 2) else forked_ranks(ranks, "train", run.folder)
     found = curve(metrics(run.folder))
@@ -42,6 +53,7 @@ def test_deepspeed_gives_the_local_curve(local_curve, sibling, zero, ranks, accu
     for mine, expected in zip(found, local_curve, strict=True):
         assert mine[:2] == expected[:2]
         assert mine[2:] == pytest.approx(expected[2:], abs=TOLERANCE)
+    assert validation(metrics(run.folder)) == pytest.approx(validation(local), abs=TOLERANCE)
     if ranks == 2:
         check_zero_to_fp32(run.path("checkpoints", "all", "step-000010"))
 

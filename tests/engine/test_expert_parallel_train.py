@@ -22,16 +22,19 @@ def curve(rows: list[dict]) -> list[tuple]:
 @pytest.mark.ranks
 def test_a_run_moves_between_layouts_of_ranks(sibling):
     """Two stages on two ranks that share the experts, the last steps again on one: the curve of the local engine."""
-    local = sibling()
+    local = sibling("eval.every_steps=10")
     run_verb(["train", str(local.folder)])
     expected = curve(metrics(local.folder))
     layout = ["engine.config=zero3", "engine.ranks=2", "engine.expert_parallel=2", "optim.micro_batch=4"]
+    layout.append("eval.every_steps=10")
     run = sibling("engine.kind=deepspeed", *layout)
     forked_ranks(2, "train", run.folder)
     found = curve(metrics(run.folder))
     assert len(found) == len(expected) == 10
     for mine, theirs in zip(found, expected, strict=True):
         assert mine == pytest.approx(theirs, abs=TOLERANCE)
+    measured = [[row["validation_nll"] for row in metrics(r.folder) if "validation_nll" in row] for r in (run, local)]
+    assert len(measured[0]) == 2 and measured[0] == pytest.approx(measured[1], abs=TOLERANCE)
 
     done = run.path("checkpoints", "all", "step-000010")
     assert read_json(done / "state" / "layout.json")["expert_parallel"] == 2

@@ -40,7 +40,7 @@ def sar_recipe(recipe: Path, folder: Path, tokenizer: Any, **sections: Any) -> P
     routing = {"routing": "top_m", "initial_top_k": 2, "final_top_k": 3}
     value["objective"] = {"kind": "sar", "alpha": 0.7, "temperature": 2.0, **routing}
     value["objective"] |= {"entropy": 0.01, "balance": 0.01, "drift_steps": 2}
-    value["optim"]["lr"] = 1e-2
+    value["optim"]["lr"], value["eval"] = 1e-2, {"every_steps": 2}
     value["stages"] = [
         {"name": "first", "steps": 3, "lr_multipliers": [{"pattern": "^routers", "lr_multiplier": 0.5}]},
         {"name": "second", "steps": 4, "lr_multipliers": [{"pattern": "embed_tokens", "lr_multiplier": 0.0}]},

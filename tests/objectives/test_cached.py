@@ -408,7 +408,7 @@ def test_names_and_state_are_those_of_the_student(family):
     module = objective(student)
     assert [name for name, _ in module.named_parameters()] == [f"student.{n}" for n, _ in student.named_parameters()]
     assert module.state_dict().keys() == {f"student.{name}" for name in student.state_dict()}
-    assert module.head.weight is student.get_output_embeddings().weight
+    assert module.head.head.weight is student.get_output_embeddings().weight
     module.load_state_dict(module.state_dict())
 
 

@@ -53,6 +53,9 @@ def test_student_and_routers_are_trained_and_nothing_else(trained, teacher):
     assert [("kl_frozen" in row) for row in rows] == [True, False, True, False, True, False, True]
     assert rows[0]["teacher_drift"] == pytest.approx(0, abs=1e-6) and rows[-1]["teacher_drift"] > 0
     assert rows[0]["router_anchor"] == 0 < rows[-1]["router_anchor"]
+    # every 2 steps of a stage and at its end, of 3 and 4 steps
+    measured = {row["step"]: row["validation_perplexity"] for row in rows if "validation_nll" in row}
+    assert list(measured) == [2, 3, 5, 7] and measured[2] > measured[5] > measured[7]
     before = load_model(teacher, torch.float32).state_dict()
     found = beside(trained, "second/step-000007")
     assert sorted(found) == [f"routers.model:layers:{i}:mlp:gate.weight" for i in range(2)]
