@@ -69,8 +69,13 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         ("objective.initial_top_k", "objective.final_top_k"),
-        lambda c: _of(c, "routing") not in ("top_m", "capacity"),
-        "objective.routing=top_m and capacity alone change the number of experts per token",
+        lambda c: _of(c, "routing") not in ("top_m", "capacity", "learned"),
+        "objective.routing=top_m, capacity and learned alone change the number of experts per token",
+    ),
+    Rule(
+        ("objective.router_lr", "objective.router_balance"),
+        lambda c: _of(c, "routing") != "learned",
+        "objective.routing=learned alone has heads that learn",
     ),
     Rule(
         ("objective.router_patterns",),

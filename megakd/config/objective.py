@@ -163,14 +163,19 @@ class OnlineConfig(LossConfig):
     importance: float = Field(
         0.0, ge=0, description="experts of the teacher count by their share of that KL to this power"
     )
-    routing: Literal["trained", "all", "top_m", "capacity"] = Field(
+    routing: Literal["trained", "all", "top_m", "capacity", "learned"] = Field(
         "trained",
         description="experts per token of the teacher, as in sar; capacity: from initial_top_k to final_top_k by "
-        "exp(-KL), how much of the teacher the student reaches",
+        "exp(-KL), how much of the teacher the student reaches; learned: the same token by token, by heads on the "
+        "student's hidden states, whose estimates gap and importance then use too",
     )
-    initial_top_k: int = Field(1, ge=1, description="routing=top_m or capacity: experts per token at the start")
-    final_top_k: int = Field(
-        4, ge=1, description="routing=top_m or capacity: experts per token at the end, at most all"
+    initial_top_k: int = Field(
+        1, ge=1, description="routing=top_m, capacity or learned: experts per token at the start, or at capacity 0"
+    )
+    final_top_k: int = Field(4, ge=1, description="the same at the end, or at capacity 1; at most all")
+    router_lr: float = Field(1e-3, gt=0, description="routing=learned: learning rate of the heads, constant")
+    router_balance: float = Field(
+        0.01, ge=0, description="routing=learned: weight that pulls the expected shares of experts to equal ones"
     )
     router_patterns: tuple[str, ...] = Field(
         (), description="regular expressions for names of routers that are not found by role and shape"

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional
 
 from megakd.errors import UserError
 
@@ -123,6 +124,12 @@ def scheduled(router: Router, rule: str, first: int, last: int, share: float) ->
     return min(first + (steps if last > first else -steps), router.experts)
 
 
+def experts_for(capacity: Tensor, first: int, last: int) -> Tensor:
+    """Experts for each capacity, 0 to 1: `scheduled` from `first` to `last`, however many there are."""
+    steps = (capacity * (abs(last - first) + 1)).long().clamp(max=abs(last - first))
+    return first + steps if last > first else first - steps
+
+
 @contextmanager
 def choices(routers: Sequence[Router]) -> Iterator[list[Choice]]:
     """What every router chooses during one forward pass, in the order of the calls, with gradients."""
@@ -146,22 +153,46 @@ def choices(routers: Sequence[Router]) -> Iterator[list[Choice]]:
             hook.remove()
 
 
-@contextmanager
-def weighed(routers: Sequence[Router], factors: Sequence[Tensor] | None) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Routing weights times what each expert counts, a token's sum kept; heard: (weights, experts), [N, k] each.
+class Routed(NamedTuple):
+    """What a router's tokens took: experts [N, k], their weights, and those weights without factors."""
 
-    factors: [E] each; None leaves the weights alone. Routers must give (logits, weights, experts), as transformers' do.
+    weights: Tensor
+    experts: Tensor
+    unchanged: Tensor
+
+
+class Counts(NamedTuple):
+    """Experts that each token takes, [N], none fewer than `fewest`; routers are set to the most of them."""
+
+    tokens_N: Tensor
+    fewest: int
+
+
+@contextmanager
+def weighed(
+    routers: Sequence[Router], factors: Sequence[Tensor] | None, counts: Counts | None = None
+) -> Iterator[list[Routed]]:
+    """Routing weights times what each expert counts, a token's sum kept; what every router gave during the pass.
+
+    factors: [E] each, or [B, E] for B windows of N / B tokens; None leaves the weights alone. counts: None for as many
+    experts as routers take. Routers must give (logits, weights, experts), as transformers' do.
     """
-    heard: list[tuple[Tensor, Tensor]] = []
+    routed: list[Routed] = []
 
     def change(module: Any, inputs: Any, output: Any, index: int) -> Any:
         if not isinstance(output, tuple) or len(output) != 3:
-            raise UserError(f"{routers[index].name}: gives no routing weights that could be changed; set importance=0")
+            raise UserError(
+                f"{routers[index].name}: gives no routing weights that could be changed; set objective.importance=0, "
+                "and another objective.routing than learned"
+            )
         logits, weights, experts = output
+        if counts is not None:
+            weights, experts = _narrowed(routers[index], inputs, weights, experts, counts)
+        unchanged = weights
         if factors is not None:
-            changed = weights * factors[index].to(weights)[experts]
+            changed = weights * _of_experts(factors[index].to(weights), experts)
             weights = changed * (weights.sum(-1, keepdim=True) / changed.sum(-1, keepdim=True))
-        heard.append((weights, experts))
+        routed.append(Routed(weights, experts, unchanged))
         return logits, weights, experts
 
     hooks = [
@@ -169,10 +200,37 @@ def weighed(routers: Sequence[Router], factors: Sequence[Tensor] | None) -> Iter
         for index, router in enumerate(routers)
     ]
     try:
-        yield heard
+        yield routed
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _narrowed(
+    router: Router, inputs: Any, weights_Nk: Tensor, experts_Nk: Tensor, counts: Counts
+) -> tuple[Tensor, Tensor]:
+    """Each token's own number of experts: what the router itself gives with that top_k, and weight 0 up to k.
+
+    So order, ties, groups, biases and whether the weights are normalised stay the family's. A row with fewer experts
+    repeats its first.
+    """
+    most = weights_Nk.shape[-1]
+    counts_N1 = counts.tokens_N[:, None]
+    for fewer in range(counts.fewest, most):
+        router.take(fewer)
+        _, weights, experts = router.module.forward(*inputs)
+        weights_Nk = torch.where(counts_N1 == fewer, functional.pad(weights, (0, most - fewer)), weights_Nk)
+        repeated = torch.cat([experts, experts[:, :1].expand(-1, most - fewer)], -1)
+        experts_Nk = torch.where(counts_N1 == fewer, repeated, experts_Nk)
+    router.take(most)
+    return weights_Nk, experts_Nk
+
+
+def _of_experts(factors: Tensor, experts_Nk: Tensor) -> Tensor:
+    """What the experts of each token count, [N, k], from [E] or [B, E]."""
+    if factors.ndim == 1:
+        return factors[experts_Nk]
+    return factors.gather(1, experts_Nk.view(len(factors), -1)).view(experts_Nk.shape)
 
 
 def copies(routers: Sequence[Router]) -> list[nn.Module]:

@@ -5,34 +5,43 @@ takes, which of them count more, and which positions do.
 """
 
 import math
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megakd.config.objective import OnlineConfig
-from megakd.data.records import IGNORED, Batch, Paired, Rows, Side, labelled, shared_spans
+from megakd.data.records import IGNORED, Batch, Paired, Rows, Side, labelled, scored_spans
 from megakd.losses.head import FusedHead
 from megakd.losses.hidden import attention_loss, contrastive_loss, feature_loss, gap_weights, layer_map
 from megakd.losses.per_token import kl_each
 from megakd.losses.reference import DistillTerms
 from megakd.losses.signals import Dense
-from megakd.losses.spans import span_attention, span_likelihoods, span_means, span_sizes
-from megakd.models.routing import Router, find_routers, scheduled, weighed
-from megakd.objectives.across import span_scores
+from megakd.losses.spans import span_likelihoods, span_means, span_sizes
+from megakd.models.routing import Counts, Routed, Router, experts_for, find_routers, scheduled, weighed
+from megakd.objectives.across import of_tokens, per_token, span_scores, units_of
 from megakd.objectives.base import LossReport, Objective, check_spans, projection
 from megakd.objectives.cached import fused_head
 from megakd.objectives.live_head import LiveHead
+from megakd.objectives.student_aware import Estimates, StudentAwareRouter, gap_shares
 from megakd.system.dist import sum_over_ranks
 
 KEEP = 0.9  # of what was remembered, each step
 
-# CE and divergence weighted by the gap, named sums, and the gap where something asks for it: which of the teacher's
-# tokens count, and the KL at T = 1 of each, both [B, U].
-Compared = tuple[Tensor, dict[str, Tensor], tuple[Tensor, Tensor] | None]
+
+class Gap(NamedTuple):
+    """KL at T = 1 of each unit, [B, N], and which of them count; of each token of the teacher, [B, U], and which do."""
+
+    units: Rows
+    units_BN: Tensor
+    counted_BU: Tensor
+    tokens_BU: Tensor
+
+
+# CE and divergence weighted by the gap, named sums, and the gap where something asks for it.
+Compared = tuple[Tensor, dict[str, Tensor], Gap | None]
 
 
 class OnlineDistillation(Objective):
@@ -48,6 +57,8 @@ class OnlineDistillation(Objective):
     gap: positions count for D by (KL at T = 1)^gap, with mean 1 over a window.
     capacity: exp(-KL) a token, remembered over steps; with routing=capacity it says how far top_k has come.
     importance: an expert's routing weight counts by (its share of the gap)^importance, remembered over steps.
+    routing=learned: heads on the student's hidden states expect capacity, gap and shares, and what they expect takes
+    the place of what was measured: capacity token by token, shares window by window (student_aware.py).
 
     teacher_vocab_size: of a teacher with another tokenizer, whose batches are `Paired`. Then spans of text take the
     place of positions in all parts and in the gap, and T * span_likelihood_loss that of T^2 D (losses/spans.py).
@@ -83,7 +94,11 @@ class OnlineDistillation(Objective):
                 teacher, teacher.name_or_path or teacher.config.model_type, online.router_patterns
             )
         self.memory = {"capacity": [0.0]} if online.routing == "capacity" else {}
-        if online.importance:
+        self.learned = online.routing == "learned"
+        if self.learned:
+            experts = [router.experts for router in self.found]
+            self.heads = StudentAwareRouter(sizes[0], experts, online.router_lr, online.router_balance)
+        elif online.importance:
             self.memory["importance"] = [1.0] * sum(router.experts for router in self.found)
         self.gap_sums: Tensor | None = None
         self.at(0.0)
@@ -96,7 +111,9 @@ class OnlineDistillation(Objective):
             share = self.memory["capacity"][0]
         rule = self.online.routing, self.online.initial_top_k, self.online.final_top_k
         for router in self.found:
-            router.take(scheduled(router, *rule, share))
+            # learned: the most that a token takes; each takes its own number
+            shares = (0.0, 1.0) if self.learned else (share,)
+            router.take(max(scheduled(router, *rule, each) for each in shares))
 
     def observe(self, sums: Mapping[str, float], tokens: int) -> None:
         """Remember a step's capacity and how the gap was shared among experts; the same on every rank.
@@ -107,7 +124,9 @@ class OnlineDistillation(Objective):
         if not math.isfinite(gap):
             self.forget_step()
             return
-        if "capacity" in self.memory:
+        if self.learned:
+            self.heads.learn(tokens)
+        if self.online.routing == "capacity":
             now = math.exp(-gap / tokens)
             self.memory["capacity"] = [KEEP * self.memory["capacity"][0] + (1 - KEEP) * now]
         if self.gap_sums is not None:
@@ -122,20 +141,27 @@ class OnlineDistillation(Objective):
 
     def forget_step(self) -> None:
         self.gap_sums = None
+        if self.learned:
+            self.heads.gradient = None
 
     def loss(self, batch: Batch) -> LossReport:
         teacher, _ = self.held
         online, units = self.online, units_of(batch)
         own = self._ask(self.student, batch)
-        with torch.no_grad(), weighed(self.found, self._factors(batch.tokens.device)) as chosen:
+        expected = self._expect(own.last_hidden_state, batch) if self.learned else None
+        counts = self._counts(expected, batch) if expected else None
+        changed = self.found if online.importance or self.learned else []
+        with torch.no_grad(), weighed(changed, self._factors(batch.tokens.device, expected), counts) as routed:
             theirs = self._ask(teacher, batch if batch.paired is None else batch.paired.teacher)
         states = own.last_hidden_state, theirs.last_hidden_state
         if batch.paired is None:
-            total, named, gap = self._over_positions(*states, batch)
+            total, named, gap = self._over_positions(*states, batch, expected)
         else:
-            total, named, gap = self._over_spans(*states, batch.paired)
-        if gap is not None and online.importance:
-            self._add_gap(chosen, *gap)
+            total, named, gap = self._over_spans(*states, batch.paired, expected)
+        if expected and counts and gap:
+            named |= self._fit(expected, counts, gap, routed, (batch.labels != IGNORED).sum(1))
+        elif gap and online.importance:
+            self._add_gap(routed, gap)
         taken: dict[str, tuple[float, Tensor]] = {}
         if online.feature or online.contrastive:
             hidden, taught = self.projector(units.own(own.last_hidden_state)), units.theirs(theirs.last_hidden_state)
@@ -160,27 +186,30 @@ class OnlineDistillation(Objective):
         for name, (weight, value) in taken.items():
             total = total + self.alpha * weight * value
             named[name] = value.detach()
-        if "capacity" in self.memory:
+        if online.routing == "capacity":
             named["capacity"] = (batch.labels != IGNORED).sum() * self.memory["capacity"][0]
         return LossReport(total, named)
 
-    def _over_positions(self, hidden: Tensor, taught: Tensor, batch: Batch) -> Compared:
+    def _over_positions(self, hidden: Tensor, taught: Tensor, batch: Batch, expected: Estimates | None) -> Compared:
         online = self.online
-        gap_power = online.gap if online.gap or online.importance else None
+        gap_power = online.gap if online.gap or online.importance or expected else None
         form = {"alpha": self.alpha, "temperature": self.temperature, "divergence": self.divergence}
         form |= {"kl_weight": online.kl, "sizes_of": self.sizes_of}
-        terms, gap_BT = self.head(weighted_loss, hidden, Dense(self.held[1], taught), batch, gap_power, **form)
+        by = expected.gap() if expected else None
+        terms, gap_BT = self.head(weighted_loss, hidden, Dense(self.held[1], taught), batch, gap_power, by, **form)
         named = {"ce": terms.ce, "kl": terms.kl, "kl_t1": terms.kl_t1, "teacher_ce": terms.teacher_ce}
-        return terms.total, named, None if gap_BT is None else (batch.labels != IGNORED, gap_BT)
+        gap = None if gap_BT is None else Gap(labelled(batch), gap_BT, batch.labels != IGNORED, gap_BT)
+        return terms.total, named, gap
 
-    def _over_spans(self, hidden: Tensor, taught: Tensor, paired: Paired) -> Compared:
+    def _over_spans(self, hidden: Tensor, taught: Tensor, paired: Paired, expected: Estimates | None) -> Compared:
         settings = self.online
         scores = self.head(span_scores, self.held[1], hidden, taught, paired, self.sizes_of)
         sides, there = (scores.student_BS, scores.teacher_BS, scores.there), scores.there
         with torch.no_grad():
             gap_N = span_likelihoods(*sides, 1.0)
             gap_BS = there.place(gap_N)
-        weights_N = there.pick(gap_weights(gap_BS, there.place(torch.ones_like(gap_N)) > 0, settings.gap))
+        by = expected.gap() if expected else gap_BS
+        weights_N = there.pick(gap_weights(by, there.place(torch.ones_like(gap_N)) > 0, settings.gap))
         likelihood = (weights_N * span_likelihoods(*sides, self.temperature)).sum()
         total = (1 - self.alpha) * scores.ce + self.alpha * settings.kl * self.temperature * likelihood
         named = {"ce": scores.ce.detach(), "span_kl": likelihood.detach(), "span_kl_t1": gap_N.sum()}
@@ -188,27 +217,52 @@ class OnlineDistillation(Objective):
         # a span's gap, in equal parts, is that of the tokens whose labels are its own
         spans = paired.teacher.label_spans
         sizes_BS = span_sizes(spans, gap_BS.shape[1]).clamp(min=1)
-        # a column of zeros for tokens of no span, and for windows without spans
-        gap_BR = nn.functional.pad(gap_BS / sizes_BS, (0, 1))
-        gap_BU = gap_BR.gather(1, torch.where(spans >= 0, spans, gap_BS.shape[1]))
-        return total, named, (spans >= 0, gap_BU)
+        return total, named, Gap(there, gap_BS, spans >= 0, of_tokens(gap_BS / sizes_BS, spans))
 
     def _ask(self, model: Any, batch: Batch | Side) -> Any:
         wanted = {"output_hidden_states": self.online.layers > 0, "output_attentions": self.online.attention > 0}
         return model.get_decoder()(batch.tokens, position_ids=batch.position_ids, use_cache=False, **wanted)
 
-    def _factors(self, device: torch.device) -> list[Tensor] | None:
-        """What each router's experts count, [E] each; all in one copy to the device."""
+    def _expect(self, hidden_BTD: Tensor, batch: Batch) -> Estimates:
+        """What the heads expect of each position, or of each span from the states that predict its tokens."""
+        if batch.paired is None:
+            return self.heads.estimate(hidden_BTD, labelled(batch))
+        scored = scored_spans(batch.paired)
+        means_BSD, _ = span_means(hidden_BTD.detach(), batch.paired.student.label_spans, scored.length)
+        return self.heads.estimate(means_BSD, scored)
+
+    def _counts(self, expected: Estimates, batch: Batch) -> Counts:
+        """Experts for each of the teacher's tokens by its capacity; of a token without a span, as at capacity 0."""
+        capacity_BU, (first, last) = expected.capacity(), (self.online.initial_top_k, self.online.final_top_k)
+        if batch.paired is not None:
+            capacity_BU = of_tokens(capacity_BU, batch.paired.teacher.label_spans)
+        return Counts(experts_for(capacity_BU, first, last).flatten(), min(first, last))
+
+    def _factors(self, device: torch.device, expected: Estimates | None) -> list[Tensor] | None:
+        """What each router's experts count, [E] each, in one copy to the device; by the heads [B, E]."""
         if not self.online.importance:
             return None
+        if expected:
+            return expected.importance(self.online.importance)
         importance = torch.tensor(self.memory["importance"]).to(device, non_blocking=True).clamp(min=1e-6)
         return [part**self.online.importance for part in importance.split([router.experts for router in self.found])]
 
-    def _add_gap(self, chosen: list[tuple[Tensor, Tensor]], counted_BU: Tensor, gap_BU: Tensor) -> None:
+    def _fit(
+        self, expected: Estimates, counts: Counts, gap: Gap, routed: list[Routed], tokens_B: Tensor
+    ) -> dict[str, Tensor]:
+        """Have the heads learn from what was measured; named sums. tokens_B: of the student."""
+        shares = gap_shares(routed, gap.counted_BU, gap.tokens_BU, self.heads.experts)
+        named = self.heads.fit(expected, gap.units, gap.units_BN, shares)
+        taken_BU = counts.tokens_N.view(gap.counted_BU.shape)
+        each = [taken_BU.clamp(max=router.experts).float() for router in self.found]
+        named["experts"] = (torch.stack(each).mean(0) * per_token(gap.counted_BU, tokens_B)).sum()
+        return named
+
+    def _add_gap(self, routed: list[Routed], gap: Gap) -> None:
         """Add up each expert's share of the gap: sum over the teacher's counted tokens of gap times routing weight."""
-        counted_M1, gap_M1 = counted_BU.flatten()[:, None], gap_BU.flatten()[:, None]
+        counted_M1, gap_M1 = gap.counted_BU.flatten()[:, None], gap.tokens_BU.flatten()[:, None]
         sums = []
-        for router, (weights, experts) in zip(self.found, chosen, strict=True):
+        for router, (weights, experts, _) in zip(self.found, routed, strict=True):
             share = weights.float() / weights.float().sum(-1, keepdim=True).clamp(min=1e-12)
             part = torch.where(counted_M1, share * gap_M1, 0.0)
             sums.append(share.new_zeros(router.experts).index_add(0, experts.flatten(), part.flatten()))
@@ -217,49 +271,25 @@ class OnlineDistillation(Objective):
 
 
 def weighted_loss(
-    own: FusedHead, hidden_BTD: Tensor, everywhere: Dense, batch: Batch, gap_power: float | None, **form: Any
+    own: FusedHead,
+    hidden_BTD: Tensor,
+    everywhere: Dense,
+    batch: Batch,
+    gap_power: float | None,
+    expected_BT: Tensor | None = None,
+    **form: Any,
 ) -> tuple[DistillTerms, Tensor | None]:
     """The loss of `own` over the labelled positions, weighted by (KL at T = 1)^gap_power; that KL of each, [B, T].
 
-    everywhere: the teacher at all positions, [B, T, G]. gap_power: None for equal weights, and no KL. form: the
-    settings of `FusedHead.forward`.
+    everywhere: the teacher at all positions, [B, T, G]. gap_power: None for equal weights, and no KL. expected_BT: a KL
+    to weigh by instead. form: the settings of `FusedHead.forward`.
     """
     rows = labelled(batch)
     hidden_ND, taught_NG, labels_N = map(rows.pick, (hidden_BTD, everywhere.hidden_NG, batch.labels))
     teacher, gap_BT = Dense(everywhere.head, taught_NG), None
     if gap_power is not None:
         gap_BT = rows.place(kl_each(teacher.head, taught_NG, own, hidden_ND))
-        weights_N = rows.pick(gap_weights(gap_BT, batch.labels != IGNORED, gap_power))
+        by_BT = gap_BT if expected_BT is None else expected_BT
+        weights_N = rows.pick(gap_weights(by_BT, batch.labels != IGNORED, gap_power))
         teacher = teacher._replace(weights_N=weights_N)
     return own(hidden_ND, labels_N, teacher, **form), gap_BT
-
-
-class Units(NamedTuple):
-    """What the parts compare: positions, or spans of text where the teacher has another tokenizer.
-
-    counted: which of them count, of [B, N]. own, theirs: student's and teacher's hidden states of tokens to those of
-    units; own_maps, their_maps: the same for attention maps.
-    """
-
-    counted: Rows
-    own: Callable[[Tensor], Tensor]
-    theirs: Callable[[Tensor], Tensor]
-    own_maps: Callable[[Tensor], Tensor]
-    their_maps: Callable[[Tensor], Tensor]
-
-
-def units_of(batch: Batch) -> Units:
-    """Positions with a label; spans that have tokens on both sides."""
-    if batch.paired is None:
-        return Units(labelled(batch), *[lambda values: values] * 4)
-    shared = shared_spans(batch.paired)
-    count, own, theirs = shared.length, *(side.spans for side in batch.paired[:2])
-    return Units(
-        shared,
-        *(partial(_means, spans, count) for spans in (own, theirs)),
-        *(partial(span_attention, spans_BT=spans, count=count) for spans in (own, theirs)),
-    )
-
-
-def _means(spans_BT: Tensor, count: int, hidden_BTD: Tensor) -> Tensor:
-    return span_means(hidden_BTD, spans_BT, count)[0]

@@ -130,9 +130,14 @@ def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
 
 def sum_tensor_over_ranks(values: torch.Tensor) -> list[float]:
     """The same of numbers that lie on this process's device: one transfer to the host. `values` are overwritten."""
+    return add_over_ranks(values).tolist()
+
+
+def add_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Element-wise sums over all ranks, on their device; `values` are overwritten."""
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         torch.distributed.all_reduce(values)
-    return values.tolist()
+    return values
 
 
 def gather(value: T) -> list[T]:

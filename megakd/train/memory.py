@@ -86,7 +86,8 @@ def _name(live: LiveBytes, objective: Any, engine: Any, teacher: Any, offload_te
     away = offloaded(teacher) if offload_teacher else ()
     here = [tensor for tensor in (*teacher.parameters(), *teacher.buffers()) if id(tensor) not in away]
     live.label(here, "weights of the teacher")
-    auxiliary = [p for name, p in objective.named_parameters() if not name.startswith("student.")]
+    named = [*objective.named_parameters(), *objective.named_buffers()]
+    auxiliary = [tensor for name, tensor in named if not name.startswith("student.")]
     live.label(
         [*auxiliary, *(p for m in getattr(objective, "initial", ()) for p in m.parameters())], "routers and projections"
     )

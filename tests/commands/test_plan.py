@@ -166,8 +166,8 @@ SETTINGS = {
         "online", "float32", 128, 2, engine={"offload_teacher": True}, objective={"attention": 0}
     ),
     "online with attention": run_config("online", "float32", 192, 4),
-    "online, bfloat16, gap and importance": run_config(
-        "online", "bfloat16", 256, 4, **CHECKPOINTED, objective={"gap": 1.0, "importance": 0.5}
+    "online, bfloat16, a learned router": run_config(
+        "online", "bfloat16", 256, 4, **CHECKPOINTED, objective={"gap": 1.0, "importance": 0.5, "routing": "learned"}
     ),
 }
 

@@ -353,6 +353,8 @@ FIELDS: dict[str, Seen | Listed] = {
     "objective.routing": Seen("all", objective),
     "objective.initial_top_k": Seen(2, objective, {"objective.routing": "top_m"}),
     "objective.final_top_k": Seen(2, objective, {"objective.routing": "top_m", "objective.initial_top_k": 3}),
+    "objective.router_lr": Seen(0.5, objective, {"objective.routing": "learned"}),
+    "objective.router_balance": Seen(0.5, objective, {"objective.routing": "learned"}),
     "objective.router_patterns": Seen(["layers.0.mlp.gate$"], objective, {"objective.routing": "all"}),
     "objective.router_lr_multiplier": Seen(0.3, objective),
     "objective.anchor": Seen(0.7, objective),

@@ -81,7 +81,7 @@ def test_sums_are_those_of_plain_numbers():
     assert update_squares(torch.optim.AdamW([nn.Parameter(torch.ones(1))]), []) == {}
 
 
-@pytest.mark.parametrize("kind", ["cached", "sar", "online"])
+@pytest.mark.parametrize("kind", ["cached", "sar", "online", "learned"])
 def test_a_micro_batch_waits_for_nothing(waits, kind, teacher, dataset):
     """What a kind asks the device for in a step does not grow with the micro-batches."""
     batch = collate([dataset[i] for i in range(2)], 32)
@@ -92,7 +92,8 @@ def test_a_micro_batch_waits_for_nothing(waits, kind, teacher, dataset):
         if kind == "sar":
             objective = SarDistillation(dense_student(), frozen, SarConfig(drift_steps=0), VOCABULARY)
         else:
-            online = OnlineConfig(gap=1.0, importance=0.5, routing="capacity", initial_top_k=2)
+            routing: Any = "learned" if kind == "learned" else "capacity"
+            online = OnlineConfig(gap=1.0, importance=0.5, routing=routing, initial_top_k=2)
             objective = OnlineDistillation(dense_student(), frozen, online, VOCABULARY)
     batch = to_device(batch, CPU)  # as the loop gives it: which positions count is known
     engine, found = engine_of(objective), []

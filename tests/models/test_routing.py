@@ -3,7 +3,18 @@ import torch
 from torch import nn
 
 from megakd.errors import UserError
-from megakd.models.routing import choices, copies, describe, find_routers, in_place_of, learns_nothing
+from megakd.models.routing import (
+    Counts,
+    choices,
+    copies,
+    describe,
+    experts_for,
+    find_routers,
+    in_place_of,
+    learns_nothing,
+    scheduled,
+    weighed,
+)
 from tests.models.students import EXPERTS, FAMILIES, HIDDEN, make_model
 
 TOKENS = torch.randint(1, 61, (2, 9), generator=torch.Generator().manual_seed(1))
@@ -95,6 +106,17 @@ def test_another_number_of_experts_is_taken(model):
     assert len(heard) == 2  # nothing listens any more
 
 
+def test_plain_linears_have_no_weights_to_change():
+    model = Odd()
+    with (
+        pytest.raises(
+            UserError, match=r"layers.0.wg: gives no routing weights .* another objective.routing than learned"
+        ),
+        weighed(find_routers(model, "teacher"), None),
+    ):
+        model(TOKENS)
+
+
 def test_choices_of_plain_linears():
     model = Odd()
     found = find_routers(model, "teacher")
@@ -116,6 +138,50 @@ def test_the_model_as_it_was_can_be_asked_again(model):
             assert torch.equal(model(TOKENS).logits, before)
         assert torch.equal(model(TOKENS).logits, changed) and not torch.equal(changed, before)
     assert [router.holder.top_k for router in found] == [1, 1]
+
+
+@torch.no_grad()
+def test_every_token_takes_its_own_number_of_experts(model):
+    """Whatever the family: unsorted choices, a correction bias, weights that are not normalised."""
+    router = find_routers(model, "teacher")[0]
+    hidden = torch.randn(2, 9, HIDDEN, generator=torch.Generator().manual_seed(2))
+    counts = torch.arange(18) % (EXPERTS + 1) + 1  # one more than there are, too
+    router.take(EXPERTS)
+    with weighed([router], None, Counts(counts, 1)) as routed:
+        out = router.block(hidden)
+    assert router.holder.top_k == EXPERTS
+    (found,) = routed
+    for n, count in enumerate(counts.clamp(max=EXPERTS).tolist()):
+        router.take(count)
+        with choices([router]) as alone:
+            expected = router.block(hidden)
+        torch.testing.assert_close(out.flatten(0, 1)[n], expected.flatten(0, 1)[n], rtol=1e-5, atol=1e-6)
+        taken = found.experts[n][found.weights[n] != 0]
+        assert sorted(taken.tolist()) == sorted(alone[0].experts[n].tolist())
+
+
+@torch.no_grad()
+def test_experts_of_a_window_count_by_its_own_factors(model):
+    """A token's weights keep their sum; by the slow loop over tokens."""
+    router = find_routers(model, "teacher")[0]
+    hidden = torch.randn(2, 9, HIDDEN, generator=torch.Generator().manual_seed(2))
+    factors = torch.tensor([[1.0, 2.0, 0.5, 4.0], [0.1, 1.0, 3.0, 1.0]])
+    with weighed([router], [factors], Counts(torch.tensor([1, 2] * 9), 1)) as routed:
+        router.block(hidden)
+    (found,) = routed
+    for n in range(18):
+        counted = found.unchanged[n] * factors[n // 9, found.experts[n]]
+        expected = counted * found.unchanged[n].sum() / counted.sum()
+        torch.testing.assert_close(found.weights[n], expected)
+        assert (found.weights[n] != 0).sum() == 1 + n % 2
+
+
+def test_experts_for_a_capacity_are_those_of_the_schedule():
+    router = find_routers(Odd(), "teacher")[0]
+    capacity = torch.linspace(0, 1, 97)
+    for first, last in ((1, 4), (4, 1), (2, 2), (1, 2)):
+        found = experts_for(capacity, first, last).tolist()
+        assert found == [scheduled(router, "learned", first, last, share) for share in capacity.tolist()]
 
 
 def test_one_expert_with_normalised_weights_teaches_a_router_nothing(model):

@@ -18,6 +18,7 @@ from megakd.objectives.online import OnlineDistillation
 from tests.conftest import VOCABULARY
 from tests.objectives.sar import dense_student
 from tests.objectives.test_online import NONE, PARTS, asked
+from tests.objectives.test_student_aware import opinionated
 
 LENGTH = 40
 
@@ -59,6 +60,15 @@ def test_a_token_a_span_is_position_by_position(made, samples):
     for name in PARTS[1:]:
         assert report.terms[name].item() == pytest.approx(expected.terms[name].item(), rel=1e-5), name
     assert report.terms["ce"].item() == pytest.approx(objective(plain).terms["ce"].item(), rel=1e-5)
+    # a span's tokens take the experts that the states before it expect
+    learned = made(routing="learned")
+    opinionated(learned.heads)
+    hidden = torch.randn(3, LENGTH, 24, generator=torch.Generator().manual_seed(0))
+    by_span, by_position = (
+        learned._counts(learned._expect(hidden, each), each).tokens_N.view(3, LENGTH) for each in (paired, plain)
+    )
+    assert torch.equal(by_span[counted], by_position[counted]) and len(by_position[counted].unique()) == 4
+    assert (by_span[~counted] == 1).all()
 
 
 def mean(states: torch.Tensor, side: Side, spans: list[int]) -> torch.Tensor:
@@ -142,22 +152,29 @@ def test_every_part_reaches_the_student_and_can_be_switched_off(made, batch):
 
 def test_padding_has_no_say_and_windows_count_alone(made, batch):
     objective, paired = made(gap=1.0, importance=0.5), batch.paired
+    learned = made(gap=1.0, importance=0.5, routing="learned")
+    opinionated(learned.heads)
     sides = [side._replace(tokens=torch.where(side.spans < 0, 7, side.tokens)) for side in paired[:2]]
     changed = Batch(*sides[0][:3], paired=Paired(*sides, paired.span_count))
     assert any(not torch.equal(a.tokens, b.tokens) for a, b in zip(sides, paired[:2], strict=True))
-    alone = []
+    alone, learned_alone = [], []
     for b in range(3):
         rows = [Side(*(field[b : b + 1] for field in side[:5])) for side in paired[:2]]
-        alone.append(objective(Batch(*rows[0][:3], paired=Paired(*rows, paired.span_count[b : b + 1]))))
+        window = Batch(*rows[0][:3], paired=Paired(*rows, paired.span_count[b : b + 1]))
+        alone.append(objective(window))
+        learned_alone.append(learned(window))
     objective.gap_sums = None
     whole = objective(batch)
     gaps = objective.gap_sums.clone()
     objective.gap_sums = None
     other = objective(changed)
     assert torch.allclose(objective.gap_sums, gaps, rtol=1e-5)
-    for name in whole.terms:
-        assert other.terms[name].item() == pytest.approx(whole.terms[name].item(), rel=1e-5), name
-        assert sum(p.terms[name].item() for p in alone) == pytest.approx(whole.terms[name].item(), rel=1e-4), name
+    gradient, learned.heads.gradient = learned.heads.gradient, None
+    for report, same, parts in ((whole, other, alone), (learned(batch), learned(changed), learned_alone)):
+        for name, value in report.terms.items():
+            assert same.terms[name].item() == pytest.approx(value.item(), rel=1e-5), name
+            assert sum(p.terms[name].item() for p in parts) == pytest.approx(value.item(), rel=1e-4), name
+    torch.testing.assert_close(learned.heads.gradient, 2 * gradient, rtol=1e-3, atol=2e-3)
 
 
 def test_spans_count_by_their_gap_and_experts_by_their_share_of_it(made, batch):

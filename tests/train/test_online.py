@@ -60,12 +60,23 @@ def test_it_resumes_and_ranks_give_the_local_curve(trained, tmp_path):
             assert {name: mine[name] for name in numbers} == pytest.approx(numbers, rel=2e-4, abs=2e-5), zero
 
 
+LEARNED = {"routing": "learned", "router_lr": 0.02}
 STAGES = [
-    {"name": "low", "steps": 3, "objective": {"feature": 0, "contrastive": 0, "attention": 0, "layers": 1,
-                                              "progressive_layers": True}},
+    {
+        "name": "low",
+        "steps": 3,
+        "objective": {
+            "feature": 0,
+            "contrastive": 0,
+            "attention": 0,
+            "layers": 1,
+            "progressive_layers": True,
+            **LEARNED,
+        },
+    },
     {"name": "maps", "steps": 2, "objective": {"layers": 0, "routing": "all", "importance": 0}},
-    {"name": "all", "steps": 2},
-]  # fmt: skip
+    {"name": "all", "steps": 2, "objective": LEARNED},
+]
 
 
 def auxiliary(run: Run, checkpoint: str) -> dict[str, Any]:
@@ -90,14 +101,18 @@ def train_interrupted(run: Run, steps: set[int], monkeypatch: pytest.MonkeyPatch
         in_process("train", run.folder)
 
 
-def test_stages_with_other_components_resume_and_keep_what_is_off(trained, tmp_path, monkeypatch):
-    """A stage without the projection of one before it ended with a KeyError."""
+@pytest.fixture(scope="module")
+def phased(trained, tmp_path_factory) -> Run:
+    """Stages with other components, and a router that learns in two of them."""
     settings = ["checkpoint.every_steps=1", f"stages={json.dumps(STAGES)}"]
-    whole, resumed = (Run.create(trained, settings, tmp_path / name) for name in ("whole", "resumed"))
-    in_process("train", whole.folder)
-    train_interrupted(resumed, {2, 5, 7}, monkeypatch)
-    rows = metrics(whole.folder)
-    assert metrics(resumed.folder) == rows and len(rows) == 7
+    run = Run.create(trained, settings, tmp_path_factory.mktemp("phased") / "run")
+    in_process("train", run.folder)
+    return run
+
+
+def test_stages_with_other_components_resume_and_keep_what_is_off(phased, trained, tmp_path, monkeypatch):
+    """A stage without the projection of one before it ended with a KeyError."""
+    rows = metrics(phased.folder)
     parts = ("feature", "attention", "layers", "contrastive")
     assert [{name for name in parts if name in row} for row in rows] == [
         *[{"layers"}] * 3,
@@ -105,13 +120,43 @@ def test_stages_with_other_components_resume_and_keep_what_is_off(trained, tmp_p
         *[set(parts)] * 2,
     ]
     assert [row.get("layers_compared") for row in rows] == [1, 2, 2, None, None, None, None]
-    first, kept, last = (auxiliary(whole, at) for at in ("low/step-000003", "maps/step-000005", "all/step-000007"))
-    name = "layer_projector.weight"
-    assert first.keys() == {name} and kept.keys() == last.keys() == {name, "projector.weight"}
-    assert torch.equal(kept[name], first[name]) and not torch.equal(last[name], kept[name])
+    first, kept, last = (auxiliary(phased, at) for at in ("low/step-000003", "maps/step-000005", "all/step-000007"))
+    own = {"layer_projector.weight", *(f"heads.{name}" for name in ("weights", "exp_avg", "exp_avg_sq", "updates"))}
+    assert first.keys() == own and kept.keys() == last.keys() == own | {"projector.weight"}
+    for name in own:
+        assert torch.equal(kept[name], first[name]) and not torch.equal(last[name], kept[name]), name
+    assert [each["heads.updates"].item() for each in (first, kept, last)] == [3, 3, 5]
+
+    resumed = Run.create(phased.folder, [], tmp_path / "resumed")
+    train_interrupted(resumed, {2, 5, 7}, monkeypatch)
+    assert metrics(resumed.folder) == rows
     for at in ("low/step-000002", "maps/step-000004", "all/step-000007"):
-        mine, theirs = auxiliary(resumed, at), auxiliary(whole, at)
+        mine, theirs = auxiliary(resumed, at), auxiliary(phased, at)
         assert mine.keys() == theirs.keys() and all(torch.equal(mine[n], theirs[n]) for n in mine)
+
+
+def test_a_learned_router_is_logged_and_learns(phased):
+    rows = [row for row in metrics(phased.folder) if row["stage"] != "maps"]
+    names = {"capacity", "experts", "importance_entropy", "capacity_loss", "gap_loss", "importance_loss"}
+    assert all(names < row.keys() for row in rows)
+    assert rows[0]["importance_entropy"] == pytest.approx(1) and rows[0]["experts"] == 2
+    assert rows[-1]["importance_entropy"] < 1 and all(2 <= row["experts"] <= 4 for row in rows)
+    assert not names & metrics(phased.folder)[4].keys()
+
+
+@pytest.mark.ranks
+def test_stages_with_other_components_are_the_same_on_two_ranks(phased, tmp_path):
+    run = Run.create(
+        phased.folder, ["engine.kind=deepspeed", "engine.config=zero3", "engine.ranks=2"], tmp_path / "run"
+    )
+    forked_ranks(2, "train", run.folder)
+    for mine, theirs in zip(metrics(run.folder), metrics(phased.folder), strict=True):
+        assert mine.keys() == theirs.keys()
+        numbers = {name: value for name, value in theirs.items() if isinstance(value, float)}
+        assert {name: mine[name] for name in numbers} == pytest.approx(numbers, rel=2e-4, abs=2e-5)
+    mine, theirs = (auxiliary(each, "all/step-000007") for each in (run, phased))
+    assert mine.keys() == theirs.keys()
+    assert torch.allclose(mine["heads.weights"], theirs["heads.weights"], atol=1e-3)
 
 
 def finite(memory: dict[str, list[float]]) -> bool:
