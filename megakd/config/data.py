@@ -89,6 +89,17 @@ class StreamConfig(Section):
     """How training reads its shards."""
 
     lanes: int = Field(0, ge=0, description="interleaved shard readers; 0: one permutation of all sequences per epoch")
+    curriculum: Literal["off", "nll", "entropy"] = Field(
+        "off",
+        description="easy sequences first: by the teacher's mean NLL of a sequence's labels, or by the mean entropy of "
+        "its predictions, from the cached logits; each epoch still has every sequence once",
+    )
+    curriculum_start: float = Field(
+        0.1, gt=0, lt=1, description="share of the sequences, the easiest, from which training draws at first"
+    )
+    curriculum_epochs: float = Field(
+        1.0, gt=0, description="passes over the data until it draws from all sequences; the share grows as a root"
+    )
     follow: bool = mutable(
         False, description="train while the capture still runs, waiting for shards; needs stream.lanes"
     )
@@ -97,3 +108,9 @@ class StreamConfig(Section):
         "raise", description="a damaged sample ends the run, or is skipped, counted and named"
     )
     scratch: str | None = mutable(None, description="a folder on a local disk for copies of shards; needs stream.lanes")
+
+    @model_validator(mode="after")
+    def _one_order(self) -> "StreamConfig":
+        if self.curriculum != "off" and self.lanes:
+            raise ValueError(f"curriculum={self.curriculum} draws from all shards at once: set stream.lanes=0")
+        return self

@@ -103,6 +103,16 @@ RULES: tuple[Rule, ...] = (
         lambda c: c.logits.profile == "topk",
         "logits.profile=topk stores no draws",
     ),
+    Rule(
+        ("stream.curriculum", "stream.curriculum_start", "stream.curriculum_epochs"),
+        _live,
+        "with a live teacher no cached logits say how hard a sequence is; objective.kind=cached has them",
+    ),
+    Rule(
+        ("stream.curriculum_start", "stream.curriculum_epochs"),
+        lambda c: c.stream.curriculum == "off",
+        "it needs stream.curriculum=nll or entropy",
+    ),
     Rule(("stream.follow", "stream.scratch"), lambda c: not c.stream.lanes, "it needs stream.lanes, like 8"),
     Rule(
         ("compress",),

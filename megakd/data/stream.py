@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from megakd.data.curriculum import Curriculum
 from megakd.system.files import digest
 
 
@@ -17,12 +18,15 @@ class Stream:
     a time,
     one sample of each in turn, each shard in random order: what remote shards and a capture that still runs need. The
     first epoch then takes shards in the order of the manifest, later ones in a random order.
+    curriculum: epochs that begin with a competence below 1 take easy samples first, still each once.
     """
 
-    def __init__(self, sizes: Sequence[int], seed: int, lanes: int = 0):
+    def __init__(self, sizes: Sequence[int], seed: int, lanes: int = 0, curriculum: Curriculum | None = None):
         self.sizes, self.seed, self.lanes = np.asarray(sizes, np.int64), seed, lanes
         self.size = int(self.sizes.sum())
+        self.curriculum = curriculum
         assert self.size > 0, sizes
+        assert curriculum is None or (len(curriculum.easiest) == self.size and not lanes), (sizes, lanes)
         self._epoch = -1
         self._order = np.empty(0, np.int64)
 
@@ -33,9 +37,14 @@ class Stream:
     def _at(self, position: int) -> int:
         epoch, place = divmod(position, self.size)
         if epoch != self._epoch:
-            self._order = self._lanes(epoch) if self.lanes else self._generator(epoch).permutation(self.size)
+            self._order = self._epoch_order(epoch)
             self._epoch = epoch
         return int(self._order[place])
+
+    def _epoch_order(self, epoch: int) -> np.ndarray:
+        if self.curriculum and self.curriculum.competence(epoch * self.size) < 1:
+            return self.curriculum.order(epoch, self._generator(epoch))
+        return self._lanes(epoch) if self.lanes else self._generator(epoch).permutation(self.size)
 
     def _generator(self, *name: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, *name])
@@ -57,9 +66,10 @@ class Stream:
         return np.concatenate(samples)[np.lexsort((np.concatenate(lanes), np.concatenate(turns)))]
 
 
-def shards_digest(names: Sequence[str], sizes: Sequence[int]) -> str:
+def shards_digest(names: Sequence[str], sizes: Sequence[int], curriculum: Curriculum | None = None) -> str:
     """What a position counts over: over other shards, or as many in another order, it means another sample."""
-    return digest([list(shard) for shard in zip(names, sizes, strict=True)])
+    shards = digest([list(shard) for shard in zip(names, sizes, strict=True)])
+    return digest([shards, curriculum.digest()]) if curriculum else shards
 
 
 def share(indices: list[int], rank: int, world: int, micro_batch: int) -> list[list[int]]:

@@ -237,8 +237,8 @@ def check_shards(saved: Saved, shards: str, folder: Path) -> None:
     if before and before != shards:
         raise UserError(
             f"{saved.folder}: its position counts over the shards {before}, but {folder} lists {shards} now: "
-            "the capture grew or changed; delete its manifest.json and run generate-logits with the --max-tokens of "
-            "then, or train over all shards in a new run: megakd new RUN-2 --from RUN"
+            "the capture, or how hard its sequences are (stream.curriculum), changed; delete its manifest.json and run "
+            "generate-logits with the --max-tokens of then, or train in a new run: megakd new RUN-2 --from RUN"
         )
 
 

@@ -154,6 +154,8 @@ def _arguments(config: RunConfig, stage: StageConfig, folder: Path, samples: int
         lr_multipliers=[rule.model_dump() for rule in stage.lr_multipliers],
         **{f"distillation_{name}": getattr(objective, name) for name in names},
     )
+    if config.stream.curriculum != "off":
+        raise UserError("config: stream.curriculum: Trainer shuffles by a sampler of its own; use: megakd train RUN")
     at_once = optim.micro_batch * args.world_size
     if config.windows_per_step % at_once or optim.batch_tokens % config.data.sequence_length:
         raise UserError(

@@ -60,6 +60,7 @@ TERMS = {
     "router_certainty": Term("1 − normalised router entropy", "%"),
     "router_balance": Term("load balance of experts"),
     "lr": Term("learning rate", "", False, False, OPTIMIZER),
+    "competence": Term("competence: share of the sequences, easiest first", "%", False, False, OPTIMIZER),
     "grad_norm": Term("gradient norm", "L2 norm", section=OPTIMIZER),
     "update_norm": Term("norm of the update", "L2 norm", section=OPTIMIZER),
     "stored_mass": Term("teacher's probability on the stored tokens", "%", log=False),

@@ -6,6 +6,7 @@ import torch
 
 from megakd.config.effects import check_batches, check_stages, idle_fields
 from megakd.config.run import RunConfig
+from megakd.data.curriculum import open_curriculum
 from megakd.data.shards import ShardSet
 from megakd.data.stream import shards_digest
 from megakd.data.tokenizers import bos_of, bos_words, check_bos, identify_tokenizer, load_tokenizer
@@ -59,8 +60,9 @@ def check(run: Run) -> ShardSet:
     live = find_live_teacher(config, dataset.facts)
     _check_stages(run, dataset, live, begins=saved is None)
     unfinished = saved is not None and not reached_end(config, saved, dataset)
+    curriculum = open_curriculum(config.stream, dataset)  # measured here, before any rank starts
     if saved and unfinished:
-        check_shards(saved, shards_digest(dataset.names, dataset.sizes), dataset.folder)
+        check_shards(saved, shards_digest(dataset.names, dataset.sizes, curriculum), dataset.folder)
         if live:
             check_teacher(run, live.folder)
     check_student(run, started=saved is not None and unfinished)

@@ -14,6 +14,7 @@ import torch
 
 from megakd.config.run import RunConfig
 from megakd.data.batches import Reader, collate
+from megakd.data.curriculum import Curriculum
 from megakd.data.records import IGNORED, Batch, Paired, Sample
 from megakd.data.shards import BLANK, ShardSet
 from megakd.data.spans import pair, unaligned_labels
@@ -52,9 +53,10 @@ def stage_data(
     steps: int,
     world: World,
     teacher: LiveTeacher | None = None,
+    curriculum: Curriculum | None = None,
 ) -> Iterator[Step | None]:
     """The remaining steps of a stage, in the order of the data, whatever the number of ranks; None while they wait."""
-    stream = Stream(dataset.sizes, config.seed, config.stream.lanes)
+    stream = Stream(dataset.sizes, config.seed, config.stream.lanes, curriculum)
     reader = Reader(dataset, config.stream.workers, config.stream.on_damage == "skip")
     pairing = find_pairing(config, dataset.facts, teacher)
     windows = config.windows_per_step

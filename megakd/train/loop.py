@@ -4,6 +4,7 @@ from contextlib import closing, nullcontext
 from typing import Any
 
 from megakd.config.effects import notices
+from megakd.data.curriculum import open_curriculum
 from megakd.data.shards import ShardSet
 from megakd.engine.base import CarryOver
 from megakd.engine.checkpoint import Saved, last_sound, remove_unpublished
@@ -30,14 +31,15 @@ def train(run: Run, dataset: ShardSet, world: World, stop: StopSignals) -> bool:
     # before anything is recorded: a student without a config ends the training here
     student_config = load_config(run.student_folder)
     teacher = find_live_teacher(run.config, dataset.facts)
-    log = None
+    curriculum, log = open_curriculum(run.config.stream, dataset), None
     if world.first:
         remove_unpublished(run.path("checkpoints"))
         announce(run, saved, teacher, world)
         log = open_log(run, saved)
     with closing(log) if log else nullcontext():
         holdout = read_holdout(run, world)
-        return train_stages(Training(run, dataset, holdout, teacher, world, stop, student_config, log), saved)
+        shared = Training(run, dataset, holdout, teacher, curriculum, world, stop, student_config, log)
+        return train_stages(shared, saved)
 
 
 def train_stages(training: Training, saved: Saved | None) -> bool:

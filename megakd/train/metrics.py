@@ -17,6 +17,7 @@ class StepRecord(NamedTuple):
     stage_step, step: those done in the stage, in all. seen: tokens in all. tokens: the step's counted ones.
     norm: of the gradient. damaged: samples that the step skipped. left_out: updates that were skipped so far.
     norms, validation: more of them, measures of the validation set, by their names in the log.
+    competence: the curriculum's at the step's first sample, if there is one.
     """
 
     stage_step: int
@@ -30,6 +31,7 @@ class StepRecord(NamedTuple):
     left_out: int = 0
     norms: Mapping[str, float] = MappingProxyType({})
     validation: Mapping[str, float] = MappingProxyType({})
+    competence: float | None = None
 
 
 class StageWatch:
@@ -71,6 +73,7 @@ class StageWatch:
         }
         numbers: dict[str, Any] = {"stage": self.stage, "tokens": record.seen}
         numbers |= {**means, "lr": record.lr, "grad_norm": record.norm, **record.norms, **record.validation}
+        numbers |= {} if record.competence is None else {"competence": record.competence}
         numbers |= {name: count for name, count in counts.items() if count}
         numbers |= timing
         self.log.write(record.step, numbers)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megakd.data.batches import prefetch, to_device
+from megakd.data.curriculum import Curriculum
 from megakd.data.records import Batch
 from megakd.data.shards import ShardSet
 from megakd.data.stream import shards_digest
@@ -43,6 +44,7 @@ class Training(NamedTuple):
     dataset: ShardSet
     validation_set: list[Batch]
     teacher: LiveTeacher | None
+    curriculum: Curriculum | None
     world: World
     stop: StopSignals
     student_config: Any
@@ -57,14 +59,14 @@ class StageTrainer:
     """
 
     def __init__(self, training: Training, index: int, saved: Saved | None, carried: CarryOver | None = None):
-        self.run, self.dataset, self.validation_set, self.teacher, self.world, self.stop, *more = training
-        self.student_config, self.log = more
+        self.run, self.dataset, self.validation_set, self.teacher, self.curriculum = training[:5]
+        self.world, self.stop, self.student_config, self.log = training[5:]
         self.saved = saved
         self.stage = self.run.config.stages[index]
         self.config = self.run.config.at(self.stage)
         self.steps = self.run.config.steps_of(self.stage, len(self.dataset))
         self.progress = saved.progress if saved else Progress()
-        self.shards = shards_digest(self.dataset.names, self.dataset.sizes)
+        self.shards = shards_digest(self.dataset.names, self.dataset.sizes, self.curriculum)
 
         student = saved.weights if saved else self.run.student_folder
         self.objective = build_objective(self.config, student, self.dataset.facts, self.teacher, self.world.device)
@@ -87,7 +89,8 @@ class StageTrainer:
     def train(self) -> None:
         """Every step that remains; a checkpoint at each interval, at the end, and when a signal came in between."""
         self._recall_memory()
-        data = stage_data(self.config, self.dataset, self.progress, self.steps, self.world, self.teacher)
+        source = self.config, self.dataset, self.progress, self.steps, self.world, self.teacher, self.curriculum
+        data = stage_data(*source)
         watch = StageWatch(self.stage.name, self.steps, self.progress.stage_step, self.config.log.every_steps, self.log)
         with closing(prefetch(data)) as prefetched:
             for step in in_step(prefetched, self.world, self.stop):
@@ -136,6 +139,7 @@ class StageTrainer:
             damaged=damaged,
             left_out=after.health.left_out,
             norms=report.norms,
+            competence=float(self.curriculum.competence(before.samples)) if self.curriculum else None,
         )
 
     def validate(self) -> dict[str, float]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -25,6 +26,7 @@ from megakd.config.parsing import load_recipe
 from megakd.config.run import RunConfig
 from megakd.config.train import StageConfig
 from megakd.data.batches import collate
+from megakd.data.curriculum import Curriculum
 from megakd.data.records import IGNORED
 from megakd.data.stream import Stream, share
 from megakd.engine.guard import GRADIENT, Health, after_step, wrong_with
@@ -153,7 +155,10 @@ def batches(config: RunConfig) -> Any:
 
 
 def order(config: RunConfig) -> list[int]:
-    return Stream([30, 30], config.seed, config.stream.lanes).take(0, 60)
+    curriculum = None
+    if config.stream.curriculum != "off":
+        curriculum = Curriculum(np.arange(60), config.stream.curriculum_start, config.stream.curriculum_epochs)
+    return Stream([30, 30], config.seed, config.stream.lanes, curriculum).take(0, 60)
 
 
 def world(config: RunConfig) -> str:
@@ -326,6 +331,9 @@ FIELDS: dict[str, Seen | Listed] = {
     "logits.dtype": Listed("float32", "the teacher's, in generate-logits"),
     "logits.batch_size": Listed(3, "memory of generate-logits"),
     "stream.lanes": Seen(1, order),
+    "stream.curriculum": Seen("nll", order),
+    "stream.curriculum_start": Seen(0.5, order, {"stream.curriculum": "nll"}),
+    "stream.curriculum_epochs": Seen(2.0, order, {"stream.curriculum": "nll"}),
     "stream.follow": Listed(
         True,
         "how shards are opened",

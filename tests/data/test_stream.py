@@ -1,6 +1,6 @@
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 
 import numpy as np
@@ -170,14 +170,18 @@ def test_shards_have_another_digest_when_a_position_would_mean_another_sample():
     assert len({shards_digest(*each) for each in [(names, sizes), *others]}) == 7
 
 
-def test_the_documented_rule_gives_the_order():
-    """The example of docs/data-format.md, which needs nothing of MegaKD."""
+def documented(name: str) -> Callable[..., list[int]]:
+    """A function of docs/data-format.md, which needs nothing of MegaKD."""
     text = (ROOT / "docs" / "data-format.md").read_text()
     examples = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    example = next(code for code in examples if "order_of" in code)
     made: dict = {}
-    exec(example, made)
+    exec(next(code for code in examples if f"def {name}(" in code), made)
+    return made[name]
+
+
+def test_the_documented_rule_gives_the_order():
+    order_of = documented("order_of")
     sizes = [5, 1, 7, 3, 4]
     for seed, lanes in product((0, 3), (0, 1, 2, 5, 8)):
-        expected = [sample for epoch in range(3) for sample in made["order_of"](sizes, seed, epoch, lanes)]
+        expected = [sample for epoch in range(3) for sample in order_of(sizes, seed, epoch, lanes)]
         assert Stream(sizes, seed, lanes).take(0, 3 * sum(sizes)) == expected, (seed, lanes)
