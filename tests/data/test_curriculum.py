@@ -102,6 +102,7 @@ def test_difficulty_is_measured_once_and_again_where_its_file_is_damaged(own, mo
         values = difficulties(shards, measure, 2)
         for index in (0, 7, len(shards) - 1):
             sample = shards[index]
+            assert sample.targets is not None
             targets, labelled = sample.targets, set(range(len(sample.tokens) - 1)) - {s - 1 for s in sample.starts}
             if measure == "nll":
                 expected = sum(float(targets.label_nll[t]) for t in labelled) / len(labelled)
