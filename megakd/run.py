@@ -51,7 +51,7 @@ class Run:
         )
         run._set_mark()
         if source.name == "config.json":
-            run._link_from(cls.open(source.parent))
+            run.link_from(cls.open(source.parent))
         return run
 
     @classmethod
@@ -116,7 +116,7 @@ class Run:
         revision = self.config.model.student_revision
         return resolve(student, revision) if may_be_hub_id(student) else expand(student)
 
-    def _link_from(self, other: "Run") -> None:
+    def link_from(self, other: "Run") -> None:
         """Link what `other` has and this run would make alike; what is not linked is recorded with the reason."""
         linked, left = [], {}
         for name in PRODUCTS:

@@ -37,6 +37,11 @@ def main(args: argparse.Namespace) -> None:
     for line in notices(run.config):
         say(f"{run.folder}: {line}")
     say(f"{run.folder}: a new run, {run.config.fingerprint()}")
+    say_links(run)
+
+
+def say_links(run: Run) -> None:
+    """What a new run shares with another one, and why it does not share the rest."""
     for event in run.events("link"):
         for name in event["linked"]:
             say(f"{run.folder}: {name}: linked from {event['run']}")

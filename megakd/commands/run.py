@@ -17,7 +17,7 @@ import argparse
 import importlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -62,11 +62,12 @@ STEPS = (
     Step("export", _always),
     Step("report", _always),
 )
+VERBS = [step.verb for step in STEPS]
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run folder, made by `megakd new`")
-    parser.add_argument("--until", metavar="VERB", choices=[step.verb for step in STEPS], help="end after this verb")
+    parser.add_argument("--until", metavar="VERB", choices=VERBS, help="end after this verb")
     parser.add_argument("--dry-run", action="store_true", help="say which verbs would run, and why; start nothing")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes of mutable settings")
 
@@ -102,20 +103,25 @@ def plan(run: Run, until: str | None = None) -> None:
     print(table(["verb", "", "why"], rows, left=True))
 
 
-def to_the_end(run: Run, until: str | None = None, here: Callable[[list[str]], None] | None = None) -> None:
+def to_the_end(
+    run: Run,
+    until: str | None = None,
+    here: Callable[[list[str]], None] | None = None,
+    verbs: Collection[str] = (),
+) -> None:
     """Run each verb whose result is missing, up to `until`; VerbFailed where one does not end well.
 
-    here: what runs a verb in this process (`VerbsHere`); None: each has a process of its own.
+    here: what runs a verb in this process (`VerbsHere`); None: each has a process of its own. verbs: these alone.
     """
     from megakd.tracking import check_tracking
 
     check_tracking(run.config.log)  # what train would refuse hours later
-    steps, rows, failed = steps_of(run, until), [], None
+    steps, rows, failed = [step for step in steps_of(run, until) if step.verb in (verbs or VERBS)], [], None
     begin = time.perf_counter()
     alone = locked(run.path("run.lock"), "is being brought to its end by another process; wait for it or stop it")
-    with alone, Verbs.listening() if here is None else nullcontext(VerbsHere(here)) as verbs:
+    with alone, Verbs.listening() if here is None else nullcontext(VerbsHere(here)) as started:
         for number, step in enumerate(steps, start=1):
-            verbs.check_stopped(step.verb)
+            started.check_stopped(step.verb)
             why = lacks(run, step.verb)
             title = f"run: {number} of {len(steps)}: {step.verb}"
             if why is None:
@@ -124,7 +130,7 @@ def to_the_end(run: Run, until: str | None = None, here: Callable[[list[str]], N
                 continue
             say(f"{title}: {why}")
             start = time.perf_counter()
-            code = verbs.run(step.verb, str(run.folder))
+            code = started.run(step.verb, str(run.folder))
             rows.append([step.verb, clock(time.perf_counter() - start)])
             if code and (step.verb, code) != ("evaluate", 2):
                 raise VerbFailed(step.verb, code)
@@ -137,13 +143,12 @@ def to_the_end(run: Run, until: str | None = None, here: Callable[[list[str]], N
 
 def steps_of(run: Run, until: str | None = None) -> list[Step]:
     """The verbs of a run, up to `until`; UserError where the run has no such verb."""
-    names = [step.verb for step in STEPS]
     steps = [step for step in STEPS if step.belongs(run)]
     if until is None:
         return steps
     if until not in [step.verb for step in steps]:
         raise UserError(f"{run.folder}: --until {until}: this run has no {until}")
-    return [step for step in steps if names.index(step.verb) <= names.index(until)]
+    return [step for step in steps if VERBS.index(step.verb) <= VERBS.index(until)]
 
 
 def lacks(run: Run, verb: str) -> str | None:

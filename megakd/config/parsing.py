@@ -33,6 +33,16 @@ def read_recipe(path: Path, overrides: list[str]) -> tuple[dict[str, Any], list[
 
     Old keys (`config.originals`) and choices of Hydra's groups among the overrides are applied already.
     """
+    file, overrides = read_tree(path, overrides)
+    raw, overrides = in_our_keys(file, overrides, str(path), path.suffix in hydra.SUFFIXES)
+    unknown = [f"{key}={value}: {value.why}" for key, value in _values(raw) if isinstance(value, hydra.Unresolved)]
+    if unknown:
+        raise UserError(f"{path}: {'; '.join(unknown)}")
+    return raw, overrides
+
+
+def read_tree(path: Path, overrides: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """A recipe in the keys that it is written in, and the overrides but for choices of Hydra's groups, which it has."""
     if path.suffix in hydra.SUFFIXES:
         pairs = [item.lstrip("+").partition("=") for item in overrides]
         chosen = {
@@ -44,11 +54,7 @@ def read_recipe(path: Path, overrides: list[str]) -> tuple[dict[str, Any], list[
         file = read_json(path)
     if not isinstance(file, dict):
         raise UserError(f"{path}: a recipe is a JSON object, not {type(file).__name__}")
-    raw, overrides = in_our_keys(file, overrides, str(path), path.suffix in hydra.SUFFIXES)
-    unknown = [f"{key}={value}: {value.why}" for key, value in _values(raw) if isinstance(value, hydra.Unresolved)]
-    if unknown:
-        raise UserError(f"{path}: {'; '.join(unknown)}")
-    return raw, overrides
+    return file, overrides
 
 
 def in_our_keys(
