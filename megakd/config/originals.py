@@ -457,6 +457,15 @@ def _bare(key: str) -> str:
     return key.lstrip("+").removeprefix("distillation.")
 
 
+def in_place(override: str, tree: dict[str, Any]) -> list[str]:
+    """An override as it was written, and where the tree has its key with or without `distillation.`, which it means."""
+    key, _, value = override.partition("=")
+    other = _bare(key) if key.startswith("distillation.") else f"distillation.{key}"
+    section, _, last = other.rpartition(".")
+    there = _at(tree, section.split(".")) if section else tree
+    return [override, *([f"{other}={value}"] if isinstance(there, dict) and last in there else [])]
+
+
 def _leaves(node: Any, path: tuple[str, ...]) -> Iterable[tuple[tuple[str, ...], Any]]:
     """(path, value) of nested mappings; a section of ours that is empty is a leaf, an old one is nothing."""
     for key, value in node.items():

@@ -62,7 +62,12 @@ def in_our_keys(
 ) -> tuple[dict[str, Any], list[str]]:
     """A tree with the old keys of it and of the overrides in ours, and the overrides that are left to apply."""
     words = [item.partition("=")[0] for item in overrides]
-    old = [item.lstrip("+") for item, word in zip(overrides, words, strict=True) if originals.is_old(word)]
+    old = [
+        place
+        for item, word in zip(overrides, words, strict=True)
+        if originals.is_old(word)
+        for place in originals.in_place(item.lstrip("+"), file)
+    ]
     ours = [item for item, word in zip(overrides, words, strict=True) if not originals.is_old(word)]
     early = [item for item in ours if not item.startswith("stages")]  # stages may be made of old keys first
     full = apply_overrides(file, [*old, *early])

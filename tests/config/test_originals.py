@@ -196,6 +196,11 @@ def test_overrides_take_old_keys_and_win(tmp_path):
     config = load(tmp_path, ours, "distillation.dataset.name=org/set", "distillation.dataset.streaming=true",
                   "loss.alpha=0.7", "+training.per_device_train_batch_size=4", name="r.json")  # fmt: skip
     assert (config.data.source, config.objective.alpha, config.optim.micro_batch) == ("org/set", 0.7, 4)
+    nested = json.dumps({"distillation": {"loss": {"alpha": 0.5}, "teacher": {"top_k": None}}})
+    config = load(
+        tmp_path, nested, "loss.alpha=0.7", "distillation.teacher.top_k=9", "teacher.batch_size=3", name="r.json"
+    )
+    assert (config.objective.alpha, config.logits.top_k, config.logits.batch_size) == (0.7, 9, 3)
     with pytest.raises(UserError, match=r"training\.num_train_epochs: every stage has lengths"):
         load(tmp_path, ours, "training.num_train_epochs=1", name="r.json")
 

@@ -8,8 +8,8 @@
 
 It runs `megakd tokenize` and `megakd generate-logits`. --output_dir is a run's folder: training goes on there, or in
 another one whose teacher.cache_dir it is. Logits are stored in shards (docs/data-format.md), not as HDF5;
-tools/convert/convert_hdf5.py writes that. The configuration is conf/config.yaml of the working directory; which run, and
-what may change later: tools/compat/run_from_conf.py.
+tools/convert/convert_hdf5.py writes that. The configuration is conf/config.yaml of the working directory; which run,
+and what may change later: tools/compat/run_from_conf.py.
 """
 
 import os

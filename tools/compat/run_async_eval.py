@@ -3,8 +3,8 @@
     CUDA_VISIBLE_DEVICES=7 python tools/compat/run_async_eval.py
     python tools/compat/run_async_eval.py evaluation.tasks=hellaswag,piqa evaluation.limit=500
 
-It is `megakd watch`: it ends with the training. The configuration is conf/config.yaml of the working directory, of which
-evaluation.* may change at any time; which run: tools/compat/run_from_conf.py.
+It is `megakd watch`: it ends with the training. The configuration is conf/config.yaml of the working directory;
+evaluation.* may change at any time. Which run: tools/compat/run_from_conf.py.
 """
 
 from run_from_conf import build_parser, open_run

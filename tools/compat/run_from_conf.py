@@ -1,9 +1,9 @@
 """What the scripts of a Hydra tree share: the first one makes a run of conf/config.yaml, the others go on with it.
 
-The run lies in --output_dir, else where output.dir (or training.output_dir) of the configuration says. Its configuration
-is frozen: overrides of a later script change mutable settings, and others are refused; so is a file that was edited
-meanwhile. Without conf/config.yaml in the working directory tools/compat/conf/config.yaml is read. Where
-teacher.cache_dir is the folder of another run, its tokens and logits are linked.
+The run is in --output_dir, else where output.dir (or training.output_dir) of the configuration says. Its configuration
+is frozen: a later script, or a file that was edited meanwhile, may change mutable settings; other changes are refused.
+Without conf/config.yaml in the working directory tools/compat/conf/config.yaml is read. Where teacher.cache_dir is the
+folder of another run, its tokens and logits are linked.
 """
 
 import argparse
@@ -136,7 +136,7 @@ def _of_data(tree: dict[str, Any], overrides: Sequence[str]) -> list[str]:
 
 
 def _first(tree: dict[str, Any], names: Sequence[str]) -> Any:
-    """The first of these keys that has a value, also below distillation."""
+    """The value of the first key that has one, also below distillation."""
     values = dict(flatten(tree))
     found = (values.get(f"{group}{name}") for name in names for group in ("distillation.", ""))
     return next((value for value in found if value is not None and not isinstance(value, hydra.Unresolved)), None)

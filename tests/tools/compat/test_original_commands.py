@@ -1,16 +1,20 @@
 """The command lines of the systems that MegaKD unites, as written, with small local folders under the hub's names."""
 
-import re
+import os
 import shlex
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from megakd.run import Run
+from megakd.system.files import read_json_lines
 from megakd.system.verbs import Verbs
 from tests.conftest import ROOT, forked, metrics, run_to_end
+from tests.forks import Forked
 from tests.tools.examples import refused, tool
 
 COMPAT = ROOT / "tools" / "compat"
@@ -30,7 +34,7 @@ def cheap(monkeypatch):
 
 @pytest.fixture
 def folder(teacher, recipe, tmp_path, monkeypatch) -> Path:
-    """The working directory: a teacher and a data set under their names at the hub, and the shipped conf/ made small."""
+    """The working directory: a teacher and data sets under their names at the hub, and the shipped conf made small."""
     monkeypatch.chdir(tmp_path)
     Path(TEACHER).parent.mkdir()
     Path(TEACHER).symlink_to(teacher)
@@ -74,15 +78,97 @@ CACHE = """python scripts/generate_teacher_logits.py \\
     --top_k 64 \\
     --batch_size 4
 """
+FINEWEB = """python scripts/generate_teacher_logits.py \\
+    distillation.dataset.name=HuggingFaceFW/fineweb \\
+    distillation.dataset.streaming=true
+"""
 
 
-def test_compress_cache_distil_and_evaluate(folder, cheap, capsys):
+def test_compress_cache_distil_and_evaluate(folder, cheap, capsys, monkeypatch):
     """One run by all scripts: the first makes it, the others go on with its configuration."""
+    with pytest.raises(SystemExit):
+        start("python scripts/run_async_eval.py")
+    assert "outputs/distillation: no run here" in capsys.readouterr().err
     start("python scripts/run_compression.py")
     run = Run.open("outputs/distillation")
-    start("python scripts/generate_teacher_logits.py")
-    start("python scripts/run_distillation.py")
-    start("python scripts/run_async_eval.py")
+    module = tool("compat/generate_teacher_logits")
+    monkeypatch.setattr(module, "start", lambda *argv, env: Forked("megakd", *argv, env=env))
+    module.main(words(folder, "./scripts/generate_teacher_logits_parallel.sh 4"))
+    events = {event["worker"] for event in run.events("generate-logits")}
+    assert events == {f"{i}/4" for i in range(4)}
+    for line in ("generate_teacher_logits.py", "run_distillation.py", "run_async_eval.py"):
+        start(f"python scripts/{line}")
     printed = capsys.readouterr()
-    print(printed.out, printed.err)
+    assert "no GPU here: 4 processes share the CPU" in printed.err
+    assert "run: 2 of 2: generate-logits: finished already" in printed.err
+    assert f"student: {run.path('export')}" in printed.out and run.path("export", "model.safetensors").exists()
     assert len(metrics(run.folder)) == 4
+    assert [row["model"] for row in read_json_lines(run.path("evals.jsonl"))] == ["all/step-000002", "all/step-000004"]
+
+    edit("conf/evaluation/default.yaml", {"limit": 7})  # a mutable setting
+    start("python scripts/run_async_eval.py evaluation.num_fewshot=2")
+    assert (Run.open(run.folder).config.eval.limit, Run.open(run.folder).config.eval.few_shot) == (7, 2)
+    assert "compress.rank is frozen" in refused(tool("compat/run_compression"), capsys, "compression.rank=5")
+    edit("conf/distillation/default.yaml", {"loss": {"alpha": 0.7}})
+    said = refused(tool("compat/run_distillation"), capsys)
+    assert "conf/config.yaml was edited since the run was made: objective.alpha is 0.7 now, was 0.5; for a run" in said
+    assert "--output_dir outputs/distillation-2 teacher.cache_dir=outputs/distillation" in said
+
+
+def words(folder: Path, line: str) -> list[str]:
+    """What a shell script of tools/compat passes on."""
+    program = folder / "program"
+    program.write_text('#!/bin/sh\nshift\necho "$@"\n')
+    program.chmod(0o755)
+    script, *argv = shlex.split(line)
+    environment = {**os.environ, "PYTHON": str(program)}
+    return subprocess.check_output([COMPAT / Path(script).name, *argv], text=True, env=environment).split()
+
+
+@pytest.mark.ranks
+def test_a_cache_in_a_folder_of_its_own_and_torchrun(folder, cheap, capsys):
+    edit("conf/config.yaml", {"engine": {"kind": "deepspeed", "config": "zero2"}})
+    start(CACHE)
+    cache = Run.open("teacher_logits")
+    assert (cache.config.logits.top_k, cache.config.logits.batch_size, cache.config.data.subset) == (64, 4, None)
+    assert "no effect here: dataset.config; --help says why" in capsys.readouterr().err
+    other = "its logits are of another configuration: data.sequence_length is 64 instead of 32"
+    argv = ("--output_dir", "b", "distillation.dataset.max_length=64")
+    assert other in refused(tool("compat/run_compression"), capsys, *argv)
+    start("python scripts/run_compression.py")
+    run = Run.open("outputs/distillation")
+    assert run.path("data", "logits").is_symlink() and run.path("data", "tokens").is_symlink()
+    shutil.move(run.path("student-0"), "aside")
+    torchrun = (2, COMPAT / "run_distillation.py")  # as torchrun --nproc_per_node=2 starts it
+    assert "student-0" in run_to_end(*torchrun, code=2) and not run.path("checkpoints").exists()
+    shutil.move("aside", run.path("student-0"))
+    output = run_to_end(*torchrun)
+    assert output.count(f"student: {run.path('export')}") == 1
+    assert [row["step"] for row in metrics(run.folder)] == [1, 2, 3, 4] and run.events("train")[-1]["ranks"] == 2
+
+
+def test_what_the_command_lines_ask_for(folder, monkeypatch, capsys):
+    """Without running it: the configuration of the run, and the verbs."""
+    verbs = []
+    monkeypatch.setattr(Verbs, "run", lambda self, verb, folder: verbs.append(verb) or 0)
+    start("python scripts/run_distillation.py")
+    assert verbs == ["tokenize", "compress", "generate-logits", "train", "export"]
+    shutil.rmtree("outputs")
+    shutil.rmtree("HuggingFaceFW")
+    start(FINEWEB)
+    data = Run.open("outputs/distillation").config.data
+    assert (data.source, data.subset, data.streaming) == ("HuggingFaceFW/fineweb", None, True)
+    start("python scripts/run_distillation.py")  # the run's data set, not that of the file
+    assert Run.open("outputs/distillation").config.data == data
+    assert "data.source is frozen" in refused(tool("compat/run_distillation"), capsys, "dataset.name=wikitext")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    module = tool("compat/generate_teacher_logits")
+    assert "4 workers, one per GPU, but this machine shows 2 GPUs" in refused(module, capsys, "--num_gpus", "4")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert module.gpus(2) == ["5", "7"] and module.gpus(1) == []
+    shutil.rmtree("conf")
+    monkeypatch.setattr(Verbs, "run", lambda self, verb, folder: 0)
+    start("python scripts/run_compression.py --output_dir shipped")
+    config = Run.open("shipped").config
+    assert (config.model.teacher, config.compress.rank, config.objective.alpha) == (TEACHER, 64, 0.5)
+    assert (config.optim.lr, config.stages[0].epochs, config.logits.top_k, config.data.subset) == (5e-5, 3, 64, None)
