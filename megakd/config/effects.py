@@ -305,6 +305,11 @@ def notices(config: RunConfig) -> list[str]:
     """A line for each thing that is done otherwise than the configuration may lead to expect."""
     found = [*config.dropped, *(str(each) for each in idle_fields(config))]
     for stage in config.stages:
+        if config.objective.trains_routers and config.at(stage).objective.alpha == 0:
+            found.append(
+                f"stage {stage.name}: objective.alpha=0: the student learns from cross entropy alone, the routers from "
+                "objective.anchor, entropy and balance; the teacher runs all the same"
+            )
         optim, steps = config.at(stage).optim, None if stage.epochs else config.steps_of(stage)
         if steps is not None and optim.warmup_steps > steps // 2:
             found.append(

@@ -116,7 +116,12 @@ class SarConfig(LossConfig):
         "teachers "
         "collapse",
     )
-    anchor: float = Field(0.1, ge=0, description="weight per token of the router drift |W - W0|^2 / |W0|^2")
+    anchor: float = Field(0.1, ge=0, description="weight per token of the router drift, which anchor_form measures")
+    anchor_form: Literal["relative", "absolute"] = Field(
+        "relative",
+        description="relative: |W - W0|^2 / |W0|^2, mean over routers; absolute: |W - W0|^2, sum over routers, whose "
+        "weight depends on the size of the model",
+    )
     entropy: float = Field(0.0, ge=0, description="weight per token of 1 - normalised router entropy, 1 - H / log E")
     balance: float = Field(0.0, ge=0, description="weight per token of the load-balancing loss, 1 for equal use")
     likelihood: float = Field(

@@ -6,6 +6,7 @@ in the batch, so ranks and accumulation change nothing.
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,13 +14,19 @@ from torch import Tensor
 from megakd.losses.hidden import wide
 
 
-def anchor(weights: Sequence[Tensor], initial: Sequence[Tensor]) -> Tensor:
-    """Mean over routers of |W - W0|^2 / |W0|^2: 0 at the start, a number without unit."""
-    parts = [
-        (wide(now) - wide(then)).square().sum() / wide(then).square().sum()
-        for now, then in zip(weights, initial, strict=True)
-    ]
-    return torch.stack(parts).mean()
+def anchor(
+    weights: Sequence[Tensor], initial: Sequence[Tensor], form: Literal["relative", "absolute"] = "relative"
+) -> Tensor:
+    """The drift of routers W from their initial weights W0; 0 at the start.
+
+    relative: mean over routers of |W - W0|^2 / |W0|^2, a number without unit.
+    absolute: sum over routers of |W - W0|^2, in the weights' own unit (L2-SP: Li, Grandvalet, Davoine 2018).
+    """
+    pairs = [(wide(now), wide(then)) for now, then in zip(weights, initial, strict=True)]
+    moved = torch.stack([(now - then).square().sum() for now, then in pairs])
+    if form == "absolute":
+        return moved.sum()
+    return (moved / torch.stack([then.square().sum() for _, then in pairs])).mean()
 
 
 def routing_entropy(logits_NE: Tensor) -> Tensor:

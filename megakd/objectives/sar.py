@@ -86,10 +86,10 @@ class SarDistillation(Objective):
 
         All ranks call it together.
         """
-        super().at(share, step)
-        self.step = step
         if self.hooks and self.largest is not None:
             self._check_gradient()
+        super().at(share, step)
+        self.step = step
         rule = self.settings.routing, self.settings.initial_top_k, self.settings.final_top_k
         for router in self.found:
             router.take(scheduled(router, *rule, share))
@@ -158,7 +158,7 @@ class SarDistillation(Objective):
         windows = [load_balance(c.logits.view(*shape, -1), c.experts.view(*shape, -1), counted) for c in chosen]
         balance = (torch.stack(windows).mean(0) * tokens_B).sum()
         weights: list[Any] = [module.weight for module in self.routers.values()]
-        moved = anchor(weights, self._initial_weights(weights[0].device))
+        moved = anchor(weights, self._initial_weights(weights[0].device), self.settings.anchor_form)
         return [
             ("router_anchor", self.settings.anchor, moved * tokens_B.sum()),
             ("router_certainty", self.settings.entropy, certainty),
@@ -199,9 +199,13 @@ class SarDistillation(Objective):
     def _check_gradient(self) -> None:
         """UserError when the first step left every router of all ranks without a gradient; looked at once.
 
-        Nothing is said of a step whose gradients are not finite: the engine makes no update, and the next step counts.
+        The next step counts where the teacher had no part in the loss (alpha 0), and where gradients are not finite:
+        the engine makes no update then.
         """
         assert self.largest is not None
+        if not self.alpha:
+            self.largest = None
+            return
         (largest,) = sum_over_ranks([self.largest.item()], self.largest.device)
         self.largest = None
         if not math.isfinite(largest):
@@ -211,8 +215,8 @@ class SarDistillation(Objective):
         self.hooks = []
         if not largest:
             raise UserError(
-                "sar: the routers got no gradient in the first step; the student's loss does not reach them. With "
-                "objective.alpha=0 the teacher has no part in the loss"
+                "sar: the routers got no gradient in the first step; the student's loss does not reach them; "
+                "to learn from a frozen teacher, make a new run with objective.kind=online"
             )
 
 

@@ -56,7 +56,7 @@ TERMS = {
     "layers": Term("layers"),
     "contrastive": Term("contrast"),
     "capacity": Term("capacity", noisy=False),
-    "router_anchor": Term("router drift (squared relative L2)", noisy=False),
+    "router_anchor": Term("router drift (squared L2, by objective.anchor_form)", noisy=False),
     "router_certainty": Term("1 − normalised router entropy", "%"),
     "router_balance": Term("load balance of experts"),
     "lr": Term("learning rate", "", False, False, OPTIMIZER),

@@ -366,6 +366,7 @@ FIELDS: dict[str, Seen | Listed] = {
     "objective.router_patterns": Seen(["layers.0.mlp.gate$"], objective, {"objective.routing": "all"}),
     "objective.router_lr_multiplier": Seen(0.3, objective),
     "objective.anchor": Seen(0.7, objective),
+    "objective.anchor_form": Seen("absolute", objective),
     "objective.entropy": Seen(0.5, objective),
     "objective.balance": Seen(0.5, objective),
     "objective.likelihood": Listed(

@@ -24,9 +24,21 @@ def test_anchor_is_the_mean_of_relative_squares():
     assert anchor([7 * w for w in moved], [7 * w for w in initial]).item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_anchor_is_zero_without_a_gradient_where_they_began():
+def test_absolute_anchor_is_the_sum_of_squares():
+    initial = [normal(0, 4, 3), 100 * normal(1, 8, 3)]
+    moved = [initial[0] + normal(2, 4, 3), initial[1] - normal(3, 8, 3)]
+    expected = 0.0
+    for now, then in zip(moved, initial, strict=True):
+        expected += sum((x - y) ** 2 for x, y in zip(now.flatten().tolist(), then.flatten().tolist(), strict=True))
+    assert anchor(moved, initial, "absolute").item() == pytest.approx(expected, rel=1e-6)
+    far = anchor([7 * w for w in moved], [7 * w for w in initial], "absolute")
+    assert far.item() == pytest.approx(49 * expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("form", ["relative", "absolute"])
+def test_anchor_is_zero_without_a_gradient_where_they_began(form):
     weights = [normal(seed, 4, 3).requires_grad_() for seed in (0, 1)]
-    loss = anchor(weights, [w.detach().clone() for w in weights])
+    loss = anchor(weights, [w.detach().clone() for w in weights], form)
     assert loss == 0 and not any(slope.any() for slope in torch.autograd.grad(loss, weights))
 
 
@@ -133,6 +145,7 @@ def test_gradients():
     initial = [normal(0, 4, 3), normal(1, 2, 3)]
     moved = [normal(2, 4, 3).requires_grad_(), normal(3, 2, 3).requires_grad_()]
     assert torch.autograd.gradcheck(lambda *weights: anchor(weights, initial), moved)
+    assert torch.autograd.gradcheck(lambda *weights: anchor(weights, initial, "absolute"), moved)
     assert torch.autograd.gradcheck(routing_entropy, (normal(0, 7, 5).requires_grad_(),))
     logits, mask = normal(0, 3, 6, 4).requires_grad_(), some(3, 6)
     experts = chosen(logits, 2)

@@ -237,9 +237,9 @@ def test_one_normalised_expert_is_refused_with_the_reason(made, normalised):
 
 
 def test_routers_without_a_gradient_end_the_run_after_a_step(made, batch):
-    objective = made({"alpha": 0.0})
+    objective = made()
     objective.at(0.0, 0)
-    objective(batch).total.backward()
+    (0 * objective(batch).total).backward()
     with pytest.raises(UserError, match=r"the routers got no gradient in the first step"):
         objective.at(0.1, 1)
     fine = made()
@@ -247,6 +247,24 @@ def test_routers_without_a_gradient_end_the_run_after_a_step(made, batch):
     fine(batch).total.backward()
     fine.at(0.1, 1)
     assert not fine.hooks
+
+
+def test_without_the_teachers_part_routers_learn_by_their_own_terms(made, batch):
+    """alpha=0, and the start of a ramp from 0, are no error; the first step with a part of the teacher is looked at."""
+    objective, stronger = made({"alpha": (0.0, 0.9)}, entropy=0.1), made({"alpha": 0.0}, entropy=0.2)
+    objective.at(0.0, 0)
+    report = objective(batch)
+    for total in (report.total, stronger(batch).total):
+        total.backward()
+    for one, other in zip(objective.routers.parameters(), stronger.routers.parameters(), strict=True):
+        assert one.grad.any() and torch.allclose(2 * one.grad, other.grad, rtol=1e-4, atol=1e-9)
+    ce, certainty = report.terms["ce"].item(), report.terms["router_certainty"].item()
+    assert report.total.item() == pytest.approx(ce + 0.1 * certainty, rel=1e-6)
+    objective.at(0.5, 1)
+    assert objective.hooks
+    objective(batch).total.backward()
+    objective.at(0.6, 2)
+    assert not objective.hooks
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -320,10 +338,10 @@ def test_router_gradients_that_are_not_finite_are_not_called_none(made, batch, v
     objective.at(0.3, 3)
     assert not objective.hooks
 
-    none = made({"alpha": 0.0})
+    none = made()
     for step, factor in enumerate((value, 1.0)):
         none.at(0.0, step)
         router = next(iter(none.routers.parameters()))
-        (none(batch).total + factor * (0.0 * router).sum()).backward()
+        (0 * none(batch).total + factor * (0.0 * router).sum()).backward()
     with pytest.raises(UserError, match=r"the routers got no gradient in the first step"):
         none.at(0.1, 2)
