@@ -8,7 +8,9 @@
 RECIPE is a recipe, the name of a shipped one or a run's folder; sets of variants change its objective:
   sar     base: section `sar` as it is. Routers frozen, slow, as fast as the student; CE alone; each part off (on where
           it is off); routings.
-  online  base: section `online` as it is. CE alone, KL alone, each part off (on where it is off), routings.
+  online  base: section `online` as it is. CE alone, KL alone, each part off (on where it is off), routings. Experts,
+          their weights and positions by rules, or all by the learned router. Layers from the lowest up. Components in
+          phases, a third of each stage long, and `thirds`: the same stages, with their schedules, without phases.
 Without --set: that of the recipe's objective.kind.
 
 Every variant of every seed is an ordinary run in FOLDER/SET/VARIANT/seed-N over the tokens of FOLDER/seed-N. The seed
@@ -39,6 +41,7 @@ from megakd.cli import run_verb
 from megakd.config.effects import idle_fields
 from megakd.config.objective import OnlineConfig, SarConfig, of_kind
 from megakd.config.parsing import load_recipe
+from megakd.config.phases import PHASES, in_phases
 from megakd.config.run import RunConfig, flatten, is_mutable
 from megakd.config.train import LrRule
 from megakd.data.tokenizers import load_tokenizer, vocabulary_size
@@ -53,6 +56,7 @@ from megakd.system.terminal import accept_any_encoding
 from megakd.system.text import clock, finite, table
 
 SETS, BASE = ("sar", "online"), "base"
+THIRDS: dict[str, dict[str, Any]] = {"thirds": {name: {} for name in PHASES}, "phases": PHASES}
 QUIET = ("log.wandb=disabled", "log.tensorboard=false")
 MARK = "made by tools/ablate.py"
 EVENT = "ablation"  # in a run's history.jsonl: what was measured of it at its end
@@ -241,13 +245,47 @@ def online_variants(config: RunConfig) -> dict[str, list[str]]:
     parts = {name: getattr(OnlineConfig(), name) for name in ("kl", "feature", "attention", "layers", "contrastive")}
     inside = [f"objective.{name}=0" for name in parts if name != "kl"]
     plain = ["objective.gap=0", "objective.importance=0", "objective.routing=trained"]
+    online = of_kind(config.objective, "online")
     return {
         BASE: [],
         "ce-alone": [*ce_alone(config), "objective.kl=0", *inside, *plain],
         "kl-alone": [*inside, *plain],
-        **switched(of_kind(config.objective, "online"), {**parts, "gap": 1.0, "importance": 1.0}),
-        **routings(of_kind(config.objective, "online"), {"capacity": ("capacity", 1, 4), "all-experts": ("all",)}),
+        **switched(online, {**parts, "gap": 1.0, "importance": 1.0}),
+        **routings(online, {"capacity": ("capacity", 1, 4), "all-experts": ("all",)}),
+        **adapted(online),
+        **progressive(config, online),
     }
+
+
+def adapted(settings: Any) -> dict[str, list[str]]:
+    """The teacher's experts, their weights and the positions: all by rules, or all by the learned router."""
+    full = [f"objective.{key}" for key in ("gap=1", "importance=1", "initial_top_k=1", "final_top_k=4")]
+    now = settings.routing, settings.gap, settings.importance
+    ways = {"rules": "capacity", "learned-router": "learned"}
+    return {name: [f"objective.routing={rule}", *full] for name, rule in ways.items() if now != (rule, 1, 1)}
+
+
+def progressive(config: RunConfig, settings: Any) -> dict[str, list[str]]:
+    """Layers from the lowest up; components in phases, and the same three stages without phases to compare with."""
+    found = {}
+    if settings.layers:
+        found["layers-at-once" if settings.progressive_layers else "progressive-layers"] = [
+            f"objective.progressive_layers={json.dumps(not settings.progressive_layers)}"
+        ]
+    if any(getattr(settings, name) for name in ("feature", "attention", "layers", "contrastive")):
+        found |= {name: [f"stages={json.dumps(thirds(config, phases))}"] for name, phases in THIRDS.items()}
+    return found
+
+
+def thirds(config: RunConfig, phases: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every stage of a configuration in three; their steps add up to its own (passes: up to two steps more)."""
+    stages = []
+    for stage in config.stages:
+        value = stage.model_dump(mode="json", exclude_defaults=True)
+        if stage.tokens:
+            value = {**value, "tokens": None, "steps": config.steps_of(stage)}
+        stages += in_phases(value, config.at(stage).objective.model_dump(mode="json"), phases)
+    return stages
 
 
 def switched(settings: Any, on: dict[str, float]) -> dict[str, list[str]]:

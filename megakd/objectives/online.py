@@ -186,8 +186,11 @@ class OnlineDistillation(Objective):
         for name, (weight, value) in taken.items():
             total = total + self.alpha * weight * value
             named[name] = value.detach()
+        tokens = (batch.labels != IGNORED).sum()
         if online.routing == "capacity":
-            named["capacity"] = (batch.labels != IGNORED).sum() * self.memory["capacity"][0]
+            named["capacity"] = tokens * self.memory["capacity"][0]
+        if online.routing in ("capacity", "top_m"):
+            named["experts"] = tokens * (sum(router.holder.top_k for router in self.found) / len(self.found))
         return LossReport(total, named)
 
     def _over_positions(self, hidden: Tensor, taught: Tensor, batch: Batch, expected: Estimates | None) -> Compared:

@@ -24,7 +24,7 @@ from megakd.models.hub import Checkpoint, empty_model, load_config, load_model
 from megakd.models.spec import SPECS
 from megakd.names import resolve
 from megakd.objectives.build import build
-from megakd.report.stored import stored_shards
+from megakd.report.stored import stored_shards, training_windows
 from megakd.run import Run
 from megakd.system.dist import read_world
 from megakd.system.text import short, table
@@ -41,7 +41,7 @@ def describe_run(run: Run) -> str:
     parts.append(table(["shards", ""], stored_shards(run), left=True))
     if not (run.student_folder / "config.json").exists():
         return "\n".join([*parts, f"no student yet; run: megakd compress {run.folder}"])
-    trained = _trained(run)
+    trained, windows = _trained(run), training_windows(run)
     for stage in run.config.stages:
         assigned = assign_rules(trained(run.config.at(stage)), stage.lr_multipliers)
         rows = []
@@ -52,7 +52,7 @@ def describe_run(run: Run) -> str:
                 count = sum(a.parameter.numel() for a in mine)
                 rows.append([pattern, f"{mine[0].multiplier:g}", str(len(mine)), f"{count:,}", mine[0].name])
         config = run.config.at(stage)
-        length = f"{run.config.steps_of(stage)} steps of {short(config.optim.batch_tokens)} tokens"
+        length = f"{run.config.steps_of(stage, windows)} steps of {short(config.optim.batch_tokens)} tokens"
         parts.append(f"\nstage {stage.name}: {length}, lr {config.optim.lr:g}")
         parts.append(table(["rule", "x lr", "tensors", "parameters", "for example"], rows))
     return "\n".join(parts)

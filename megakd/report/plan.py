@@ -192,22 +192,24 @@ def lengths(run: Run) -> list[list[str]]:
     """Tokens, bytes and steps of the passes."""
     config, made = run.config, tokenized(run)
     windows = sum(shard["samples"] for shard in made["shards"]) if made else None
-    data, stored = config.data, config.data.tokens + config.data.holdout_tokens
-    logits = config.logits
+    data, logits = config.data, config.logits
+    tokens = windows * data.sequence_length if windows else data.tokens
+    shards = len(made["shards"]) if made else -(-data.tokens // data.shard_tokens)
+    stored = tokens + data.holdout_tokens
     # measured, docs/data-format.md: about 12 bits an entry of the head, 16 a distinct draw
     upper = 4 + (logits.profile != "sampled") * 1.7 * logits.top_k + (logits.profile != "topk") * 1.2 * logits.draws
     cached = not config.objective.live
     rows = [
         [
             "tokens to cache" if cached else "tokens",
-            f"{short(stored)} in {-(-data.tokens // data.shard_tokens)} shards of {short(data.shard_tokens)}",
+            f"{short(stored)} in {shards} shards of {short(data.shard_tokens)}",
         ],
     ]
     if cached:
         rows.append(["cache on disk", f"at most about {short(stored * upper)}B ({upper:.0f} bytes per token)"])
     for stage in config.stages:
         steps, batch = config.steps_of(stage, windows), config.at(stage).optim.batch_tokens
-        passes = steps * batch / (windows * data.sequence_length if windows else data.tokens)
+        passes = steps * batch / tokens
         rows.append(
             [
                 f"stage {stage.name}",

@@ -15,6 +15,15 @@ def stored_shards(run: Run) -> list[list[str]]:
     return [[name, _count(run.path(name))] for name in ("data/tokens/train", "data/tokens/holdout", *logits)]
 
 
+def training_windows(run: Run) -> int | None:
+    """How many sequences of tokens there are to train on; None before `tokenize`, or where the manifest is damaged."""
+    folder = run.path("data", "tokens", "train")
+    try:
+        return sum(shard["samples"] for shard in read_manifest(folder)["shards"])
+    except UserError:
+        return None
+
+
 def _count(folder: Path) -> str:
     """A shard counts when its tar and its sidecar are there; neither is read."""
     finished = {path.stem for path in folder.glob("shard-*.json") if path.with_suffix(".tar").exists()}

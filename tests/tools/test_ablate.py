@@ -200,13 +200,26 @@ def test_variants_change_what_they_say(sar):
     parts = ["kl", "feature", "attention", "layers", "contrastive"]
     assert list(found) == [
         *("base", "ce-alone", "kl-alone", *(f"no-{name}" for name in parts), "gap", "importance"),
-        *("capacity", "all-experts"),
+        *("capacity", "all-experts", "rules", "learned-router", "progressive-layers", "thirds", "phases"),
     ]
     online = f"objective={of_kind(config_of(sar).objective, 'online').model_dump_json()}"
     only = config_of(sar, online, *found["kl-alone"]).objective
     assert only.kl and not any(getattr(only, name) for name in parts[1:])
     found = module.variants("online", config_of(sar, online, *found["kl-alone"], "objective.gap=2"))
-    assert list(found)[3:] == ["no-kl", "no-gap", *parts[1:], "importance", "capacity", "all-experts"]
+    more = ["capacity", "all-experts", "rules", "learned-router"]
+    assert list(found)[3:] == ["no-kl", "no-gap", *parts[1:], "importance", *more]
+    learned = config_of(sar, online, *found["learned-router"], "objective.temperature=[4,1]")
+    found = module.variants("online", learned)
+    assert "rules" in found and "learned-router" not in found
+    phased, alike = (config_of(sar, online, *found[name]) for name in ("phases", "thirds"))
+    lengths = [(stage.name, stage.steps) for stage in alike.stages]
+    assert lengths == [(stage.name, stage.steps) for stage in phased.stages]
+    names = [f"{stage}-{phase}" for stage in ("first", "second") for phase in ("basic", "aligned", "all")]
+    assert lengths == list(zip(names, (1, 1, 1, 2, 1, 1), strict=True))
+    own = [phased.at(stage).objective for stage in phased.stages[:3]]
+    assert [[name for name in parts if getattr(each, name)] for each in own] == [parts[:1], parts[:3], parts]
+    assert [each.temperature for each in own] == [(4, 3), (3, 2), (2, 1)]
+    assert [phased.at(stage).objective.temperature for stage in alike.stages[3:]] == [(4, 3), (3, 2), (2, 1)]
     for name in ("sar", "online"):
         kind = [online] if name == "online" else []
         base = config_of(sar, *kind)

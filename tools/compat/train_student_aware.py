@@ -1,4 +1,4 @@
-"""Distillation by many components, from a flat JSON file: KL, features, attention, layers, contrast; a frozen teacher.
+"""Distillation by many components, from a flat JSON file: KL, features, attention, layers, contrast; a learned router.
 
     python tools/compat/train_student_aware.py --config launch/student-aware.json
     python tools/compat/train_student_aware.py --config config.json --datasets text.jsonl --batch-size 2 --epochs 1 \\
@@ -10,10 +10,18 @@ same command again resumes, and so do the megakd commands that are printed. The 
 Hugging Face folder. One process, one device. What has no key: section.key=value, like log.wandb=disabled.
 
 The loss is the weighted sum of the components alone, without cross entropy (objective.alpha=1). Where student and
-teacher have different tokenizers spans of text take the place of positions. The teacher's experts a token go from
-initial_top_k to final_top_k, at most all there are, by how much of it the student reaches. use_temperature_curriculum
-anneals the temperature to min_temperature. Of each data set the first dataset_subset_size documents are taken (null:
-all of one).
+teacher have different tokenizers spans of text take the place of positions. The layer-wise component compares the
+student's lowest layer first, in the end all (objective.progressive_layers).
+
+The teacher is frozen. A learned router reads the student's hidden states (objective.routing=learned): it estimates how
+many of the teacher's experts a token takes, from initial_top_k to final_top_k, at most all; which experts count more
+(objective.importance=1); and which positions do (objective.gap=1). It learns at router_lr from what is measured, never
+from the student's loss; load_balance_weight pulls its weights of experts to equal ones. A teacher without experts wants
+objective.routing=trained objective.importance=0.
+
+use_temperature_curriculum anneals the temperature to min_temperature. --phases trains in three stages, a third of
+num_epochs each: the KL alone; then features and attention too; then all components. Each of them has its own warmup
+and schedule. Of each data set the first dataset_subset_size documents are taken (null: all of one).
 """
 
 import argparse
@@ -47,6 +55,7 @@ from run_from_flags import (
 from megakd.config.data import DataConfig
 from megakd.config.objective import of_kind
 from megakd.config.parsing import parse
+from megakd.config.phases import in_phases
 from megakd.config.run import RunConfig
 from megakd.data.documents import SUFFIXES, find_files, iter_documents
 from megakd.errors import UserError
@@ -73,7 +82,7 @@ class Settings(BaseModel):
     batch_size: int = Field(4, ge=1)
     gradient_accumulation_steps: int = Field(8, ge=1)
     learning_rate: float = Field(5e-5, gt=0)
-    router_lr: float = Field(1e-4, ge=0)
+    router_lr: float = Field(1e-4, gt=0)
     num_epochs: float = Field(3, gt=0)
     warmup_steps: int = Field(500, ge=0)
     eval_steps: int = Field(500, ge=1)
@@ -90,7 +99,7 @@ class Settings(BaseModel):
     contrastive_temp: float = Field(0.07, gt=0)
     initial_top_k: int = Field(1, ge=1)
     final_top_k: int = Field(4, ge=1)
-    load_balance_weight: float = 0.01
+    load_balance_weight: float = Field(0.01, ge=0)
     noise_std: float = 0.1
     weight_decay: float = Field(0.01, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
@@ -125,11 +134,7 @@ class Settings(BaseModel):
 
 # why keys have no effect, and the value of each that asks for what is done anyway (...: none does)
 UNUSED: dict[str, dict[str, Any]] = {
-    "the teacher is frozen, nothing of its routing is learned": {
-        "router_lr": 0,
-        "load_balance_weight": 0,
-        "noise_std": 0,
-    },
+    "the router is fitted to what is measured, which takes no exploration": {"noise_std": 0},
     "logits exist a chunk at a time in any case": {"loss_chunk_size": ...},
     "the attention of every layer of the student is compared": {"attention_layers": ...},
     "windows are packed, and the teacher reads what the student reads": {
@@ -162,7 +167,8 @@ def main(argv: list[str] | None = None) -> None:
         settings = read_settings(args)
         folder = args.output_dir or expand(settings.checkpoint_dir)
         names = args.datasets or [DATASET]
-        value = settled(recipe(settings, folder, names[0], args.seed), args.overrides, "online", str(args.config))
+        value = recipe(settings, folder, names[0], args.seed, args.phases)
+        value = settled(value, args.overrides, "online", str(args.config))
         config = parse(value, str(args.config))
         names = [config.data.source, *map(data_place, names[1:])]
         file = documents_file(folder, names, config.data, settings.dataset_subset_size)
@@ -186,6 +192,7 @@ def build_parser() -> Parser:
     sources = f"hub ids, or files, folders or patterns of parquet, jsonl or txt (default: {DATASET})"
     add("--datasets", nargs="+", metavar="NAME", help=sources)
     add("--resume", metavar="PATH", help="no effect: a run goes on from its own last checkpoint by itself")
+    add("--phases", action="store_true", help="components come one after the other, in three stages")
     add("--skip-eval", action="store_true", help="end with the export")
     add("--seed", type=whole, default=42, metavar="N", help="default: %(default)s")
     add("--output_dir", type=expand, metavar="DIR", help="the run's folder, instead of checkpoint_dir")
@@ -233,11 +240,9 @@ def read_settings(args: argparse.Namespace) -> Settings:
         raise UserError(f"{args.config}: {name}: {message}, got {got}") from None
 
 
-def recipe(settings: Settings, folder: Path, dataset: str, seed: int) -> dict[str, Any]:
+def recipe(settings: Settings, folder: Path, dataset: str, seed: int, phases: bool = False) -> dict[str, Any]:
     """The recipe that says what the keys say."""
-    temperature: float | list[float] = settings.temperature
-    if settings.use_temperature_curriculum:
-        temperature = [settings.temperature, settings.min_temperature]
+    objective, stage = objective_of(settings), {"name": "online", "epochs": settings.num_epochs}
     return {
         "name": folder.resolve().name,
         "seed": seed,
@@ -253,20 +258,7 @@ def recipe(settings: Settings, folder: Path, dataset: str, seed: int) -> dict[st
             **HOLDOUT,
         },
         "stream": {"workers": max(settings.num_workers, 1)},
-        "objective": {
-            "kind": "online",
-            "alpha": 1.0,
-            "temperature": temperature,
-            "kl": settings.alpha_kd,
-            "feature": settings.alpha_feature,
-            "attention": settings.alpha_attention,
-            "layers": settings.alpha_layerwise,
-            "contrastive": settings.alpha_contrastive,
-            "contrastive_temperature": settings.contrastive_temp,
-            "routing": "capacity",
-            "initial_top_k": settings.initial_top_k,
-            "final_top_k": settings.final_top_k,
-        },
+        "objective": objective,
         "optim": {
             "lr": settings.learning_rate,
             "weight_decay": settings.weight_decay,
@@ -276,11 +268,37 @@ def recipe(settings: Settings, folder: Path, dataset: str, seed: int) -> dict[st
             "batch_tokens": settings.batch_size * settings.gradient_accumulation_steps * settings.max_length,
             "micro_batch": settings.batch_size,
         },
-        "stages": [{"name": "online", "epochs": settings.num_epochs}],
+        "stages": in_phases(stage, objective) if phases else [stage],
         "engine": {"kind": "local", "activation_checkpointing": settings.use_gradient_checkpointing},
         "checkpoint": {"every_steps": settings.eval_steps},
         "log": {"wandb": "online" if settings.use_wandb else "disabled", "wandb_project": settings.project_name},
     }
+
+
+def objective_of(settings: Settings) -> dict[str, Any]:
+    """The section `objective`; what a weight of 0 switches off is not in it."""
+    found: dict[str, Any] = {
+        "kind": "online",
+        "alpha": 1.0,
+        "temperature": settings.temperature,
+        "kl": settings.alpha_kd,
+        "feature": settings.alpha_feature,
+        "attention": settings.alpha_attention,
+        "layers": settings.alpha_layerwise,
+        "progressive_layers": settings.alpha_layerwise > 0,
+        "contrastive": settings.alpha_contrastive,
+        "contrastive_temperature": settings.contrastive_temp,
+        "gap": float(settings.alpha_kd > 0),
+        "importance": 1.0,
+        "routing": "learned",
+        "initial_top_k": settings.initial_top_k,
+        "final_top_k": settings.final_top_k,
+        "router_lr": settings.router_lr,
+        "router_balance": settings.load_balance_weight,
+    }
+    if settings.use_temperature_curriculum:
+        found["temperature"] = [settings.temperature, settings.min_temperature]
+    return found
 
 
 def warn(args: argparse.Namespace, settings: Settings, config: RunConfig, folder: Path) -> None:

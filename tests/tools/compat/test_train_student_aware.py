@@ -7,12 +7,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from megakd.config.effects import check
 from megakd.config.parsing import parse
 from megakd.config.run import RunConfig
 from megakd.data.shards import read_manifest
 from megakd.models.hub import load_model
 from megakd.models.tiny import train_tokenizer
-from megakd.report.plan import fits
+from megakd.report.describe import describe_run
+from megakd.report.plan import fits, lengths
 from megakd.run import Run
 from megakd.train.memory import training_peak
 from tests.commands.test_plan import ENTRIES, PUBLISHED
@@ -23,7 +25,7 @@ from tests.tools.examples import refused, tool
 module = tool("compat/train_student_aware")
 SHIPPED = ROOT / "launch" / "student-aware.json"
 QUIET = ["log.tensorboard=false", "data.holdout_tokens=1000"]
-PARTS = {"kl", "feature", "attention", "layers", "contrastive", "capacity"}
+PARTS = {"kl", "feature", "attention", "layers", "contrastive", "capacity", "experts", "gap_loss", "importance_loss"}
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +85,12 @@ def test_a_config_trains_exports_measures_and_resumes(small, text, tmp_path, cap
     assert rows[0].keys() > PARTS and rows[-1]["loss"] < rows[0]["loss"]
     windows = read_manifest(run.path("data", "tokens", "train"))["windows"]
     assert len(rows) == -(-windows // 8)
+    # plan and inspect name the steps of the data that exists, not of data.tokens
+    assert ["stage online", f"{len(rows)} steps of 256 tokens"] == [
+        lengths(run)[-1][0],
+        lengths(run)[-1][1].split(",")[0],
+    ]
+    assert f"stage online: {len(rows)} steps of 256 tokens" in describe_run(run)
     assert run.config.objective.alpha == 1.0 and rows[0]["ce"] > 0
     assert AutoModelForCausalLM.from_pretrained(run.path("student")).config.model_type == "llama"
     assert not run.path("router_update.pt").exists()
@@ -133,13 +141,14 @@ def test_the_recipe_says_what_the_keys_say(small, tmp_path):
         "alpha_contrastive": 0.02, "contrastive_temp": 0.2, "initial_top_k": 2, "final_top_k": 3, "temperature": 3,
         "weight_decay": 0.2, "scheduler_type": "linear", "use_gradient_checkpointing": True, "num_workers": 3,
         "use_amp": True, "amp_dtype": "float16", "use_wandb": True, "project_name": "mine", "num_epochs": 2,
-        "use_temperature_curriculum": True, "min_temperature": 1.5,
+        "use_temperature_curriculum": True, "min_temperature": 1.5, "router_lr": 0.02, "load_balance_weight": 0.3,
     }  # fmt: skip
     config = config_of([*argv_of(small, tmp_path, **changes), "--batch-size", "2", "--epochs", "0.5", "--seed", "7"])
     online, optim = config.objective, config.optim
     weights = online.kl, online.feature, online.attention, online.layers, online.contrastive
     assert weights == (0.6, 0.2, 0.3, 0.04, 0.02)
-    assert (online.contrastive_temperature, online.routing) == (0.2, "capacity")
+    assert (online.contrastive_temperature, online.routing, online.progressive_layers) == (0.2, "learned", True)
+    assert (online.router_lr, online.router_balance, online.gap, online.importance) == (0.02, 0.3, 1, 1)
     assert (online.initial_top_k, online.final_top_k) == (2, 3)
     assert (config.objective.kind, config.objective.alpha, config.objective.temperature) == ("online", 1.0, (3.0, 1.5))
     assert (optim.lr, optim.weight_decay, optim.clip_norm, optim.schedule, optim.warmup_steps) == (
@@ -164,9 +173,24 @@ def test_defaults_of_the_keys(tmp_path):
     assert (config.windows_per_step, optim.micro_batch, config.data.sequence_length) == (32, 4, 512)
     assert (config.stages[0].epochs, config.objective.temperature, config.checkpoint.every_steps) == (3, 4.0, 500)
     assert (online.initial_top_k, online.final_top_k, config.seed, config.log.wandb) == (1, 4, 42, "disabled")
+    assert (online.router_lr, online.router_balance, online.gap, online.importance) == (1e-4, 0.01, 1, 1)
+    off = config_of(argv_of({}, tmp_path, alpha_kd=0, alpha_layerwise=0)).objective
+    assert (off.gap, off.progressive_layers) == (0, False)
     args, settings = settings_of(argv_of({}, tmp_path))
     assert (settings.checkpoint_dir, settings.dataset_subset_size) == ("./checkpoints", 50000)
     assert (config.model.dtype, config.engine.activation_checkpointing, args.datasets) == ("bfloat16", False, [])
+
+
+def test_phases_are_three_stages_whose_temperature_goes_on(small, tmp_path):
+    argv = argv_of(small, tmp_path, num_epochs=3, temperature=4, use_temperature_curriculum=True)
+    args, settings = settings_of([*argv, "--phases"])
+    config = parse(module.recipe(settings, Path("out"), "text", 0, args.phases), "flags")
+    stages = [(stage.name, stage.epochs, config.at(stage).objective) for stage in config.stages]
+    assert [each[:2] for each in stages] == [(f"online-{name}", 1.0) for name in ("basic", "aligned", "all")]
+    parts = ("kl", "feature", "attention", "layers", "contrastive")
+    assert [[name for name in parts if getattr(each, name)] for *_, each in stages] == [["kl"], [*parts[:3]], [*parts]]
+    assert [each.temperature for *_, each in stages] == [(4, 3), (3, 2), (2, 1)]
+    check(config, "flags")
 
 
 def test_keys_without_effect_are_named_in_one_line(small, tmp_path, capsys):
@@ -179,7 +203,7 @@ def test_keys_without_effect_are_named_in_one_line(small, tmp_path, capsys):
 
     every = {name: value for names in module.UNUSED.values() for name, value in names.items()}
     asked = {name: True if value is False else False if value is True else 3 for name, value in every.items()}
-    asked |= {"log_dir": "a", "cache_dir": "b", "router_lr": 1e-4}
+    asked |= {"log_dir": "a", "cache_dir": "b"}
     assert said(**asked) == [f"no effect here: {', '.join(every)}; --help says why"]
     assert said(**{name: value for name, value in every.items() if value is not ...}) == []
     assert said(min_temperature=2.0) == ["no effect here: min_temperature; --help says why"]
@@ -220,11 +244,12 @@ def test_a_teacher_with_another_tokenizer_teaches_over_spans(small, text, tmp_pa
 
 
 def test_a_teacher_without_experts_is_refused(small, text, tmp_path, capsys):
-    """But for routing=trained, where nothing asks for them."""
+    """But where nothing asks for experts."""
     argv = argv_of(small, tmp_path, "--datasets", text, "--skip-eval", teacher_model=small["student_model"])
     assert "no module with a matrix [experts, hidden]" in refused(module, capsys, *argv)
     assert not (tmp_path / "out").exists()
-    module.main([*argv, "objective.routing=trained", 'stages=[{"name": "online", "steps": 1}]'])
+    plain = ["objective.routing=trained", "objective.importance=0"]
+    module.main([*argv, *plain, 'stages=[{"name": "online", "steps": 1}]'])
     assert len(metrics(tmp_path / "out")) == 1
 
 
@@ -244,6 +269,7 @@ def test_mistakes_before_anything_was_made_can_be_mended(small, text, tmp_path, 
         ({"zzz": 0.1, "batch_size": 0}, "", "unknown key 'zzz'; --help lists the known ones"),
         ({"batch_size": 0}, "", "batch_size: input should be greater than or equal to 1, got 0"),
         ({"alpha_kd": -1}, "", "alpha_kd: input should be greater than or equal to 0, got -1"),
+        ({"router_lr": 0}, "", "router_lr: input should be greater than 0, got 0"),
         ({"amp_dtype": "int8"}, "", "amp_dtype: input should be 'bfloat16' or 'float16', got \"int8\""),
         ({"use_amp": "perhaps"}, "", "use_amp: input should be a valid boolean"),
         ({"max_length": 100000}, "", "max_length: input should be less than or equal to 65535"),
