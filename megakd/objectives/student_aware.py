@@ -94,7 +94,8 @@ class StudentAwareRouter(nn.Module):
 
         gap_BN: the measured KL of each unit. shares: what `gap_shares` found of each router.
         """
-        gap_M, tokens_B = counted.pick(gap_BN).float().clamp(min=0), torch.tensor(counted.sizes, device=gap_BN.device)
+        gap_M = counted.pick(gap_BN).float().clamp(min=0)
+        tokens_B = counted.place(torch.ones_like(gap_M)).sum(1)
         with torch.enable_grad(), torch.autocast(gap_BN.device.type, enabled=False):
             losses = {
                 "capacity_loss": functional.binary_cross_entropy_with_logits(
