@@ -88,6 +88,13 @@ def _check_stages(run: Run, dataset: ShardSet, live: LiveTeacher | None, begins:
         # a teacher of another tokenizer may make up to a quarter more tokens of a sequence
         size, length = (size, length) if other_size is None else (other_size, length + length // 4)
         check_tables(teacher, live.folder, size, length)
+    if config.engine.activation_checkpointing:
+        for model in (skeleton, teacher if config.objective.trains_routers else None):
+            if model is not None and not model.supports_gradient_checkpointing:
+                raise UserError(
+                    f"engine.activation_checkpointing: models of type {model.config.model_type} cannot recompute "
+                    "activations; set engine.activation_checkpointing=false"
+                )
     if config.engine.expert_parallel > 1 and config.engine.kind == "deepspeed":
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # DeepSpeed asks for it
         from megakd.models.expert_parallel import spread_experts

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 
 from megakd.api import run_distillation_training
 from megakd.models.hub import load_model
@@ -103,7 +104,11 @@ def test_ranks_give_the_local_curve(trained, again, zero, ranks, micro):
         assert {name: mine[name] for name in numbers} == pytest.approx(numbers, rel=2e-4, abs=2e-5)
 
 
-def test_what_does_not_fit_is_refused_in_one_line(again):
+def test_what_does_not_fit_is_refused_in_one_line(again, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(LlamaForCausalLM, "supports_gradient_checkpointing", False)
+        said = in_process("train", again("engine.activation_checkpointing=true").folder, code=2)
+    assert "models of type llama cannot recompute activations" in said
     dense = again(f"model.teacher={again().config.model.student}")
     in_process("tokenize", dense.folder)
     assert "no module with a matrix [experts, hidden]" in in_process("train", dense.folder, code=2)

@@ -13,21 +13,22 @@ again resumes, and so do the megakd commands that are printed. It ends with
     OUTPUT_DIR/student/                              the student, a Hugging Face folder
     OUTPUT_DIR/router_update.pt, .safetensors, .json the teacher's routers by name: apply_router_update.py reads them
 
-and the student's perplexity on held-out text before training and at every checkpoint. One process, one device; for
+and the student's perplexity on held-out text: every --eval_steps during training, and before it and at every checkpoint
+by evaluate. One process, one device; for
 more, engine.* in a copy of the recipe. What has no flag: section.key=value, like log.wandb=disabled.
 
-The loss a token is  (1 - alpha) CE + alpha T^2 KL(teacher || student)  with alpha = alpha_kd / (alpha_kd + alpha_ce).
+The loss per token is  (1 - alpha) CE + alpha T^2 KL(teacher || student)  with alpha = alpha_kd / (alpha_kd + alpha_ce).
 So the whole loss is divided by alpha_kd + alpha_ce. The three weights of router terms are divided by it too: what is
-minimised is the same. These terms have no unit here: |W - W0|^2 / |W0|^2, 1 - H / log E, and the load balance.
+minimised is the same. The terms are |W - W0|^2 summed over routers, 1 - H / log E, and the load balance. With
+--alpha_kd 0 the student learns from CE alone, the routers from their own terms.
 
-Two defaults are not those of the published scripts. --router_lr is a tenth of --student_lr, for at the student's own
-rate a teacher was seen to collapse to the student (docs/online-distillation.md). --router_anchor_weight is larger, for
-the anchor is relative here. A student with another tokenizer than the teacher's learns from spans of text instead of
-the KL.
+One default is not that of the published scripts: --router_lr is a tenth of --student_lr, for at the student's own rate
+a teacher was seen to collapse to the student (docs/online-distillation.md). For an anchor whose weight means the same
+in every model, |W - W0|^2 / |W0|^2, add objective.anchor_form=relative objective.anchor=0.1. A student with another
+tokenizer than the teacher's learns from spans of text instead of the KL.
 """
 
 import argparse
-import math
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +71,9 @@ def main(argv: list[str] | None = None) -> None:
         value = recipe(args)
         config = parse(value, "flags")
         compares = one_tokenizer(config)
-        warn(args, value)
         teacher = resolve(config.model.teacher, config.model.revision, weights=False)
         routers = find_routers(empty_model(teacher), config.model.teacher, config.objective.patterns)
+        warn(args, value)
         say(f"train_sar_kd: learns {describe(routers)}")
         to_the_end(open_run(args.output_dir, value), compares)
 
@@ -98,9 +99,10 @@ def build_parser() -> Parser:
     add("--per_device_batch_size", type=count, default=1, metavar="N", help="windows at once (default: %(default)s)")
     add("--grad_accum_steps", type=count, default=8, metavar="N", help="times so many a step (default: %(default)s)")
     add("--train_steps", type=count, default=1000, metavar="N", help="optimizer steps (default: %(default)s)")
-    add("--eval_steps", type=whole, default=200, metavar="N", help="0: at the end alone (default: %(default)s)")
-    both = "besides (default: %(default)s); checkpoints, which evaluate measures, come every gcd of both"
-    add("--save_steps", type=whole, default=0, metavar="N", help=both)
+    measures = "steps between measurements of the validation perplexity, 0: none (default: %(default)s)"
+    add("--eval_steps", type=whole, default=200, metavar="N", help=measures)
+    saves = "steps between checkpoints, 0: at the end alone (default: %(default)s)"
+    add("--save_steps", type=whole, default=500, metavar="N", help=saves)
     add("--student_lr", type=positive, default=1e-4, metavar="LR", help="default: %(default)s")
     router_lr = "0 freezes them (default: a tenth of --student_lr, at that rate or more a teacher was seen to collapse)"
     add("--router_lr", type=weight, metavar="LR", help=router_lr)
@@ -112,16 +114,18 @@ def build_parser() -> Parser:
     add("--scheduler_type", choices=("linear", "cosine"), help=f"default: {SCHEDULER}; {no_effect}")
     dtypes = "of the forward pass, and of the teacher (default: %(default)s)"
     add("--model_dtype", choices=("float16", "bfloat16", "float32"), default="float32", help=dtypes)
-    add("--gradient_checkpointing", action="store_true", help="forget activations, and compute them again")
+    again = "recompute activations in the backward pass (default: where both models can; docs/online-distillation.md)"
+    add("--gradient_checkpointing", action="store_true", default=None, help=again)
+    add("--no_gradient_checkpointing", dest="gradient_checkpointing", action="store_false", help="keep activations")
     add("--seed", type=whole, default=42, metavar="N", help="default: %(default)s")
     add("--logging_steps", type=count, default=10, metavar="N", help="default: %(default)s")
 
     add = parser.add_argument_group("distillation").add_argument
     add("--temperature", type=positive, default=2.0, metavar="T", help="default: %(default)s")
-    add("--alpha_kd", type=positive, default=0.9, metavar="W", help="share of T^2 KL, see above (default: %(default)s)")
+    add("--alpha_kd", type=weight, default=0.9, metavar="W", help="share of T^2 KL, see above (default: %(default)s)")
     add("--alpha_ce", type=weight, default=0.1, metavar="W", help="share of CE, see above (default: %(default)s)")
-    anchor = "of |W - W0|^2 / |W0|^2 (default: %(default)s, more than in those scripts, for it is relative here)"
-    add("--router_anchor_weight", type=weight, default=SarConfig().anchor, metavar="W", help=anchor)
+    anchor = "of |W - W0|^2, summed over routers (default: %(default)s)"
+    add("--router_anchor_weight", type=weight, default=1e-4, metavar="W", help=anchor)
     add("--router_load_balance_weight", type=weight, default=1e-3, metavar="W", help="default: %(default)s")
     add("--router_entropy_weight", type=weight, default=1e-4, metavar="W", help="default: %(default)s")
     patterns = "regular expressions, for routers with odd names (default: found by role and shape)"
@@ -151,8 +155,10 @@ def recipe(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"--block_size: must be between 2 and 65535, got {args.block_size}")
     batch_tokens = args.per_device_batch_size * args.grad_accum_steps * args.block_size
     both = args.alpha_kd + args.alpha_ce
+    if not both:
+        raise UserError("--alpha_kd 0 and --alpha_ce 0: the student would learn nothing; give one of them a weight")
     warmup = WARMUP_STEPS if args.warmup_steps is None else args.warmup_steps
-    engine: dict[str, Any] = {"kind": "local", "activation_checkpointing": args.gradient_checkpointing}
+    engine: dict[str, Any] = {"kind": "local", "activation_checkpointing": bool(args.gradient_checkpointing)}
     if args.offload_teacher_to_cpu:
         engine["offload_teacher"] = True
     value = {
@@ -178,6 +184,7 @@ def recipe(args: argparse.Namespace) -> dict[str, Any]:
             "final_top_k": args.final_top_k or SarConfig().final_top_k,
             "router_lr_multiplier": router_rate(args) / args.student_lr,
             "anchor": args.router_anchor_weight / both,
+            "anchor_form": "absolute",
             "entropy": args.router_entropy_weight / both,
             "balance": args.router_load_balance_weight / both,
             "router_patterns": args.router_patterns,
@@ -193,10 +200,14 @@ def recipe(args: argparse.Namespace) -> dict[str, Any]:
         },
         "stages": [{"name": "sar", "steps": args.train_steps}],
         "engine": engine,
-        "checkpoint": {"every_steps": math.gcd(args.eval_steps, args.save_steps) or args.train_steps},
+        "checkpoint": {"every_steps": args.save_steps or args.train_steps},
+        "eval": {"every_steps": args.eval_steps},
         "log": {"every_steps": args.logging_steps},
     }
     value = settled(value, args.overrides, "sar", "flags")
+    unsaid = not any(item.startswith("engine.activation_checkpointing=") for item in args.overrides)
+    if args.gradient_checkpointing is None and unsaid:
+        value["engine"]["activation_checkpointing"] = both_recompute(value["model"])
     free = args.routing is None and not any(
         item.startswith(("objective.routing=", "sar.routing=")) for item in args.overrides
     )
@@ -212,6 +223,12 @@ def one_of_weight_one(teacher: str) -> bool:
     return getattr(config, "num_experts_per_tok", 0) == 1 and getattr(config, "norm_topk_prob", False)
 
 
+def both_recompute(models: dict[str, Any]) -> bool:
+    """Whether student and teacher can recompute activations in the backward pass."""
+    names = models["student"], models["teacher"]
+    return all(empty_model(resolve(name, weights=False)).supports_gradient_checkpointing for name in names)
+
+
 def router_rate(args: argparse.Namespace) -> float:
     return args.student_lr / 10 if args.router_lr is None else args.router_lr
 
@@ -223,9 +240,10 @@ def warn(args: argparse.Namespace, value: dict[str, Any]) -> None:
             f"--router_lr {args.router_lr:g} is above --student_lr {args.student_lr:g}: at such rates a teacher was "
             "seen to collapse to the student; the log's kl_frozen and teacher_ce tell (docs/online-distillation.md)"
         )
-    every = value["checkpoint"]["every_steps"]
-    if every not in (args.eval_steps, args.save_steps, args.train_steps):
-        say(f"checkpoints every {every} steps: the greatest common divisor of --eval_steps and --save_steps")
+    if args.gradient_checkpointing is None:
+        on = value["engine"]["activation_checkpointing"]
+        state = "on: less memory, more time per step; off:" if on else "off; on, where both models support it:"
+        say(f"gradient checkpointing is {state} --{'no_' if on else ''}gradient_checkpointing")
     in_vain = {
         "--dataset_config_name": args.dataset_config_name and value["data"]["subset"] is None,
         "--warmup_steps": args.warmup_steps is not None and not args.use_scheduler,

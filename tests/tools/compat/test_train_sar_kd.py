@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from megakd.config.objective import SarConfig
 from megakd.config.parsing import load_recipe, parse
 from megakd.config.run import RunConfig
 from megakd.data.shards import ShardSet
@@ -42,7 +41,7 @@ PUBLISHED = {
 # what a test can wait for: 4 steps of 8 windows of 32 tokens
 TINY = shlex.split(
     f"{' '.join(QUIET)} --block_size 32 --per_device_batch_size 4 --grad_accum_steps 2 --train_steps 4 --eval_steps 2 "
-    "--save_steps 0 --eval_tokens 1000 --logging_steps 1"
+    "--save_steps 2 --eval_tokens 1000 --logging_steps 1"
 )
 
 
@@ -95,6 +94,11 @@ def test_published_command_lines(name, hub, capsys):
     rows = metrics(run.folder)
     assert len(rows) == 4 and rows[0]["router_anchor"] == 0 < rows[-1]["router_anchor"]
     found = {row["model"]: row["perplexity"] for row in read_json_lines(run.path("evals.jsonl"))}
+    measured = {f"sar/step-{row['step']:06d}": row.get("validation_perplexity") for row in rows if row["step"] % 2 == 0}
+    close = 1e-5 if run.config.model.dtype == "float32" else 1e-2
+    assert measured == pytest.approx({model: found.get(model) for model in measured}, rel=close)
+    said = [line for line in printed.err.splitlines() if line.startswith("train: step 2: validation perplexity")]
+    assert len(said) == 1
     assert found["teacher"] < found["sar/step-000004"] < found["student-0"]
     student = AutoModelForCausalLM.from_pretrained(run.folder / "student")
     assert student.config.model_type == "llama" and len(AutoTokenizer.from_pretrained(run.folder / "student")) > 300
@@ -107,6 +111,7 @@ def test_published_command_lines(name, hub, capsys):
     assert set(found) == {"teacher", "student-0", "sar/step-000002", "sar/step-000004"}
     assert all(f"\n{model} " in printed.out for model in found)
     assert f"student: {run.folder / 'student'}" in printed.out
+    assert "train_sar_kd: learns 2 routers, 2 of 4 experts: model.layers.0.mlp.gate" in printed.err
     collapse = [line for line in printed.err.splitlines() if line.startswith("--router_lr 0.0005 is above")]
     assert len(collapse) == (name == "whole")
 
@@ -179,11 +184,12 @@ def test_the_recipe_says_what_the_flags_say(flags, student):
     assert sar.router_lr_multiplier == pytest.approx(0.2)
     assert (config.engine.kind, config.engine.activation_checkpointing, config.seed) == ("local", True, 7)
     assert config.engine.offload_teacher
-    assert (config.checkpoint.every_steps, config.log.every_steps, config.log.wandb) == (1, 1, "disabled")
+    assert (config.checkpoint.every_steps, config.log.every_steps, config.log.wandb) == (3, 1, "disabled")
+    assert (config.eval.every_steps, config.objective.anchor_form) == (2, "absolute")
     assert (config.model.student, config.model.dtype) == (str(student), "float16")
 
 
-def test_defaults_are_those_of_the_scripts_but_for_two(hub):
+def test_defaults_are_those_of_the_scripts_but_for_one(hub):
     config = config_of([])
     optim, data, sar = config.optim, config.data, config.objective
     assert (config.model.teacher, config.model.student) == tuple(str((hub / n).resolve()) for n in (TEACHER, STUDENT))
@@ -194,30 +200,51 @@ def test_defaults_are_those_of_the_scripts_but_for_two(hub):
     assert (optim.schedule, optim.warmup_steps, config.stages[0].steps, data.tokens) == ("constant", 0, 1000, 8192000)
     assert (config.objective.alpha, config.objective.temperature) == (0.9, 2.0)
     assert (sar.balance, sar.entropy, sar.routing, sar.router_patterns) == (1e-3, 1e-4, "trained", ())
-    assert (config.seed, config.model.dtype, config.checkpoint.every_steps) == (42, "float32", 200)
-    assert sar.router_lr_multiplier == pytest.approx(0.1) and sar.anchor == SarConfig().anchor
-    assert not config.engine.offload_teacher
+    assert (config.seed, config.model.dtype) == (42, "float32")
+    assert (config.eval.every_steps, config.checkpoint.every_steps) == (200, 500)
+    assert sar.router_lr_multiplier == pytest.approx(0.1) and (sar.anchor, sar.anchor_form) == (1e-4, "absolute")
+    assert not config.engine.offload_teacher and config.engine.activation_checkpointing
     args = module.build_parser().read([], greedy="router_patterns")
     assert args.output_dir == Path("outputs/sar_kd")
     scheduled = config_of(["--use_scheduler"]).optim
     assert (scheduled.schedule, scheduled.warmup_steps) == ("cosine", 100)
 
 
-@pytest.mark.parametrize("evals, saves, every", [(200, 500, 100), (200, 0, 200), (0, 300, 300), (0, 0, 1000)])
-def test_checkpoints_meet_both_intervals(evals, saves, every, hub, capsys):
-    argv = ["--eval_steps", str(evals), "--save_steps", str(saves)]
-    assert config_of(argv).checkpoint.every_steps == every
-    args = module.build_parser().read(argv, greedy="router_patterns")
-    module.warn(args, module.recipe(args))
-    said = capsys.readouterr().err
-    assert ("checkpoints every 100 steps" in said) == (every == 100) and "collapse" not in said
+@pytest.mark.parametrize("evals, saves, every", [(200, 500, 500), (200, 0, 1000), (0, 300, 300)])
+def test_measurements_and_checkpoints_have_intervals_of_their_own(evals, saves, every, hub):
+    config = config_of(["--eval_steps", str(evals), "--save_steps", str(saves)])
+    assert (config.eval.every_steps, config.checkpoint.every_steps) == (evals, every)
+
+
+def test_gradient_checkpointing_is_on_where_both_models_support_it(hub, monkeypatch, capsys):
+    def said(*argv: str) -> tuple[bool, str]:
+        args = module.build_parser().read(argv, greedy="router_patterns")
+        value = module.recipe(args)
+        module.warn(args, value)
+        return value["engine"]["activation_checkpointing"], capsys.readouterr().err
+
+    assert said()[0] and "gradient checkpointing is on: less memory, more time per step; off: --no_grad" in said()[1]
+    assert said("--no_gradient_checkpointing") == (False, "") and said("--gradient_checkpointing") == (True, "")
+    assert not said("engine.activation_checkpointing=false")[0]
+    monkeypatch.setattr(LlamaForCausalLM, "supports_gradient_checkpointing", False)
+    assert not said()[0] and "gradient checkpointing is off; on, where both models support it" in said()[1]
+
+
+def test_without_a_share_of_the_teacher_the_student_learns_from_cross_entropy_alone(flags, capsys):
+    run = train(flags, "--alpha_kd", "0", "--eval_steps", "0", "--router_entropy_weight", "0.1")
+    rows = metrics(run.folder)
+    assert "objective.alpha=0: the student learns from cross entropy alone" in capsys.readouterr().err
+    assert "validation_perplexity" not in rows[-1] and rows[-1]["ce"] < rows[0]["ce"]
+    assert rows[0]["router_anchor"] == 0 < rows[-1]["router_anchor"]
+    terms = {"ce": 1, "router_anchor": 1e-3, "router_certainty": 1, "router_balance": 1e-2}  # weights over alpha_ce
+    assert rows[-1]["loss"] == pytest.approx(sum(w * rows[-1][name] for name, w in terms.items()), rel=1e-5)
 
 
 def test_routers_may_be_frozen_and_data_few(flags, capsys):
     """In bfloat16, all experts a token."""
     more = "--train_tokens 1000 --model_dtype bfloat16 --router_lr 0 --gradient_checkpointing --routing all"
     run = train(flags, *shlex.split(f"{more} --initial_top_k 2"))
-    assert "objective.initial_top_k=2 has no effect: objective.routing=top_m and" in capsys.readouterr().err
+    assert "objective.initial_top_k=2 has no effect: objective.routing=top_m" in capsys.readouterr().err
     assert len(metrics(run.folder)) == 4 and len(ShardSet(run.path("data", "tokens", "train"))) == 32
     facts = read_json(run.path("router_update.json"))
     assert facts["routing"] == "all" and "initial_top_k" not in facts
@@ -249,10 +276,11 @@ def test_a_teacher_with_another_tokenizer(flags, tmp_path, documents, capsys):
 
 def test_live_flags_may_change_and_others_are_refused(flags, capsys):
     run = train(flags)
-    live = ("--eval_steps", "1", "--per_device_batch_size", "2", "--grad_accum_steps", "4")
+    live = ("--eval_steps", "1", "--save_steps", "1", "--per_device_batch_size", "2", "--grad_accum_steps", "4")
     train(flags, *live, "--offload_teacher_to_cpu")
     now = Run.open(run.folder).config
     assert (now.checkpoint.every_steps, now.optim.micro_batch, now.windows_per_step) == (1, 2, 8)
+    assert now.eval.every_steps == 1
     assert now.engine.offload_teacher and load_recipe(run.folder / "recipe.json") == now
     said = refused(module, capsys, *flags, "--student_lr", "1e-3", "--router_lr", "2e-4")
     assert "optim.lr of the existing run is 0.01, asked for is 0.001; name another --output_dir" in said
@@ -278,7 +306,7 @@ def test_mistakes_before_anything_was_made_can_be_mended(flags, capsys):
         ("--train_steps 1.5", "argument --train_steps: must be a whole number from 1 on"),
         ("--eval_steps -1", "argument --eval_steps: must be a whole number from 0 on"),
         ("--train_tokens inf", "argument --train_tokens: must be a whole number from 1 on"),
-        ("--alpha_kd 0", "argument --alpha_kd"),
+        ("--alpha_kd 0 --alpha_ce 0", "--alpha_kd 0 and --alpha_ce 0: the student would learn nothing"),
         ("--routing some", "argument --routing: invalid choice: 'some'"),
         ("--scheduler_type constant", "argument --scheduler_type: invalid choice: 'constant'"),
         ("--model_dtype int8", "argument --model_dtype: invalid choice"),
@@ -287,6 +315,7 @@ def test_mistakes_before_anything_was_made_can_be_mended(flags, capsys):
         ("--train_step 4", "unrecognized arguments: --train_step"),
         ("--seed", "argument --seed: expected one argument"),
         ("--router_patterns '('", "is not a regular expression"),
+        ("--router_patterns odd", "objective.router_patterns: 'odd' find no matrix in"),
         ("log.wandbs=disabled", "flags: unknown key 'log.wandbs'; did you mean 'wandb'?"),
         ("--router_patterns gate log.wandbs=no", "flags: unknown key 'log.wandbs'; did you mean 'wandb'?"),
         ("engine.kind=deepspeed", "engine.kind and objective.kind: are local and sar here"),
