@@ -5,118 +5,44 @@ student inside. What Trainer saves is the student alone; its loss is divided by 
 accumulation steps.
 """
 
-import copy
 import json
-import weakref
-from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from megakd.config.objective import CachedConfig
-from megakd.config.train import LrRule, OptimConfig
-from megakd.data.batches import collate
-from megakd.data.records import IGNORED, Batch, Rows, Sample, TeacherTargets, with_rows
-from megakd.data.shards import ShardSet
-from megakd.data.tokenizers import bos_of, bos_words, identify_tokenizer
+from megakd.config.train import OptimConfig
+from megakd.data.records import IGNORED, Batch, Rows, TeacherTargets
 from megakd.engine.optim import RULE_HEADERS, assign_rules, build_optimizer, rule_rows
-from megakd.errors import UserError, foreign
-from megakd.identity import DataIdentity, TokenizerIdentity, packing_of
+from megakd.errors import UserError
+from megakd.integrations.hf_arguments import DistillationTrainingArguments, check_arguments, checked
+from megakd.integrations.hf_columns import TopKDataset
+from megakd.integrations.hf_data import (
+    Data,
+    DistillationDataset,
+    Share,
+    check_alike,
+    check_data,
+    check_saving,
+    opened,
+    vocabulary_of,
+)
 from megakd.models.hub import copy_code, is_student, load_model
-from megakd.models.isolation import check_config, check_model
-from megakd.models.tables import check_tables
 from megakd.objectives.base import LossReport
-from megakd.objectives.cached import CachedDistillation, stored_in
+from megakd.objectives.cached import CachedDistillation
 from megakd.system.dist import sum_over_ranks
 from megakd.system.logging import say
 from megakd.system.text import table
 
-SAVING_REMEDY = "correct its generation_config.json, or set student.generation_config.do_sample = True before"
+__all__ = ["DistillationDataset", "DistillationTrainer", "DistillationTrainingArguments"]
 ALSO = {"loss": "total_loss", "ce": "ce_loss", "kl": "kl_loss"}  # terms that the log has under a second name
 STUDENT = "objective.student."  # what the names of an Answering begin with
-Data = Any  # a DistillationDataset, or the folder that it reads
-
-
-@dataclass
-class DistillationTrainingArguments(TrainingArguments):
-    """TrainingArguments and the loss: (1 - alpha) CE + alpha T^2 divergence, as in megakd.config.objective."""
-
-    distillation_alpha: float = field(default=0.5, metadata={"help": "Share of the teacher in the loss, 0 to 1."})
-    distillation_temperature: float = field(
-        default=2.0, metadata={"help": "Of both softmaxes; ghost and hybrid need a tail at it in the targets."}
-    )
-    distillation_tail: str = field(
-        default="ghost", metadata={"help": "What stands for unstored tokens: ghost, truncated, sampled or hybrid."}
-    )
-    distillation_divergence: str = field(default="kl", metadata={"help": "kl, reverse_kl, jsd, skew_kl or tvd."})
-    distillation_mix: float = field(
-        default=0.5, metadata={"help": "The teacher's share in jsd's and skew_kl's mixture."}
-    )
-    lr_multipliers: list[dict[str, Any]] | str | None = field(
-        default=None,
-        metadata={"help": 'JSON list of {"pattern": REGEX, "lr_multiplier": NUMBER}; first match counts, 0 freezes.'},
-    )
-
-    def __post_init__(self) -> None:
-        if isinstance(self.lr_multipliers, str):
-            try:
-                self.lr_multipliers = json.loads(self.lr_multipliers)
-            except json.JSONDecodeError as error:
-                raise UserError(f"lr_multipliers: {self.lr_multipliers!r} is not JSON: {error}") from error
-        self.objective_config()
-        self.lr_rules()
-        super().__post_init__()
-
-    def objective_config(self) -> CachedConfig:
-        names = ("alpha", "temperature", "tail", "divergence", "mix")
-        values = {name: getattr(self, f"distillation_{name}") for name in names}
-        return _checked(lambda: CachedConfig.model_validate(values), "distillation_")
-
-    def lr_rules(self) -> tuple[LrRule, ...]:
-        rules = TypeAdapter(tuple[LrRule, ...])
-        return _checked(lambda: rules.validate_python(self.lr_multipliers or []), "lr_multipliers.")
-
-
-class DistillationDataset(Dataset[Sample]):
-    """The samples of a folder of shards with teacher targets, by index; workers of a DataLoader open it anew."""
-
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-        self.shards = ShardSet(self.folder)
-        weakref.finalize(self, self.shards.close)  # before Python takes its modules apart
-        self.facts = self.shards.facts
-        if "codec" not in self.facts:
-            raise UserError(f"{folder}: tokens without teacher targets; run: megakd generate-logits RUN")
-
-    def __len__(self) -> int:
-        return len(self.shards)
-
-    def __getitem__(self, index: int) -> Sample:
-        return self.shards[index]
-
-    def __reduce__(self) -> tuple[type, tuple[Path]]:
-        return type(self), (self.folder,)
-
-
-@dataclass
-class DistillationCollator:
-    """Samples → what `Answering.forward` takes; labels are shifted already."""
-
-    sequence_length: int
-
-    def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        batch = with_rows(collate(samples, self.sequence_length))
-        return dict(zip(("input_ids", "labels", "position_ids", "targets", "counted"), batch[:5], strict=True))
 
 
 class Answering(nn.Module):
@@ -146,7 +72,7 @@ class Answering(nn.Module):
 
 
 class DistillationTrainer(Trainer):
-    """A Trainer of `model` (of transformers) over shards with teacher targets; data sets or their folders.
+    """A Trainer of `model` (of transformers) over teacher targets: shards (data sets or their folders), or columns.
 
     lr_multipliers: as in the arguments, for those who build them elsewhere. student: the name of `model` in 0.1.
 
@@ -171,21 +97,25 @@ class DistillationTrainer(Trainer):
         if (model is None) == (student is None):
             raise UserError("DistillationTrainer: give the student once, as model")
         student = student if model is None else model
-        args = _check_arguments(args, lr_multipliers)
+        args = check_arguments(args, lr_multipliers)
         if optimizers[0] is not None and args.lr_multipliers:
             raise UserError("optimizers: an optimizer that was given skips lr_multipliers; give one of both")
-        train_dataset, eval_dataset = _opened(train_dataset), _opened(eval_dataset)
-        _check_data(student, train_dataset, eval_dataset, processing_class)
-        _check_saving(student)
+        self.vocab_size = vocabulary_of(student, processing_class)
+        train_dataset = opened(train_dataset, self.vocab_size, "train_dataset")
+        eval_dataset = opened(eval_dataset, self.vocab_size, "eval_dataset")
+        check_data(student, train_dataset, eval_dataset, processing_class)
+        check_saving(student)
         with _whole(student.get_output_embeddings().weight):
-            objective = CachedDistillation(student, args.objective_config(), train_dataset.facts)
+            loss = args.objective_config()
+            loss = train_dataset.supported(loss) if isinstance(train_dataset, TopKDataset) else loss
+            objective = CachedDistillation(student, loss, train_dataset.facts)
         assign_rules(objective, args.lr_rules())
         self.student = student
         self.sums: dict[str, float | Tensor] = {}  # of what is logged, since `sums_from`
         self.sums_from = 0
         super().__init__(
-            Answering(objective), args, DistillationCollator(train_dataset.facts["tokens"]["sequence_length"]),
-            train_dataset, eval_dataset, processing_class, callbacks=callbacks, optimizers=optimizers,
+            Answering(objective), args, train_dataset.collate, train_dataset, eval_dataset, processing_class,
+            callbacks=callbacks, optimizers=optimizers,
         )  # fmt: skip
         self.loss_is_scaled_for_ga = True
         if self.is_fsdp_enabled or getattr(self.accelerator, "parallelism_config", None) is not None:
@@ -204,7 +134,7 @@ class DistillationTrainer(Trainer):
         """The optimizer that `args.optim` names over the groups of `build_optimizer`."""
         if self.optimizer is None:
             args = self.args
-            optim = _checked(
+            optim = checked(
                 lambda: OptimConfig(lr=args.learning_rate, weight_decay=args.weight_decay),
                 "learning_rate, weight_decay: ",
             )
@@ -253,11 +183,11 @@ class DistillationTrainer(Trainer):
         """This rank's samples, blank ones at the end where others have more: none counts twice."""
         if isinstance(eval_dataset, str):
             eval_dataset = self.eval_dataset[eval_dataset]  # type: ignore[index]
-        dataset = _opened(eval_dataset) if eval_dataset is not None else self.eval_dataset
+        dataset = self.eval_dataset if eval_dataset is None else opened(eval_dataset, self.vocab_size, "eval_dataset")
         if dataset is None:
             raise UserError("DistillationTrainer: evaluation needs an eval_dataset")
-        _check_alike(self.train_dataset, dataset)  # type: ignore[arg-type]
-        share = _Share(dataset, self.args.process_index, self.args.world_size)  # type: ignore[arg-type]
+        check_alike(self.train_dataset, dataset)  # type: ignore[arg-type]
+        share = Share(dataset, self.args.process_index, self.args.world_size)  # type: ignore[arg-type]
         return DataLoader(
             share,
             self.args.eval_batch_size,
@@ -344,6 +274,15 @@ class DistillationTrainer(Trainer):
             self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
 
+def _whole(weight: nn.Parameter) -> Any:
+    """A context in which a weight that ZeRO-3 has divided among the ranks is whole."""
+    if not hasattr(weight, "ds_id"):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([weight])
+
+
 def _last_whole(folder: Path) -> Path:
     """The newest checkpoint-N of a folder that has its trainer_state.json, which Trainer writes last.
 
@@ -357,116 +296,3 @@ def _last_whole(folder: Path) -> Path:
         except (OSError, ValueError):
             say(f"{path}: not used: saving it was interrupted (no whole trainer_state.json)")
     raise UserError(f"{folder}: no checkpoint here to resume from; start without resume_from_checkpoint")
-
-
-class _Share(Dataset[Sample]):
-    """Every world-th sample of a data set; blank ones at the end, so that all ranks have as many."""
-
-    def __init__(self, dataset: DistillationDataset, rank: int, world: int):
-        self.dataset, self.rank, self.world = dataset, rank, world
-
-    def __len__(self) -> int:
-        return -(-len(self.dataset) // self.world)
-
-    def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        place = self.rank + index * self.world
-        return self.dataset[place] if place < len(self.dataset) else self.dataset.shards.blank()
-
-
-def _checked(make: Callable[[], Any], prefix: str) -> Any:
-    """What `make` gives; pydantic's first complaint as a UserError that names the argument."""
-    try:
-        return make()
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = f"{prefix}{'.'.join(map(str, first['loc']))}".rstrip("._")
-        raise UserError(f"{place}: {first['msg'].removeprefix('Value error, ')}, got {first['input']!r}") from None
-
-
-def _check_arguments(args: Any, lr_multipliers: list[dict[str, Any]] | None) -> DistillationTrainingArguments:
-    """With the trainer's own `lr_multipliers`; UserError for settings that would change the loss, or have no effect."""
-    if not isinstance(args, DistillationTrainingArguments):
-        raise UserError(f"args: DistillationTrainingArguments, not {type(args).__name__}")
-    if args.n_gpu > 1:
-        raise UserError(
-            f"DistillationTrainer: one process for {args.n_gpu} GPUs; start one for each: torchrun, accelerate launch"
-        )
-    if not args.average_tokens_across_devices and args.world_size > 1:
-        raise UserError("average_tokens_across_devices=False: the loss is a mean over all ranks' labels; leave it out")
-    if args.label_smoothing_factor:
-        raise UserError("label_smoothing_factor: the loss knows no label smoothing; leave it out")
-    if lr_multipliers is None:
-        return args
-    if args.lr_multipliers and args.lr_multipliers != lr_multipliers:
-        raise UserError("lr_multipliers: the trainer's and those of args differ; leave one of both out")
-    args = copy.copy(args)  # the caller's stay as they are
-    args.lr_multipliers = lr_multipliers
-    args.lr_rules()
-    return args
-
-
-def _opened(data: Any) -> Any:
-    """A data set for a folder, also within a dict; all else as it is."""
-    if isinstance(data, dict):
-        return {name: _opened(each) for name, each in data.items()}
-    return DistillationDataset(data) if isinstance(data, str | Path) else data
-
-
-def _check_data(student: Any, train: DistillationDataset, evaluation: Any, tokenizer: Any) -> None:
-    """UserError where student, tokenizer and data do not belong together."""
-    if not isinstance(train, DistillationDataset):
-        raise UserError(f"train_dataset: a DistillationDataset or a folder of shards, not {type(train).__name__}")
-    for dataset in evaluation.values() if isinstance(evaluation, dict) else [evaluation]:
-        if dataset is not None:
-            _check_alike(train, dataset)
-    facts = train.facts
-    place = f"{student.name_or_path or type(student).__name__} (student of {train.folder})"
-    check_tables(student, place, facts["vocab_size"], facts["tokens"]["sequence_length"])
-    packing, weight = packing_of(facts), student.get_output_embeddings().weight
-    check_config(student.config, place, packing)
-    if not hasattr(weight, "ds_id"):  # in pieces over ranks it has no weights to run with
-        check_model(student, place, packing)
-    if tokenizer is not None:
-        mine, theirs = identify_tokenizer(tokenizer), TokenizerIdentity.of(facts["tokens"]["tokenizer"])
-        if theirs.difference(mine):
-            raise UserError(
-                f"{train.folder}: made with a tokenizer of {theirs}, but processing_class has one of {mine}"
-            )
-        own, made = bos_of(tokenizer), facts["tokens"].get("bos", [])
-        if own != made:
-            say(
-                f"{train.folder}: documents begin {bos_words(tokenizer, made)}, texts of processing_class "
-                f"{bos_words(tokenizer, own)}; read by it, texts begin otherwise than those that are trained on"
-            )
-
-
-def _check_saving(student: Any) -> None:
-    """UserError when transformers would refuse to save the student's configs, which it does hours later otherwise."""
-    place = student.name_or_path or type(student).__name__
-    with TemporaryDirectory() as folder, foreign(f"{place}: cannot be saved", SAVING_REMEDY):
-        student.config.save_pretrained(folder)
-        if student.can_generate():
-            student.generation_config.save_pretrained(folder)
-
-
-def _check_alike(train: DistillationDataset, other: Any) -> None:
-    """UserError unless the loss that was made for `train` is right for `other`."""
-    if not isinstance(other, DistillationDataset):
-        raise UserError(f"eval_dataset: a DistillationDataset or a folder of shards, not {type(other).__name__}")
-    different = DataIdentity.of(train.facts).difference(DataIdentity.of(other.facts))
-    mine, theirs = stored_in(train.facts), stored_in(other.facts)
-    if not different and mine != theirs:
-        different = f"another capture: {theirs} instead of {mine}"
-    if different:
-        raise UserError(f"{other.folder}: differs from {train.folder}: {different}")
-
-
-def _whole(weight: nn.Parameter) -> Any:
-    """A context in which a weight that ZeRO-3 has divided among the ranks is whole."""
-    if not hasattr(weight, "ds_id"):
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters([weight])

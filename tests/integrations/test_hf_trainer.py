@@ -19,11 +19,11 @@ from megakd.data.records import IGNORED, Batch
 from megakd.engine.local import LocalEngine
 from megakd.engine.optim import build_optimizer
 from megakd.errors import UserError
+from megakd.integrations.hf_data import Share
 from megakd.integrations.hf_trainer import (
     DistillationDataset,
     DistillationTrainer,
     DistillationTrainingArguments,
-    _Share,
 )
 from megakd.models.hub import load_model
 from megakd.models.tiny import train_tokenizer
@@ -344,7 +344,7 @@ def test_no_file_of_megakd_imports_the_leaves():
 @pytest.mark.parametrize("world", [1, 3, 5])
 def test_ranks_share_the_evaluation_without_counting_twice(prepared, world):
     dataset = DistillationDataset(prepared / "data" / "logits" / "holdout")
-    shares = [_Share(dataset, rank, world) for rank in range(world)]
+    shares = [Share(dataset, rank, world) for rank in range(world)]
     assert len({len(share) for share in shares}) == 1
     samples = [sample for share in shares for sample in share]
     keys = [sample.key for sample in samples if sample.key != "blank"]
