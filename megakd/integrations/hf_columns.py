@@ -60,10 +60,11 @@ class TopKDataset(Dataset[Row]):
         self.top_k = self._targets_of(0, self.dataset[0])[0].shape[1]
         self.tails = self.values == LOGPROBS or TAIL in optional
         length = int(arrow.max(arrow.list_value_length(dataset.data.column(TOKENS))).as_py())  # type: ignore[attr-defined]
+        packing = "packed" if "position_ids" in optional else "documents"
         self.facts: dict[str, Any] = {
             "vocab_size": vocab_size, "top_k": self.top_k, "temperatures": [1.0], "tails": self.tails, "draws": 0,
             "draw_temperature": None,
-            "tokens": {"sequence_length": length, "packing": "packed" if "position_ids" in optional else "documents"},
+            "tokens": {"sequence_length": length - 1, "packing": packing},
         }  # fmt: skip
 
     def __len__(self) -> int:
@@ -84,6 +85,8 @@ class TopKDataset(Dataset[Row]):
 
     def supported(self, config: CachedConfig) -> CachedConfig:
         """The loss that the columns can give: truncated instead of ghost, said aloud, where they know no tail."""
+        if config.tail in ("sampled", "hybrid"):
+            raise UserError(f"distillation_tail: {config.tail} needs draws, columns have none; give ghost or truncated")
         start, end = config.temperature if isinstance(config.temperature, tuple) else (config.temperature,) * 2
         if config.tail != "ghost" or reaches_all((1.0,) if self.tails else (), start, end):
             return config
@@ -92,7 +95,7 @@ class TopKDataset(Dataset[Row]):
             if self.tails
             else f"{LOGITS} without {TAIL}: nothing is known of the tokens outside the {self.top_k} stored"
         )
-        say(f"{self.name}: {why}; distillation_tail=truncated: both models are renormalised over the stored tokens")
+        say(f"{self.name}: {why}; distillation_tail=truncated: the teacher is renormalised over the stored tokens")
         return config.model_copy(update={"tail": "truncated"})
 
     def blank(self) -> Row:
@@ -207,11 +210,11 @@ class TopKDataset(Dataset[Row]):
         """log p of the entries, and log of the tail's mass: each row sums to 1; -inf where nothing is known of it."""
         total = np.logaddexp.reduce(values, axis=1)
         if self.values == LOGPROBS:
-            if (np.exp(total) > 1 + SUM_TOLERANCE).any():
+            if (total > np.log1p(SUM_TOLERANCE)).any():
                 problem = (
-                    f"probabilities that sum to {np.exp(total.max()):.4g}; rename the column to {LOGITS} if it has raw"
+                    f"exponentials that sum to e^{total.max():.3g}; rename the column to {LOGITS} if it has raw logits"
                 )
-                self._refuse(index, LOGPROBS, f"{problem} logits")
+                self._refuse(index, LOGPROBS, problem)
             tails = 1 - np.exp(total) if tails is None else tails
         if tails is None:
             return values - total[:, None], np.full(len(values), -np.inf)

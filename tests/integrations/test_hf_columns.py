@@ -106,7 +106,7 @@ def test_masks_labels_and_padding_count_as_in_a_loop_over_tokens(student, sample
             logits = student(torch.from_numpy(tokens[None]).long()).logits[0].double() / 2
         for t in range(6, len(tokens) - 1):
             p = np.exp(values[t].astype(float) / 2 - np.logaddexp.reduce(values[t].astype(float) / 2))
-            q = logits[t, ids[t]].log_softmax(0).numpy()
+            q = logits[t].log_softmax(0)[ids[t]].numpy()
             expected += 4 * sum(p[k] * (np.log(p[k]) - q[k]) for k in range(len(p)) if p[k] > 0)
         values, ids = np.pad(values, ((0, 1), (0, 0))), np.pad(ids, ((0, 1), (0, 0)))
         values[:6], ids[0] = np.nan, 10**6  # below positions that do not count
@@ -203,7 +203,11 @@ ROW = "train_dataset: row 1, "
         ("topk_values", changed("input_ids", at(4, V + 3)), f"input_ids: id {V + 3} is beyond the vocabulary of {V}"),
         ("topk_values", changed("topk_values", at((3, 2), np.nan)), ROW + "topk_values: NaN or infinity"),
         ("topk_values", changed("topk_values", at(3, -1e4)), ROW + "topk_values: a token without an entry"),
-        ("topk_logprobs", changed("topk_logprobs", lambda x: x + 2), "rename the column to topk_values if it has raw"),
+        (
+            "topk_logprobs",
+            changed("topk_logprobs", lambda x: x + 2),
+            "rename the column to topk_values if it has raw logits",
+        ),
         ("tail_mass", changed("tail_mass", at(5, 1.5)), ROW + "tail_mass: 1.5 is no probability below 1"),
         ("tail_mass", changed("tail_mass", lambda x: x[1:]), ROW + "tail_mass: 31 entries next to 32 rows"),
         (

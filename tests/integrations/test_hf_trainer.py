@@ -354,7 +354,7 @@ def test_ranks_share_the_evaluation_without_counting_twice(prepared, world):
 def test_examples_of_the_document_run(prepared, recipe, tmp_path, monkeypatch):
     """The trainer's over data made here; the pipeline's up to the run, for its teacher is a download."""
     text = (ROOT / "docs" / "hugging-face.md").read_text()
-    trainer, pipeline, _ = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    trainer, _, pipeline, _ = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     monkeypatch.chdir(tmp_path)
     Path("runs").mkdir()
     Path("runs/qwen3").symlink_to(prepared)
