@@ -22,6 +22,7 @@ ORDER: tuple[set[str], ...] = (
     {"report"},
     {"serve"},
     {"integrations"},
+    {"finish"},
     {"commands"},
     {"cli"},
     {"__main__", "api", "hf_trainer", "log"},  # the last two: names of 0.1

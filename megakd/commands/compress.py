@@ -34,18 +34,12 @@ from megakd.system.version import made_with
 SECTIONS = ("model", "compress", "data")  # of the configuration
 
 
-def missing(run: Run) -> str | None:
-    """What is missing of the student; None where it is finished."""
-    report = run.path("student-0", "compress.json")
-    return None if report.exists() else f"no {report}"
-
-
 def main(run: Run, args: argparse.Namespace) -> None:
     target = run.path("student-0")
     if run.config.model.student:
         raise UserError(f"{run.folder}: model.student names {run.config.model.student}; there is nothing to compress")
     finished = target / "compress.json"
-    if missing(run) is None:
+    if finished.exists():
         discard(run.path("compress"))  # a kill came between the student and this
         say(f"{target}: finished")
         return

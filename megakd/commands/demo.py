@@ -14,16 +14,15 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from megakd.cli import run_verb
-from megakd.commands.run import to_the_end
 from megakd.config.parsing import load_recipe
 from megakd.config.run import flatten, is_mutable
 from megakd.errors import UserError
 from megakd.evals.evaluate import evaluate
+from megakd.finish import to_the_end
 from megakd.names import expand, find_recipe, holds_run, model_folder
-from megakd.report.tables import quality_table
+from megakd.report.tables import conclusion, quality_table
 from megakd.run import Run
 from megakd.system.logging import say
 from megakd.system.text import clock
@@ -63,20 +62,7 @@ def main(args: argparse.Namespace) -> None:
     )
     if any(row[name] is None for row in shown for name in ("kl", "nll")):
         raise UserError(f"{kd}: a measure is not finite; see `failed` in evals.jsonl of both runs")
-    print(f"\n{_conclusion(shown)}\n{clock(time.perf_counter() - start)} in all; look at {kd / 'report.html'}")
-
-
-def _conclusion(rows: list[dict[str, Any]]) -> str:
-    """Which shares of what compression lost KD and CE alone win back; rows: teacher, compressed, after KD, after CE."""
-    teacher, compressed, kd, ce = rows
-
-    def won_back(trained: dict[str, Any], name: str) -> str:
-        return f"{(compressed[name] - trained[name]) / (compressed[name] - teacher[name]):.0%}"
-
-    return (
-        f"KD closed {won_back(kd, 'kl')} of the KL that compression opened (CE alone: {won_back(ce, 'kl')}) and "
-        f"{won_back(kd, 'nll')} of the loss (CE alone: {won_back(ce, 'nll')}), at {kd['tokens']:,} tokens each."
-    )
+    print(f"\n{conclusion(shown)}\n{clock(time.perf_counter() - start)} in all; look at {kd / 'report.html'}")
 
 
 def _begun(folder: Path, settings: list[str]) -> bool:

@@ -13,8 +13,7 @@ examples:
 
 import argparse
 
-from megakd.errors import listed
-from megakd.evals.evaluate import measure, unmeasured
+from megakd.evals.evaluate import measure
 from megakd.evals.measure import (
     raise_failures,
 )
@@ -22,12 +21,6 @@ from megakd.report.tables import quality_table, ratio_table, task_table, teacher
 from megakd.run import Run
 
 SECTIONS = ("model", "data", "eval")  # of the configuration
-
-
-def missing(run: Run) -> str | None:
-    """Which models have no line in evals.jsonl yet; None where all have one."""
-    names = unmeasured(run)
-    return f"no line yet of {listed(names, 3)}" if names else None
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

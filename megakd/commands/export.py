@@ -17,14 +17,12 @@ examples:
 """
 
 import argparse
-from pathlib import Path
 
-from megakd.engine.checkpoint import best_weights, published
+from megakd.engine.checkpoint import best_weights
 from megakd.errors import UserError
 from megakd.names import expand
-from megakd.outputs import MARKER
 from megakd.run import Run
-from megakd.serve.export import export, weights_name
+from megakd.serve.export import export, last_weights
 
 SECTIONS = ("model", "objective")  # of the configuration
 
@@ -34,23 +32,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", help="a checkpoint folder, or best (default: the last one, else student-0)")
     parser.add_argument("--out", type=expand, help="where to write (default: RUN/export or RUN/export-dense)")
     parser.add_argument("--force", action="store_true", help="replace a model that export did not write, too")
-
-
-def missing(run: Run) -> str | None:
-    """Why RUN/export is not the student as it is now; None where it is."""
-    source, folder = last_weights(run), run.path("export")
-    if not (folder / MARKER).exists():
-        return f"no {folder}"
-    done = [event["source"] for event in run.events("export") if Path(event["folder"]).name == folder.name]
-    if not done or weights_name(Path(done[-1])) != weights_name(source):
-        return f"{folder} is not of {source}"
-    return None
-
-
-def last_weights(run: Run) -> Path:
-    """The weights folder of the last checkpoint, else the student that training starts from."""
-    saved = published(run.path("checkpoints"))
-    return saved[-1].weights if saved else run.student_folder
 
 
 def main(run: Run, args: argparse.Namespace) -> None:

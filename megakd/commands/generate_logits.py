@@ -24,7 +24,7 @@ from pathlib import Path
 
 from megakd.capture.pipeline import Worker, capture_part, make_codebook, part_of
 from megakd.capture.source import Capture
-from megakd.data.shards import ShardSet, unfinished
+from megakd.data.shards import ShardSet
 from megakd.data.tokenizers import check_bos, identify_tokenizer, load_tokenizer
 from megakd.errors import UserError
 from megakd.identity import DataIdentity
@@ -52,15 +52,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--part", default="0/1", metavar="I/N", help="take part I of N of the shards (0/1: all)")
     parser.add_argument("--reread", action="store_true", help="hash finished shards again and redo damaged ones")
     parser.add_argument("--force", action="store_true", help="set existing logits aside and capture them again")
-
-
-def missing(run: Run) -> str | None:
-    """What is missing of the teacher's logits, as their readers find it; None where they are finished.
-
-    A capture that --max-tokens ended is finished: a training may have begun on it.
-    """
-    parts = ("holdout",) if run.config.objective.live else ("holdout", "train")
-    return unfinished(run.path("data", "logits", part) for part in parts)
 
 
 def main(run: Run, args: argparse.Namespace) -> None:

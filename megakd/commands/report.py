@@ -32,16 +32,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--png", type=expand, metavar="FILE", help="write all curves there as one picture")
 
 
-def missing(run: Run) -> str | None:
-    """What RUN/report.html does not show yet; None where nothing came after it."""
-    page = run.path("report.html")
-    if not page.exists():
-        return f"no {page}"
-    drawn = [run.path(name) for name in ("metrics.jsonl", "evals.jsonl", "student-0/compress.json")]
-    newer = [path for path in drawn if path.exists() and path.stat().st_mtime_ns > page.stat().st_mtime_ns]
-    return f"{newer[0]} came after {page}" if newer else None
-
-
 def main(run: Run, args: argparse.Namespace) -> None:
     png = args.png and check_file(args.png, PNG_MARK)
     recorded, *others = (Recorded.of(each) for each in [run, *(Run.open(folder) for folder in args.baseline)])

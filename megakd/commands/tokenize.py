@@ -15,7 +15,6 @@ import argparse
 
 from megakd.config.effects import check_batches
 from megakd.data.pipeline import source_commit, tokenize_part
-from megakd.data.shards import unfinished
 from megakd.data.tokenizers import bos_of, bos_words, load_tokenizer
 from megakd.models.checks import check_isolation, check_models, model_folders, student_identity
 from megakd.names import resolve
@@ -23,11 +22,6 @@ from megakd.run import Run
 from megakd.system.logging import say
 
 SECTIONS = ("model", "data")  # of the configuration
-
-
-def missing(run: Run) -> str | None:
-    """What is missing of the token shards, as their readers find it; None where they are finished."""
-    return unfinished(run.path("data", "tokens", part) for part in ("holdout", "train"))
 
 
 def main(run: Run, args: argparse.Namespace) -> None:

@@ -20,7 +20,6 @@ from types import FrameType
 import psutil
 import torch
 
-from megakd.engine.checkpoint import published
 from megakd.errors import UserError
 from megakd.names import shipped
 from megakd.run import Run
@@ -32,7 +31,7 @@ from megakd.system.dist import (
 )
 from megakd.system.files import locked
 from megakd.system.signals import STOPPED, StopSignals
-from megakd.train.checks import check, check_world, open_dataset, reached_end, was_launched
+from megakd.train.checks import check, check_world, was_launched
 from megakd.train.loop import train
 
 SECTIONS = (
@@ -48,14 +47,6 @@ SECTIONS = (
     "eval",
     "log",
 )  # of the configuration
-
-
-def missing(run: Run) -> str | None:
-    """What is missing of the training; None where the last stage is at its end."""
-    saved = next(reversed(published(run.path("checkpoints"))), None)
-    if saved is None:
-        return "no checkpoint yet"
-    return None if reached_end(run.config, saved, open_dataset(run)) else f"the last checkpoint is {saved.folder}"
 
 
 def main(run: Run, args: argparse.Namespace) -> None:

@@ -113,3 +113,16 @@ def teacher_table(rows: list[dict[str, Any]]) -> str:
         "idle experts",
     ]
     return table(headers, lines)
+
+
+def conclusion(rows: list[dict[str, Any]]) -> str:
+    """Which shares of what compression lost KD and CE alone win back; rows: teacher, compressed, after KD, after CE."""
+    teacher, compressed, kd, ce = rows
+
+    def won_back(trained: dict[str, Any], name: str) -> str:
+        return f"{(compressed[name] - trained[name]) / (compressed[name] - teacher[name]):.0%}"
+
+    return (
+        f"KD closed {won_back(kd, 'kl')} of the KL that compression opened (CE alone: {won_back(ce, 'kl')}) and "
+        f"{won_back(kd, 'nll')} of the loss (CE alone: {won_back(ce, 'nll')}), at {kd['tokens']:,} tokens each."
+    )

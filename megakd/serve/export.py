@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megakd.config.objective import SarConfig
-from megakd.engine.checkpoint import auxiliary_file
+from megakd.engine.checkpoint import auxiliary_file, published
 from megakd.errors import UserError
 from megakd.identity import TeacherIdentity, changed_fingerprint, fingerprint
 from megakd.models.hub import (
@@ -68,6 +68,12 @@ def export(run: Run, source: Path, out: Path | None, dense: bool, force: bool) -
     say(f"{target}: {(config.architectures or ['?'])[0]}, {short(size)}B, from {source}")
     if routers:
         say(f"{target / UPDATE}: {routers} routers that learned, for {run.config.model.teacher}")
+
+
+def last_weights(run: Run) -> Path:
+    """The weights folder of the last checkpoint, else the student that training starts from."""
+    saved = published(run.path("checkpoints"))
+    return saved[-1].weights if saved else run.student_folder
 
 
 def finite(tensors: Iterable[tuple[str, Tensor]], source: Path) -> Iterator[tuple[str, Tensor]]:

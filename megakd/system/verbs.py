@@ -1,6 +1,7 @@
 """Start verbs of MegaKD one after another: in processes of their own, to which signals are passed on, or here."""
 
 import ctypes
+import gc
 import os
 import signal
 import subprocess
@@ -8,6 +9,9 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+
+from megakd.errors import UserError
+from megakd.system.logging import say
 
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 STOPPED = 85  # `megakd.system.signals`, without its libraries
@@ -88,15 +92,23 @@ class Verbs:
 class VerbsHere(Verbs):
     """Runs verbs in this process, for models so small that the imports of a process take longer than the verb.
 
-    train has a process of its own all the same: it may start a launcher, and joins the ranks.
+    apart: train has a process of its own all the same, where it may start a launcher, and joins the ranks.
     """
 
-    def __init__(self, here: Callable[[list[str]], None]) -> None:
+    def __init__(self, here: Callable[[list[str]], None], apart: bool = True) -> None:
         super().__init__()
-        self.here = here
+        self.here, self.apart = here, apart
 
     def run(self, *argv: str) -> int:
-        if argv[0] == "train":
+        if argv[0] == "train" and self.apart:
             return super().run(*argv)
-        self.here(list(argv))
+        try:
+            self.here(list(argv))
+        except UserError as error:
+            if argv[0] != "evaluate":  # what it could not measure does not stop the verbs after it
+                raise
+            say(str(error))
+            return 2
+        finally:
+            gc.collect()  # models point to themselves: without it the next verb meets them on the device
         return 0

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-import megakd.commands.run as module
+import megakd.finish as module
 from megakd.cli import run_verb
-from megakd.commands.run import steps_of, to_the_end
 from megakd.config.parsing import parse
 from megakd.errors import UserError
+from megakd.finish import steps_of, to_the_end
 from megakd.run import Run
 from megakd.system.signals import STOPPED
 from megakd.system.verbs import VerbFailed, Verbs

@@ -19,8 +19,8 @@ import torch
 from run_from_conf import build_parser, finish, open_run
 from run_from_flags import count, one_line
 
-from megakd.commands.generate_logits import missing
 from megakd.errors import UserError
+from megakd.finish import missing_logits
 from megakd.run import Run
 from megakd.system.logging import say
 from megakd.system.terminal import accept_any_encoding
@@ -70,7 +70,7 @@ def gpus(number: int) -> list[str]:
 
 def share(run: Run, devices: list[str]) -> None:
     """`megakd generate-logits` once per device, each on its part of the shards."""
-    if missing(run) is None:
+    if missing_logits(run) is None:
         say(f"{run.path('data', 'logits')}: finished already")
         return
     workers = [

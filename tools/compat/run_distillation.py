@@ -14,8 +14,8 @@ from run_from_conf import build_parser, finish, open_run
 from run_from_flags import one_line
 
 from megakd.cli import run_verb
-from megakd.commands.run import lacks, steps_of
 from megakd.errors import UserError
+from megakd.finish import lacks, steps_of
 from megakd.run import Run
 from megakd.system.launcher import read_launcher
 from megakd.system.terminal import accept_any_encoding

@@ -16,13 +16,13 @@ from typing import Any
 from run_from_flags import Parser, say_unused
 
 from megakd.commands.new import say_links
-from megakd.commands.run import to_the_end
 from megakd.config import hydra
 from megakd.config.parsing import apply_overrides, load_recipe, parse, read_tree
 from megakd.config.products import LOGITS, differences
 from megakd.config.run import RunConfig, flatten, is_mutable
 from megakd.data.documents import source_files
 from megakd.errors import UserError, listed
+from megakd.finish import to_the_end
 from megakd.names import expand, holds_run
 from megakd.run import Run
 from megakd.system.files import read_json, remove, write_json

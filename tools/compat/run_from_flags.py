@@ -6,7 +6,6 @@ learned (objective.kind=sar) they lie in --output_dir/router_update.safetensors,
 """
 
 import argparse
-import gc
 import json
 import math
 import os
@@ -19,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megakd import finish
 from megakd.cli import run_verb
 from megakd.config.effects import check, idle_fields
 from megakd.config.parsing import apply_overrides, parse
@@ -32,6 +32,7 @@ from megakd.run import Run
 from megakd.serve.export import MARK as EXPORTED
 from megakd.system.files import publishing, read_json, remove, write_json
 from megakd.system.logging import say
+from megakd.system.verbs import VerbFailed
 
 RECIPE, STUDENT = "recipe.json", "student"
 TEACHER_MODEL, STUDENT_MODEL = "huihui-ai/Huihui-MoE-1B-A0.6B", "HuggingFaceTB/SmolLM-135M"
@@ -192,23 +193,31 @@ def _check_foreign(folder: Path, value: dict[str, Any]) -> None:
         raise UserError(f"{folder}: holds {taken[0]}, which this tool did not write; name another --output_dir")
 
 
-def to_the_end(run: Run, compares: bool, evaluate: bool = True) -> None:
-    """Every verb of a run, each skipping what is finished; prints them first, for who wants to go on by hand.
+def to_the_end(run: Run, evaluate: bool = True) -> None:
+    """The verbs of `megakd run` up to the export, which is the student; ends the process where one fails.
 
-    compares: whether evaluate can tell how far the student is from the teacher, which needs one tokenizer.
+    evaluate: False, end with the training and its export. A model that could not be measured does not stop the export.
     """
     student = run.path(STUDENT)
     check_folder(student, EXPORTED)
-    verbs = [["tokenize"], ["train"], ["export", "--out", str(student)]]
-    verbs += [*([["generate-logits"]] if compares else []), ["evaluate"]] if evaluate else []
-    verbs = [[verb, str(run.folder), *more] for verb, *more in verbs]
-    by_hand = " && ".join(shlex.join(["megakd", *verb]) for verb in verbs)
-    print(f"recipe: {run.path(RECIPE)}\nto go on by hand: {by_hand}", flush=True)
-    for verb in verbs:
-        run_verb(verb)
-        gc.collect()  # models point to themselves: without it the next verb meets them on the device
-        if verb[0] == "export" and run.config.objective.trains_routers:
-            publish_routers(run)
+    verbs = ["tokenize", "train", "export", *(["generate-logits", "evaluate"] if evaluate else [])]
+    until, export = "evaluate" if evaluate else "train", shlex.join(["megakd", "export", str(run.folder)])
+    print(f"recipe: {run.path(RECIPE)}", flush=True)
+    print(
+        f"to go on by hand: megakd run {shlex.quote(str(run.folder))} --until {until} && {export} --out "
+        f"{shlex.quote(str(student))}",
+        flush=True,
+    )
+    code = 0
+    try:
+        finish.to_the_end(run, "export", run_verb, verbs, student)
+    except VerbFailed as failed:
+        say(f"{failed}; the same command goes on")
+        code = failed.code
+    if run.config.objective.trains_routers and run.path(STUDENT, UPDATE).exists():
+        publish_routers(run)
+    if code:
+        sys.exit(code)
     print(f"student: {student}")
 
 

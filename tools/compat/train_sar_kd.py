@@ -54,7 +54,6 @@ from run_from_flags import (
 from megakd.config.objective import SarConfig
 from megakd.config.parsing import parse
 from megakd.errors import UserError
-from megakd.models.checks import one_tokenizer
 from megakd.models.hub import empty_model, load_config
 from megakd.models.routing import describe, find_routers
 from megakd.names import expand, resolve
@@ -70,12 +69,11 @@ def main(argv: list[str] | None = None) -> None:
         args = build_parser().read(argv, greedy="router_patterns")
         value = recipe(args)
         config = parse(value, "flags")
-        compares = one_tokenizer(config)
         teacher = resolve(config.model.teacher, config.model.revision, weights=False)
         routers = find_routers(empty_model(teacher), config.model.teacher, config.objective.patterns)
         warn(args, value)
         say(f"train_sar_kd: learns {describe(routers)}")
-        to_the_end(open_run(args.output_dir, value), compares)
+        to_the_end(open_run(args.output_dir, value))
 
 
 def build_parser() -> Parser:

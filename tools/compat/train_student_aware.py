@@ -59,7 +59,6 @@ from megakd.config.phases import in_phases
 from megakd.config.run import RunConfig
 from megakd.data.documents import SUFFIXES, find_files, iter_documents
 from megakd.errors import UserError
-from megakd.models.checks import one_tokenizer
 from megakd.models.hub import empty_model
 from megakd.models.routing import describe, find_routers
 from megakd.names import expand, resolve
@@ -172,14 +171,13 @@ def main(argv: list[str] | None = None) -> None:
         config = parse(value, str(args.config))
         names = [config.data.source, *map(data_place, names[1:])]
         file = documents_file(folder, names, config.data, settings.dataset_subset_size)
-        compares = one_tokenizer(config)
         if file:
             value["data"] |= {"source": str(file), "subset": None, "split": "train", "text_field": "text"}
         warn(args, settings, config, folder)
         run = open_run(folder, value)
         if file:
             take_documents(names, config.data, settings.dataset_subset_size, file)
-        to_the_end(run, compares, evaluate=not args.skip_eval)
+        to_the_end(run, evaluate=not args.skip_eval)
 
 
 def build_parser() -> Parser:
