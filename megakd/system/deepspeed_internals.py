@@ -7,6 +7,7 @@ replaces a method of an optimizer would otherwise have no effect.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import deepspeed
@@ -40,7 +41,7 @@ try:
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
     from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils import groups
+    from deepspeed.utils import groups, numa
 except ImportError as error:
     raise missing(str(error)) from error
 
@@ -73,6 +74,11 @@ def replaced(owner: Any, **values: Any) -> Iterator[None]:
 def build_no_shared_memory_op() -> None:
     """Ranks on a CPU never build the op for a host's shared memory."""
     __compatible_ops__["deepspeed_shm_comm"] = False  # type: ignore[index]
+
+
+def count_numa_nodes_once() -> None:
+    """Ranks on a CPU ask for the NUMA nodes once: DeepSpeed starts numactl whenever ZeRO-3 reduces a bucket."""
+    vars(numa)["get_numa_cores"] = cache(member(numa, "get_numa_cores"))
 
 
 # ---- ZeRO: where parameters, their fp32 masters, moments and gradients are

@@ -74,10 +74,11 @@ def join_world() -> World:
     import deepspeed
     from deepspeed.utils import logger
 
-    from megakd.system.deepspeed_internals import build_no_shared_memory_op
+    from megakd.system.deepspeed_internals import build_no_shared_memory_op, count_numa_nodes_once
 
     logger.setLevel("WARNING")
     build_no_shared_memory_op()
+    count_numa_nodes_once()
     take_device(world)  # before NCCL, which goes by the current device
     deepspeed.init_distributed(verbose=False)
     return world
