@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from megakd.models.tiny import train_tokenizer
 from tests.conftest import ROOT, forked, in_process, run_to_end
 from tests.evals.questions import write_arrow_files
 from tests.forks import Forked
@@ -109,7 +110,7 @@ def trained(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def scratch(tmp_path, monkeypatch, teacher, tokenizer, recipe) -> Path:
+def scratch(tmp_path, monkeypatch, documents, teacher, tokenizer, recipe) -> Path:
     """The working directory of a reader: parts of the repository, a teacher, a student, texts, and questions."""
     monkeypatch.chdir(tmp_path)
     for name in LINKED:
@@ -120,6 +121,9 @@ def scratch(tmp_path, monkeypatch, teacher, tokenizer, recipe) -> Path:
     shutil.copy(recipe.parent / "text.jsonl", "path/to/texts")
     dense_student().save_pretrained("student")
     tokenizer.save_pretrained("student")
+    other = train_tokenizer(documents, 450)
+    dense_student(vocab_size=len(other)).save_pretrained("path/to/another-tokenizer")
+    other.save_pretrained("path/to/another-tokenizer")
     keys = json.loads((ROOT / "launch" / "student-aware.json").read_text())
     keys |= {"teacher_model": "path/to/a/qwen3-moe", "student_model": "student", "max_length": 32, "batch_size": 4}
     keys |= {"gradient_accumulation_steps": 2, "dataset_subset_size": 20, "num_epochs": 1, "use_amp": False}
