@@ -55,7 +55,7 @@ def shipped_names(kind: str) -> str:
 
 
 def find_recipe(text: str | Path) -> Path:
-    """The file of a recipe: shipped, a file, or the config.json of a run's folder. UserError when it is none."""
+    """The file of a recipe: shipped, a file, or the config.json of a run, or of a checkpoint's run; else UserError."""
     if found := shipped_json("launch/recipes", text):
         return found
     path = expand(text)
@@ -63,6 +63,8 @@ def find_recipe(text: str | Path) -> Path:
         return path
     if holds_run(path):
         return path / "config.json"
+    if (path / "progress.json").is_file() and holds_run(path.absolute().parents[2]):
+        return path.absolute().parents[2] / "config.json"  # RUN/checkpoints/STAGE/step-N
     why = f"the folder {path} holds no run (no config.json of one)" if path.is_dir() else "no such recipe"
     raise UserError(
         f"{text}: {why}; give a JSON or YAML file, a run's folder, or one of {shipped_names('launch/recipes')}"

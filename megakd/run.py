@@ -1,7 +1,9 @@
 """A run is a folder with one frozen config.json; every verb opens it and reads nothing else."""
 
+import json
 import os
 import secrets
+import shutil
 import time
 from collections.abc import Iterable
 from functools import cached_property
@@ -14,7 +16,15 @@ from megakd.config.products import PRODUCTS, STUDENT, differences
 from megakd.config.run import RunConfig, flatten, is_mutable
 from megakd.errors import UserError
 from megakd.names import expand, find_recipe, may_be_hub_id, resolve
-from megakd.system.files import append_json, read_json, read_json_lines, settle, write_json
+from megakd.system.files import (
+    append_json,
+    link_file,
+    publishing,
+    read_json,
+    read_json_lines,
+    settle,
+    write_json,
+)
 from megakd.system.launcher import read_launcher
 from megakd.system.version import made_with
 
@@ -31,6 +41,7 @@ class Run:
         """Resolve a recipe (a file, the name of a shipped one, or a run's folder) once and freeze it in `folder`.
 
         From a run's folder, the student and data that do not depend on what changed are linked (config/products.py).
+        From a checkpoint's, RUN/checkpoints/STAGE/step-N, it is linked as well: training goes on from it.
         """
         folder, overrides = expand(folder), list(overrides)
         if (folder / "config.json").exists():
@@ -39,6 +50,8 @@ class Run:
         config = load_recipe(source, overrides)
         check(config, str(source))
         run = cls(folder, config)
+        if (checkpoint := expand(recipe)).joinpath("progress.json").is_file():
+            run._take_checkpoint(checkpoint, cls.open(source.parent))
         write_json(folder / "config.json", run.config.model_dump(mode="json"))
         fingerprint = run.config.fingerprint()
         run.record(
@@ -115,6 +128,22 @@ class Run:
             return self.path("student-0")
         revision = self.config.model.student_revision
         return resolve(student, revision) if may_be_hub_id(student) else expand(student)
+
+    def _take_checkpoint(self, checkpoint: Path, other: "Run") -> None:
+        """Begin with a checkpoint of another run and its metrics; UserError where that would not train alike."""
+        before, now = (dict(flatten(run.config.model_dump(mode="json"))) for run in (other, self))
+        changed = [key for key in now if now[key] != before.get(key) and key != "name" and not is_mutable(key)]
+        if changed:
+            raise UserError(
+                f"{checkpoint}: a run that goes on from a checkpoint keeps its configuration but for mutable settings, "
+                f"and {', '.join(changed)} would change; begin a training anew with --from {other.folder}"
+            )
+        with publishing(self.path("checkpoints", checkpoint.parent.name, checkpoint.name)) as temporary:
+            shutil.copytree(checkpoint, temporary, copy_function=link_file)
+        step = read_json(checkpoint / "progress.json")["step"]
+        rows = [row for row in read_json_lines(other.path("metrics.jsonl"), "step") if row["step"] <= step]
+        with publishing(self.path("metrics.jsonl")) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
     def link_from(self, other: "Run") -> None:
         """Link what `other` has and this run would make alike; what is not linked is recorded with the reason."""

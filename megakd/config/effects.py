@@ -163,6 +163,11 @@ RULES: tuple[Rule, ...] = (
         lambda c: c.engine.kind == "local",
         "engine.kind=local reads no DeepSpeed file",
     ),
+    Rule(
+        ("checkpoint.every_epochs",),
+        lambda c: not any(stage.epochs for stage in c.stages),
+        "no stage has epochs as its length: stages.0.epochs",
+    ),
     Rule(("guard.window",), lambda c: c.guard.spike is None, "guard.spike is off", replaced=True),
     Rule(
         ("guard.rollback",),

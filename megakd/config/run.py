@@ -99,6 +99,11 @@ class RunConfig(Section):
             windows = max(self.data.tokens // self.data.sequence_length, 1)
         return max(math.ceil(stage.epochs * windows / max(config.windows_per_step, 1)), 1)
 
+    def epoch_ends(self, stage: StageConfig, windows: int) -> list[int]:
+        """The step of the stage with which each of its whole epochs ends; none where epochs are not its length."""
+        epochs = range(1, int(stage.epochs or 0) + 1)
+        return [self.steps_of(stage.model_copy(update={"epochs": float(epoch)}), windows) for epoch in epochs]
+
     @cached_property
     def dropped(self) -> tuple[str, ...]:
         """What an older version's config.json held without effect (`megakd.config.migration`)."""

@@ -131,6 +131,9 @@ class CheckpointConfig(Section):
     """When checkpoints are written, and how many stay."""
 
     every_steps: int = mutable(500, ge=1, description="steps between checkpoints, besides the end of each stage")
+    every_epochs: int = mutable(
+        0, ge=0, description="epochs between further checkpoints, in stages whose length is epochs; 0: none"
+    )
     keep: int = mutable(0, ge=0, description="how many of the newest stay; 0: all")
 
 

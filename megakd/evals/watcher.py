@@ -10,12 +10,10 @@ Any number of processes, on any machines that see the run, work on it at once. A
 line: the line's presence decides, and what comes after it (curves, the pin) is done again until the folder is gone.
 """
 
-import errno
 import glob
 import os
 import re
 import secrets
-import shutil
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -38,6 +36,7 @@ from megakd.run import Run
 from megakd.system.files import (
     append_json,
     digest,
+    link_file,
     locked,
     read_json,
     read_json_lines,
@@ -51,7 +50,6 @@ from megakd.system.tasks import claimed
 from megakd.system.text import clock
 from megakd.tracking import log_evaluation
 
-NO_LINK = {errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS}
 STEP = re.compile(r"step-\d+")
 
 
@@ -263,7 +261,7 @@ def hold(checkpoint: Path, target: Path) -> bool:
             if not path.is_dir():
                 place = temporary / path.relative_to(checkpoint)
                 place.parent.mkdir(parents=True, exist_ok=True)
-                _link(path, place)
+                link_file(path, place)
         after = checkpoint.stat()  # the folder lost its name before its first file: there still, it was whole
         if (before.st_ino, before.st_mtime_ns) != (after.st_ino, after.st_mtime_ns):
             raise FileNotFoundError(checkpoint)
@@ -272,15 +270,6 @@ def hold(checkpoint: Path, target: Path) -> bool:
         return False
     os.rename(temporary, target)
     return True
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError as error:
-        if error.errno not in NO_LINK:
-            raise
-        shutil.copyfile(source, target)
 
 
 def check_weights(checkpoint: Path) -> None:

@@ -65,6 +65,9 @@ class StageTrainer:
         self.stage = self.run.config.stages[index]
         self.config = self.run.config.at(self.stage)
         self.steps = self.run.config.steps_of(self.stage, len(self.dataset))
+        every = self.config.checkpoint.every_epochs
+        epochs = self.run.config.epoch_ends(self.stage, len(self.dataset)) if every else []
+        self.epochs_to_save = set(epochs[every - 1 :: every]) if every else set()
         self.progress = saved.progress if saved else Progress()
         self.shards = shards_digest(self.dataset.names, self.dataset.sizes, self.curriculum)
 
@@ -209,7 +212,7 @@ class StageTrainer:
 
     def _checkpoint_due(self) -> bool:
         done = self.progress.stage_step
-        return done == self.steps or done % self.config.checkpoint.every_steps == 0
+        return done == self.steps or done % self.config.checkpoint.every_steps == 0 or done in self.epochs_to_save
 
     def _describe(self, weights: Path) -> None:
         """Make the weights of a checkpoint a Hugging Face folder.

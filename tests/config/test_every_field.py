@@ -427,6 +427,12 @@ FIELDS: dict[str, Seen | Listed] = {
     "checkpoint.every_steps": Listed(
         3, "read by the loop", T + "train/test_sar.py::test_a_border_is_crossed_in_another_process_alike"
     ),
+    "checkpoint.every_epochs": Listed(
+        1,
+        "read by the loop",
+        T + "train/test_resume.py::test_a_new_run_goes_on_from_an_epochs_checkpoint",
+        {"stages": [{"name": "a", "epochs": 1}]},
+    ),
     "checkpoint.keep": Listed(
         1, "read by the loop", T + "engine/test_checkpoint.py::test_rotate_keeps_the_newest_and_the_protected"
     ),

@@ -76,6 +76,26 @@ def test_signal_saves_a_checkpoint_and_leaves_with_85(sibling, ranks, engine, to
     assert metrics(stopped.folder) == metrics(undisturbed.folder)
 
 
+def test_a_new_run_goes_on_from_an_epochs_checkpoint(sibling, tmp_path):
+    """Bit-equal to the run that the checkpoint belongs to, of which nothing changes."""
+    once = ['stages=[{"name": "a", "epochs": 2}]', "optim.batch_tokens=2048", "checkpoint.every_epochs=1"]
+    run = sibling(*once, "checkpoint.every_steps=100")
+    in_process("train", run.folder)
+    first, last = sorted(run.path("checkpoints", "a").iterdir())
+    steps = len(metrics(run.folder))
+    assert [first.name, last.name] == [f"step-{steps // 2:06d}", f"step-{steps:06d}"] and steps % 2 == 0
+    before = files(run.folder)
+    said = in_process("new", tmp_path / "b", "--from", first, "optim.lr=1", code=2)
+    assert "keeps its configuration but for mutable settings, and optim.lr would change" in said
+    in_process("new", tmp_path / "b", "--from", first, "checkpoint.keep=9", "name=b")
+    branch = Run.open(tmp_path / "b")
+    assert len(metrics(branch.folder)) == steps // 2 and branch.path("data", "logits").is_symlink()
+    in_process("train", branch.folder)
+    assert metrics(branch.folder) == metrics(run.folder) and files(run.folder) == before
+    weights = f"checkpoints/a/{last.name}/weights/model.safetensors"
+    assert branch.path(weights).read_bytes() == run.path(weights).read_bytes()
+
+
 def test_rotation_does_not_take_away_what_later_checkpoints_need(sibling):
     """With one checkpoint kept, the stage before is gone when the second save of a stage describes its weights."""
     run = sibling("checkpoint.every_steps=1", "checkpoint.keep=1")
