@@ -63,8 +63,9 @@ def find_recipe(text: str | Path) -> Path:
         return path
     if holds_run(path):
         return path / "config.json"
-    if (path / "progress.json").is_file() and holds_run(path.absolute().parents[2]):
-        return path.absolute().parents[2] / "config.json"  # RUN/checkpoints/STAGE/step-N
+    run = path.absolute().parent.parent.parent  # of RUN/checkpoints/STAGE/step-N
+    if (path / "progress.json").is_file() and holds_run(run):
+        return run / "config.json"
     why = f"the folder {path} holds no run (no config.json of one)" if path.is_dir() else "no such recipe"
     raise UserError(
         f"{text}: {why}; give a JSON or YAML file, a run's folder, or one of {shipped_names('launch/recipes')}"

@@ -42,6 +42,7 @@ SMALLER = (  # what a page says, and what runs instead
     ("compress.rank=32", "compress.rank=4"),
     ("TEACHER runs", "path/to/a/qwen3-moe runs"),
     ("launch/student-aware.json", "student-aware.json --datasets path/to/texts"),  # the shipped keys, small models
+    ("experts/step-000500", "experts/step-000004"),
     ("--tasks mmlu", "--tasks piqa"),
     ("eval.limit=500", "eval.limit=500 eval.task_folder=tasks"),
     # the files of the package are in the scratch folder already

@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -167,6 +168,18 @@ def test_wheel_holds_what_lies_beside_the_package_in_a_checkout(tmp_path):
             assert opened.read("megakd/COMMIT").decode().startswith(commit)
         meta = opened.read(f"megakd-{VERSION}.dist-info/METADATA").decode()
     assert {m[1] for m in re.finditer(r"Provides-Extra: (\S+)", meta)} == OPTIONAL.keys()
+
+
+def test_a_checkout_has_its_folders_its_environment_and_its_citation():
+    """environment.yml installs the pinned requirements; CITATION.cff names what the Citation File Format requires."""
+    folders = {"megakd", "launch", "ds_configs", "tools", "tests", "docs"}
+    assert {path.name for path in ROOT.iterdir() if path.is_dir()} >= folders and (ROOT / "README.md").is_file()
+    for name in ("environment.yml", "environment-cuda.yml"):
+        wanted = yaml.safe_load((ROOT / name).read_text())["dependencies"]
+        [pip] = [each["pip"] for each in wanted if isinstance(each, dict)]
+        assert "-r requirements.txt" in pip and "python=3.11" in wanted
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation.keys() >= {"cff-version", "message", "title", "authors"} and citation["license"] == "Apache-2.0"
 
 
 def test_folders_that_the_wheel_takes_in_are_there():

@@ -186,7 +186,10 @@ def test_stage_watch_divides_by_the_steps_tokens_and_counts_damage(tmp_path, cap
         (7, 100, 2.0, 1.0), (8, 200, 2.0, 1.0), (9, 300, 0.0, 0.0), (10, 400, 2.0, 1.0),
     ]  # fmt: skip
     said = capsys.readouterr().err.splitlines()
-    assert [line.split(" | ")[0] for line in said] == ["experts 2/4 50%", "experts 4/4 100%"]
+    parts = [line.split(" | ") for line in said]
+    assert [part[:3] for part in parts] == [
+        [f"experts {done}", "loss 2.0000 ce 1.0000", "lr 1.00e-01"] for done in ("2/4 50%", "4/4 100%")
+    ]
     silent = StageWatch("experts", 4, 0, 1, None)  # of another rank
     silent.step_done()
     silent.write(StepRecord(1, 1, 10, 10, {"total": 2.0}, 0.1, 0.5, 2))

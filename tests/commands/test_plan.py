@@ -1,6 +1,7 @@
 """The memory that `plan` predicts, against what a whole step of the local engine takes when it is really done."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -321,3 +322,11 @@ def test_a_student_that_compress_makes_is_awaited_then_predicted(recipe, prepare
     run = Run.create(prepared, live, tmp_path / "run")
     assert plan.memory(run)[-1][1].startswith("a card of 8 GB")
     assert plan.memory(Run.create(prepared, [], tmp_path / "cached")) == []
+
+
+def test_the_cache_takes_at_most_what_plan_says(prepared):
+    rows = {name: value for name, value, *_ in plan.lengths(Run.open(prepared))}
+    found = re.fullmatch(r"at most about (\S+)([kMG])B \(\d+ bytes per token\)", rows["cache on disk"])
+    assert found, rows
+    stored = sum(path.stat().st_size for path in (prepared / "data" / "logits").rglob("*.tar"))
+    assert stored / 2 < float(found[1]) * {"k": 1e3, "M": 1e6, "G": 1e9}[found[2]] and stored > 0

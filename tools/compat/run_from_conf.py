@@ -56,7 +56,7 @@ def open_run(args: argparse.Namespace, flags: Sequence[str] = (), makes: bool = 
     folder = args.output_dir or expand(_first(tree, FOLDERS) or "outputs/distillation")
     overrides += _of_data(tree, overrides)
     if (folder / "config.json").exists():
-        return Run.open(folder, [*_edited(folder, path), *overrides])
+        return Run.open(folder, [*_edited(folder, path, args.config is not None), *overrides])
     if not makes:
         raise UserError(f"{folder}: no run here; another script of tools/compat makes it, or name its --output_dir")
     return _make(folder, path, overrides, _first(tree, ["teacher.cache_dir"]))
@@ -99,13 +99,19 @@ def _plain(path: Path) -> Any:
     return json.loads(json.dumps(read_tree(path, [])[0], default=str))
 
 
-def _edited(folder: Path, path: Path) -> list[str]:
-    """Overrides for mutable settings that changed in the file since the run was made; UserError for frozen ones."""
+def _edited(folder: Path, path: Path, given: bool) -> list[str]:
+    """Overrides for mutable settings that changed in the file since the run was made; UserError for frozen ones.
+
+    given: whether the command line names the file.
+    """
     file = folder / WRITTEN
     if not file.exists():
         raise UserError(f"{folder}: a run that no script of tools/compat made; use: megakd run {folder}")
     before = read_json(file)
-    if before["tree"] == _plain(path) or (path == SHIPPED and before["file"] != str(SHIPPED.resolve())):
+    if not given and before["file"] != str(path.resolve()):
+        say(f"{folder}: made from {before['file']}, and keeps that configuration; {path} is not read")
+        return []
+    if before["tree"] == _plain(path):
         return []
     now = load_recipe(path, Run.open(folder).events("new")[-1]["overrides"])
     was = dict(flatten(parse(before["config"], str(file)).model_dump(mode="json")))

@@ -1,13 +1,19 @@
 """Distillation by many components, from a flat JSON file: KL, features, attention, layers, contrast; a learned router.
 
+    python tools/compat/train_student_aware.py
     python tools/compat/train_student_aware.py --config launch/student-aware.json
     python tools/compat/train_student_aware.py --config config.json --datasets text.jsonl --batch-size 2 --epochs 1 \\
         --learning-rate 1e-4 --output_dir runs/components log.wandb=disabled objective.gap=1
 
-The keys are those of single-file scripts for student-aware routing, the run is an ordinary one in checkpoint_dir (or
---output_dir), made from recipe.json there: tokenize, train, export, generate-logits of the held-out text, evaluate. The
-same command again resumes, and so do the megakd commands that are printed. The student ends in student/ there, a
-Hugging Face folder. One process, one device. What has no key: section.key=value, like log.wandb=disabled.
+The keys are those of single-file scripts for student-aware routing, without --config those of
+configs/default_config.json next to this file. The run is an ordinary one in checkpoint_dir (or --output_dir), made from
+recipe.json there: tokenize, train, export, generate-logits of the held-out text, evaluate. The same command again
+resumes, and so do the megakd commands that are printed. The student ends in student/ there, a Hugging Face folder. One
+process, one device. What has no key: section.key=value, like log.wandb=disabled.
+
+--resume PATH goes on from a checkpoint, CHECKPOINT_DIR/checkpoints/STAGE/step-N or CHECKPOINT_DIR/checkpoint_epoch_K,
+with the keys, flags and data sets that its run was started with. Where that run has later checkpoints, which stay,
+another --output_dir is needed.
 
 The loss is the weighted sum of the components alone, without cross entropy (objective.alpha=1). Where student and
 teacher have different tokenizers spans of text take the place of positions. The layer-wise component compares the
@@ -34,6 +40,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from resume import find_checkpoint, resume_run, run_of
 from run_from_flags import (
     DATASET,
     HOLDOUT,
@@ -62,10 +69,13 @@ from megakd.errors import UserError
 from megakd.models.hub import empty_model
 from megakd.models.routing import describe, find_routers
 from megakd.names import expand, resolve
-from megakd.system.files import digest, publishing, read_json
+from megakd.run import Run
+from megakd.system.files import digest, publishing, read_json, write_json
 from megakd.system.logging import say
 from megakd.system.terminal import accept_any_encoding
 
+HERE, DEFAULT = Path(__file__).parent, Path("configs") / "default_config.json"
+FLAGS, SEED = "flags.json", 42  # FLAGS: in the run's folder, what it was started with
 COMMENTS = ("_comment", "comment")
 
 
@@ -85,7 +95,7 @@ class Settings(BaseModel):
     num_epochs: float = Field(3, gt=0)
     warmup_steps: int = Field(500, ge=0)
     eval_steps: int = Field(500, ge=1)
-    save_epochs: float = 1
+    save_epochs: int = Field(1, ge=0)
     max_length: int = Field(512, ge=2, le=65535)
     alpha_kd: float = Field(0.7, ge=0)
     alpha_feature: float = Field(0.1, ge=0)
@@ -140,7 +150,6 @@ UNUSED: dict[str, dict[str, Any]] = {
         "use_dynamic_batching": False,
         "teacher_max_length": None,
     },
-    "checkpoints come every eval_steps and at the end": {"save_epochs": ...},
     "the run's folder holds its logs and data": {"log_dir": ..., "cache_dir": ...},
     "what a step holds is planned, see megakd plan": {"memory_threshold": ...},
     "all of it is logged in any case": {"log_component_losses": True, "log_gradient_norms": True},
@@ -163,18 +172,24 @@ def main(argv: list[str] | None = None) -> None:
     accept_any_encoding()
     with one_line("train_student_aware"):
         args = build_parser().read(argv, greedy="datasets")
+        checkpoint = find_checkpoint(args.resume) if args.resume else None
+        if checkpoint:
+            recall(args, run_of(checkpoint))
         settings = read_settings(args)
         folder = args.output_dir or expand(settings.checkpoint_dir)
-        names = args.datasets or [DATASET]
-        value = recipe(settings, folder, names[0], args.seed, args.phases)
+        names, seed = args.datasets or [DATASET], SEED if args.seed is None else args.seed
+        value = recipe(settings, folder, names[0], seed, args.phases)
         value = settled(value, args.overrides, "online", str(args.config))
         config = parse(value, str(args.config))
         names = [config.data.source, *map(data_place, names[1:])]
-        file = documents_file(folder, names, config.data, settings.dataset_subset_size)
+        home = Path(Run.open(run_of(checkpoint)).config.data.source).parent if checkpoint else folder
+        file = documents_file(home, names, config.data, settings.dataset_subset_size)
         if file:
             value["data"] |= {"source": str(file), "subset": None, "split": "train", "text_field": "text"}
-        warn(args, settings, config, folder)
-        run = open_run(folder, value)
+        warn(settings, config)
+        run = resume_run(checkpoint, folder, value) if checkpoint else open_run(folder, value)
+        flags = {"datasets": names, "seed": seed, "phases": args.phases, "overrides": args.overrides}
+        write_json(folder / FLAGS, {"keys": settings.model_dump(exclude_unset=True), **flags})
         if file:
             take_documents(names, config.data, settings.dataset_subset_size, file)
         to_the_end(run, evaluate=not args.skip_eval)
@@ -183,16 +198,18 @@ def main(argv: list[str] | None = None) -> None:
 def build_parser() -> Parser:
     parser = Parser(__doc__, epilog=explained())
     add = parser.add_argument
-    add("--config", type=expand, required=True, metavar="FILE", help="JSON with the keys below")
+    add("--config", type=expand, metavar="FILE", help=f"JSON with the keys below (default: {DEFAULT})")
     add("--batch-size", type=count, metavar="N", help="instead of batch_size")
     add("--epochs", type=positive, metavar="N", help="instead of num_epochs")
     add("--learning-rate", type=positive, metavar="LR", help="instead of learning_rate")
     sources = f"hub ids, or files, folders or patterns of parquet, jsonl or txt (default: {DATASET})"
     add("--datasets", nargs="+", metavar="NAME", help=sources)
-    add("--resume", metavar="PATH", help="no effect: a run goes on from its own last checkpoint by itself")
+    add("--use-wandb", action="store_true", default=None, help="instead of use_wandb")
+    add("--project-name", metavar="NAME", help="instead of project_name")
+    add("--resume", metavar="PATH", help="the checkpoint to go on from (default: the newest of the run)")
     add("--phases", action="store_true", help="components come one after the other, in three stages")
     add("--skip-eval", action="store_true", help="end with the export")
-    add("--seed", type=whole, default=42, metavar="N", help="default: %(default)s")
+    add("--seed", type=whole, metavar="N", help=f"default: {SEED}")
     add("--output_dir", type=expand, metavar="DIR", help="the run's folder, instead of checkpoint_dir")
     add("overrides", nargs="*", metavar="section.key=value", help="of the recipe, for what has no key")
     return parser
@@ -216,12 +233,35 @@ def explained() -> str:
     ])  # fmt: skip
 
 
+def recall(args: argparse.Namespace, folder: Path) -> None:
+    """Complete a command line by what the run in `folder` was started with; nothing where it names a --config."""
+    if args.config is not None or not (folder / FLAGS).exists():
+        return
+    args.config = folder / FLAGS
+    known = read_json(args.config)
+    args.output_dir = args.output_dir or folder
+    args.datasets = args.datasets or known["datasets"]
+    args.seed = known["seed"] if args.seed is None else args.seed
+    args.phases = args.phases or known["phases"]
+    args.overrides = [*known["overrides"], *args.overrides]
+
+
 def read_settings(args: argparse.Namespace) -> Settings:
     """The file's keys, with those that flags replace; the first thing wrong is a UserError."""
+    args.config = args.config or DEFAULT
+    if not args.config.exists() and (HERE / args.config).exists():
+        args.config = HERE / args.config
     raw = read_json(args.config)
     if not isinstance(raw, dict):
         raise UserError(f"{args.config}: a JSON object of keys and values, not {type(raw).__name__}")
-    flags = {"batch_size": args.batch_size, "num_epochs": args.epochs, "learning_rate": args.learning_rate}
+    raw = raw["keys"] if args.config.name == FLAGS else raw
+    flags = {
+        "batch_size": args.batch_size,
+        "num_epochs": args.epochs,
+        "learning_rate": args.learning_rate,
+        "use_wandb": args.use_wandb,
+        "project_name": args.project_name,
+    }
     given = {name: value for name, value in raw.items() if not name.startswith(COMMENTS)}
     given |= {name: value for name, value in flags.items() if value is not None}
     try:
@@ -268,7 +308,7 @@ def recipe(settings: Settings, folder: Path, dataset: str, seed: int, phases: bo
         },
         "stages": in_phases(stage, objective) if phases else [stage],
         "engine": {"kind": "local", "activation_checkpointing": settings.use_gradient_checkpointing},
-        "checkpoint": {"every_steps": settings.eval_steps},
+        "checkpoint": {"every_steps": settings.eval_steps, "every_epochs": settings.save_epochs},
         "log": {"wandb": "online" if settings.use_wandb else "disabled", "wandb_project": settings.project_name},
     }
 
@@ -299,15 +339,13 @@ def objective_of(settings: Settings) -> dict[str, Any]:
     return found
 
 
-def warn(args: argparse.Namespace, settings: Settings, config: RunConfig, folder: Path) -> None:
+def warn(settings: Settings, config: RunConfig) -> None:
     """What is otherwise than keys and flags may lead to expect, a line each."""
     anyway = {name: value for names in UNUSED.values() for name, value in names.items()}
     if not settings.use_temperature_curriculum:
         anyway[TEMPERATURE_END] = ...
     given = settings.model_fields_set
     say_unused([name for name, value in anyway.items() if name in given and getattr(settings, name) != value])
-    if args.resume:
-        say(f"--resume has no effect: the run in {folder} goes on from its last checkpoint by itself")
     objective = of_kind(config.objective, "online")
     if getattr(objective, "routing", "trained") != "trained":
         teacher = resolve(config.model.teacher, config.model.revision, weights=False)

@@ -1,5 +1,6 @@
 """The command lines of the systems that MegaKD unites, as written, with small local folders under the hub's names."""
 
+import json
 import os
 import shlex
 import shutil
@@ -10,11 +11,13 @@ import pytest
 import torch
 import yaml
 
+from megakd.config.run import flatten
 from megakd.run import Run
 from megakd.system.files import read_json_lines
 from megakd.system.verbs import Verbs
 from tests.conftest import ROOT, forked, metrics, run_to_end
 from tests.forks import Forked
+from tests.objectives.sar import dense_student
 from tests.tools.examples import refused, tool
 
 COMPAT = ROOT / "tools" / "compat"
@@ -56,11 +59,28 @@ def folder(teacher, recipe, tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def student_aware(folder, tokenizer) -> Path:
+    """The same with what train.py names, and its shipped configuration made small."""
+    Path("huihui-ai").mkdir()
+    Path("huihui-ai/Huihui-MoE-1B-A0.6B").symlink_to(Path(TEACHER).resolve())
+    dense_student().save_pretrained("HuggingFaceTB/SmolLM-135M")
+    tokenizer.save_pretrained("HuggingFaceTB/SmolLM-135M")
+    for name in ("openwebtext", "c4"):
+        Path(name).symlink_to("wikitext")
+    shutil.copytree(COMPAT / "configs", "configs")
+    edit("configs/default_config.json", {
+        "max_length": 64, "gradient_accumulation_steps": 12, "dataset_subset_size": 10, "warmup_steps": 1,
+        "use_amp": False, "eval_steps": 100, "learning_rate": 1e-2,
+    })  # fmt: skip
+    return folder
+
+
 def edit(file: str, changes: dict) -> None:
     value = yaml.safe_load(Path(file).read_text())
     for key, change in changes.items():
         value[key] = {**value[key], **change} if isinstance(value.get(key), dict) else change
-    Path(file).write_text(yaml.safe_dump(value))
+    Path(file).write_text(json.dumps(value) if file.endswith(".json") else yaml.safe_dump(value))
 
 
 def start(line: str) -> None:
@@ -172,3 +192,58 @@ def test_what_the_command_lines_ask_for(folder, monkeypatch, capsys):
     config = Run.open("shipped").config
     assert (config.model.teacher, config.compress.rank, config.objective.alpha) == (TEACHER, 64, 0.5)
     assert (config.optim.lr, config.stages[0].epochs, config.logits.top_k, config.data.subset) == (5e-5, 3, 64, None)
+
+
+def test_train_and_resume_from_an_epoch(student_aware, capsys):
+    """Exactly from the checkpoint that is named; a run that has later ones keeps them."""
+    start("python train.py --config configs/default_config.json --batch-size 4 --epochs 3")
+    run, printed = Run.open("checkpoints"), capsys.readouterr()
+    steps = [row["step"] for row in metrics(run.folder)]
+    ends = [path.name for path in sorted(run.path("checkpoints", "online").iterdir())]
+    assert len(ends) == 3 and ends[-1] == f"step-{steps[-1]:06d}" and ends[0] == f"step-{-(-len(steps) // 3):06d}"
+    assert "no effect" not in printed.err and "student: checkpoints/student" in printed.out
+    assert {row["model"] for row in read_json_lines(run.path("evals.jsonl"))} > {f"online/{name}" for name in ends}
+
+    line = "python train.py --resume checkpoints/checkpoint_epoch_1"
+    said = refused(tool("compat/train_student_aware"), capsys, *line.split()[2:])
+    assert "later checkpoints" in said and said.endswith("in a run of its own: --output_dir checkpoints-2")
+    start(f"{line} --output_dir checkpoints-2 --skip-eval")
+    again, said = Run.open("checkpoints-2"), capsys.readouterr().err
+    assert f"train: going on from checkpoints-2/checkpoints/online/{ends[0]}" in said
+    assert metrics(again.folder) == metrics(run.folder)
+    shutil.rmtree(again.path("checkpoints", "online", ends[2]))
+    start("python train.py --resume checkpoints-2/checkpoint_epoch_2 --skip-eval")  # the newest one there
+    assert metrics(again.folder) == metrics(run.folder)
+
+
+STUDENT_AWARE = {
+    "python train.py": {},
+    "python train.py --batch-size 4 --epochs 3": {},
+    "python train.py --datasets wikitext openwebtext c4": {},
+    "python train.py --config custom_config.json": {
+        "optim.lr": 1e-4, "objective.kl": 0.8, "objective.temperature": 5.0, "objective.initial_top_k": 2,
+        "objective.final_top_k": 6,
+    },
+    'python train.py --config configs/default_config.json --use-wandb --project-name "my-distillation"': {
+        "log.wandb": "online", "log.wandb_project": "my-distillation",
+    },
+}  # fmt: skip
+
+
+def test_what_the_command_lines_of_student_aware_distillation_ask_for(student_aware, monkeypatch, capsys):
+    """Without training: the configuration of the run."""
+    module, started = tool("compat/train_student_aware"), []
+    monkeypatch.setattr(module, "to_the_end", lambda run, evaluate: started.append(run))
+    keys = {"learning_rate": 1e-4, "alpha_kd": 0.8, "temperature": 5.0, "initial_top_k": 2, "final_top_k": 6}
+    Path("custom_config.json").write_text(json.dumps(keys))
+    for line, expected in STUDENT_AWARE.items():
+        start(line)
+        config = dict(flatten(started.pop().config.model_dump(mode="json")))
+        assert {key: config[key] for key in expected} == expected, line
+        assert config["optim.micro_batch"] == 4 and config["stages"][0]["epochs"] == 3
+        count = len(Path(config["data.source"]).read_text().splitlines())
+        assert count == (60 if "custom" in line else 30 if "c4" in line else 10), line
+        shutil.rmtree("checkpoints")
+    shutil.rmtree("configs")
+    args = module.build_parser().read([], greedy="datasets")
+    assert module.read_settings(args).batch_size == 4 and args.config == COMPAT / "configs" / "default_config.json"
