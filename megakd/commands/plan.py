@@ -8,7 +8,8 @@ import argparse
 
 from megakd.config.effects import check_batches
 from megakd.models.checks import check_models
-from megakd.report.plan import beginnings, compression, lengths, memory, packing, sizes, tasks
+from megakd.report.memory import memory
+from megakd.report.plan import beginnings, compression, lengths, packing, sizes, tasks
 from megakd.report.stored import stored_shards
 from megakd.run import Run
 from megakd.system.text import table

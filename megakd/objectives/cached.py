@@ -44,7 +44,8 @@ class CachedDistillation(Objective):
         teacher = Sparse(targets, self.stored, self.tail)
         # a batch without labels passes through too: 0 with a live graph, so that every rank takes part in the backward
         rows = counted.pick(hidden), counted.pick(batch.labels)
-        terms = self.head(FusedHead.forward, *rows, teacher, self.alpha, self.temperature, self.divergence)
+        loss = teacher, self.alpha, self.temperature, self.divergence
+        terms = self.head(FusedHead.forward, *rows, *loss, sizes_of=self.sizes_of)
         named = {"ce": terms.ce, "kl": terms.kl, "kl_t1": terms.kl_t1}
         if self.stored.head:
             named["stored_mass"] = targets.logprobs.double().exp().sum()

@@ -1,9 +1,7 @@
 """What a run will take, as rows of a table: sizes, steps, bytes, memory."""
 
-import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -13,17 +11,16 @@ from megakd.config.model import CompressConfig
 from megakd.config.run import RunConfig
 from megakd.data.pipeline import padding_share
 from megakd.data.shards import read_manifest
-from megakd.data.tokenizers import bos_of, bos_words, identify_tokenizer, load_tokenizer
+from megakd.data.tokenizers import bos_of, bos_words, load_tokenizer
 from megakd.errors import UserError
 from megakd.models.checks import check_isolation, model_folders
 from megakd.models.hub import empty_model, load_config
-from megakd.models.offload import offloaded
 from megakd.models.shared_core import PROJECTIONS, Form, stored_parameters
 from megakd.models.spec import spec_for
 from megakd.names import resolve
+from megakd.report.memory import predictable
 from megakd.run import Run
 from megakd.system.text import short
-from megakd.train.memory import training_peak
 
 # Measured (docs/experiments/2026-11-22-expert-fit.md): a sweep over one matrix at rank 64, its time taken as
 # proportional to size and rank; a process's memory with Qwen3-30B-A3B's 128 matrices a projection, and with the demo's,
@@ -32,10 +29,6 @@ SWEEP_SECONDS, MATRIX, RANK = 0.05, 768 * 2048, 64
 
 
 LEAST_BYTES, PROJECTION_BYTES, EXPERTS = 0.5e9, 2.5e9, 128
-
-
-# Of memory in GiB, and the share that tensors may take: the driver, cuBLAS and holes between blocks want theirs.
-CARDS, SHARE, GIB = (8, 12, 16), 0.9, 2**30
 
 
 def sizes(run: Run) -> list[list[str]]:
@@ -217,100 +210,3 @@ def lengths(run: Run) -> list[list[str]]:
             ]
         )
     return rows
-
-
-def memory(run: Run) -> list[list[str]]:
-    """The most that training holds at once next to a live teacher, what of, and the card that it fits."""
-    config = run.config
-    if not predictable(config):
-        return []
-    if not (run.student_folder / "config.json").exists() and not config.model.student:
-        return [["training memory", f"known when there is a student; run: megakd compress {run.folder}"]]
-    pair = models_of(run)
-    try:
-        peaks = {stage.name: training_peak(config, stage, *pair) for stage in config.stages}
-    except UserError as error:
-        return [["training memory", str(error)]]
-    away = config.engine.offload_teacher
-    stage = max(peaks, key=lambda name: peaks[name].total)
-    total, parts = peaks[stage]
-    where = f" (stage {stage})" if len(peaks) > 1 else ""
-    largest = [(name, size) for name, size in sorted(parts.items(), key=lambda part: -part[1]) if size >= total / 200]
-    return [
-        ["training memory", f"{gib(total)} at most{where}, predicted for windows without padding; then it is:"],
-        *([f"  {name}", gib(size)] for name, size in largest),
-        *([["  besides, in CPU memory", f"{gib(away_bytes(run))}: the teacher's layers"]] if away else []),
-        ["fits", fits(total) or f"no card of {', '.join(map(str, CARDS))} GB; {advice(config, stage, pair)}"],
-    ]
-
-
-def away_bytes(run: Run) -> int:
-    """Of the teacher's layers, which `engine.offload_teacher` keeps in CPU memory."""
-    teacher = empty_model(resolve(run.config.model.teacher, run.config.model.revision, weights=False))
-    away, size = offloaded(teacher), getattr(torch, run.config.model.dtype).itemsize
-    return size * sum(tensor.numel() for tensor in teacher.parameters() if id(tensor) in away)
-
-
-def predictable(config: RunConfig) -> bool:
-    """Whether training_peak is right: one process that holds student and teacher."""
-    return config.objective.live and config.engine.kind == "local"
-
-
-def gib(size: float) -> str:
-    return f"{size / GIB:.3g} GiB"
-
-
-def fits(total: float) -> str:
-    """The smallest of the cards, or nothing."""
-    card = next((card for card in CARDS if total <= SHARE * card * GIB), None)
-    return "" if card is None else f"a card of {card:g} GB ({total / card / GIB:.0%} of it)"
-
-
-class Pair(NamedTuple):
-    """Configs of student and teacher, and the entries of their tokenizers; teacher_vocab_size: of another tokenizer."""
-
-    student: Any
-    teacher: Any
-    vocab_size: int
-    teacher_vocab_size: int | None = None
-
-
-def models_of(run: Run) -> Pair:
-    """What a run's folders say; configurations and tokenizers alone are read."""
-    model = run.config.model
-    folders = [
-        resolve(model.student, model.student_revision, weights=False) if model.student else run.student_folder,
-        resolve(model.teacher, model.revision, weights=False),
-    ]
-    mine, theirs = (identify_tokenizer(load_tokenizer(folder)) for folder in folders)
-    other = theirs.vocab_size if mine.difference(theirs) else None
-    return Pair(*(load_config(folder) for folder in folders), mine.vocab_size, other)
-
-
-def advice(config: RunConfig, stage: str, pair: Pair) -> str:
-    """What to change first, one after the other, until the largest card is enough."""
-    changed, total = [], 0
-    named = next(each for each in config.stages if each.name == stage)
-    for section, key, value in smaller(config):
-        part = getattr(config, section).model_copy(update={key: value})
-        config = config.model_copy(update={section: part})
-        changed = [item for item in changed if not item.startswith(f"{section}.{key}=")]
-        changed.append(f"{section}.{key}={json.dumps(value)}")
-        total = training_peak(config, named, *pair).total
-        if fits(total):
-            return f"set {' and '.join(changed)}: {gib(total)} fit {fits(total)}"
-    tried = f"even {' and '.join(changed)} leave {gib(total)}; " if changed else ""
-    return f"{tried}take a smaller student or teacher, or engine.kind=deepspeed on more ranks"
-
-
-def smaller(config: RunConfig) -> Iterator[tuple[str, str, Any]]:
-    """(section, key, value) of what takes less memory, what costs least first: shorter windows want new data."""
-    if config.optim.micro_batch > 1:
-        yield "optim", "micro_batch", 1
-    if not config.engine.activation_checkpointing:
-        yield "engine", "activation_checkpointing", True
-    if not config.engine.offload_teacher:
-        yield "engine", "offload_teacher", True
-    for share in (2, 4):
-        if (length := config.data.sequence_length // share) >= 128:
-            yield "data", "sequence_length", length

@@ -8,7 +8,7 @@ import torch
 
 from megakd.config.run import RunConfig
 from megakd.config.train import StageConfig
-from megakd.data.records import Batch, Paired, Rows, Side
+from megakd.data.records import Batch, Paired, Rows, Side, TeacherTargets
 from megakd.engine.base import MOMENTS
 from megakd.models.memory import Fakes, LiveBytes, Peak, fake_model
 from megakd.models.offload import offload, offloaded
@@ -18,6 +18,7 @@ from megakd.objectives.build import build
 from megakd.system.dist import World
 from megakd.train.build import build_engine
 
+WEIGHTS, MOMENTS_OF, TARGETS = "weights of the student", "moments of AdamW", "cached teacher logits"
 STUDENT, TEACHER, GRADIENTS = "activations of the student", "activations of the teacher", "gradients"
 LOSS, BACKWARD, UPDATE = "loss", "backward pass: logits of a chunk, what is computed again", "update"
 
@@ -26,7 +27,7 @@ def training_peak(
     config: RunConfig,
     stage: StageConfig,
     student: Any,
-    teacher: Any,
+    teacher: Any | None,
     vocab_size: int,
     teacher_vocab_size: int | None = None,
     gpu: bool = True,
@@ -35,22 +36,26 @@ def training_peak(
 
     It is the last micro-batch of a later step: moments are there, and gradients if there was one before. It logs norms
     and the teacher's drift, as some steps do, and takes as many experts as the schedule ever does.
-    gpu: AdamW works on all parameters at once, as it does there, which takes their size once more. Kernels, and what
-    autocast leaves in float32, are the CPU's all the same.
+    teacher: None where cached logits take its place. gpu: AdamW works on all parameters at once, as it does there,
+    which takes their size once more. Kernels, and what autocast leaves in float32, are the CPU's all the same.
     """
     config = config.at(stage)
+    config = config.model_copy(update={"engine": config.engine.model_copy(update={"kind": "local"})})
     live = LiveBytes()
     with warnings.catch_warnings(), Fakes(), live:
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # copy.deepcopy of a parameter
         own = fake_model(student, torch.float32)
-        other = fake_model(teacher, getattr(torch, config.model.dtype))
-        for module in (*own.modules(), *other.modules()):
+        other = None if teacher is None else fake_model(teacher, getattr(torch, config.model.dtype))
+        for module in (*own.modules(), *(other.modules() if other else ())):
             if isinstance(module, SharedCoreExperts):
                 module.factors = module.grouped  # the loop's sizes depend on values; it keeps the same rows
-        if config.engine.offload_teacher:
+        if other and config.engine.offload_teacher:
             offload(other, torch.device("cpu"))
-        objective = build(config, own, other, {"tokenizer": {"vocab_size": vocab_size}}, teacher_vocab_size)
+        facts = {"tokenizer": {"vocab_size": vocab_size}} if other else stored_facts(config, vocab_size)
+        objective = build(config, own, other, facts, teacher_vocab_size)
         objective.sizes_of = "cuda" if gpu else "cpu"  # fakes are on the CPU
+        if gpu:
+            objective.head.head.buffers_made = Forgetful()
         for name, parameter in objective.named_parameters():
             if not name.startswith("student."):  # as build_objective does
                 parameter.data = parameter.data.float()
@@ -68,9 +73,13 @@ def training_peak(
         _name(live, objective, engine, other, config.engine.offload_teacher)
         size, length = config.optim.micro_batch, config.data.sequence_length
         batch = full_batch(size, length, paired=teacher_vocab_size is not None)
+        if other is None:
+            targets = full_targets(facts, size, length)
+            live.label(targets, TARGETS)
+            batch = batch._replace(targets=targets)
         for parameter in engine.trained:
             moments = {name: torch.zeros_like(parameter) for name in MOMENTS}
-            live.label(moments.values(), "moments of AdamW")
+            live.label(moments.values(), MOMENTS_OF)
             engine.optimizer.state[parameter] = {"step": torch.zeros(()), **moments}
             if config.windows_per_step > size:
                 parameter.grad = torch.zeros_like(parameter)
@@ -80,29 +89,59 @@ def training_peak(
     return live.peak
 
 
+class Forgetful(dict[str, Any]):
+    """Keeps nothing: on a GPU no buffer outlives its loss (losses/head.py)."""
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        pass
+
+
 def _name(live: LiveBytes, objective: Any, engine: Any, teacher: Any, offload_teacher: bool) -> None:
     """Have everything called by what it is from now on."""
     live.forget()
-    away = offloaded(teacher) if offload_teacher else ()
-    here = [tensor for tensor in (*teacher.parameters(), *teacher.buffers()) if id(tensor) not in away]
-    live.label(here, "weights of the teacher")
+    if teacher:
+        away = offloaded(teacher) if offload_teacher else ()
+        here = [tensor for tensor in (*teacher.parameters(), *teacher.buffers()) if id(tensor) not in away]
+        live.label(here, "weights of the teacher")
     named = [*objective.named_parameters(), *objective.named_buffers()]
     auxiliary = [tensor for name, tensor in named if not name.startswith("student.")]
     live.label(
         [*auxiliary, *(p for m in getattr(objective, "initial", ()) for p in m.parameters())], "routers and projections"
     )
-    live.label([*objective.student.parameters(), *objective.student.buffers()], "weights of the student")
+    live.label([*objective.student.parameters(), *objective.student.buffers()], WEIGHTS)
     for parameter in engine.trained:
         parameter.register_post_accumulate_grad_hook(lambda p: live.label([p.grad], GRADIENTS))
 
     def then(where: str) -> Callable[..., None]:
         return lambda *_: setattr(live, "where", where)
 
-    for model, where in ((objective.student, STUDENT), (teacher, TEACHER)):
+    for model, where in ((objective.student, STUDENT), *([(teacher, TEACHER)] if teacher else [])):
         model.get_decoder().register_forward_pre_hook(then(where))
         model.get_decoder().register_forward_hook(then(LOSS))
     objective.register_forward_hook(then(BACKWARD))
     engine.optimizer.register_step_pre_hook(then(UPDATE))
+
+
+def stored_facts(config: RunConfig, vocab_size: int) -> dict[str, Any]:
+    """What generate-logits will state of its targets, as far as a loss depends on it."""
+    logits = config.logits
+    head, draws = logits.profile != "sampled", logits.profile != "topk"
+    return {
+        "vocab_size": vocab_size,
+        "top_k": min(logits.top_k, vocab_size) if head else 0,
+        "temperatures": list(logits.declared_temperatures),
+        "tails": head,
+        "draws": logits.draws if draws else 0,
+        "draw_temperature": logits.draw_temperature if draws else None,
+    }
+
+
+def full_targets(facts: dict[str, Any], size: int, length: int) -> TeacherTargets:
+    """Teacher targets of `size` windows, every place of which is used."""
+    ids, logprobs = (torch.zeros(size, length, facts["top_k"], dtype=dtype) for dtype in (torch.int32, torch.float32))
+    draws, shares = (torch.zeros(size, length, facts["draws"], dtype=dtype) for dtype in (torch.int32, torch.float32))
+    tails = torch.zeros(size, length, len(facts["temperatures"]))
+    return TeacherTargets(ids, logprobs, tails, draws, shares, *(torch.zeros(size, length) for _ in range(2)))
 
 
 def full_batch(size: int, length: int, paired: bool = False) -> Batch:

@@ -1,5 +1,6 @@
 """The memory that `plan` predicts, against what a whole step of the local engine takes when it is really done."""
 
+import math
 import os
 import re
 import shutil
@@ -17,18 +18,19 @@ from megakd.config.parsing import load_recipe
 from megakd.config.run import RunConfig
 from megakd.config.train import OptimConfig
 from megakd.data.batches import to_device
-from megakd.data.records import Batch
+from megakd.data.records import Batch, TeacherTargets
 from megakd.models.memory import Peak
 from megakd.models.offload import offload, offloaded
 from megakd.models.shared_core import PROJECTIONS, Form
 from megakd.models.student import student_config as shared_core_config
 from megakd.models.tiny import tiny_moe_config
 from megakd.objectives.build import build
-from megakd.report import plan
+from megakd.report import memory, plan
 from megakd.run import Run
 from megakd.system.dist import World
+from megakd.system.files import read_json
 from megakd.train.build import build_engine
-from megakd.train.memory import full_batch, training_peak
+from megakd.train.memory import full_batch, full_targets, stored_facts, training_peak
 from tests.conftest import ROOT, in_process
 from tests.models.students import make_model
 from tests.objectives.sar import sar_recipe
@@ -85,6 +87,15 @@ def packed(batch: Batch) -> Batch:
     return batch._replace(paired=batch.paired._replace(student=sides[0], teacher=sides[1]))
 
 
+def cached_targets(facts: dict[str, Any], size: int, length: int) -> TeacherTargets:
+    """The same places as in the prediction, with a distribution: distinct ids, half of the mass stored."""
+    targets, top_k = full_targets(facts, size, length), facts["top_k"]
+    targets.ids.copy_(torch.arange(top_k))
+    targets.logprobs.fill_(-math.log(2 * top_k))
+    targets.log_tails.fill_(math.log(0.5))
+    return targets
+
+
 def real_step(
     config: RunConfig,
     teacher_config: Any,
@@ -97,18 +108,24 @@ def real_step(
     torch.manual_seed(0)
     stage = config.stages[0]
     student = AutoModelForCausalLM.from_config(student_config or llama())
-    teacher = AutoModelForCausalLM.from_config(teacher_config, dtype=getattr(torch, config.model.dtype))
-    if config.engine.offload_teacher:
+    facts, teacher = stored_facts(config, VOCABULARY), None
+    if config.objective.live:
+        facts = {"tokenizer": {"vocab_size": VOCABULARY}}
+        teacher = AutoModelForCausalLM.from_config(teacher_config, dtype=getattr(torch, config.model.dtype))
+    if teacher and config.engine.offload_teacher:
         offload(teacher, torch.device(device))
-    else:
+    elif teacher:
         teacher.to(device)
-    objective = build(config, student, teacher, {"tokenizer": {"vocab_size": VOCABULARY}}, other)
+    objective = build(config, student, teacher, facts, other)
     for name, parameter in objective.named_parameters():
         if not name.startswith("student."):
             parameter.data = parameter.data.to(device, torch.float32)
     engine = build_engine(config, objective, stage, World(0, 1, torch.device(device)))
     size, length = config.optim.micro_batch, config.data.sequence_length
-    batch = to_device(packed(full_batch(size, length, other is not None)), torch.device(device))
+    batch = packed(full_batch(size, length, other is not None))
+    if not config.objective.live:
+        batch = batch._replace(targets=cached_targets(facts, size, length))
+    batch = to_device(batch, torch.device(device))
     for group in engine.optimizer.param_groups:
         group["foreach"] = foreach
     objective.at(1.0, 0)
@@ -127,10 +144,14 @@ def measured_peak(config: RunConfig, teacher_config: Any, other: int | None, **c
     the one that predicts.
     """
     engine, step = real_step(config, teacher_config, other, **changes)
-    teacher = engine.objective.held[0]
-    away = offloaded(teacher) if config.engine.offload_teacher else ()
     held = [*engine.objective.parameters(), *engine.objective.buffers()]
-    held += [tensor for tensor in (*teacher.parameters(), *teacher.buffers()) if id(tensor) not in away]
+    if config.objective.live:
+        teacher = engine.objective.held[0]
+        away = offloaded(teacher) if config.engine.offload_teacher else ()
+        held += [tensor for tensor in (*teacher.parameters(), *teacher.buffers()) if id(tensor) not in away]
+    else:
+        held += engine.objective.head.head.buffers_made.values()
+        held += full_targets(stored_facts(config, VOCABULARY), config.optim.micro_batch, config.data.sequence_length)
     held += [p for module in getattr(engine.objective, "initial", ()) for p in module.parameters()]
     held += [moment for state in engine.optimizer.state.values() for moment in state.values()]
     before = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}.values())
@@ -148,11 +169,13 @@ def measured_peak(config: RunConfig, teacher_config: Any, other: int | None, **c
 def predicted_peak(
     config: RunConfig, teacher: Any, other: int | None, gpu: bool = False, student_config: Any = None
 ) -> Peak:
+    teacher = teacher if config.objective.live else None
     return training_peak(config, config.stages[0], student_config or llama(), teacher, VOCABULARY, other, gpu)
 
 
 CHECKPOINTED = {"engine": {"activation_checkpointing": True}}
 SETTINGS = {
+    "cached, bfloat16": run_config("cached", "bfloat16", 256, 4, objective={"temperature": 2.0}),
     "sar, small": run_config("sar", "float32", 128, 4),
     "sar, bfloat16": run_config("sar", "bfloat16", 256, 4),
     "sar, float16 with its scaler": run_config("sar", "float16", 128, 2),
@@ -266,16 +289,16 @@ PUBLISHED = {
 ENTRIES = {49152: 49152, 151936: 151669}  # of the tokenizer, by rows of the head
 
 
-@pytest.mark.parametrize("card", plan.CARDS)
+@pytest.mark.parametrize("card", memory.CARDS)
 def test_presets_fit_their_cards(card: int):
     config = load_recipe(ROOT / "launch" / "recipes" / f"sar-{card}gb.json")
-    assert config.model.student is not None and plan.predictable(config)
+    assert config.model.student is not None and memory.predictable(config)
     student, teacher = (PUBLISHED[name] for name in (config.model.student, config.model.teacher))
     mine, theirs = ENTRIES[student.vocab_size], ENTRIES[teacher.vocab_size]
     peak = training_peak(config, config.stages[0], student, teacher, mine, None if mine == theirs else theirs)
     assert peak.parts["weights of the student"] == pytest.approx(4 * SIZES[config.model.student], rel=0.01)
     assert peak.parts["weights of the teacher"] == pytest.approx(2 * SIZES[config.model.teacher], rel=0.01)
-    assert plan.fits(peak.total).startswith(f"a card of {card} GB"), peak
+    assert memory.fits(peak.total).startswith(f"a card of {card} GB"), peak
 
 
 # parameters, tied ones once
@@ -304,13 +327,13 @@ def test_plan_shows_parts_and_the_card(live_run, tmp_path):
 def test_plan_says_what_to_change_first(live_run, tmp_path, monkeypatch):
     run = Run.create(live_run, ["data.sequence_length=128", "optim.batch_tokens=1024"], tmp_path / "run")
     whole, one = (
-        training_peak(config, config.stages[0], *plan.models_of(run)).total / plan.GIB / plan.SHARE
+        training_peak(config, config.stages[0], *memory.models_of(run)).total / memory.GIB / memory.SHARE
         for config in (run.config, run.config.model_copy(update={"optim": OptimConfig(micro_batch=1)}))
     )
-    monkeypatch.setattr(plan, "CARDS", ((whole + one) / 2,))
-    assert "set optim.micro_batch=1: " in plan.memory(run)[-1][1]
-    monkeypatch.setattr(plan, "CARDS", (1e-6,))
-    told = plan.memory(run)[-1][1]
+    monkeypatch.setattr(memory, "CARDS", ((whole + one) / 2,))
+    assert "set optim.micro_batch=1: " in memory.memory(run)[-1][1]
+    monkeypatch.setattr(memory, "CARDS", (1e-6,))
+    told = memory.memory(run)[-1][1]
     assert "even optim.micro_batch=1 and engine.activation_checkpointing=true and engine.offload_teacher=true" in told
     assert "take a smaller student or teacher" in told
 
@@ -318,10 +341,32 @@ def test_plan_says_what_to_change_first(live_run, tmp_path, monkeypatch):
 def test_a_student_that_compress_makes_is_awaited_then_predicted(recipe, prepared, tmp_path):
     live = ["objective.kind=online", "objective.layers=0", "objective.attention=0"]
     in_process("new", tmp_path / "new", "--from", recipe, *live)
-    assert plan.memory(Run.open(tmp_path / "new"))[0][1].startswith("known when there is a student; run: megakd comp")
+    assert memory.memory(Run.open(tmp_path / "new"))[0][1].startswith("known when there is a student; run: megakd comp")
     run = Run.create(prepared, live, tmp_path / "run")
-    assert plan.memory(run)[-1][1].startswith("a card of 8 GB")
-    assert plan.memory(Run.create(prepared, [], tmp_path / "cached")) == []
+    assert memory.memory(run)[-1][1].startswith("a card of 8 GB")
+    cached = Run.create(prepared, [], tmp_path / "cached")
+    assert [row[0] for row in memory.memory(cached)][-1] == "fits"
+    assert {"  cached teacher logits", "  moments of AdamW"} <= {row[0] for row in memory.memory(cached)}
+
+
+def test_a_rank_of_deepspeed_holds_its_share():
+    """Two bytes a weight and a gradient, twelve of the optimizer, divided as the ZeRO stage says; the rest is one's."""
+    count = sum(p.numel() for p in AutoModelForCausalLM.from_config(llama()).parameters())
+    peak = predicted_peak(SETTINGS["cached, bfloat16"], None, None)
+    for file, ranks in (("zero0", (1, 1, 1)), ("zero2", (1, 4, 4)), ("zero3", (4, 4, 4)), ("zero3_offload", (0, 4, 0))):
+        engine = {
+            "kind": "deepspeed",
+            "config": file,
+            "ranks": 4,
+            "deepspeed": read_json(ROOT / f"ds_configs/{file}.json"),
+        }
+        config = run_config("cached", "bfloat16", 128, 2, engine=engine)
+        found = memory.shares_of_rank(config, peak)
+        expected = [count * size / over if over else 0 for size, over in zip((2, 2, 12), ranks, strict=True)]
+        assert [found.pop(name) for name in list(found)[:3]] == pytest.approx(expected, rel=0.01)
+        assert found["cached teacher logits"] > 0 and sum(found.values()) < peak.total
+    title = memory.per_rank(config, {"all": peak})[0][1]
+    assert "per GPU with ZeRO 3 on 4 ranks, besides DeepSpeed's buffers" in title
 
 
 def test_the_cache_takes_at_most_what_plan_says(prepared):

@@ -143,6 +143,7 @@ def test_training_and_evaluation_say_what_the_columns_do_not_tell(prepared, samp
     said = capfd.readouterr().err
     assert "the tail's mass is known at T = 1 alone, not at T = 2" in said
     assert f"without processing_class all {V} rows of the head" in said
+    assert isinstance(data, TopKDataset)
     assert data.supported(args.objective_config().model_copy(update={"temperature": 1.0})).tail == "ghost"
     with pytest.raises(UserError, match="eval_dataset: differs from train_dataset: another capture"):
         DistillationTrainer(model, args, known, made)

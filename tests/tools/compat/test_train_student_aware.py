@@ -14,7 +14,8 @@ from megakd.data.shards import read_manifest
 from megakd.models.hub import load_model
 from megakd.models.tiny import train_tokenizer
 from megakd.report.describe import describe_run
-from megakd.report.plan import fits, lengths
+from megakd.report.memory import fits
+from megakd.report.plan import lengths
 from megakd.run import Run
 from megakd.train.memory import training_peak
 from tests.commands.test_plan import ENTRIES, PUBLISHED
