@@ -177,7 +177,9 @@ def test_top_k_follows_the_capacity(made, batch):
     objective.at(0.0, 60)
     assert {router.holder.top_k for router in objective.found} == {4}
     counted = (batch.labels != IGNORED).sum().item()
-    assert objective(batch).terms["capacity"].item() / counted == pytest.approx(objective.memory["capacity"][0])
+    terms = objective(batch).terms
+    assert terms["capacity"].item() / counted == pytest.approx(objective.memory["capacity"][0])
+    assert terms["experts"] == 4 * counted
 
 
 def test_layers_join_from_the_lowest_in_equal_parts_of_a_stage(made, batch):
