@@ -165,6 +165,7 @@ def test_the_holdout_alone_is_captured_of_the_teacher_as_it_was(run, prepared):
 def test_a_cached_sibling_captures_the_rest(compared, tmp_path, prepared):
     sibling = tmp_path / "sibling"
     in_process("new", sibling, "--from", compared, "objective.kind=cached")
+    in_process("tokenize", sibling)  # the teacher's tokenizer makes the tokens now: they were not linked
     in_process("generate-logits", sibling)
     assert files((sibling / "data" / "logits").resolve()) == files((prepared / "data" / "logits").resolve())
 

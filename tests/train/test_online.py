@@ -167,8 +167,8 @@ def test_what_a_skipped_step_measured_is_not_remembered(trained, tmp_path, monke
     """NaN in the memory ended the run at its next step (capacity), or made every later answer NaN (importance)."""
     forward, steps = OnlineDistillation.forward, iter(range(100))
 
-    def spoiled(self: Any, batch: Any) -> LossReport:
-        report = forward(self, batch)
+    def spoiled(self: Any, batch: Any, held_out: bool = False) -> LossReport:
+        report = forward(self, batch, held_out)
         if next(steps) in (4, 5):
             self.gap_sums.fill_(math.nan)
             return LossReport(report.total * math.nan, {name: value * math.nan for name, value in report.terms.items()})
