@@ -11,9 +11,12 @@ RECIPE is a recipe, the name of a shipped one or a run's folder; sets of variant
   online  base: section `online` as it is. CE alone, KL alone, each part off (on where it is off), routings. Experts,
           their weights and positions by rules, or all by the learned router. Layers from the lowest up. Components in
           phases, a third of each stage long, and `thirds`: the same stages, with their schedules, without phases.
+  cached  base: the recipe's loss from cached logits, which are captured once. CE alone, KL alone, the teacher cut to
+          its stored tokens; easy sequences first, by NLL and by entropy.
 Without --set: that of the recipe's objective.kind.
 
-Every variant of every seed is an ordinary run in FOLDER/SET/VARIANT/seed-N over the tokens of FOLDER/seed-N. The seed
+Every variant of every seed is an ordinary run in FOLDER/SET/VARIANT/seed-N over the tokens of FOLDER/seed-N
+(cached: and the logits of FOLDER/seed-N-cached). The seed
 is that of the order of the data, and of the student's weights where --student makes one: a seed's variants read the
 same text in the same order and start alike, so differences are taken by seed. Runs are trained and measured on the
 validation set as `megakd train` and `megakd evaluate --model last` do, in this process: engine.kind must be local. The
@@ -39,7 +42,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from megakd.cli import run_verb
 from megakd.config.effects import idle_fields
-from megakd.config.objective import OnlineConfig, SarConfig, of_kind
+from megakd.config.objective import CachedConfig, OnlineConfig, SarConfig, of_kind
 from megakd.config.parsing import load_recipe
 from megakd.config.phases import PHASES, in_phases
 from megakd.config.run import RunConfig, flatten, is_mutable
@@ -47,6 +50,7 @@ from megakd.config.train import LrRule
 from megakd.data.tokenizers import load_tokenizer, vocabulary_size
 from megakd.errors import UserError
 from megakd.evals.evaluate import evaluate
+from megakd.finish import lacks
 from megakd.names import expand, find_recipe, resolve
 from megakd.outputs import check_file
 from megakd.run import Run
@@ -55,7 +59,7 @@ from megakd.system.logging import say
 from megakd.system.terminal import accept_any_encoding
 from megakd.system.text import clock, finite, table
 
-SETS, BASE = ("sar", "online"), "base"
+SETS, BASE = ("sar", "online", "cached"), "base"
 THIRDS: dict[str, dict[str, Any]] = {"thirds": {name: {} for name in PHASES}, "phases": PHASES}
 QUIET = ("log.wandb=disabled", "log.tensorboard=false")
 MARK = "made by tools/ablate.py"
@@ -148,8 +152,6 @@ def ablate(args: argparse.Namespace) -> None:
     written, drawn = (file and check_file(file, MARK) for file in (args.json, args.plot))
     config = load_recipe(recipe, overrides)
     plan = planned(args, config)
-    # for all sets: a cached run's text is cut by the teacher's tokenizer
-    overrides.append(f"objective={of_kind(config.objective, 'sar').model_dump_json()}")
     if args.list:
         lines = [[f"{name}/{v}", "  ".join(c)] for name, found in plan.items() for v, c in found.items()]
         print(table(["variant", "changes"], lines, left=True))
@@ -162,10 +164,10 @@ def ablate(args: argparse.Namespace) -> None:
     ]
     say(f"ablate: {sum(map(len, plan.values()))} variants x {args.seeds} seeds = {len(jobs)} runs in {args.folder}")
     results: dict[str, list[Result]] = {name: [] for name in plan}
-    first, teacher = args.folder / f"seed-{config.seed}", None
+    teacher: float | None = None
     start, made = time.perf_counter(), 0
     for index, (name, variant, changes, seed) in enumerate(jobs):
-        source = source_run(args.folder / f"seed-{seed}", recipe, first, overrides, seed, args.student)
+        source = source_run(args, recipe, config, overrides, name, seed)
         settings = [f"objective={of_kind(config.objective, name).model_dump_json()}"]
         settings += [f"name={name}-{variant}-{seed}", *changes]
         run = opened(args.folder / name / variant / f"seed-{seed}", source.folder, settings)
@@ -213,7 +215,20 @@ def planned(args: argparse.Namespace, config: RunConfig) -> dict[str, dict[str, 
 
 def variants(name: str, config: RunConfig) -> dict[str, list[str]]:
     """{variant: the overrides that make it} of a set around a configuration."""
-    return (sar_variants if name == "sar" else online_variants)(config)
+    return {"sar": sar_variants, "online": online_variants, "cached": cached_variants}[name](config)
+
+
+def cached_variants(config: RunConfig) -> dict[str, list[str]]:
+    objective, now = of_kind(config.objective, "cached"), config.stream.curriculum
+    assert isinstance(objective, CachedConfig), objective
+    orders = {"as-it-comes": "off", "easy-first-nll": "nll", "easy-first-entropy": "entropy"}
+    return {
+        BASE: [],
+        "ce-alone": ce_alone(config),
+        "kl-alone": ["objective.alpha=1"],
+        **({} if objective.tail == "truncated" else {"truncated": ["objective.tail=truncated"]}),
+        **{name: [f"stream.curriculum={kind}"] for name, kind in orders.items() if kind != now},
+    }
 
 
 def sar_variants(config: RunConfig) -> dict[str, list[str]]:
@@ -337,11 +352,17 @@ def ce_alone(config: RunConfig) -> list[str]:
     return ["objective.alpha=0", *(f"stages.{i}.objective={json.dumps({**o, 'alpha': 0})}" for i, o in own)]
 
 
-def source_run(folder: Path, recipe: Path, first: Path, overrides: list[str], seed: int, student: str | None) -> Run:
-    """The run of a seed that others take tokens and student from; never trained itself.
+def source_run(
+    args: argparse.Namespace, recipe: Path, config: RunConfig, overrides: list[str], name: str, seed: int
+) -> Run:
+    """The run of a seed that a set's variants take data and student from; never trained itself.
 
-    first: that of the first seed, whose tokens and student this one inherits where it would have the same.
+    One for all live teachers, another with cached logits. From that of the first seed it inherits what would be alike.
     """
+    # text for a live teacher is cut by the student's tokenizer, else by the teacher's
+    kind, place = ("cached", "seed-{}-cached") if name == "cached" else ("sar", "seed-{}")
+    folder, first, student = args.folder / place.format(seed), args.folder / place.format(config.seed), args.student
+    overrides = [*overrides, f"objective={of_kind(config.objective, kind).model_dump_json()}"]
     settings = [f"seed={seed}"]
     if student:
         settings.append(f"model.student={make_student(folder.parent, student, load_recipe(recipe, overrides), seed)}")
@@ -350,6 +371,8 @@ def source_run(folder: Path, recipe: Path, first: Path, overrides: list[str], se
         run_verb(["tokenize", str(folder)])
     if not (run.student_folder / "config.json").exists():
         run_verb(["compress", str(folder)])
+    if kind == "cached" and lacks(run, "generate-logits") is not None:
+        run_verb(["generate-logits", str(folder)])
     return run
 
 

@@ -220,8 +220,12 @@ def test_variants_change_what_they_say(sar):
     assert [[name for name in parts if getattr(each, name)] for each in own] == [parts[:1], parts[:3], parts]
     assert [each.temperature for each in own] == [(4, 3), (3, 2), (2, 1)]
     assert [phased.at(stage).objective.temperature for stage in alike.stages[3:]] == [(4, 3), (3, 2), (2, 1)]
-    for name in ("sar", "online"):
-        kind = [online] if name == "online" else []
+    cached = f"objective={of_kind(config_of(sar).objective, 'cached').model_dump_json()}"
+    found = module.variants("cached", config_of(sar, cached, "stream.curriculum=nll"))
+    assert list(found) == ["base", "ce-alone", "kl-alone", "truncated", "as-it-comes", "easy-first-entropy"]
+    assert config_of(sar, cached, *found["easy-first-entropy"]).stream.curriculum == "entropy"
+    for name in ("sar", "online", "cached"):
+        kind = {"sar": [], "online": [online], "cached": [cached]}[name]
         base = config_of(sar, *kind)
         for variant, changes in module.variants(name, base).items():
             assert (config_of(sar, *kind, *changes) == base) == (variant == "base"), variant
