@@ -10,7 +10,7 @@ from megakd.errors import UserError
 from megakd.models.hub import WEIGHTS
 from megakd.system.files import read_json
 from megakd.train.checks import check
-from tests.conftest import forked, forked_ranks, metrics, run_ranks
+from tests.conftest import forked, forked_ranks, metrics
 
 TOLERANCE = 2e-5  # as in test_equivalence.py
 
@@ -55,7 +55,7 @@ def test_a_run_moves_between_layouts_of_ranks(sibling):
     for path in run.path("checkpoints", "all").glob("step-*"):
         if path.name > "step-000008":
             shutil.rmtree(path)
-    run_ranks(2, run.folder, "engine.ranks=2", "engine.expert_parallel=2")  # through launch/train.sh, which goes on
+    forked_ranks(2, "train", run.folder, "engine.ranks=2", "engine.expert_parallel=2")
     for mine, theirs in zip(curve(metrics(run.folder)), expected, strict=True):
         assert mine == pytest.approx(theirs, abs=TOLERANCE)
 

@@ -2,16 +2,26 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 
 from megakd.errors import UserError
 from megakd.integrations.pipeline import run_distillation_training, setup_distillation_pipeline
+from tests.forks import Forked
+
+
+def forked_verb(words: list[str]) -> int:
+    """In the place of `python -m megakd VERB RUN` a process forked from one that has loaded the libraries."""
+    assert words[:3] == [sys.executable, "-m", "megakd"]
+    return Forked(*words[2:]).wait()
 
 
 def test_the_documented_calls_run_as_pasted(prepared, recipe, tmp_path, monkeypatch, capfd):
     """Set up, train through both stages, save; set up again goes on, and a forced capture keeps the old one aside."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subprocess, "call", forked_verb)
     config = json.loads(recipe.read_text())
     teacher_path = config["model"].pop("teacher")
     config["output_dir"] = "outputs"
