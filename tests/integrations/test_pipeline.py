@@ -15,7 +15,7 @@ from tests.forks import Forked
 def forked_verb(words: list[str]) -> int:
     """In the place of `python -m megakd VERB RUN` a process forked from one that has loaded the libraries."""
     assert words[:3] == [sys.executable, "-m", "megakd"]
-    return Forked(*words[2:]).wait()
+    return Forked(*words[2:], stderr=sys.__stderr__).wait()
 
 
 def test_the_documented_calls_run_as_pasted(prepared, recipe, tmp_path, monkeypatch, capfd):
