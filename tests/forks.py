@@ -4,6 +4,7 @@ A child is a process of its own: it is killed, gets signals and leaves with an e
 it runs from the start. Run as a script this file is the process that forks; it runs nothing itself.
 """
 
+import atexit
 import contextlib
 import gc
 import importlib
@@ -11,13 +12,15 @@ import json
 import os
 import pkgutil
 import runpy
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from functools import cache
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 LARGEST = 1 << 20  # bytes of a request: a command line and an environment
 FAMILIES = ("qwen3_moe", "llama", "mixtral", "olmoe", "deepseek_v3", "qwen2_moe")
@@ -191,6 +194,28 @@ def run(argv: list[str]) -> None:
         runpy.run_path(program, run_name="__main__")
 
 
+def end(argv: list[str]) -> NoReturn:
+    """`run` and end as the interpreter does, except that it takes no module apart, which takes half a second."""
+    code: object = 0
+    try:
+        run(argv)
+    except SystemExit as error:
+        code = error.code or 0
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    if not isinstance(code, int):
+        print(code, file=sys.stderr)
+        code = 1
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads
+    atexit._run_exitfuncs()
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(code & 0xFF)
+
+
 if __name__ == "__main__":
     bare = sys.argv[1] == "bare"
     if not bare:
@@ -199,4 +224,4 @@ if __name__ == "__main__":
         (load_bare if bare else load)()
         gc.freeze()
         program = serve(asked)
-    run(program)
+    end(program)
