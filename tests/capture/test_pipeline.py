@@ -52,7 +52,7 @@ def worker(run: Run, part: str) -> int:
         return pid
     try:
         torch.set_num_threads(1)
-        args = argparse.Namespace(part=part, max_tokens=None, reread=False)
+        args = argparse.Namespace(part=part, max_tokens=None, reread=False, force=False)
         generate_logits.main(Run.open(run.folder, ["logits.batch_size=2"]), args)
         os._exit(0)
     except BaseException:
