@@ -128,7 +128,7 @@ def _ask(server: socket.socket, request: dict[str, Any], *streams: int) -> Any:
 
 
 def load() -> None:
-    """What verbs import, and what transformers puts off until a model is made."""
+    """What verbs import, what transformers puts off until a model is made, and the codec's compiled loops."""
     import megakd.commands
 
     for module in pkgutil.iter_modules(megakd.commands.__path__):
@@ -139,6 +139,12 @@ def load() -> None:
         importlib.import_module(f"megakd.{name}")
     for family in FAMILIES:
         importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    # what a process makes once, when it loads its first model and reads its first shard
+    importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("")
+    codec = importlib.import_module("tests.data.test_codec")
+    for profile in ("topk", "sampled", "hybrid"):
+        sample, layout = codec.example(codec.Case(profile, 7, 400))
+        codec.decode("", codec.encode(sample, layout), layout)
 
 
 def load_bare() -> None:

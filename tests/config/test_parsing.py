@@ -23,6 +23,7 @@ LIVE = {
     "optim.micro_batch",
     "objective.drift_steps",
     "eval.every_steps",
+    "checkpoint.every_epochs",
     "engine.ranks",
     "engine.expert_parallel",
     "engine.activation_checkpointing",

@@ -247,7 +247,7 @@ def test_students_start_alike_for_a_seed(teacher, recipe, tmp_path):
     "more, said",
     [
         ("--seeds 2", "--seeds: 2 are too few to say how much seeds differ; give 3 or more"),
-        ("--set cached", "--set: 'cached' is none of sar, online"),
+        ("--set stored", "--set: 'stored' is none of sar, online, cached"),
         ("--only nothing", "--only: 'nothing' is none of base, routers-frozen"),
         ("--student 64x2", "--student: the recipe has model.student="),
         ("--student 33x2 model.student=null", "--student: '33x2' is no HIDDENxLAYERS with a multiple of 32"),

@@ -8,5 +8,8 @@ python tools/compat/train.py --datasets wikitext openwebtext c4 --use-wandb --pr
 
 from train_student_aware import main
 
+from megakd.system.terminal import accept_any_encoding
+
 if __name__ == "__main__":
+    accept_any_encoding()
     main()
