@@ -12,12 +12,12 @@ import json
 import os
 import pkgutil
 import runpy
+import select
 import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
 from functools import cache
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -50,18 +50,19 @@ class Forked:
         self.pid: int = _ask(self.server, request, out, err)
         os.close(out)
         os.close(err)
+        self.process = os.pidfd_open(self.pid)  # readable once the child has ended, which costs no question
 
-    def poll(self) -> int | None:
-        if self.returncode is None:
+    def poll(self, seconds: float = 0.0) -> int | None:
+        """Its exit code; None where it still runs after `seconds`."""
+        if self.returncode is None and select.select([self.process], [], [], seconds)[0]:
             self.returncode = _ask(self.server, {"ended": self.pid})
+            if self.returncode is not None:
+                os.close(self.process)
         return self.returncode
 
     def wait(self, timeout: float = 600) -> int:
-        deadline = time.monotonic() + timeout
-        while self.poll() is None:
-            if time.monotonic() > deadline:
-                raise subprocess.TimeoutExpired(self.args, timeout)
-            time.sleep(0.01)
+        if self.poll(timeout) is None:
+            raise subprocess.TimeoutExpired(self.args, timeout)
         assert self.returncode is not None
         return self.returncode
 
