@@ -78,7 +78,7 @@ def build_no_shared_memory_op() -> None:
 
 def count_numa_nodes_once() -> None:
     """Ranks on a CPU ask for the NUMA nodes once: DeepSpeed starts numactl whenever ZeRO-3 reduces a bucket."""
-    vars(numa)["get_numa_cores"] = cache(member(numa, "get_numa_cores"))
+    numa.get_numa_cores = cache(member(numa, "get_numa_cores"))
 
 
 # ---- ZeRO: where parameters, their fp32 masters, moments and gradients are

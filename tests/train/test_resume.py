@@ -55,11 +55,11 @@ def test_killed_training_goes_on_as_if_nothing_had_happened(sibling, engine, ran
 
 @pytest.mark.ranks
 @pytest.mark.parametrize(
-    "ranks, engine, tokens", [(1, ["engine.kind=local"], 20480), (2, ["engine.kind=deepspeed", "engine.ranks=2"], 4096)]
+    "ranks, engine, tokens", [(1, ["engine.kind=local"], 10240), (2, ["engine.kind=deepspeed", "engine.ranks=2"], 2048)]
 )
 def test_signal_saves_a_checkpoint_and_leaves_with_85(sibling, ranks, engine, tokens):
     """Through the launcher too: the process that the user started passes the signal on to all ranks."""
-    # 44 steps, or 12 that take a second each: time enough for the signal to arrive
+    # 24 steps, or 8 that take a second each: time enough for the signal to arrive
     longer = [*engine, f"stages.1.tokens={tokens}", "checkpoint.every_steps=20"]
     undisturbed, stopped = sibling(*longer), sibling(*longer)
     forked_ranks(ranks, "train", undisturbed.folder)
