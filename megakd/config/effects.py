@@ -306,8 +306,11 @@ def check_evaluation(config: EvalConfig) -> None:
         raise UserError(f"eval.task_folder: {config.task_folder} is no folder")
 
 
-def notices(config: RunConfig) -> list[str]:
-    """A line for each thing that is done otherwise than the configuration may lead to expect."""
+def notices(config: RunConfig, windows: int | None = None) -> list[str]:
+    """A line for each thing that is done otherwise than the configuration may lead to expect.
+
+    windows: those of the training shards, which say how long a stage of epochs is; None where there are none yet.
+    """
     found = [*config.dropped, *(str(each) for each in idle_fields(config))]
     for stage in config.stages:
         if config.objective.trains_routers and config.at(stage).objective.alpha == 0:
@@ -315,8 +318,9 @@ def notices(config: RunConfig) -> list[str]:
                 f"stage {stage.name}: objective.alpha=0: the student learns from cross entropy alone, the routers from "
                 "objective.anchor, entropy and balance; the teacher runs all the same"
             )
-        optim, steps = config.at(stage).optim, None if stage.epochs else config.steps_of(stage)
-        if steps is not None and optim.warmup_steps > steps // 2:
+        unknown = stage.epochs is not None and windows is None
+        optim, steps = config.at(stage).optim, config.steps_of(stage, windows)
+        if not unknown and optim.warmup_steps > steps // 2:
             found.append(
                 f"stage {stage.name}: optim.warmup_steps={optim.warmup_steps} is more than half of its {steps} steps; "
                 f"warmup takes {steps // 2}"

@@ -34,7 +34,7 @@ def train(run: Run, dataset: ShardSet, world: World, stop: StopSignals) -> bool:
     curriculum, log = open_curriculum(run.config.stream, dataset), None
     if world.first:
         remove_unpublished(run.path("checkpoints"))
-        announce(run, saved, teacher, world)
+        announce(run, dataset, saved, teacher, world)
         log = open_log(run, saved)
     with closing(log) if log else nullcontext():
         holdout = read_holdout(run, world)
@@ -75,9 +75,9 @@ def train_stage(
     return trainer.saved, trainer.carry_over()
 
 
-def announce(run: Run, saved: Saved | None, teacher: LiveTeacher | None, world: World) -> None:
+def announce(run: Run, dataset: ShardSet, saved: Saved | None, teacher: LiveTeacher | None, world: World) -> None:
     """Say and record that training starts, or from which checkpoint it goes on."""
-    for line in notices(run.config):
+    for line in notices(run.config, len(dataset)):
         say(f"train: {line}")
     models: dict[str, Any] = {"teacher": fingerprint(teacher.folder)} if teacher else {}
     models["student"] = student_identity(run).record()

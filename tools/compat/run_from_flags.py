@@ -37,6 +37,7 @@ from megakd.system.verbs import VerbFailed
 RECIPE, STUDENT = "recipe.json", "student"
 TEACHER_MODEL, STUDENT_MODEL = "huihui-ai/Huihui-MoE-1B-A0.6B", "HuggingFaceTB/SmolLM-135M"
 DATASET, DATASET_CONFIG = "wikitext", "wikitext-103-raw-v1"
+DATASET_CONFIGS = {DATASET: DATASET_CONFIG, "c4": "en"}  # of data sets that the hub gives by configuration alone
 # of the documents: a small data set must have one to hold out
 HOLDOUT = {"holdout_fraction": 0.05, "holdout_tokens": 100000}
 
@@ -150,10 +151,10 @@ def data_place(name: str) -> str:
 
 
 def subset_of(name: str, given: str | None = None) -> str | None:
-    """The configuration of a data set: what was given, else the one that wikitext needs; files have none."""
+    """The configuration of a data set: what was given, else that of DATASET_CONFIGS; files have none."""
     if source_files(name):
         return None
-    return given or (DATASET_CONFIG if name.rpartition("/")[2] == DATASET else None)
+    return given or DATASET_CONFIGS.get(name.rpartition("/")[2])
 
 
 def open_run(folder: Path, value: dict[str, Any]) -> Run:

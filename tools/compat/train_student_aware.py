@@ -186,6 +186,7 @@ def main(argv: list[str] | None = None) -> None:
         file = documents_file(home, names, config.data, settings.dataset_subset_size)
         if file:
             value["data"] |= {"source": str(file), "subset": None, "split": "train", "text_field": "text"}
+            value["data"].pop("revision", None)
         warn(settings, config)
         run = resume_run(checkpoint, folder, value) if checkpoint else open_run(folder, value)
         flags = {"datasets": names, "seed": seed, "phases": args.phases, "overrides": args.overrides}
@@ -353,6 +354,11 @@ def warn(settings: Settings, config: RunConfig) -> None:
         facts = {"num_experts": {router.experts for router in routers}, "top_k": {router.active for router in routers}}
         if any(name in given and {getattr(settings, name)} != facts[name] for name in facts):
             say(f"num_experts and top_k are the teacher's to say: {describe(routers)}")
+        fewest = min(facts["num_experts"])
+        asked = {"initial_top_k": objective.initial_top_k, "final_top_k": objective.final_top_k}
+        more = [f"{name}={number}" for name, number in asked.items() if number > fewest]
+        if more and objective.routing != "all":
+            say(f"{' and '.join(more)}: a token takes at most the teacher's {fewest} experts")
 
 
 def documents_file(folder: Path, names: Sequence[str], data: DataConfig, limit: int | None) -> Path | None:
@@ -364,7 +370,7 @@ def documents_file(folder: Path, names: Sequence[str], data: DataConfig, limit: 
                 "or give one folder or pattern of files"
             )
         return None
-    facts = [*names, data.subset, data.split, data.text_field, limit]
+    facts = [*names, data.subset, data.split, data.text_field, limit, *filter(None, [data.revision])]
     return folder.absolute() / f"documents-{digest(facts)}.jsonl"
 
 
@@ -377,7 +383,8 @@ def take_documents(names: Sequence[str], data: DataConfig, limit: int | None, fi
             subset = data.subset if name == names[0] else subset_of(name)
             if (found := find_files(name)).passed:
                 say(f"{name}: {found.counts(SUFFIXES)}{found.passed_over()}")
-            texts = iter_documents(name, subset, data.split, data.text_field, data.streaming)
+            revision = data.revision if name == names[0] else None
+            texts = iter_documents(name, subset, data.split, data.text_field, data.streaming, revision=revision)
             number = 0
             for number, text in enumerate(islice(texts, limit), 1):  # noqa: B007 (how many there were)
                 lines.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")

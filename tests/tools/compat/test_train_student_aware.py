@@ -116,6 +116,7 @@ def test_the_shipped_config_runs(teacher, student, text, tmp_path, capsys):
     """With models, sizes and data of a test, by overrides."""
     sizes = ["data.sequence_length=32", "optim.batch_tokens=256", "optim.micro_batch=4", "model.dtype=float32"]
     sizes += [f"model.teacher={teacher}", f"model.student={student}", 'stages=[{"name": "online", "steps": 3}]']
+    sizes += ["objective.final_top_k=6"]
     folder = ["--output_dir", str(tmp_path / "out"), "--skip-eval"]
     module.main(["--config", str(SHIPPED), "--datasets", text, *QUIET, *sizes, *folder])
     printed, run = capsys.readouterr(), Run.open(tmp_path / "out")
@@ -123,6 +124,7 @@ def test_the_shipped_config_runs(teacher, student, text, tmp_path, capsys):
     assert load_model(run.path("student"), torch.float32).config.model_type == "llama"
     assert "evaluate" not in printed.out and not run.path("evals.jsonl").exists()
     assert "num_experts and top_k are the teacher's to say: 2 routers, 2 of 4 experts" in printed.err
+    assert "\nfinal_top_k=6: a token takes at most the teacher's 4 experts\n" in printed.err
     assert f"{text}: all 60 documents" in printed.err
 
 
@@ -225,6 +227,24 @@ def test_several_data_sets_are_cut_alike(small, text, tmp_path, capsys):
     assert run.config.log.every_steps == 1
     lines = Path(run.config.data.source).read_text().splitlines()
     assert len(lines) == 35 and json.loads(lines[-1]) == {"text": "Document 4 is about numbers."}
+
+
+def test_published_names_of_data_sets_are_read_in_their_configurations(small, tmp_path, monkeypatch):
+    asked = []
+
+    def iter_documents(name: str, subset: str | None, *_: object, revision: str | None) -> list[str]:
+        asked.append((name, subset, revision))
+        return [f"A document of {name}."]
+
+    monkeypatch.setattr(module, "iter_documents", iter_documents)
+    monkeypatch.setattr(module, "to_the_end", lambda *_, **__: None)
+    argv = argv_of(small, tmp_path, "--datasets", "wikitext", "openwebtext", "allenai/c4", "data.revision=main")
+    for _ in range(2):
+        module.main(argv)
+    assert asked == [
+        ("wikitext", "wikitext-103-raw-v1", "main"), ("openwebtext", None, None), ("allenai/c4", "en", None),
+    ]  # fmt: skip
+    assert Run.open(tmp_path / "out").config.data.revision is None
 
 
 def test_without_a_number_of_documents_one_data_set_is_read_in_its_place(small, text, tmp_path, capsys):
