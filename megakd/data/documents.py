@@ -327,7 +327,15 @@ def _hub_rows(
     import datasets
 
     with foreign(f"data.source: cannot open {source!r} as a file or a hub data set"):
-        rows = datasets.load_dataset(source, subset, split=split, streaming=streaming, revision=revision)
+        try:
+            rows = datasets.load_dataset(source, subset, split=split, streaming=streaming, revision=revision)
+        except RuntimeError as error:
+            if "scripts" not in str(error):
+                raise
+            raise UserError(
+                f"data.source: {source} comes with a script, which is not run; where the hub has its rows as Parquet: "
+                "data.revision=refs/convert/parquet"
+            ) from error
     given = attempts = 0
     while True:
         try:

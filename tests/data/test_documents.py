@@ -359,6 +359,15 @@ def test_rows_without_text_are_not_counted_when_a_hub_source_is_resumed(tmp_path
         assert found == [f"document {i}" for i in range(skip, 12)]
 
 
+def test_a_data_set_with_a_script_is_read_from_the_hubs_parquet(monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("Dataset scripts are no longer supported, but found openwebtext.py")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(UserError, match=r"openwebtext comes with a script.*: data\.revision=refs/convert/parquet$"):
+        list(iter_documents("openwebtext"))
+
+
 def test_a_connection_that_breaks_loses_and_repeats_no_row(hub, capsys):
     made = hub(EMPTY_ROWS, fails=[0, 5, 5, 5, 5, 5, 31], error=ConnectionError("broken"))
     assert list(iter_documents("some/set", skip=2)) == [f"document {i}" for i in range(2, 12)]

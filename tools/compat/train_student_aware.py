@@ -27,7 +27,8 @@ objective.routing=trained objective.importance=0.
 
 use_temperature_curriculum anneals the temperature to min_temperature. --phases trains in three stages, a third of
 num_epochs each: the KL alone; then features and attention too; then all components. Each of them has its own warmup
-and schedule. Of each data set the first dataset_subset_size documents are taken (null: all of one).
+and schedule. Of each data set the first dataset_subset_size documents are taken (null: all of one). data.subset and
+data.revision are of the first one.
 """
 
 import argparse
