@@ -61,7 +61,7 @@ from run_from_flags import (
 )
 
 from megakd.config.data import DataConfig
-from megakd.config.objective import of_kind
+from megakd.config.objective import OnlineConfig
 from megakd.config.parsing import parse
 from megakd.config.phases import in_phases
 from megakd.config.run import RunConfig
@@ -74,6 +74,7 @@ from megakd.run import Run
 from megakd.system.files import digest, publishing, read_json, write_json
 from megakd.system.logging import say
 from megakd.system.terminal import accept_any_encoding
+from megakd.tracking import check_tracking
 
 HERE, DEFAULT = Path(__file__).parent, Path("configs") / "default_config.json"
 FLAGS, SEED = "flags.json", 42  # FLAGS: in the run's folder, what it was started with
@@ -192,7 +193,8 @@ def main(argv: list[str] | None = None) -> None:
         run = resume_run(checkpoint, folder, value) if checkpoint else open_run(folder, value)
         flags = {"datasets": names, "seed": seed, "phases": args.phases, "overrides": args.overrides}
         write_json(folder / FLAGS, {"keys": settings.model_dump(exclude_unset=True), **flags})
-        if file:
+        if file and not file.exists():
+            check_tracking(config.log)  # else found after minutes of reading
             take_documents(names, config.data, settings.dataset_subset_size, file)
         to_the_end(run, evaluate=not args.skip_eval)
 
@@ -348,8 +350,8 @@ def warn(settings: Settings, config: RunConfig) -> None:
         anyway[TEMPERATURE_END] = ...
     given = settings.model_fields_set
     say_unused([name for name, value in anyway.items() if name in given and getattr(settings, name) != value])
-    objective = of_kind(config.objective, "online")
-    if getattr(objective, "routing", "trained") != "trained":
+    objective = config.objective
+    if isinstance(objective, OnlineConfig) and objective.routing != "trained":
         teacher = resolve(config.model.teacher, config.model.revision, weights=False)
         routers = find_routers(empty_model(teacher), config.model.teacher, objective.patterns)
         facts = {"num_experts": {router.experts for router in routers}, "top_k": {router.active for router in routers}}
@@ -376,9 +378,7 @@ def documents_file(folder: Path, names: Sequence[str], data: DataConfig, limit: 
 
 
 def take_documents(names: Sequence[str], data: DataConfig, limit: int | None, file: Path) -> None:
-    """Write the first `limit` documents of each data set; an existing file stays as it is."""
-    if file.exists():
-        return
+    """Write the first `limit` documents of each data set."""
     with publishing(file) as temporary, temporary.open("w", encoding="utf-8") as lines:
         for name in names:
             subset = data.subset if name == names[0] else subset_of(name)

@@ -247,6 +247,14 @@ def test_published_names_of_data_sets_are_read_in_their_configurations(small, tm
     assert Run.open(tmp_path / "out").config.data.revision is None
 
 
+def test_wandb_without_a_login_is_refused_before_documents_are_read(small, text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("megakd.tracking._logged_in", lambda: False)
+    argv = argv_of(small, tmp_path, "--datasets", text, "--use-wandb")
+    said = refused(module, capsys, *argv, "--project-name", "my-distillation")
+    assert "log.wandb=online: no login to W&B is known here; run `wandb login`" in said
+    assert not list((tmp_path / "out").glob("documents-*"))
+
+
 def test_without_a_number_of_documents_one_data_set_is_read_in_its_place(small, text, tmp_path, capsys):
     argv = argv_of(small, tmp_path, "--skip-eval", 'stages=[{"name": "online", "steps": 1}]', dataset_subset_size=None)
     said = refused(module, capsys, *argv, "--datasets", text, text)
