@@ -70,7 +70,7 @@ class Run:
     @classmethod
     def open(cls, folder: str | Path, overrides: Iterable[str] = ()) -> "Run":
         """Open a run; overrides may touch mutable settings only and are recorded (by rank 0)."""
-        folder, overrides = expand(folder), list(overrides)
+        folder, given = expand(folder), list(overrides)
         settle(folder)  # like a student or an export that a killed verb was about to replace
         file = folder / "config.json"
         if not file.exists():
@@ -79,9 +79,9 @@ class Run:
         config = parse_frozen(raw, str(file))
         run = cls(folder, config)
         run._set_mark()
-        if not overrides:
+        if not given:
             return run
-        now, overrides = in_our_keys(config.model_dump(mode="json"), overrides, str(file))
+        now, overrides = in_our_keys(config.model_dump(mode="json"), given, str(file))
         changed = parse(apply_overrides(now, overrides), f"{file} with overrides")
         before, after = dict(flatten(config.model_dump(mode="json"))), dict(flatten(changed.model_dump(mode="json")))
         changes = {
@@ -91,7 +91,7 @@ class Run:
             if not is_mutable(path):
                 raise UserError(
                     f"{folder}: {path} is frozen; make a sibling run: "
-                    f"megakd new {folder}-2 --from {folder} {' '.join(overrides)}"
+                    f"megakd new {folder}-2 --from {folder} {' '.join(given)}"
                 )
         for idle in idle_fields(changed):
             if idle.path in changes and not idle.replaced:

@@ -373,7 +373,10 @@ class _Reading:
             self.value("data.sequence_length"),
         ]
         if not all(_is_number(factor) for factor in factors):
-            self.faults.append(f"{per_device}, {accumulation}: numbers are expected, got {factors[0]} and {factors[1]}")
+            wrong = {per_device: factors[0], accumulation: factors[1]}
+            self.faults += [
+                f"{key}: one number is expected, got {value}" for key, value in wrong.items() if not _is_number(value)
+            ]
             return
         product = " × ".join(f"{factor:g}" for factor in factors)
         names = "per_device_train_batch_size × gradient_accumulation_steps × engine.ranks × data.sequence_length"

@@ -15,7 +15,7 @@ import torch
 
 from megakd.config.objective import CachedConfig
 from megakd.config.parsing import in_our_keys, load_recipe, parse, read_recipe
-from megakd.config.run import RunConfig
+from megakd.config.run import RunConfig, flatten
 from megakd.config.train import StageConfig
 from megakd.data.tokenizers import load_tokenizer
 from megakd.errors import UserError
@@ -39,8 +39,8 @@ def setup_distillation_pipeline(
     """(student, training set, validation set, tokenizer), made in a run's folder; called again it goes on there.
 
     config: a dict, an OmegaConf object, a recipe's path (JSON, YAML) or a RunConfig; in the keys of MegaKD or of the
-    systems it unites. folder: of the run; default: output_dir of the config's training. The validation set is None
-    where the capture draws tokens, for it has no draws.
+    systems it unites. folder: of the run; default: training.output_dir or output.dir of the config. The
+    validation set is None where the capture draws tokens, for it has no draws.
     """
     tree = _tree(config)
     folder = expand(folder or _output_dir(tree))
@@ -94,6 +94,8 @@ def _tree(config: Any) -> dict[str, Any]:
         config = importlib.import_module("omegaconf").OmegaConf.to_container(config, resolve=True)
     if not isinstance(config, dict):
         raise UserError(f"config: a dict, an OmegaConf object, a path or a RunConfig, not {type(config).__name__}")
+    if "defaults" in config:
+        raise UserError("config: OmegaConf.load does not follow its defaults; give the path: config='conf/config.yaml'")
     return json.loads(json.dumps(config, default=str))
 
 
@@ -102,11 +104,13 @@ def _ours(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _output_dir(tree: dict[str, Any]) -> str:
-    training = tree.get("training")
-    found = training.get("output_dir") if isinstance(training, dict) else None
-    if not (found or tree.get("output_dir")):
-        raise UserError("config: names no training.output_dir; give folder= (run_distillation_training: output_dir=)")
-    return str(found or tree["output_dir"])
+    values, names = dict(flatten(tree)), ("training.output_dir", "distillation.training.output_dir", "output.dir")
+    found = next((values[name] for name in (*names, "output_dir") if values.get(name)), None)
+    if not found:
+        raise UserError(
+            "config: names no training.output_dir or output.dir; give folder= (run_distillation_training: output_dir=)"
+        )
+    return str(found)
 
 
 def _run(raw: dict[str, Any], folder: Path) -> Run:

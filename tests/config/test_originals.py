@@ -167,6 +167,7 @@ WRONG = {
     "training: {bf16: true, fp16: true}": "training.bf16 and training.fp16 are both true",
     "loss: {alpha: 0.5}\nobjective: {alpha: 0.9}": "loss.alpha gives objective.alpha=0.5, and objective.alpha=0.9",
     "loss: {alpha: 0.5}\ndistillation: {loss: {alpha: 0.6}}": "are one key; leave one out",
+    "training: {gradient_accumulation_steps: 8 - 32}": "steps: one number is expected, got 8 - 32",
     "loss: {alpha: 0.5 - 0.7}": 'objective.alpha: input should be a valid number, got "0.5 - 0.7"',
     "training: {learning_rate: '${base}'}": "optim.lr=${base}: there is no base",
     "dataset: {name: '???'}": "data.source=???: it has to be given",
@@ -211,7 +212,7 @@ def test_a_run_takes_old_names_of_mutable_settings(tmp_path):
     Run.create(file, [], tmp_path / "run")
     run = Run.open(tmp_path / "run", ["training.dataloader_num_workers=3"])
     assert run.config.stream.workers == 3
-    with pytest.raises(UserError, match=r"optim\.lr is frozen"):
+    with pytest.raises(UserError, match=r"optim\.lr is frozen; .* training\.learning_rate=1e-4$"):
         Run.open(tmp_path / "run", ["training.learning_rate=1e-4"])
 
 

@@ -24,7 +24,7 @@ def test_the_documented_calls_run_as_pasted(prepared, recipe, tmp_path, monkeypa
     monkeypatch.setattr(subprocess, "call", forked_verb)
     config = json.loads(recipe.read_text())
     teacher_path = config["model"].pop("teacher")
-    config["output_dir"] = "outputs"
+    config["output"] = {"dir": "outputs"}
     for stage in config["stages"]:
         stage.pop("tokens", None)
         stage["steps"] = 1
@@ -63,3 +63,7 @@ def test_the_documented_calls_run_as_pasted(prepared, recipe, tmp_path, monkeypa
 def test_a_config_of_another_kind_is_refused():
     with pytest.raises(UserError, match="a dict, an OmegaConf object, a path or a RunConfig, not int"):
         setup_distillation_pipeline(3)
+    with pytest.raises(UserError, match="does not follow its defaults; give the path"):
+        setup_distillation_pipeline({"defaults": ["_self_"], "output": {"dir": "a"}})
+    with pytest.raises(UserError, match=r"names no training\.output_dir or output\.dir"):
+        setup_distillation_pipeline({"output": {"temp_dir": "a"}})

@@ -13,7 +13,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from run_from_flags import Parser, say_unused
+from run_from_flags import Parser
 
 from megakd.commands.new import say_links
 from megakd.config import hydra
@@ -67,7 +67,7 @@ def finish(run: Run, verbs: Collection[str]) -> None:
     try:
         to_the_end(run, verbs=verbs)
     except VerbFailed as failed:
-        say(f"{failed}; the same command goes on")
+        say(str(failed) if failed.code == 2 else f"{failed}; the same command goes on")
         sys.exit(failed.code)
 
 
@@ -136,7 +136,10 @@ def _of_data(tree: dict[str, Any], overrides: Sequence[str]) -> list[str]:
     asked = {item.lstrip("+").partition("=")[0].removeprefix("distillation.") for item in overrides}
     source = _first(tree, SOURCES)
     if source and source_files(source):
-        say_unused([name for name in OF_THE_HUB if name in asked])
+        if idle := [name for name in OF_THE_HUB if name in asked]:
+            say(
+                f"{source}: files of this machine, where {' and '.join(idle)} {'have' if idle[1:] else 'has'} no effect"
+            )
         return ["data.subset=null", "data.streaming=true", "data.split=train"]
     return ["data.subset=null"] if asked & set(SOURCES) and not asked & {*SUBSETS, "data.subset"} else []
 

@@ -151,7 +151,7 @@ def test_a_cache_in_a_folder_of_its_own_and_torchrun(folder, cheap, capsys):
     start(CACHE)
     cache = Run.open("teacher_logits")
     assert (cache.config.logits.top_k, cache.config.logits.batch_size, cache.config.data.subset) == (64, 4, None)
-    assert "no effect here: dataset.config; --help says why" in capsys.readouterr().err
+    assert "wikitext: files of this machine, where dataset.config has no effect" in capsys.readouterr().err
     other = "its logits are of another configuration: data.sequence_length is 64 instead of 32"
     argv = ("--output_dir", "b", "distillation.dataset.max_length=64")
     assert other in refused(tool("compat/run_compression"), capsys, *argv)
