@@ -234,6 +234,7 @@ def test_what_the_command_lines_of_student_aware_distillation_ask_for(student_aw
     """Without training: the configuration of the run."""
     module, started = tool("compat/train_student_aware"), []
     monkeypatch.setattr(module, "to_the_end", lambda run, evaluate: started.append(run))
+    monkeypatch.setattr("megakd.tracking._logged_in", lambda: True)
     keys = {"learning_rate": 1e-4, "alpha_kd": 0.8, "temperature": 5.0, "initial_top_k": 2, "final_top_k": 6}
     Path("custom_config.json").write_text(json.dumps(keys))
     for line, expected in STUDENT_AWARE.items():
