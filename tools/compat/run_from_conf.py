@@ -54,9 +54,11 @@ def open_run(args: argparse.Namespace, flags: Sequence[str] = (), makes: bool = 
     tree, left = read_tree(path, overrides)
     tree = hydra.resolve(apply_overrides(tree, [item.lstrip("+") for item in left]))
     folder = args.output_dir or expand(_first(tree, FOLDERS) or "outputs/distillation")
-    overrides += _of_data(tree, overrides)
+    needed = _of_data(tree, overrides)
     if (folder / "config.json").exists():
-        return Run.open(folder, [*_edited(folder, path, args.config is not None), *overrides])
+        _check_chosen(folder, [item for item in overrides if item not in left])
+        return Run.open(folder, [*_edited(folder, path, args.config is not None), *left, *needed])
+    overrides += needed
     if not makes:
         raise UserError(f"{folder}: no run here; another script of tools/compat makes it, or name its --output_dir")
     return _make(folder, path, overrides, _first(tree, ["teacher.cache_dir"]))
@@ -88,6 +90,16 @@ def _make(folder: Path, path: Path, overrides: list[str], cache: str | None) -> 
     say(f"{folder}: a new run of {path}; scripts go on with its frozen configuration")
     say_links(run)
     return run
+
+
+def _check_chosen(folder: Path, choices: list[str]) -> None:
+    """UserError for a choice of a Hydra group that the run was not made with."""
+    made = Run.open(folder).events("new")[-1]["overrides"]
+    if other := [item for item in choices if item not in made]:
+        raise UserError(
+            f"{folder}: made without {', '.join(other)}; for a run of its own: --output_dir {folder}-2 "
+            f"teacher.cache_dir={folder}, which shares what the change does not concern"
+        )
 
 
 def _write(folder: Path, path: Path, config: RunConfig) -> None:

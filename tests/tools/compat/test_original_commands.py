@@ -186,6 +186,11 @@ def test_what_the_command_lines_ask_for(folder, monkeypatch, capsys):
     assert "4 workers, one per GPU, but this machine shows 2 GPUs" in refused(module, capsys, "--num_gpus", "4")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     assert module.gpus(2) == ["5", "7"] and module.gpus(1) == []
+    shutil.copyfile("conf/compression/default.yaml", "conf/compression/mine.yaml")
+    for _ in range(2):
+        start("python scripts/run_compression.py --output_dir chosen compression=mine")
+    said = refused(tool("compat/run_compression"), capsys, "--output_dir", "chosen", "compression=default")
+    assert "chosen: made without compression=default; for a run of its own: --output_dir chosen-2" in said
     shutil.rmtree("conf")
     monkeypatch.setattr(Verbs, "run", lambda self, verb, folder: 0)
     start("python scripts/run_compression.py --output_dir shipped")
