@@ -34,6 +34,7 @@ from megakd.models.tiny import tiny_moe_config, train_tokenizer
 from megakd.run import Run
 from megakd.system.dist import NVIDIA_DRIVER
 from megakd.system.launcher import free_port
+from megakd.system.verbs import Verbs
 from tests.forks import Forked
 
 ROOT = Path(__file__).parent.parent
@@ -288,6 +289,17 @@ def run_to_end(ranks: int, *program: object, code: int = 0, env: dict[str, str] 
         output, codes = out.read() + err.read(), [process.wait() for process in processes]
     assert codes == [code] * ranks, f"{' '.join(map(str, program))}: exit {codes}, expected {code}\n{output}"
     return output
+
+
+@pytest.fixture
+def cheap(monkeypatch):
+    """Verbs run in processes forked from one that has loaded the libraries."""
+
+    def run(self: Verbs, *argv: str) -> int:
+        forked(*argv)
+        return 0
+
+    monkeypatch.setattr(Verbs, "run", run)
 
 
 def in_process(*argv: object, code: int = 0) -> str:

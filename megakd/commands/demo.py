@@ -26,7 +26,7 @@ from megakd.report.tables import conclusion, quality_table
 from megakd.run import Run
 from megakd.system.logging import say
 from megakd.system.text import clock
-from megakd.system.verbs import VerbFailed
+from megakd.system.verbs import VerbFailed, to_go_on
 
 RECIPE = "demo"
 
@@ -106,5 +106,5 @@ def _to_the_end(run: Path, until: str) -> None:
     try:
         to_the_end(Run.open(run), until, here=run_verb)
     except VerbFailed as failed:
-        say(f"{run}: {failed}; the same command again goes on")
+        say(f"{run}: {failed}; {to_go_on(failed.code)}")
         sys.exit(failed.code)

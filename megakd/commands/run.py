@@ -22,7 +22,7 @@ from megakd.run import Run
 from megakd.system.launcher import read_launcher
 from megakd.system.logging import say
 from megakd.system.text import table
-from megakd.system.verbs import VerbFailed
+from megakd.system.verbs import VerbFailed, to_go_on
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +47,7 @@ def main(args: argparse.Namespace) -> None:
     try:
         to_the_end(Run.open(args.run, args.overrides), args.until)
     except VerbFailed as failed:
-        say(f"run: {failed}; to go on: megakd run {args.run}")
+        say(f"run: {failed}; {to_go_on(failed.code, f'megakd run {args.run}')}")
         sys.exit(failed.code)
 
 

@@ -72,7 +72,7 @@ class Follower:
     def scan(self) -> None:
         """Hold every published checkpoint that has no line yet; quick, so that rotation does not come first.
 
-        One process at a time, others need not: whoever holds the lock holds for all.
+        One process at a time: the one that has the lock does it for all, and the others return.
         """
         with claimed(self.locks / "scan.lock") as mine:
             if not mine:
@@ -90,7 +90,7 @@ class Follower:
                 held = self.held(name) / "checkpoint"
                 if name in lines or held.exists():
                     continue
-                # asked again: what was let go since has its line, or its record, since before
+                # asked again: a checkpoint that was released since got its line, or its record, before that
                 if name not in self.lines() and not self.is_bad(name, path):
                     held.parent.mkdir(parents=True, exist_ok=True)
                     if not hold(path, held):

@@ -43,7 +43,7 @@ def run_tasks(title: str, tasks: Sequence[Task], finished: Path, locks: Path) ->
     """
     try:
         locks.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, FileNotFoundError):  # whoever finished removed it at this moment
+    except (FileExistsError, FileNotFoundError):  # the process that did the last task removed it at this moment
         if not finished.exists():
             raise
     counted = _list_files(tasks) & {task.output for task in tasks}

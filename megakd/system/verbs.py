@@ -14,6 +14,7 @@ from megakd.errors import UserError
 from megakd.system.logging import say
 
 PR_SET_PDEATHSIG = 1  # of prctl(2)
+USER_ERROR = 2
 STOPPED = 85  # `megakd.system.signals`, without its libraries
 
 
@@ -23,6 +24,11 @@ class VerbFailed(Exception):
     def __init__(self, verb: str, code: int):
         super().__init__(f"{verb} ended with exit code {code}")
         self.verb, self.code = verb, code
+
+
+def to_go_on(code: int, command: str = "the same command") -> str:
+    """What goes on after a verb ended with this exit code; 2 is a mistake of the user's, which it has named."""
+    return f"correct that, then {command} goes on" if code == USER_ERROR else f"{command} goes on"
 
 
 def start(*argv: str, env: dict[str, str] | None = None) -> subprocess.Popen[bytes]:

@@ -30,17 +30,6 @@ def titles(output: str) -> dict[str, str]:
     return dict(re.findall(r"^run: \d of \d: ([a-z-]+): (.*)$", output, re.MULTILINE))
 
 
-@pytest.fixture
-def cheap(monkeypatch):
-    """Verbs run in processes forked from one that has loaded the libraries."""
-
-    def run(self: Verbs, *argv: str) -> int:
-        forked(*argv)
-        return 0
-
-    monkeypatch.setattr(Verbs, "run", run)
-
-
 @pytest.mark.parametrize(
     "sections, verbs",
     [
@@ -107,7 +96,11 @@ def test_a_verb_that_fails_ends_the_run_with_its_code_but_evaluate_does_not_stop
     with pytest.raises(SystemExit) as ended:
         run_verb(["run", str(run.folder)])
     assert started == ["train"] and ended.value.code == STOPPED
-    assert f"to go on: megakd run {run.folder}" in capsys.readouterr().err
+    assert f"exit code 85; megakd run {run.folder} goes on" in capsys.readouterr().err
+    codes, started[:] = {"train": 2}, []
+    with pytest.raises(SystemExit):
+        run_verb(["run", str(run.folder)])
+    assert f"exit code 2; correct that, then megakd run {run.folder} goes on" in capsys.readouterr().err
 
 
 def test_two_runs_of_one_folder_are_refused(sibling):

@@ -24,7 +24,7 @@ from megakd.finish import missing_logits
 from megakd.run import Run
 from megakd.system.logging import say
 from megakd.system.terminal import accept_any_encoding
-from megakd.system.verbs import start
+from megakd.system.verbs import start, to_go_on
 
 FLAGS = {  # → the key that it sets
     "teacher_model": "teacher.model_path",
@@ -80,8 +80,9 @@ def share(run: Run, devices: list[str]) -> None:
     codes = [worker.wait() for worker in workers]
     if any(codes):
         failed = ", ".join(f"worker {i} with exit code {code}" for i, code in enumerate(codes) if code)
-        say(f"{failed} ended; the same command goes on")
-        sys.exit(next(code for code in codes if code) % 256)
+        code = next(code for code in codes if code) % 256
+        say(f"{failed} ended; {to_go_on(code)}")
+        sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from megakd.run import Run
 from megakd.system.files import read_json, remove, write_json
 from megakd.system.launcher import read_launcher
 from megakd.system.logging import say
-from megakd.system.verbs import VerbFailed
+from megakd.system.verbs import VerbFailed, to_go_on
 
 CONF = Path("conf") / "config.yaml"
 SHIPPED = Path(__file__).parent / CONF
@@ -69,7 +69,7 @@ def finish(run: Run, verbs: Collection[str]) -> None:
     try:
         to_the_end(run, verbs=verbs)
     except VerbFailed as failed:
-        say(str(failed) if failed.code == 2 else f"{failed}; the same command goes on")
+        say(f"{failed}; {to_go_on(failed.code)}")
         sys.exit(failed.code)
 
 

@@ -39,7 +39,7 @@ from megakd.run import Run
 from megakd.serve.export import MARK as EXPORTED
 from megakd.system.files import publishing, read_json, remove, write_json
 from megakd.system.logging import say
-from megakd.system.verbs import VerbFailed
+from megakd.system.verbs import VerbFailed, to_go_on
 
 RECIPE, STUDENT = "recipe.json", "student"
 TEACHER_MODEL, STUDENT_MODEL = "huihui-ai/Huihui-MoE-1B-A0.6B", "HuggingFaceTB/SmolLM-135M"
@@ -220,7 +220,7 @@ def to_the_end(run: Run, evaluate: bool = True) -> None:
     try:
         finish.to_the_end(run, "export", run_verb, verbs, student)
     except VerbFailed as failed:
-        say(f"{failed}; the same command goes on")
+        say(f"{failed}; {to_go_on(failed.code)}")
         code = failed.code
     if run.config.objective.trains_routers and run.path(STUDENT, UPDATE).exists():
         publish_routers(run)

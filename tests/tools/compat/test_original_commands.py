@@ -15,24 +15,13 @@ from megakd.config.run import flatten
 from megakd.run import Run
 from megakd.system.files import read_json_lines
 from megakd.system.verbs import Verbs
-from tests.conftest import ROOT, forked, metrics, run_to_end
+from tests.conftest import ROOT, metrics, run_to_end
 from tests.forks import Forked
 from tests.objectives.sar import dense_student
 from tests.tools.examples import refused, tool
 
 COMPAT = ROOT / "tools" / "compat"
 TEACHER = "Qwen/Qwen3-30B-A3B-Base"
-
-
-@pytest.fixture
-def cheap(monkeypatch):
-    """Verbs run in processes forked from one that has loaded the libraries."""
-
-    def run(self: Verbs, *argv: str) -> int:
-        forked(*argv)
-        return 0
-
-    monkeypatch.setattr(Verbs, "run", run)
 
 
 @pytest.fixture
