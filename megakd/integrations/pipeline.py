@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from megakd.config.effects import notices
 from megakd.config.objective import CachedConfig
 from megakd.config.parsing import in_our_keys, load_recipe, parse, read_recipe
 from megakd.config.run import RunConfig, flatten
@@ -27,6 +28,10 @@ from megakd.system.files import write_json
 from megakd.system.logging import say
 
 Pieces = tuple[Any, DistillationDataset, DistillationDataset | None, Any]
+
+# What a configuration says and Trainer does: of these sections all, and these fields.
+SECTIONS = ("name", "seed", "model", "data", "compress", "logits", "objective", "optim", "stages")
+FIELDS = ("log.every_steps", "eval.every_steps", "eval.batch_size", "checkpoint.every_steps", "checkpoint.keep")
 
 
 def setup_distillation_pipeline(
@@ -75,9 +80,11 @@ def run_distillation_training(
     tree = _tree(config)
     folder = expand(output_dir) if output_dir else expand(_output_dir(tree)) / "trainer"
     settings = parse(_ours(tree), "config")
-    trainer = None
+    for line in (*notices(settings, len(train_dataset)), *_ignored(settings)):
+        say(line)
+    measured, trainer = settings.eval.every_steps if eval_dataset is not None else 0, None
     for stage in settings.stages:
-        args = _arguments(settings.at(stage), stage, folder / stage.name, len(train_dataset))
+        args = _arguments(settings.at(stage), stage, folder / stage.name, len(train_dataset), measured)
         trainer = DistillationTrainer(student_model, args, train_dataset, eval_dataset, tokenizer)
         trainer.train()
     assert trainer is not None
@@ -126,8 +133,20 @@ def _run(raw: dict[str, Any], folder: Path) -> Run:
     return run
 
 
-def _arguments(config: RunConfig, stage: StageConfig, folder: Path, samples: int) -> DistillationTrainingArguments:
-    """A stage as Trainer's arguments; UserError for a loss that they cannot say."""
+def _ignored(config: RunConfig) -> list[str]:
+    """One line with the fields that were set and have no effect in Trainer, or none."""
+    changed = dict(flatten(config.model_dump(mode="json", exclude_defaults=True)))
+    if config.engine.kind == "local":
+        changed.pop("engine.kind", None)
+    ignored = [key for key in changed if key not in FIELDS and key.partition(".")[0] not in SECTIONS]
+    line = f"config: no effect in Trainer, which has settings of its own: {', '.join(ignored)}; megakd train obeys them"
+    return [line] if ignored else []
+
+
+def _arguments(
+    config: RunConfig, stage: StageConfig, folder: Path, samples: int, eval_steps: int
+) -> DistillationTrainingArguments:
+    """A stage as Trainer's arguments; UserError for a loss that they cannot say. eval_steps: 0 measures nothing."""
     optim, objective = config.optim, config.objective
     if not isinstance(objective, CachedConfig):
         raise UserError("config: Trainer's loss reads cached logits: set objective.kind=cached")
@@ -153,6 +172,11 @@ def _arguments(config: RunConfig, stage: StageConfig, folder: Path, samples: int
         bf16=config.model.dtype == "bfloat16" and torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
         logging_steps=config.log.every_steps,
+        save_steps=config.checkpoint.every_steps,
+        save_total_limit=config.checkpoint.keep or None,
+        eval_strategy="steps" if eval_steps else "no",
+        eval_steps=eval_steps or None,
+        per_device_eval_batch_size=config.eval.batch_size,
         seed=config.seed,
         report_to="none",
         lr_multipliers=[rule.model_dump() for rule in stage.lr_multipliers],

@@ -29,6 +29,9 @@ def test_the_documented_calls_run_as_pasted(prepared, recipe, tmp_path, monkeypa
         stage.pop("tokens", None)
         stage["steps"] = 1
     config["data"]["tokens"] = 2000
+    config["optim"]["warmup_steps"] = 7
+    config["eval"] = {"every_steps": 1, "attention": 3}
+    config["checkpoint"] = {"every_steps": 50, "keep": 2}
     student_path = prepared / "student-0"
 
     def set_up(force: bool):
@@ -48,6 +51,11 @@ def test_the_documented_calls_run_as_pasted(prepared, recipe, tmp_path, monkeypa
         tokenizer=tokenizer,
     )
     assert trainer.state.global_step == 1 and (tmp_path / "outputs/config.json").exists()
+    said = capfd.readouterr().err
+    assert re.search(r"no effect in Trainer, .*: .*eval\.attention.*; megakd train obeys", said), said
+    assert "optim.warmup_steps=7 is more than half of its 1 steps; warmup takes 0" in said
+    assert [round(row["eval_loss"], 9) > 0 for row in trainer.state.log_history if "eval_loss" in row] == [True]
+    assert trainer.args.save_steps == 50 and trainer.args.save_total_limit == 2
     trainer.save_model("./final_model")
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
         p.name for p in (tmp_path / "final_model").iterdir()
