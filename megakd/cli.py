@@ -26,6 +26,7 @@ VERBS = {
     "export": ("a Hugging Face folder: compact, or --dense for the stock architecture", True),
     "inspect": ("explain a run, a folder of shards, a shard or a checkpoint", False),
     "report": ("one self-contained HTML page: RUN/report.html", True),
+    "doctor": ("examine machine, libraries, folder, hosts and Slurm; a remedy for each fault", False),
     "demo": ("all of it on a small teacher that ships with MegaKD, in minutes", False),
 }
 

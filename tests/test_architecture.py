@@ -10,7 +10,7 @@ ORDER: tuple[set[str], ...] = (
     {"errors"},
     {"system"},
     {"names"},
-    {"outputs"},
+    {"outputs", "doctor"},
     {"config"},
     {"run", "identity", "tracking"},
     {"data"},
