@@ -4,10 +4,13 @@ import argparse
 import importlib
 import os
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 from megakd.errors import UserError
 from megakd.system.files import CANNOT_WRITE
 from megakd.system.launcher import read_launcher
+from megakd.system.signals import end_on_stop_signals, ignore_stop_signals
 from megakd.system.terminal import accept_any_encoding, leave_closed_pipe
 from megakd.system.version import library_versions, version_line
 
@@ -30,6 +33,8 @@ VERBS = {
     "demo": ("all of it on a small teacher that ships with MegaKD, in minutes", False),
 }
 
+SHARED = ("compress", "generate-logits", "train", "watch")  # verbs that several processes may do together
+
 DESCRIPTION = "Distil a large Mixture-of-Experts teacher into a small student."
 
 EXAMPLES = """\
@@ -41,7 +46,7 @@ examples:
   megakd train runs/a optim.micro_batch=2                mutable settings may change later
 
 `megakd VERB --help` explains a verb; `megakd --version` prints the versions of MegaKD and of its main libraries.
-Exit codes: 0 fine, 2 a user error, 1 a bug, 85 stopped by a signal after saving a checkpoint.
+Exit codes: 0 fine, 2 a user error, 1 a bug, 85 stopped by SIGTERM or SIGUSR1: what is finished is saved.
 """
 
 
@@ -97,6 +102,8 @@ def _run_verb(argv: list[str]) -> None:
     if opens_run:
         parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes of mutable settings")
     args = parser.parse_intermixed_args(argv[1:])
+    if verb not in SHARED:
+        _refuse_ranks(verb)
     if not opens_run:
         command.main(args)
         return
@@ -105,13 +112,24 @@ def _run_verb(argv: list[str]) -> None:
     command.main(Run.open(args.run, args.overrides), args)
 
 
+def _refuse_ranks(verb: str) -> None:
+    """Ranks that each did the same work would write the same files."""
+    launched = read_launcher()
+    if launched.size > 1:
+        raise UserError(
+            f"{verb}: started as rank {launched.rank} of {launched.size} by {launched.by}; it is one process: start it "
+            "once"
+        )
+
+
 def _sections(names: tuple[str, ...]) -> str | None:
     """Which sections of the configuration a verb reads."""
     return f"reads the sections {', '.join(names)} of RUN/config.json; see: megakd config SECTION" if names else None
 
 
 def main() -> None:
-    """Entry point: exit 0 fine, 2 a user's mistake in one line, 1 a bug with its traceback."""
+    """Entry point: exit 0 fine, 2 a user's mistake in one line, 1 a bug with its traceback, 85 after a stop signal."""
+    end_on_stop_signals()  # before a verb's libraries are imported, which takes seconds
     accept_any_encoding()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
@@ -120,6 +138,7 @@ def main() -> None:
         sys.stdout.flush()  # here, where a closed pipe is no traceback, and not when the interpreter ends
     except UserError as error:
         sys.stderr.write(f"megakd{_rank()}: {error}\n")
+        _leave_code(2)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.stderr.write("megakd: interrupted\n")
@@ -127,6 +146,18 @@ def main() -> None:
     except BrokenPipeError:
         leave_closed_pipe()
         raise
+    except Exception:
+        _leave_code(1)
+        raise
+    finally:
+        ignore_stop_signals()
+
+
+def _leave_code(code: int) -> None:
+    """Tell launch/lib.sh of an error: srun ends the other ranks, and the 85 of these hides the lower code."""
+    if prefix := os.environ.get("MEGAKD_EXIT_CODE"):
+        with suppress(OSError):
+            Path(f"{prefix}-{code}").touch()
 
 
 def _rank() -> str:

@@ -19,7 +19,6 @@ import sys
 from megakd.errors import UserError
 from megakd.finish import VERBS, lacks, steps_of, to_the_end
 from megakd.run import Run
-from megakd.system.launcher import read_launcher
 from megakd.system.logging import say
 from megakd.system.text import table
 from megakd.system.verbs import VerbFailed, to_go_on
@@ -33,12 +32,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    launched = read_launcher()
-    if launched.size > 1:
-        raise UserError(
-            f"run: started as rank {launched.rank} of {launched.size} by {launched.by}; it starts ranks itself: start "
-            "it once, or start the verbs by launch/*.sbatch"
-        )
     if args.dry_run:
         if args.overrides:
             raise UserError("run: --dry-run changes nothing: give no section.key=value")

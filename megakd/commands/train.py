@@ -10,12 +10,13 @@ examples:
 """
 
 import argparse
+import math
 import os
 import signal
 import subprocess
 import sys
+import time
 from contextlib import nullcontext, suppress
-from types import FrameType
 
 import psutil
 import torch
@@ -31,6 +32,7 @@ from megakd.system.dist import (
 )
 from megakd.system.files import locked
 from megakd.system.signals import STOPPED, StopSignals
+from megakd.system.verbs import USER_ERROR
 from megakd.train.checks import check, check_world, was_launched
 from megakd.train.loop import train
 
@@ -47,6 +49,7 @@ SECTIONS = (
     "eval",
     "log",
 )  # of the configuration
+SECONDS_BETWEEN_SIGNALS = 5
 
 
 def main(run: Run, args: argparse.Namespace) -> None:
@@ -57,9 +60,10 @@ def main(run: Run, args: argparse.Namespace) -> None:
     check_world(run.config, world)
     # ranks outlive a launcher that was killed: a second training in the same folder must not start next to them
     alone = locked(run.path("train.lock"), "is being trained by another process; wait for it or stop it")
-    with StopSignals() as stop, alone if world.first else nullcontext():
-        finished = train(run, dataset, world, stop)
-    close_world()
+    with StopSignals() as stop:
+        with alone if world.first else nullcontext():
+            finished = train(run, dataset, world, stop)
+        close_world()
     if not finished:
         sys.exit(STOPPED)
 
@@ -76,17 +80,34 @@ def launch(run: Run) -> int:
         )
     accelerator = os.environ.get("DS_ACCELERATOR") or ("cuda" if torch.cuda.is_available() else "cpu")
     own = {"PYTHON": sys.executable, "RANKS": str(run.config.engine.ranks), "DS_ACCELERATOR": accelerator}
-    environment = {**os.environ, **own}
-    process = subprocess.Popen(["bash", str(shipped("launch", "train.sh")), str(run.folder)], env=environment)
+    words = ["bash", str(shipped("launch", "train.sh")), str(run.folder)]
+    with StopSignals() as stop:
+        process = subprocess.Popen(words, env={**os.environ, **own}, preexec_fn=_ignore_sigusr1)
+        told = -math.inf
+        while (code := _ended(process)) is None:
+            # again and again: a rank may start after the signal, or get it before its handlers are set
+            if stop.asked and time.monotonic() - told > SECONDS_BETWEEN_SIGNALS:
+                told = time.monotonic()
+                _stop_ranks(process.pid)
+    return STOPPED if stop.asked and code not in (0, USER_ERROR) else code
 
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        with suppress(psutil.NoSuchProcess):  # it ended meanwhile: there is nobody left to tell
-            for child in psutil.Process(process.pid).children(recursive=True):
-                with suppress(psutil.NoSuchProcess):
-                    words = child.cmdline()
-                    if words[-3:-1] == ["megakd", "train"] and not any("deepspeed.launcher" in w for w in words):
-                        child.send_signal(signal.SIGUSR1)
 
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, pass_on)
-    return process.wait()
+def _ignore_sigusr1() -> None:
+    """Slurm signals all processes of a job step: the launchers must survive that, for the ranks to save."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
+def _ended(process: subprocess.Popen[bytes]) -> int | None:
+    try:
+        return process.wait(timeout=0.2)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def _stop_ranks(launcher: int) -> None:
+    with suppress(psutil.NoSuchProcess):  # it ended meanwhile: no rank is left
+        for child in psutil.Process(launcher).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                words = child.cmdline()
+                if words[-3:-1] == ["megakd", "train"] and not any("deepspeed.launcher" in w for w in words):
+                    child.send_signal(signal.SIGUSR1)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from megakd.data.tokenizers import load_tokenizer
 from megakd.errors import UserError
+from megakd.system.signals import STOP_SIGNALS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -149,7 +150,9 @@ class _Worker(NamedTuple):
 def work(pipe_number: int, folder: str) -> None:
     """The life of a worker: ids for every batch of texts, until the pipe is closed at the other end."""
     pipe = Connection(pipe_number)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
+    # Ctrl-C reaches the whole group, Slurm's signals all processes of a job step; the parent ends its workers
+    for number in (signal.SIGINT, *STOP_SIGNALS):
+        signal.signal(number, signal.SIG_IGN)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a worker is one thread of work
     inbox: SimpleQueue[list[str]] = SimpleQueue()
     reader = Thread(target=_read, args=(pipe, inbox), daemon=True)

@@ -1,12 +1,70 @@
-"""Signals that ask a training to save a checkpoint and stop."""
+"""SIGTERM and SIGUSR1: a verb ends with exit code 85, at once or after it has saved; needs no torch."""
 
+import os
 import signal
+from threading import RLock, Thread
 from types import FrameType
+from typing import TYPE_CHECKING
 
-from megakd.system.dist import (
-    World,
-    sum_over_ranks,
-)
+if TYPE_CHECKING:
+    from megakd.system.dist import World
+
+STOPPED = 85  # exit code: stopped by a signal, what is finished is saved; schedulers requeue on it
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_ending = RLock()
+
+
+def end_on_stop_signals() -> None:
+    """From now on a stop signal ends this process with exit code 85, also in the midst of a long call of a library.
+
+    What verbs write appears whole or not at all, so nothing has to be put in order first. Python calls a handler when
+    the main thread is back from such a call, as from waiting for other ranks; so a thread reads the signals too.
+    `signal.signal` with another handler takes a signal out of this, until it is set back.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, _end)
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    os.register_at_fork(before=_hold_back, after_in_parent=_let_through, after_in_child=_forget)
+    Thread(target=_listen, args=(reading,), name="stop signals", daemon=True).start()
+
+
+def ignore_stop_signals() -> None:
+    """A late signal must not change an exit code; the interpreter keeps only SIG_IGN until its own end."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _listen(reading: int) -> None:
+    while True:
+        number = os.read(reading, 1)[0]
+        if number in STOP_SIGNALS and signal.getsignal(number) is _end:
+            _end(number)
+
+
+def _end(number: int, frame: FrameType | None = None) -> None:
+    with _ending:  # one line, whichever of the two threads comes first
+        name = signal.Signals(number).name
+        os.write(2, f"megakd: stopped by {name}; what is finished is kept, the same command goes on\n".encode())
+        os._exit(STOPPED)
+
+
+def _hold_back() -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+
+
+def _let_through() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
+def _forget() -> None:
+    """A forked child has the parent's pipe: its own signals must not end the parent."""
+    signal.set_wakeup_fd(-1)
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) is _end:
+            signal.signal(number, signal.SIG_DFL)
+    _let_through()
 
 
 class StopSignals:
@@ -19,7 +77,7 @@ class StopSignals:
         self.asked = self.agreed = False
 
     def __enter__(self) -> "StopSignals":
-        self.previous = {n: signal.signal(n, self._ask) for n in (signal.SIGTERM, signal.SIGUSR1)}
+        self.previous = {n: signal.signal(n, self._ask) for n in STOP_SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -30,12 +88,11 @@ class StopSignals:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
 
-    def agree(self, world: World, ready: bool = True) -> bool:
+    def agree(self, world: "World", ready: bool = True) -> bool:
         """Let all ranks meet: sets `agreed`, and says whether every one of them is `ready`."""
+        from megakd.system.dist import sum_over_ranks
+
         # a signal may come while the ranks meet: `asked` stays for the next time
         asked, waiting = sum_over_ranks([float(self.asked), float(not ready)], world.device)
         self.agreed = asked > 0
         return waiting == 0
-
-
-STOPPED = 85  # exit code: stopped by a signal, what is finished is saved; schedulers requeue on it

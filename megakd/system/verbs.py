@@ -12,10 +12,10 @@ from types import FrameType
 
 from megakd.errors import UserError
 from megakd.system.logging import say
+from megakd.system.signals import STOP_SIGNALS, STOPPED
 
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 USER_ERROR = 2
-STOPPED = 85  # `megakd.system.signals`, without its libraries
 
 
 class VerbFailed(Exception):
@@ -57,8 +57,7 @@ class Verbs:
     @contextmanager
     def listening(cls) -> Iterator["Verbs"]:
         verbs = cls()
-        numbers = (signal.SIGTERM, signal.SIGUSR1)
-        before = {number: signal.signal(number, verbs._pass_on) for number in numbers}
+        before = {number: signal.signal(number, verbs._pass_on) for number in STOP_SIGNALS}
         try:
             yield verbs
         finally:

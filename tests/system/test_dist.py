@@ -3,7 +3,7 @@ import signal
 
 import torch
 
-from megakd.system import signals
+from megakd.system import dist
 from megakd.system.dist import World
 from megakd.system.signals import StopSignals
 
@@ -17,7 +17,7 @@ def test_signal_that_comes_while_the_ranks_meet_counts_at_the_next_meeting(monke
         return values
 
     with StopSignals() as stop:
-        monkeypatch.setattr(signals, "sum_over_ranks", meet)
+        monkeypatch.setattr(dist, "sum_over_ranks", meet)
         stop.agree(world)
         assert not stop.agreed
         monkeypatch.undo()

@@ -1,0 +1,139 @@
+"""Stop signals from the first line of a process to its last: exit code 85 and one line, whatever it is doing."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megakd.commands.train import launch
+from megakd.system.signals import STOP_SIGNALS
+from tests.conftest import ROOT, command, start_ranks
+
+PYTHON = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def catches(pid: int) -> bool:
+    """Whether a process has a handler of its own for SIGUSR1."""
+    status = Path(f"/proc/{pid}/status").read_text().splitlines()
+    mask = next(int(line.split()[1], 16) for line in status if line.startswith("SigCgt"))
+    return bool(mask >> (signal.SIGUSR1 - 1) & 1)
+
+
+def python(program: str, *words: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=PYTHON
+    )
+
+
+def ended(process: "subprocess.Popen[str]", number: int) -> str:
+    """What a process says that a stop signal ends."""
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=20)
+    assert process.returncode == 85, output
+    return output
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+@pytest.mark.parametrize("verb", ["train", "tokenize", "watch", "run"])
+def test_a_verb_that_imports_its_libraries_ends_with_85(sibling, verb, number):
+    process = subprocess.Popen(
+        command(verb, sibling().folder), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=PYTHON
+    )
+    while not catches(process.pid) and process.poll() is None:
+        time.sleep(0.005)
+    name = signal.Signals(number).name
+    assert ended(process, number) == f"megakd: stopped by {name}; what is finished is kept, the same command goes on\n"
+
+
+def test_a_long_call_of_a_library_is_no_hiding_place():
+    """Python calls no handler there: it waited 10 minutes for the other ranks."""
+    process = python(
+        "import hashlib; from megakd.system.signals import *; end_on_stop_signals(); print('ready', flush=True);"
+        "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"
+    )
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    start = time.monotonic()
+    assert "stopped by SIGTERM" in ended(process, signal.SIGTERM)
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.ranks
+def test_a_rank_that_waits_for_the_others_ends_with_85(sibling):
+    run = sibling("engine.kind=deepspeed", "engine.ranks=2")
+    (first,) = start_ranks(1, "megakd", "train", run.folder, env=_first_of_two(run.folder))
+    while first.poll(0.05) is None and not listens(first.pid):
+        pass
+    time.sleep(0.3)
+    first.send_signal(signal.SIGUSR1)
+    assert first.wait(20) == 85
+
+
+def _first_of_two(folder: Path) -> dict[str, str]:
+    from megakd.system.launcher import free_port
+
+    world = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    return {**world, "MASTER_PORT": str(free_port()), "DS_ACCELERATOR": "cpu"}
+
+
+def listens(pid: int) -> bool:
+    return any(each.status == psutil.CONN_LISTEN for each in psutil.Process(pid).net_connections("tcp"))
+
+
+def test_the_signal_of_a_forked_child_does_not_end_its_parent():
+    process = python(
+        "import os, signal, time; from megakd.system.signals import *; end_on_stop_signals()\n"
+        "child = os.fork()\n"
+        "if not child: time.sleep(30)\n"
+        "os.kill(child, signal.SIGTERM)\n"
+        "status = os.waitpid(child, 0)[1]; time.sleep(0.2); print(os.waitstatus_to_exitcode(status))"
+    )
+    assert process.communicate(timeout=20)[0] == f"{-signal.SIGTERM}\n" and process.returncode == 0
+
+
+def test_a_late_signal_does_not_change_the_exit_code():
+    """USR1 while the interpreter ends gave 246."""
+    process = python(
+        "import os, signal, sys; from megakd.cli import main\n"
+        "class Late:\n"
+        "    def __del__(self, kill=os.kill, pid=os.getpid(), number=signal.SIGUSR1): kill(pid, number)\n"
+        "late = Late(); sys.late = late; main()",
+        "nonsense",
+    )
+    process.communicate(timeout=20)
+    assert process.returncode == 2
+
+
+LAUNCHER = """#!/bin/sh
+[ "$1" = -c ] && exec echo 1
+sleep 0.7
+PYTHON -c '
+import signal, sys, time
+signal.signal(signal.SIGUSR1, lambda *_: sys.exit(85))
+time.sleep(30)' megakd train RUN
+exit 246
+"""
+
+
+def test_a_signal_reaches_ranks_that_start_after_it(sibling, tmp_path, monkeypatch):
+    """The launcher was still importing when it came: nobody was told, and the training went on."""
+    program = tmp_path / "python"
+    program.write_text(LAUNCHER.replace("PYTHON", sys.executable))
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setattr("megakd.commands.train.SECONDS_BETWEEN_SIGNALS", 0.3)
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGUSR1))
+    timer.start()
+    start = time.monotonic()
+    try:
+        assert launch(sibling()) == 85
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert time.monotonic() - start < 15
