@@ -24,7 +24,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore::FutureWarning:torch.distributed.c10d_logger}
 if [ -n "${HOSTFILE:-}" ]; then
   # where DeepSpeed finds no hostfile, no file of variables or a single host, it goes on with this machine alone
-  [ -f "$HOSTFILE" ] && [ -r "$HOSTFILE" ] || refuse "HOSTFILE=$HOSTFILE: no such file"
+  { [ -f "$HOSTFILE" ] && [ -r "$HOSTFILE" ]; } || refuse "HOSTFILE=$HOSTFILE: no such file"
   [ -z "${RANKS:-}" ] || refuse "RANKS=$RANKS and HOSTFILE=$HOSTFILE: the file's slots say how many ranks start; unset one"
   hosts=$(awk '{ sub(/^[ \t]+/, ""); sub(/\r$/, "") } /^#/ || /^$/ { next }
     !/^[^ \t]+[ \t]+slots=[1-9][0-9]*([ \t]|$)/ { print NR ": expected HOST slots=N, got: " $0; exit 1 }

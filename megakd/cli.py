@@ -33,7 +33,7 @@ VERBS = {
     "demo": ("all of it on a small teacher that ships with MegaKD, in minutes", False),
 }
 
-SHARED = ("compress", "generate-logits", "train", "watch")  # verbs that several processes may do together
+SHARED = ("compress", "doctor", "generate-logits", "train", "watch")  # verbs that several processes may do together
 
 DESCRIPTION = "Distil a large Mixture-of-Experts teacher into a small student."
 

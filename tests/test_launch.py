@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -24,7 +25,7 @@ def test_shellcheck_finds_nothing(script: Path):
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("script", SCRIPTS[:-1], ids=lambda p: p.name)
+@pytest.mark.parametrize("script", [path for path in SCRIPTS[:-1] if path.name != "lib.sh"], ids=lambda p: p.name)
 def test_without_a_run_it_prints_its_usage(script: Path):
     done = subprocess.run(["bash", str(script)], capture_output=True, text=True)
     assert done.returncode == 2 and f"{script.name}" in done.stderr and "RUN" in script.read_text()
@@ -153,6 +154,16 @@ def test_tasks_of_one_array_job_do_not_capture_the_same_shards(tmp_path):
     assert code == 2 and "--ntasks=4" in said
 
 
+def test_an_array_of_some_parts_takes_their_shares(tmp_path):
+    array = {"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_MAX": "1", "SLURM_ARRAY_TASK_COUNT": "1"}
+    code, said = array_job(tmp_path, array)
+    assert code == 2 and "PARTS=N sbatch --array=" in said
+    assert array_job(tmp_path, {**array, "PARTS": "3"}) == (0, "1 3\n")
+    for parts in ("1", "0", "x"):
+        code, said = array_job(tmp_path, {**array, "PARTS": parts})
+        assert code == 2 and f"PARTS={parts}" in said and said.count("\n") == 1, said
+
+
 def array_job(folder: Path, variables: dict[str, str]) -> tuple[int, str]:
     """generate_logits.sbatch with an srun that prints the rank; its exit code and output."""
     (folder / "srun").write_text('#!/bin/sh\necho "$RANK $WORLD_SIZE"\n')
@@ -161,6 +172,141 @@ def array_job(folder: Path, variables: dict[str, str]) -> tuple[int, str]:
     script = str(ROOT / "launch" / "generate_logits.sbatch")
     done = subprocess.run(["bash", script, "runs/a"], capture_output=True, text=True, env=environment)
     return done.returncode, done.stdout + done.stderr
+
+
+class Job:
+    """A job file with programs in the place of Slurm's: `step` is what srun does; `asked` is what scontrol was told."""
+
+    def __init__(self, folder: Path, step: str):
+        self.folder, self.asked = folder, folder / "asked"
+        self.run = folder / "run"
+        self.run.mkdir(exist_ok=True)
+        scontrol = f'[ "$1" != requeue ] || echo "$@" >> {self.asked}; [ "$2" != hostnames ] || echo localhost'
+        for name, text in (("srun", step), ("scontrol", scontrol), ("squeue", "echo RUNNING"), ("scancel", "exit 1")):
+            (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+            (folder / name).chmod(stat.S_IRWXU)
+        (folder / "spool").mkdir(exist_ok=True)
+
+    def start(self, script: str = "compress.sbatch", **variables: str) -> "subprocess.Popen[str]":
+        # like Slurm: a copy of the file, which runs in another folder
+        copy = self.folder / "spool" / "slurm_script"
+        shutil.copy(ROOT / "launch" / script, copy)
+        own = {
+            "PATH": f"{self.folder}:{os.environ['PATH']}",
+            "SLURM_JOB_ID": "7",
+            "MEGAKD_LAUNCH": str(ROOT / "launch"),
+        }
+        return subprocess.Popen(
+            ["bash", str(copy), str(self.run)],
+            env={**os.environ, **own, **variables},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def ended(self, **variables: str) -> tuple[int, str]:
+        process = self.start(**variables)
+        output, _ = process.communicate(timeout=30)
+        return process.returncode, output
+
+    def requeues(self) -> list[str]:
+        return self.asked.read_text().splitlines() if self.asked.exists() else []
+
+
+@pytest.mark.parametrize("code", [1, 137, 138, 143, 246, 247])
+def test_a_job_is_requeued_after_a_fault_but_not_for_ever(tmp_path, code):
+    """A rank that is killed or hangs left FAILED, though the run could resume."""
+    job = Job(tmp_path, f"exit {code}")
+    for number in (1, 2):
+        found, said = job.ended(MEGAKD_MAX_REQUEUES="2")
+        assert found == code and f"exit code {code}, fault {number} of at most 2 in a row; requeued" in said, said
+    found, said = job.ended(MEGAKD_MAX_REQUEUES="2")
+    assert found == code and "after 2 requeues in a row" in said and len(job.requeues()) == 2, said
+
+
+def test_a_stop_in_between_counts_faults_anew(tmp_path):
+    job = Job(tmp_path, 'read -r code < codes; sed -i 1d codes; exit "$code"'.replace("codes", str(tmp_path / "codes")))
+    (tmp_path / "codes").write_text("1\n85\n1\n0\n")
+    assert [job.ended(MEGAKD_MAX_REQUEUES="1")[0] for _ in range(4)] == [1, 85, 1, 0]
+    assert job.requeues() == ["requeue 7"] * 3 and not list(job.run.iterdir())
+
+
+def test_a_user_error_is_not_requeued(tmp_path):
+    code, said = Job(tmp_path, "exit 2").ended()
+    assert code == 2 and "correct it and submit the same job again" in said and not (tmp_path / "asked").exists()
+
+
+@pytest.mark.parametrize("code, requeued", [(1, True), (2, False)])
+def test_the_85_of_ranks_that_srun_ends_does_not_hide_an_error(tmp_path, code, requeued):
+    """srun gives the highest code: a user error was requeued for ever."""
+    job = Job(tmp_path, '"$@"; exit 85')
+    found, said = job.ended(PYTHON=str(user_error(tmp_path, code)))
+    assert found == code and bool(job.requeues()) == requeued, said
+    assert ("fault 1 of" in said) == requeued
+
+
+def user_error(folder: Path, code: int) -> Path:
+    """A Python whose `megakd` ends with this code by cli.main itself."""
+    error = {1: "ValueError()", 2: "UserError('mine')"}[code]
+    program = f"from megakd import cli; from megakd.errors import UserError\ndef fail(argv): raise {error}\n"
+    path = folder / "python"
+    path.write_text(f"#!{sys.executable}\n{program}cli.run_verb = fail\ncli.main()\n")
+    path.chmod(stat.S_IRWXU)
+    return path
+
+
+def test_a_job_that_was_cancelled_is_not_requeued(tmp_path):
+    job = Job(tmp_path, "exit 85")
+    (tmp_path / "squeue").write_text("#!/bin/sh\necho COMPLETING\n")
+    code, said = job.ended()
+    assert code == 85 and "the job was cancelled: submit it again" in said and not job.requeues()
+
+
+@pytest.mark.parametrize(
+    "script", ["compress.sbatch", "generate_logits.sbatch", "train.sbatch", "job.sbatch", "watch.sbatch"]
+)
+@pytest.mark.parametrize("step", ['trap "exit 85" USR1', ":"])  # ":": as Python before its first line, 138
+def test_a_signal_in_the_step_ends_with_85_and_a_requeue(tmp_path, script, step):
+    job = Job(tmp_path, f"{step}; echo ready; while :; do sleep 0.02; done")
+    array = {"SLURM_ARRAY_JOB_ID": "6", "SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_TASK_MAX": "0"}
+    process = job.start(script, SLURM_JOB_NODELIST="n1", **(array if "logits" in script else {}))
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 85 and "stopped by a signal; requeued" in output, output
+    assert job.requeues() == ["requeue 6_0" if "logits" in script else "requeue 7"]
+
+
+def test_a_training_that_failed_for_good_tells_watch(prepared, tmp_path):
+    job = Job(tmp_path, "exit 2")
+    job.run.rmdir()
+    in_process("new", job.run, "--from", prepared)
+    process = job.start("train.sbatch", SLURM_JOB_NODELIST="n1", PYTHON=sys.executable)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2, output
+    assert [(event["code"], event["job"]) for event in Run.open(job.run).events("train failed")] == [(2, "7")]
+
+
+def test_cluster_env_gives_variables_container_and_options(tmp_path):
+    job = Job(tmp_path, 'echo "$NCCL_SOCKET_IFNAME: $*"')
+    settings = tmp_path / "site.env"
+    settings.write_text('NCCL_SOCKET_IFNAME=ib0\nPYTHON=py\nCONTAINER=(enter "my image")\nSRUN_OPTIONS=(--mpi=none)\n')
+    code, said = job.ended(MEGAKD_CLUSTER_ENV=str(settings))
+    assert (code, said) == (0, f"ib0: --mpi=none enter my image py -m megakd compress {job.run}\n")
+    code, said = job.ended(MEGAKD_CLUSTER_ENV=str(tmp_path / "typo"))
+    assert code == 2 and "typo: no such file" in said and said.count("\n") == 1
+    example = subprocess.run(["bash", "-n", str(ROOT / "launch" / "cluster.env.example")])
+    assert example.returncode == 0
+
+
+def test_all_job_files_find_their_library_alike():
+    """By one piece of text, which cannot lie in the library itself."""
+    finding = []
+    for path in (ROOT / "launch").glob("*.sbatch"):
+        text = path.read_text()
+        finding.append(text[text.index("set -uo pipefail") : text.index("\njob_begin")])
+        assert f'\njob_begin launch/{path.name} "$@"\n' in text
+    assert len(finding) == 5 and len(set(finding)) == 1
 
 
 @pytest.mark.cluster

@@ -17,6 +17,7 @@ from megakd.data.codebook import Book, build_book, load_book, save_book
 from megakd.data.records import Sample
 from megakd.data.shard_writer import finished, known_manifest, summary_of, write_manifest, write_shard
 from megakd.data.shards import ShardSet, layout_of
+from megakd.errors import listed
 from megakd.identity import TeacherIdentity, TokenizerIdentity
 from megakd.run import Run
 from megakd.system.dist import barrier, sum_over_ranks
@@ -106,7 +107,7 @@ def capture_part(
         assert rest is None, rest
     watch.look()
     watch.progress.close()
-    _complete(part, facts, shards)
+    _complete(part, facts, shards, worker)
     return [work.name for work in mine]
 
 
@@ -142,17 +143,21 @@ def _announce(folder: Path, facts: dict[str, Any], shards: list[dict[str, Any]],
         write_manifest(folder, facts, planned, complete=False)
 
 
-def _complete(part: Part, facts: dict[str, Any], shards: list[dict[str, Any]]) -> None:
-    """Write the manifest of all shards, unless some are left to other workers."""
+def _complete(part: Part, facts: dict[str, Any], shards: list[dict[str, Any]], worker: Worker) -> None:
+    """Write the manifest of all shards, unless some are left to other workers; say which are missing."""
     sidecars = {shard["name"]: finished(part.folder, shard["name"], facts) for shard in shards}
     summaries = [summary_of(name, sidecar) for name, sidecar in sidecars.items() if sidecar]
-    if missing := len(shards) - len(summaries):
-        say(f"generate-logits {part.name}: this worker's share is done; {missing} shards are left to others")
+    if missing := [index for index, sidecar in enumerate(sidecars.values()) if not sidecar]:
+        workers = sorted({index % worker.workers for index in missing})
+        say(
+            f"generate-logits {part.name}: the share of worker {worker.number} of {worker.workers} is done; "
+            f"{len(missing)} of {len(shards)} shards are missing, of workers {listed(workers)}"
+        )
         return
     write_manifest(part.folder, facts, summaries, complete=True)
     # from what was seen here: a worker that came late may say once more that the set is not complete, until it ends
     size, count = (sum(summary[key] for summary in summaries) for key in ("bytes", "tokens"))
-    say(f"generate-logits {part.name}: {size / count:.1f} bytes per token, with tokens and tar")
+    say(f"generate-logits {part.name}: complete, {len(shards)} shards; {size / count:.1f} bytes per token")
 
 
 class _Watch:

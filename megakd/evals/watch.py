@@ -1,5 +1,6 @@
 """Evaluate checkpoints as they appear, until training has ended."""
 
+import calendar
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -8,13 +9,18 @@ from threading import Event, Thread
 from types import FrameType
 
 from megakd.engine.checkpoint import best_file
+from megakd.errors import UserError
 from megakd.evals.watcher import Follower
 from megakd.run import Run
-from megakd.system.files import read_json
+from megakd.system.files import read_json, read_json_lines
 from megakd.system.logging import say
+from megakd.system.signals import STOP_SIGNALS
 from megakd.system.text import clock
 from megakd.tracking import wandb_mode
 from megakd.train.checks import open_dataset
+
+# after its training failed for good: so long may the user take to correct it and submit it again
+FAILED_SECONDS = 600.0
 
 
 class Stopped(BaseException):
@@ -31,6 +37,7 @@ def watch(run: Run, follower: Follower, once: bool = False, follow: bool = False
                 say(f"watch: {name} is being evaluated by another process")
         return
     own, seconds, said = 0, 0.0, time.monotonic()
+    begun = said
     with scanning(follower, run.config.eval.poll_seconds) as check_scan:
         while True:
             check_scan()
@@ -40,6 +47,11 @@ def watch(run: Run, follower: Follower, once: bool = False, follow: bool = False
                 say(progress(run, follower, seconds / own))
             elif not waiting and not follow and ended(run, follower):
                 break
+            elif not waiting and not follow and time.monotonic() - begun > FAILED_SECONDS and failed(run):
+                raise UserError(
+                    f"{run.folder}: training failed for good, and every checkpoint it left is settled; when training "
+                    f"goes on, start this again: megakd watch {run.folder}"
+                )
             else:
                 if time.monotonic() - said > 60:
                     said = time.monotonic()
@@ -68,6 +80,17 @@ def ended(run: Run, follower: Follower) -> bool:
     settled = follower.lines().keys() | follower.settled()
     last = f"{run.config.stages[-1].name}/step-{sum(stage_steps(run)):06d}"
     return last in settled and follower.published().keys() <= settled
+
+
+def failed(run: Run) -> bool:
+    """Whether the job of the training gave up some time ago, and no training has begun since."""
+    ends = [
+        row for row in read_json_lines(run.path("history.jsonl"), "event") if row["event"] in ("train", "train failed")
+    ]
+    if not ends or ends[-1]["event"] == "train":
+        return False
+    at = calendar.timegm(time.strptime(ends[-1]["time"], "%Y-%m-%dT%H:%M:%SZ"))
+    return time.time() - at > FAILED_SECONDS
 
 
 def stage_steps(run: Run) -> list[int]:
@@ -110,8 +133,7 @@ def raising_stopped() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         raise Stopped
 
-    numbers = (signal.SIGTERM, signal.SIGUSR1)
-    before = {number: signal.signal(number, stop) for number in numbers}
+    before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
     try:
         yield
     finally:

@@ -80,8 +80,8 @@ def test_parts_make_the_whole_in_any_order(empty, prepared, capsys):
     for part, left in (("2/3", 3), ("0/3", 1)):  # shards 2; 0 and 3; 1 and 4
         megakd("generate-logits", empty.folder, "--part", part)
         said = capsys.readouterr().err
-        absent = {"2/3": 4, "0/3": 2}[part]
-        assert f"generate-logits train: this worker's share is done; {absent} shards are left to others" in said, left
+        absent = {"2/3": "4 of 5 shards are missing, of workers 0, 1", "0/3": "2 of 5 shards are missing, of workers 1"}
+        assert f"train: the share of worker {part[0]} of 3 is done; {absent[part]}\n" in said, left
         assert not manifest(empty)["complete"]
         planned = [(s["name"], s["samples"], s["tokens"]) for s in manifest(empty)["shards"]]
         whole = read_json(prepared / "data" / "logits" / "train" / "manifest.json")["shards"]

@@ -28,7 +28,7 @@ from megakd.engine.checkpoint import best_weights, published, rotate
 from megakd.errors import UserError
 from megakd.evals.measure import Meter
 from megakd.evals.tasks import Harness
-from megakd.evals.watch import stage_steps
+from megakd.evals.watch import failed, stage_steps
 from megakd.evals.watcher import Follower, hold
 from megakd.run import Run
 from megakd.system.tasks import claimed
@@ -539,7 +539,7 @@ def test_the_best_is_kept_by_the_measure_that_was_asked_for(run, tmp_path, capfd
 def test_the_job_is_requeued_before_its_time_limit(run, tmp_path):
     """The job script itself, with `srun` standing for its one task and `scontrol` writing down what it is asked."""
     (tmp_path / "srun").write_text('#!/bin/sh\nshift\nexec "$@"\n')
-    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" > {tmp_path / "asked"}\n')
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\n[ "$1" != requeue ] || echo "$@" > {tmp_path / "asked"}\n')
     for tool in ("srun", "scontrol"):
         (tmp_path / tool).chmod(stat.S_IRWXU)
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable}
@@ -554,6 +554,21 @@ def test_the_job_is_requeued_before_its_time_limit(run, tmp_path):
     output = job.communicate(timeout=60)[0]
     assert job.returncode == 85 and "stopped by a signal" in output, output
     assert (tmp_path / "asked").read_text() == "requeue 7\n"
+
+
+def test_it_ends_when_training_failed_for_good(run, monkeypatch):
+    """It waited for ever; the user has some minutes to correct and submit again, and a training that begins counts."""
+    Run.open(run).record("train failed", code=1)
+    monkeypatch.setattr("megakd.evals.watch.ended", lambda *_: False)
+    monkeypatch.setattr("megakd.evals.watch.FAILED_SECONDS", -1.0)
+    with pytest.raises(UserError, match="training failed for good"):
+        watch(run)
+    assert len(lines(run)) == 4 and failed(Run.open(run))
+    Run.open(run).record("train", step=0)
+    assert not failed(Run.open(run))
+    Run.open(run).record("train failed", code=1)
+    monkeypatch.setattr("megakd.evals.watch.FAILED_SECONDS", 600.0)
+    assert not failed(Run.open(run))
 
 
 def test_unreadable_best_ends_no_training(run, capfd):
