@@ -58,7 +58,7 @@ job_step() {
   done
   verb=$1 run=${2:-.}
   [ -d "$run" ] || run=.
-  # ranks that end with an error leave their code there: srun gives the highest, which is the 85 of those it then ends
+  # ranks that end with an error leave their code there: srun gives the highest, which is the 85 of ranks that it then ends
   export MEGAKD_EXIT_CODE=$run/.exit-${SLURM_JOB_ID:-0}
   rm -f "$MEGAKD_EXIT_CODE"-*
   if [ -z "$stopped" ]; then

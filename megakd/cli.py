@@ -154,7 +154,7 @@ def main() -> None:
 
 
 def _leave_code(code: int) -> None:
-    """Tell launch/lib.sh of an error: srun ends the other ranks, and the 85 of these hides the lower code."""
+    """Tell launch/lib.sh of an error: srun ends the other ranks, whose 85 hides the lower code."""
     if prefix := os.environ.get("MEGAKD_EXIT_CODE"):
         with suppress(OSError):
             Path(f"{prefix}-{code}").touch()
