@@ -3,7 +3,7 @@
 #   job_begin FILE "$@"       print the usage, or read cluster.env; a signal from here on is not lost
 #   job_meet                  set MASTER_ADDR and MASTER_PORT, where the tasks meet
 #   job_step [SRUN OPTION ...] VERB [WORD ...]      run the verb on all tasks, then end or requeue the job
-JOB=megakd stopped='' step='' verb='' run=''
+JOB=$(basename "$0") stopped='' step='' verb='' run=''
 CONTAINER=() SRUN_OPTIONS=() # cluster.env may set both
 
 say() { echo "$JOB: $*" >&2; }
@@ -13,14 +13,22 @@ refuse() {
   exit 2
 }
 
+usage() {
+  sed -n '2,/^#SBATCH\|^[^#]/s/^# //p' "$0" >&2
+  exit 2
+}
+
 job_begin() {
   JOB=$(basename "$1")
-  if [ $# -lt 2 ]; then
-    echo "usage: sbatch [OPTION ...] $1 ..." >&2
-    sed -n '2,/^#SBATCH/s/^# //p' "$0" >&2
-    exit 2
-  fi
+  [ $# -ge 2 ] || usage
   trap 'stopped=1' USR1 TERM
+  read_settings
+  export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1} SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
+  # torch warns many times a step of calls that DeepSpeed makes
+  export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore::FutureWarning:torch.distributed.c10d_logger}
+}
+
+read_settings() {
   local settings=${MEGAKD_CLUSTER_ENV:-$MEGAKD_LAUNCH/cluster.env}
   if [ -f "$settings" ]; then
     set -a
@@ -31,9 +39,6 @@ job_begin() {
     refuse "MEGAKD_CLUSTER_ENV=$MEGAKD_CLUSTER_ENV: no such file"
   fi
   export PYTHON=${PYTHON:-python}
-  export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1} SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
-  # torch warns many times a step of calls that DeepSpeed makes
-  export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore::FutureWarning:torch.distributed.c10d_logger}
 }
 
 job_meet() {

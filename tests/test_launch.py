@@ -1,6 +1,7 @@
 """Launch files: clean shell, truthful usage, and the work they start."""
 
 import os
+import re
 import shutil
 import signal
 import stat
@@ -297,6 +298,92 @@ def test_cluster_env_gives_variables_container_and_options(tmp_path):
     assert code == 2 and "typo: no such file" in said and said.count("\n") == 1
     example = subprocess.run(["bash", "-n", str(ROOT / "launch" / "cluster.env.example")])
     assert example.returncode == 0
+
+
+class Chain:
+    """launch/pipeline.sh with programs in the place of Slurm's, and of a Python that says what a run lacks."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.run = folder, folder / "run"
+        self.run.mkdir()
+        self.lines, self.queue, self.lacks = folder / "lines", folder / "queue", folder / "lacks"
+        self.queue.touch()
+        programs = {
+            "sbatch": f'echo "$@" >> {self.lines}; wc -l < {self.lines}',
+            "squeue": f'for word; do case $word in --jobs=*) grep -x "${{word#*=}}" {self.queue}; esac; done',
+            "python": f'while read -r verb; do echo "$verb  runs  why"; done < {self.lacks}',
+        }
+        for name, text in programs.items():
+            (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+            (folder / name).chmod(stat.S_IRWXU)
+
+    def submit(self, lacks: str, *options: str, **variables: str) -> tuple[int, str]:
+        self.lacks.write_text("".join(f"{verb}\n" for verb in lacks.split()))
+        path = f"{self.folder}:{os.environ['PATH']}"
+        done = subprocess.run(
+            ["bash", str(ROOT / "launch" / "pipeline.sh"), *options, str(self.run)],
+            env={**os.environ, "PATH": path, "PYTHON": "python", **variables},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    def dependencies(self) -> dict[str, str]:
+        found = {}
+        for line in self.lines.read_text().splitlines() if self.lines.exists() else []:
+            words = dict(word.split("=", 1) for word in line.split() if word.startswith("--") and "=" in word)
+            found[words["--job-name"].removeprefix("megakd-")] = words.get("--dependency", "")
+            assert "--kill-on-invalid-dep=yes" in line
+        return found
+
+
+WHOLE = "tokenize compress generate-logits train evaluate export report"
+
+
+def test_pipeline_submits_a_chain_of_what_is_missing(tmp_path):
+    chain = Chain(tmp_path)
+    code, said = chain.submit(WHOLE, LOGITS_OPTIONS="--array=0-3", TRAIN_OPTIONS="--nodes=2 --ntasks-per-node=8")
+    assert code == 0, said
+    assert chain.dependencies() == {
+        "tokenize": "",
+        "compress": "afterok:1",
+        "logits": "afterok:1",
+        "train": "afterok:1:2:3",
+        "watch": "after:4",
+        "failed": "afternotok:4",
+        "finish": "afterok:4,afterany:5",
+    }
+    lines = chain.lines.read_text().splitlines()
+    assert f"--array=0-3 {ROOT}/launch/generate_logits.sbatch {chain.run}" in lines[2]
+    assert f"--nodes=2 --ntasks-per-node=8 {ROOT}/launch/train.sbatch {chain.run}" in lines[3]
+    assert re.search("^train +4 +afterok:1:2:3$", said, re.M)
+
+
+def test_pipeline_goes_on(tmp_path):
+    """Jobs in the queue are not submitted again, those that ended without a result are."""
+    chain = Chain(tmp_path)
+    chain.submit(WHOLE)
+    chain.queue.write_text("3\n")  # logits still runs; train's job ended, was cancelled, or never started
+    chain.lines.write_text("\n" * 100)
+    code, said = chain.submit("generate-logits train evaluate export report", WATCH="no")
+    assert code == 0 and ["logits", "3", "in", "the", "queue", "already"] in [
+        line.split() for line in said.splitlines()
+    ]
+    chain.lines.write_text(chain.lines.read_text().lstrip("\n"))
+    assert chain.dependencies() == {"train": "afterok:3", "finish": "afterok:101"}
+    assert chain.submit("")[1] == f"{chain.run}: finished\n"
+
+
+def test_pipeline_dry_run_submits_nothing(tmp_path):
+    chain = Chain(tmp_path)
+    code, said = chain.submit(WHOLE, "--dry-run")
+    assert code == 0 and said.count("\n") == 7 and "--dependency=afterok:JOB_OF_TOKENIZE " in said, said
+    assert not chain.lines.exists() and not list(chain.run.iterdir())
+    done = subprocess.run(
+        ["bash", str(ROOT / "launch" / "pipeline.sh"), "runs/a", "optim.lr=1"], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stderr.startswith("pipeline.sh: optim.lr=1: expected RUN alone")
 
 
 def test_all_job_files_find_their_library_alike():
