@@ -1,11 +1,13 @@
 """The command line: a verb, a run folder, overrides; verbs are imported when asked for."""
 
 import argparse
+import gc
 import importlib
 import os
 import sys
 from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 
 from megakd.errors import UserError
 from megakd.system.files import CANNOT_WRITE
@@ -87,7 +89,7 @@ def run_verb(argv: list[str]) -> None:
 def _run_verb(argv: list[str]) -> None:
     verb = build_parser().parse_args(argv[:1] or ["--help"]).verb
     line, opens_run = VERBS[verb]
-    command = importlib.import_module(f"megakd.commands.{verb.replace('-', '_')}")
+    command = _module(verb)
     parser = argparse.ArgumentParser(
         prog=f"megakd {verb}",
         description=command.__doc__ or line,
@@ -134,7 +136,9 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         # launchers put --local_rank=N before the verb; LOCAL_RANK in the environment says the same
-        run_verb([arg for arg in sys.argv[1:] if not arg.startswith("--local_rank=")])
+        argv = [arg for arg in sys.argv[1:] if not arg.startswith("--local_rank=")]
+        _load(argv[:1])
+        run_verb(argv)
         sys.stdout.flush()  # here, where a closed pipe is no traceback, and not when the interpreter ends
     except UserError as error:
         sys.stderr.write(f"megakd{_rank()}: {error}\n")
@@ -158,6 +162,19 @@ def _leave_code(code: int) -> None:
     if prefix := os.environ.get("MEGAKD_EXIT_CODE"):
         with suppress(OSError):
             Path(f"{prefix}-{code}").touch()
+
+
+def _load(verb: list[str]) -> None:
+    """Import a verb without looking for garbage: what imports make stays, and no later collection looks at it again."""
+    if verb and verb[0] in VERBS:
+        gc.disable()
+        _module(verb[0])
+        gc.freeze()
+        gc.enable()
+
+
+def _module(verb: str) -> ModuleType:
+    return importlib.import_module(f"megakd.commands.{verb.replace('-', '_')}")
 
 
 def _rank() -> str:

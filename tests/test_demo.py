@@ -12,9 +12,9 @@ from megakd.cli import run_verb
 from megakd.names import resolve
 from tests.conftest import forked, in_process
 
-SHORT = ["data.tokens=44000", "data.shard_tokens=11000", "data.holdout_tokens=6000", "optim.warmup_steps=2"]
-SHORT += ["stages.0.tokens=16384", "stages.1.tokens=24576", "optim.batch_tokens=2048", "optim.micro_batch=4"]
-SHORT += ["compress.sweeps=3", "log.wandb=disabled"]
+SHORT = ["data.tokens=33000", "data.shard_tokens=11000", "data.holdout_tokens=3000", "optim.warmup_steps=2"]
+SHORT += ["stages.0.tokens=12288", "stages.1.tokens=18432", "optim.batch_tokens=2048", "optim.micro_batch=4"]
+SHORT += ["compress.sweeps=3", "compress.calibration_tokens=8192", "log.wandb=disabled"]
 
 
 def test_shipped_teacher_is_the_one_whose_training_is_recorded():

@@ -29,14 +29,9 @@ def content(run: Path) -> dict[str, bytes]:
 
 
 def look(run: Path) -> None:
-    """The verbs that only look at a run."""
-    for verb in ("inspect", "plan"):
+    """The verbs that only look at a run: a new one, in the midst of training, measured, and at its end."""
+    for verb in ("inspect", "plan", "report"):
         in_process(verb, run)
-
-
-def draw(run: Path) -> None:
-    """The page, which takes a second: of a new run, in the midst of training, measured, and at the end."""
-    in_process("report", run)
     assert (run / "report.html").stat().st_size > 1000
 
 
@@ -47,12 +42,10 @@ def walk(run: Path, verbs: tuple[str, ...]) -> None:
         if verb == "train":
             assert kill_when(["train", run], lambda: steps_logged(Run.open(run)) >= 2)
             look(run)
-            draw(run)
         in_process(verb, run, *flags)
         before, rows = content(run), measured(run)
-        look(run)
         if number in (1, len(verbs)) or verb == "evaluate":
-            draw(run)
+            look(run)
         in_process(verb, run, *flags)
         after = content(run)
         assert after.keys() == before.keys(), (line, after.keys() ^ before.keys())
