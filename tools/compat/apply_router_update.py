@@ -15,6 +15,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import installed  # noqa: F401
 import torch
 from torch import Tensor
 

@@ -15,6 +15,7 @@ and what may change later: tools/compat/run_from_conf.py.
 import os
 import sys
 
+import installed  # noqa: F401
 import torch
 from run_from_conf import build_parser, finish, open_run
 from run_from_flags import count, one_line

@@ -15,15 +15,10 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
-if getattr(find_spec("megakd"), "origin", None) is None:  # none, or a folder without modules
-    checkout = Path(__file__).resolve().parents[2]
-    sys.exit(
-        f"MegaKD is not installed in this Python; run: {sys.executable} -m pip install -e {shlex.quote(str(checkout))}"
-    )
+import installed  # noqa: F401
 
 from megakd import finish
 from megakd.cli import run_verb

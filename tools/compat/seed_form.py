@@ -27,6 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import installed  # noqa: F401
 import torch
 from torch import Tensor
 

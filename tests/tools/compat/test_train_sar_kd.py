@@ -165,14 +165,14 @@ def test_the_same_command_resumes(flags, teacher, tmp_path, capsys, monkeypatch)
 
 
 def test_a_python_without_megakd_is_told_to_install_it(tmp_path):
-    """-S: without the .pth files by which an installation in place is found."""
-    script = ROOT / "tools" / "compat" / "train_sar_kd.py"
-    done = subprocess.run(
-        [sys.executable, "-S", script], env={"PATH": ""}, cwd=tmp_path, capture_output=True, text=True
-    )
-    (line,) = done.stderr.splitlines()
-    assert done.returncode == 1 and line.startswith("MegaKD is not installed in this Python; run: ")
-    assert line.endswith(f"-m pip install -e {shlex.quote(str(ROOT.resolve()))}")
+    """-S: without the .pth files by which an installation in place is found, nor any other library."""
+    for script in sorted((ROOT / "tools" / "compat").glob("*.py")):
+        done = subprocess.run(
+            [sys.executable, "-S", script], env={"PATH": ""}, cwd=tmp_path, capture_output=True, text=True
+        )
+        (line,) = done.stderr.splitlines()
+        assert done.returncode == 1 and line.startswith("MegaKD is not installed in this Python; run: "), script
+        assert line.endswith(f"-m pip install -e {shlex.quote(str(ROOT.resolve()))}")
 
 
 def test_the_recipe_says_what_the_flags_say(flags, student):
@@ -334,6 +334,7 @@ def test_mistakes_before_anything_was_made_can_be_mended(flags, capsys):
         ("--student_model ./nowhere", "student_model ./nowhere: not a model folder"),
         ("--teacher_model ./nowhere", "teacher_model ./nowhere: not a model folder"),
         ("--teacher_model no/where", "no/where: neither a folder nor a model the hub gives"),
+        ("--teacher_model no/where", "; without a network: the path of a model folder"),
     ],
 )
 def test_bad_flags_are_one_line(flags, more, said, capsys):
