@@ -10,7 +10,7 @@ from megakd.data.shards import unfinished
 from megakd.engine.checkpoint import published
 from megakd.errors import UserError, listed
 from megakd.evals.evaluate import unmeasured
-from megakd.models.checks import one_tokenizer
+from megakd.models.checks import caches_logits
 from megakd.outputs import MARKER
 from megakd.run import Run
 from megakd.serve.export import last_weights, weights_name
@@ -155,16 +155,15 @@ def _compresses(run: Run) -> bool:
     return run.config.model.student is None
 
 
-def _stores_targets(run: Run) -> bool:
-    """Training reads the teacher's targets, or those of the validation set can be compared."""
-    return not run.config.objective.live or one_tokenizer(run.config)
+def _caches_logits(run: Run) -> bool:
+    return caches_logits(run.config)
 
 
 # tokenize first: compress measures the experts' inputs on the run's tokens
 STEPS = (
     Step("tokenize", _always, missing_tokens),
     Step("compress", _compresses, missing_student),
-    Step("generate-logits", _stores_targets, missing_logits),
+    Step("generate-logits", _caches_logits, missing_logits),
     Step("train", _always, missing_training),
     Step("evaluate", _always, missing_evaluation),
     Step("export", _always, missing_export),

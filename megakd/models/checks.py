@@ -106,6 +106,11 @@ def one_tokenizer(config: RunConfig) -> bool:
     return theirs.difference(mine) is None
 
 
+def caches_logits(config: RunConfig) -> bool:
+    """Whether a teacher's logits are cached: to train on them, or, of the validation set, to measure the KL to them."""
+    return not config.objective.live or one_tokenizer(config)
+
+
 def check_models(config: RunConfig) -> None:
     """What config.json and tokenizers alone tell of a run's models, before anything is made: UserError, or said aloud.
 

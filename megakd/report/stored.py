@@ -4,14 +4,16 @@ from pathlib import Path
 
 from megakd.data.shards import read_manifest
 from megakd.errors import UserError
+from megakd.models.checks import caches_logits
 from megakd.run import Run
 from megakd.system.text import short
 
 
 def stored_shards(run: Run) -> list[list[str]]:
     """A row for each set of token and logit shards that the run has: how many of its shards are finished."""
-    live = run.config.objective.live
-    logits = ["data/logits/holdout"] if live else ["data/logits/train", "data/logits/holdout"]
+    logits = ["data/logits/holdout"] if _expects_logits(run) else []
+    if not run.config.objective.live:
+        logits = ["data/logits/train", *logits]
     return [[name, _count(run.path(name))] for name in ("data/tokens/train", "data/tokens/holdout", *logits)]
 
 
@@ -22,6 +24,16 @@ def training_windows(run: Run) -> int | None:
         return sum(shard["samples"] for shard in read_manifest(folder)["shards"])
     except UserError:
         return None
+
+
+def _expects_logits(run: Run) -> bool:
+    """Whether generate-logits caches those of the validation set, or has done so."""
+    if run.path("data", "logits", "holdout").exists():
+        return True
+    try:
+        return caches_logits(run.config)
+    except UserError:  # a model is not on this machine, so its tokenizer is unknown
+        return True
 
 
 def _count(folder: Path) -> str:

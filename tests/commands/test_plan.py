@@ -316,6 +316,7 @@ def live_run(tmp_path_factory, recipe, tokenizer) -> Path:
 
 def test_plan_shows_parts_and_the_card(live_run, tmp_path):
     shown = in_process("plan", live_run)
+    assert "data/logits/holdout" in shown and "data/logits/train" not in shown
     assert "training memory" in shown and "a card of 8 GB" in shown and "(stage " in shown
     assert "weights of the teacher" in shown and "moments of AdamW" in shown
     assert "cache" not in shown and "compress" not in shown and "CPU memory" not in shown

@@ -131,6 +131,8 @@ def across(tmp_path_factory, recipe, documents, tokenizer) -> Path:
 
 
 def test_a_teacher_with_another_tokenizer_teaches_over_spans(across):
+    shown = in_process("plan", across)
+    assert "data/tokens/holdout" in shown and "data/logits" not in shown  # evaluate needs none
     rows = metrics(across)
     assert len(rows) == 7 and rows[-1]["loss"] < rows[0]["loss"]
     assert {"ce", "span_kl", "features", "teacher_ce", "teacher_drift"} <= rows[0].keys() and "kl" not in rows[0]
