@@ -1,6 +1,7 @@
 """Evaluate checkpoints as they appear, until training has ended."""
 
 import calendar
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -36,8 +37,8 @@ def watch(run: Run, follower: Follower, once: bool = False, follow: bool = False
             if not follower.take(name):
                 say(f"watch: {name} is being evaluated by another process")
         return
-    own, seconds, said = 0, 0.0, time.monotonic()
-    begun = said
+    own, seconds, said = 0, 0.0, -math.inf
+    begun = time.monotonic()
     with scanning(follower, run.config.eval.poll_seconds) as check_scan:
         while True:
             check_scan()
@@ -56,7 +57,8 @@ def watch(run: Run, follower: Follower, once: bool = False, follow: bool = False
                 if time.monotonic() - said > 60:
                     said = time.monotonic()
                     first = next(iter(waiting), None)
-                    say(f"watch: another process is at {first}" if first else "watch: waiting for a checkpoint")
+                    what = f"another process is at {first}" if first else f"waiting for a checkpoint of {run.folder}"
+                    say(f"watch: {what}")
                 time.sleep(min(run.config.eval.poll_seconds, 1.0))
     file = best_file(run.path("checkpoints"))
     if file.exists():

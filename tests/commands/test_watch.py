@@ -28,7 +28,7 @@ from megakd.engine.checkpoint import best_weights, published, rotate
 from megakd.errors import UserError
 from megakd.evals.measure import Meter
 from megakd.evals.tasks import Harness
-from megakd.evals.watch import failed, stage_steps
+from megakd.evals.watch import Stopped, failed, stage_steps
 from megakd.evals.watcher import Follower, hold
 from megakd.run import Run
 from megakd.system.tasks import claimed
@@ -130,6 +130,17 @@ def test_one_line_a_checkpoint_whatever_is_killed(prepared, tmp_path):
 
 def lines_of(run: Path) -> dict[str, dict[str, Any]]:
     return {line["model"]: line for line in lines(run)}
+
+
+def test_it_says_at_once_that_it_waits_for_a_training(sibling, monkeypatch, capsys):
+    def stop(seconds: float) -> None:
+        raise Stopped
+
+    folder = sibling().folder
+    monkeypatch.setattr(time, "sleep", stop)
+    with pytest.raises(SystemExit):
+        run_verb(["watch", str(folder)])
+    assert f"watch: waiting for a checkpoint of {folder}" in capsys.readouterr().err
 
 
 def test_it_ends_with_the_training_and_evaluate_finds_nothing_to_do(run, capfd):
