@@ -129,6 +129,7 @@ def resolve(name: str | Path, revision: str | None = None, weights: bool = True)
     if not may_be_hub_id(name):
         raise UserError(f"{name}: {why}")
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         patterns = ["*.json", "*.txt", "*.model", "*.jinja", "README.md", *(["*.safetensors"] if weights else [])]
@@ -136,4 +137,6 @@ def resolve(name: str | Path, revision: str | None = None, weights: bool = True)
     except Exception as error:  # the hub's errors are many; each means that this model cannot be had
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         also = f"; locally: {why}" if path.exists() else ""
+        if isinstance(error, LocalEntryNotFoundError):  # the hub was not asked, or did not answer
+            also += "; without a network: the path of a model folder"
         raise UserError(f"{name}: neither a folder nor a model the hub gives: {reason}{also}") from error

@@ -29,6 +29,14 @@ from megakd.system.launcher import read_launcher
 from megakd.system.version import made_with
 
 
+class Frozen(UserError):
+    """A frozen field of a run would change; `path` names it, `config` is the configuration with all changes."""
+
+    def __init__(self, message: str, path: str, config: RunConfig):
+        super().__init__(message)
+        self.path, self.config = path, config
+
+
 class Run:
     """RUN/ config.json history.jsonl metrics.jsonl evals.jsonl student-0/ data/ checkpoints/ export/ report.html"""
 
@@ -89,9 +97,11 @@ class Run:
         }
         for path in sorted(changes):
             if not is_mutable(path):
-                raise UserError(
+                raise Frozen(
                     f"{folder}: {path} is frozen; make a sibling run: "
-                    f"megakd new {folder}-2 --from {folder} {' '.join(given)}"
+                    f"megakd new {folder}-2 --from {folder} {' '.join(given)}",
+                    path,
+                    changed,
                 )
         for idle in idle_fields(changed):
             if idle.path in changes and not idle.replaced:

@@ -84,11 +84,12 @@ def _plain(node: Any, source: str, above: tuple[int, ...]) -> Any:
     return {str(key): _plain(value, source, above) for key, value in node.items()}
 
 
-def groups(path: Path) -> set[str]:
-    """The groups that a file's defaults list chooses from: `GROUP=NAME` on the command line chooses another."""
+def groups(path: Path) -> dict[str, Any]:
+    """What a file's defaults list chooses of each group: `GROUP=NAME` on the command line chooses another."""
     listed = read_yaml(path).get("defaults")
-    keys = [key for item in listed for key in item] if isinstance(listed, list) else []
-    return {key.split()[-1].partition("@")[0].strip("/") for key in keys if isinstance(key, str)}
+    listed = listed if isinstance(listed, list) else []
+    pairs = [pair for item in listed if isinstance(item, dict) for pair in item.items()]
+    return {key.split()[-1].partition("@")[0].strip("/"): name for key, name in pairs}
 
 
 def compose(path: Path, choices: Mapping[str, str], root: Path | None = None, package: str = "") -> dict[str, Any]:

@@ -6,6 +6,7 @@ other are refused. `distillation.` before an old key, the group's name in a Hydr
 """
 
 import difflib
+import json
 import re
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -178,9 +179,9 @@ class Set(NamedTuple):
 
 
 def is_old(key: str) -> bool:
-    """Whether a dotted key belongs to the trees of this table."""
-    key = _bare(key)
-    return key in TABLE or key.partition(".")[0] in SECTIONS | {"hydra"}
+    """Whether a dotted key belongs to the trees of this table; all that is below distillation does."""
+    bare = _bare(key)
+    return bare != key.lstrip("+") or bare in TABLE or bare.partition(".")[0] in SECTIONS | {"hydra"}
 
 
 def any_old(tree: dict[str, Any]) -> bool:
@@ -203,13 +204,14 @@ def old_words() -> list[str]:
 
 
 def modern(
-    file: dict[str, Any], tree: dict[str, Any], asked: Iterable[str], source: str, defaults: dict[str, Any]
+    file: dict[str, Any], tree: dict[str, Any], overrides: Iterable[str], source: str, defaults: dict[str, Any]
 ) -> dict[str, Any]:
     """A tree in our keys; what came of its old ones is said in a table. UserError with every fault of it.
 
-    file: the tree without overrides, in which an old key and one of ours must agree. asked: the old keys of overrides,
-    which win. defaults: of all our keys.
+    file: the tree without overrides, in which an old key and one of ours must agree. overrides: win, those of our keys
+    after all others. defaults: of all our keys.
     """
+    asked = {key: value for key, _, value in (item.lstrip("+").partition("=") for item in overrides)}
     found = _Reading(tree, defaults)
     faults = list(found.faults)
     for old, key, value in _Reading(file, defaults).sets:
@@ -223,7 +225,8 @@ def modern(
             say(f"{source}:\n  {lines}")
             raise UserError(f"{source}: {len(faults)} keys have no counterpart; they are named above")
         raise UserError(f"{source}: {lines}")
-    rows = [[each.old, "→", f"{each.key} = {_short(each.value)}"] for each in found.sets]
+    winning = {key: value for key, value in asked.items() if not is_old(key)}
+    rows = [_row(each, winning) for each in found.sets]
     rows += [[old, "–", f"skipped: {why}"] for old, why in found.skipped]
     if rows:
         say(f"{source}: keys of another layout\n{table(['key', '', 'here'], rows, left=True)}")
@@ -231,6 +234,14 @@ def modern(
     for _, key, value in found.sets:
         raw = _with(raw, key.split("."), value)
     return raw
+
+
+def _row(found: Set, winning: dict[str, str]) -> list[str]:
+    """A line of the table; winning: overrides of our keys."""
+    value = winning.get(found.key)
+    if value is not None and value not in (str(found.value), json.dumps(found.value)):
+        return [found.old, "–", f"skipped: {found.key}={_short(value)} counts"]
+    return [found.old, "→", f"{found.key} = {_short(found.value)}"]
 
 
 class _Reading:
@@ -249,6 +260,8 @@ class _Reading:
                 if bare in old and old[bare][1] != value:
                     self.faults.append(f"{name}={value} and {old[bare][0]}={old[bare][1]} are one key; leave one out")
                 old[bare] = name, value
+            elif f"training.{name}" in TABLE and name not in defaults:
+                self.faults.append(f"{name}: {_meant(name, '')}")
             else:
                 self.kept = _with(self.kept, list(path), value)
         self._flat(tree)
@@ -269,11 +282,7 @@ class _Reading:
         if key.startswith("hydra."):
             self.skipped.append((name, FOLDER))
         elif rule is None and key != "stages":
-            section = key.partition(".")[0]
-            known = [each.partition(".")[2] for each in TABLE if each.startswith(f"{section}.")]
-            close = difflib.get_close_matches(key.partition(".")[2], known, n=1, cutoff=0.6)
-            hint = f"did you mean {close[0]!r}?" if close else f"known are {listed(known, 12)}"
-            self.faults.append(f"{name}: no known key of {section}; {hint}; megakd config lists those of MegaKD")
+            self.faults.append(f"{name}: {_meant(key, name.removesuffix(key))}")
         elif isinstance(rule, Skip):
             if rule.anyway is not None and value not in rule.anyway:
                 self.faults.append(f"{name}={_short(value)} has no counterpart: {rule.why}; leave it out")
@@ -456,11 +465,34 @@ class _Reading:
                 self._set(name, "compress.solver", "adam")
 
 
+def _meant(key: str, prefix: str) -> str:
+    """What is right instead of an unknown key, which was written with `prefix` before it."""
+    section, dot, last = key.partition(".")
+    known = [each.partition(".")[2] for each in TABLE if each.startswith(f"{section}.")]
+    if dot and known:
+        close = difflib.get_close_matches(last, known, n=1, cutoff=0.6)
+        hint = f"did you mean {close[0]!r}?" if close else f"known are {listed(known, 12)}"
+        return f"no known key of {section}; {hint}; megakd config lists those of MegaKD"
+    places = [each for each in TABLE if each.endswith(f".{key}")]
+    if not dot and places:
+        place = next((each for each in places if each.startswith("training.")), places[0])
+        return f"belongs to {place.partition('.')[0]}: write {prefix}{place}"
+    return f"no known key; the sections of {prefix.strip('+.')} are {', '.join(sorted(SECTIONS))}"
+
+
 def _bare(key: str) -> str:
     return key.lstrip("+").removeprefix("distillation.")
 
 
-def in_place(override: str, tree: dict[str, Any]) -> list[str]:
+def sort_out(overrides: Iterable[str], tree: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Overrides of old keys, which also change the key where the tree has it, and those of ours."""
+    plain = [item.lstrip("+") for item in overrides]
+    names = [item.partition("=")[0] for item in plain]
+    old = [place for item, name in zip(plain, names, strict=True) if is_old(name) for place in _in_place(item, tree)]
+    return old, [item for item, name in zip(plain, names, strict=True) if not is_old(name)]
+
+
+def _in_place(override: str, tree: dict[str, Any]) -> list[str]:
     """An override as it was written, and where the tree has its key with or without `distillation.`, which it means."""
     key, _, value = override.partition("=")
     other = _bare(key) if key.startswith("distillation.") else f"distillation.{key}"

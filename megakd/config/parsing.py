@@ -61,22 +61,14 @@ def in_our_keys(
     file: dict[str, Any], overrides: list[str], source: str, interpolates: bool = False
 ) -> tuple[dict[str, Any], list[str]]:
     """A tree with the old keys of it and of the overrides in ours, and the overrides that are left to apply."""
-    words = [item.partition("=")[0] for item in overrides]
-    old = [
-        place
-        for item, word in zip(overrides, words, strict=True)
-        if originals.is_old(word)
-        for place in originals.in_place(item.lstrip("+"), file)
-    ]
-    ours = [item for item, word in zip(overrides, words, strict=True) if not originals.is_old(word)]
+    old, ours = originals.sort_out(overrides, file)
     early = [item for item in ours if not item.startswith("stages")]  # stages may be made of old keys first
     full = apply_overrides(file, [*old, *early])
     if interpolates:
         file, full = hydra.resolve(file), hydra.resolve(full)
     if not old and not originals.any_old(file):
         return file, ours
-    asked = [item.partition("=")[0] for item in old]
-    return originals.modern(file, full, asked, source, RunConfig().model_dump(mode="json")), ours
+    return originals.modern(file, full, [*old, *ours], source, RunConfig().model_dump(mode="json")), ours
 
 
 def _values(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:

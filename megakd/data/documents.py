@@ -326,9 +326,13 @@ def _hub_rows(
     """
     import datasets
 
-    with foreign(f"data.source: cannot open {source!r} as a file or a hub data set"):
+    place = f"data.source: cannot open {source!r} as a file or a hub data set"
+    with foreign(place):
         try:
             rows = datasets.load_dataset(source, subset, split=split, streaming=streaming, revision=revision)
+        except ConnectionError as error:
+            files = "without a network: the path of a .parquet, .jsonl or .txt file, or of a folder of them"
+            raise UserError(f"{place}: {reason(error)}; {files}") from error
         except RuntimeError as error:
             if "scripts" not in str(error):
                 raise

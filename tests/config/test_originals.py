@@ -171,6 +171,11 @@ WRONG = {
     "loss: {alpha: 0.5 - 0.7}": 'objective.alpha: input should be a valid number, got "0.5 - 0.7"',
     "training: {learning_rate: '${base}'}": "optim.lr=${base}: there is no base",
     "dataset: {name: '???'}": "data.source=???: it has to be given",
+    "distillation: {loss: {alpha: 0.5}, bf16: true}": "distillation.bf16: belongs to training: write "
+    "distillation.training.bf16",
+    "loss: {alpha: 0.5}\nmax_steps: 3": "max_steps: belongs to training: write training.max_steps",
+    "distillation: {top_k: 3}": "distillation.top_k: belongs to teacher: write distillation.teacher.top_k",
+    "distillation: {objective: {alpha: 1}}": "distillation.objective.alpha: no known key; the sections of distillation",
     "alpha_kd: 0.7\nbatch_size: 4": "alpha_kd, batch_size: keys of a flat file or of flags; use: python tools/compat",
     "student_lr: 1e-4": "use: python tools/compat/train_sar_kd.py",
 }

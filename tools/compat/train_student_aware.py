@@ -40,6 +40,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+import installed  # noqa: F401
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from resume import find_checkpoint, resume_run, run_of
 from run_from_flags import (
@@ -190,6 +191,7 @@ def main(argv: list[str] | None = None) -> None:
             value["data"] |= {"source": str(file), "subset": None, "split": "train", "text_field": "text"}
             value["data"].pop("revision", None)
         warn(settings, config)
+        say_of_first(names, args.overrides)
         run = resume_run(checkpoint, folder, value) if checkpoint else open_run(folder, value)
         flags = {"datasets": names, "seed": seed, "phases": args.phases, "overrides": args.overrides}
         write_json(folder / FLAGS, {"keys": settings.model_dump(exclude_unset=True), **flags})
@@ -362,6 +364,13 @@ def warn(settings: Settings, config: RunConfig) -> None:
         more = [f"{name}={number}" for name, number in asked.items() if number > fewest]
         if more and objective.routing != "all":
             say(f"{' and '.join(more)}: a token takes at most the teacher's {fewest} experts")
+
+
+def say_of_first(names: Sequence[str], overrides: Sequence[str]) -> None:
+    """One line about settings that count for the first of several data sets alone."""
+    given = [item for item in overrides if item.startswith(("data.revision=", "data.subset="))]
+    if given and len(names) > 1:
+        say(f"{' '.join(given)}: for {names[0]} alone, the first of --datasets")
 
 
 def documents_file(folder: Path, names: Sequence[str], data: DataConfig, limit: int | None) -> Path | None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -162,22 +163,46 @@ def test_what_the_command_lines_ask_for(folder, monkeypatch, capsys):
     monkeypatch.setattr(Verbs, "run", lambda self, verb, folder: verbs.append(verb) or 0)
     start("python scripts/run_distillation.py")
     assert verbs == ["tokenize", "compress", "generate-logits", "train", "export"]
-    shutil.rmtree("outputs")
+    printed = capsys.readouterr().err
+    assert "wikitext: files of this machine, where dataset.config has no effect" in printed
+    assert re.search(r"distillation.dataset.config +–  skipped: data.subset=null counts", printed)
     shutil.rmtree("HuggingFaceFW")
-    start(FINEWEB)
+    start(FINEWEB)  # nothing was made of the first run
+    assert "data.source is frozen; the run is made anew, for it has no data yet" in capsys.readouterr().err
     data = Run.open("outputs/distillation").config.data
     assert (data.source, data.subset, data.streaming) == ("HuggingFaceFW/fineweb", None, True)
-    start("python scripts/run_distillation.py")  # the run's data set, not that of the file
+    for words in ("", "distillation=default"):  # the run's data set, not that of the file
+        start(f"python scripts/run_distillation.py {words}")
+        assert Run.open("outputs/distillation").config.data == data
+    before = Path("outputs/distillation/config.json").read_bytes()
+    assert "compress.rank" in refused(tool("compat/run_compression"), capsys, "compression.rank=0")
+    start("python scripts/run_compression.py compression.rank=2")
     assert Run.open("outputs/distillation").config.data == data
-    assert "data.source is frozen" in refused(tool("compat/run_distillation"), capsys, "dataset.name=wikitext")
+    start("python scripts/run_compression.py compression.rank=3")
+    assert Path("outputs/distillation/config.json").read_bytes() == before
+    Path("outputs/distillation/data/logits").mkdir(parents=True)
+    module = tool("compat/run_distillation")
+    said = refused(module, capsys, "dataset.name=wikitext")
+    assert said.endswith(
+        "distillation: data.source is frozen; for a run of its own: --output_dir outputs/distillation-2"
+    )
+    said = refused(module, capsys, "compression.rank=5")
+    assert "compress.rank is frozen; for a run of its own: --output_dir outputs/distillation-2 teacher.cache" in said
+    start(f"{FINEWEB} --output_dir outputs/distillation-2 teacher.cache_dir=outputs/distillation")
+    assert Path("outputs/distillation-2/data/logits").is_symlink()
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     module = tool("compat/generate_teacher_logits")
     assert "4 workers, one per GPU, but this machine shows 2 GPUs" in refused(module, capsys, "--num_gpus", "4")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     assert module.gpus(2) == ["5", "7"] and module.gpus(1) == []
     shutil.copyfile("conf/compression/default.yaml", "conf/compression/mine.yaml")
+    for words in ("dataset.name=some/set dataset.config=a dataset.split=b", ""):
+        start(f"python scripts/run_compression.py --output_dir hub {words}")
+        data = Run.open("hub").config.data
+        assert (data.source, data.subset, data.split, data.streaming) == ("some/set", "a", "b", True)
     for _ in range(2):
         start("python scripts/run_compression.py --output_dir chosen compression=mine")
+    Path("chosen/data").mkdir()
     said = refused(tool("compat/run_compression"), capsys, "--output_dir", "chosen", "compression=default")
     assert "chosen: made without compression=default; for a run of its own: --output_dir chosen-2" in said
     shutil.rmtree("conf")

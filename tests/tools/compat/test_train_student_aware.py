@@ -229,7 +229,7 @@ def test_several_data_sets_are_cut_alike(small, text, tmp_path, capsys):
     assert len(lines) == 35 and json.loads(lines[-1]) == {"text": "Document 4 is about numbers."}
 
 
-def test_published_names_of_data_sets_are_read_in_their_configurations(small, tmp_path, monkeypatch):
+def test_published_names_of_data_sets_are_read_in_their_configurations(small, tmp_path, monkeypatch, capsys):
     asked = []
 
     def iter_documents(name: str, subset: str | None, *_: object, revision: str | None) -> list[str]:
@@ -245,6 +245,7 @@ def test_published_names_of_data_sets_are_read_in_their_configurations(small, tm
         ("wikitext", "wikitext-103-raw-v1", "main"), ("openwebtext", None, None), ("allenai/c4", "en", None),
     ]  # fmt: skip
     assert Run.open(tmp_path / "out").config.data.revision is None
+    assert capsys.readouterr().err.count("data.revision=main: for wikitext alone, the first of --datasets") == 2
 
 
 def test_wandb_without_a_login_is_refused_before_documents_are_read(small, text, tmp_path, monkeypatch, capsys):
