@@ -1,6 +1,12 @@
-"""The memory that training will take, as rows of a table: of one process, or of each of DeepSpeed's ranks."""
+"""The memory that training will take, as rows of a table: of one process, or of each of DeepSpeed's ranks.
+
+A rank holds its model states (train/states.py) and, of a step of one process with the same micro-batch, activations,
+loss and a live teacher (train/memory.py); in addition what ZeRO-3 gathers, DeepSpeed's buckets, and the rows that
+expert parallelism exchanges. Where the update takes more than the backward pass, that is the peak.
+"""
 
 import json
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -10,22 +16,26 @@ from megakd.config.run import RunConfig
 from megakd.data.tokenizers import identify_tokenizer, load_tokenizer
 from megakd.engine.ds_json import deepspeed_config
 from megakd.errors import UserError
-from megakd.models.hub import empty_model, load_config
+from megakd.models.hub import empty_model, load_config, model_of
 from megakd.models.memory import CASTS, Peak
 from megakd.models.offload import offloaded
+from megakd.models.shared_core import PROJECTIONS, SharedCoreExperts, free_and_core_rank
 from megakd.names import resolve
 from megakd.run import Run
 from megakd.train.memory import GRADIENTS, MOMENTS_OF, UPDATE, WEIGHTS, training_peak
+from megakd.train.states import MOMENTS, Kept, Layout, States, layout_of, model_states, parameters_of
 
 # Of memory in GiB, and the share that tensors may take: the driver, cuBLAS and holes between blocks want theirs.
 CARDS, SHARE, GIB = (8, 12, 16), 0.9, 2**30
+MASTERS_OF = "float32 weights for AdamW"
+GATHERED, BUCKETS = "weights that ZeRO-3 gathers, at most", "DeepSpeed's buckets"
+EXCHANGE = "rows that expert parallelism exchanges"
+LIVE, BUCKET = 1e9, 5e8  # DeepSpeed's defaults of stage3_max_live_parameters and of the buckets' numbers
 
 
 def memory(run: Run) -> list[list[str]]:
     """The most that training holds at once, what of, and the card that it fits; with DeepSpeed what each rank holds."""
     config = run.config
-    if config.engine.expert_parallel > 1:
-        return [["training memory", "not predicted with engine.expert_parallel"]]
     if not (run.student_folder / "config.json").exists() and not config.model.student:
         return [["training memory", f"known when there is a student; run: megakd compress {run.folder}"]]
     pair = models_of(run)
@@ -34,7 +44,7 @@ def memory(run: Run) -> list[list[str]]:
     except UserError as error:
         return [["training memory", str(error)]]
     if not predictable(config):
-        return per_rank(config, peaks)
+        return per_rank(config, peaks, pair.student)
     away = config.engine.offload_teacher
     stage = max(peaks, key=lambda name: peaks[name].total)
     total, parts = peaks[stage]
@@ -60,41 +70,122 @@ def predictable(config: RunConfig) -> bool:
     return config.engine.kind == "local"
 
 
-def per_rank(config: RunConfig, peaks: dict[str, Peak]) -> list[list[str]]:
-    """What one of DeepSpeed's ranks holds in its largest stage: an estimate without DeepSpeed's own buffers.
-
-    ZeRO divides the optimizer state (from stage 1 on), gradients (2) and weights (3) among the ranks. Activations, loss
-    and a live teacher are those of a step of one process with the same micro-batch.
-    """
-    shares = {stage.name: shares_of_rank(config.at(stage), peaks[stage.name]) for stage in config.stages}
+def per_rank(config: RunConfig, peaks: dict[str, Peak], student: Any) -> list[list[str]]:
+    """What one of DeepSpeed's ranks holds on its GPU in its largest stage; student: its config."""
+    shares = {}
+    for stage in config.stages:
+        rank = Rank(config.at(stage), student, parameters_of(model_of(student, "the student"), stage.lr_multipliers))
+        shares[stage.name] = shares_of_rank(rank, peaks[stage.name])
     stage = max(shares, key=lambda name: sum(shares[name].values()))
-    ranks, zero = config.engine.ranks, zero_of(config.at(next(s for s in config.stages if s.name == stage)))["stage"]
+    engine, zero = config.engine, zero_of(config.at(next(s for s in config.stages if s.name == stage)))["stage"]
     where = f" (stage {stage})" if len(shares) > 1 else ""
+    spread = f", {engine.expert_parallel} of which share the experts" if engine.expert_parallel > 1 else ""
     total = gib(sum(shares[stage].values()))
-    title = f"about {total} per GPU with ZeRO {zero} on {ranks} ranks{where}, besides DeepSpeed's buffers; of it:"
+    title = f"about {total} per GPU with ZeRO {zero} on {engine.ranks} ranks{spread}{where}; of it:"
     return [["training memory", title], *([f"  {name}", gib(size)] for name, size in shares[stage].items() if size)]
+
+
+class Rank(NamedTuple):
+    """One of DeepSpeed's ranks. config: of a stage; student: its config; parameters: of its model, in that stage."""
+
+    config: RunConfig
+    student: Any
+    parameters: list[Kept]
+
+    @property
+    def width(self) -> int:
+        return getattr(torch, self.config.model.dtype).itemsize
+
+    def layout(self) -> Layout:
+        engine = self.config.engine
+        return layout_of(zero_of(self.config), engine.ranks, engine.expert_parallel, self.width)
 
 
 def zero_of(config: RunConfig) -> dict[str, Any]:
     return deepspeed_config(config, 1, 1)["zero_optimization"]
 
 
-def shares_of_rank(config: RunConfig, peak: Peak) -> dict[str, float]:
-    """Bytes of one rank, by part; config: of a stage. What lies in CPU memory is 0."""
-    zero, ranks, width = zero_of(config), config.engine.ranks, getattr(torch, config.model.dtype).itemsize
-    over = {
-        part: ranks if zero["stage"] >= least else 1
-        for part, least in (("optimizer", 1), ("gradient", 2), ("param", 3))
+def shares_of_rank(rank: Rank, peak: Peak) -> dict[str, float]:
+    """Bytes on the GPU of one rank, by part; peak: of one process. What lies in CPU memory is 0 (`host_bytes`)."""
+    zero, states = zero_of(rank.config), states_of_rank(rank, peak)
+    weights, optimizer = (not away(zero, part) for part in ("param", "optimizer"))
+    held = {
+        WEIGHTS: weights * states.weights,
+        GRADIENTS: optimizer * states.gradients,
+        MASTERS_OF: optimizer * states.masters,
+        MOMENTS_OF: optimizer * states.moments,
     }
-    here = {part: zero.get(f"offload_{part}", {}).get("device", "none") == "none" for part in ("optimizer", "param")}
-    parameters, trained = peak.parts[WEIGHTS] / 4, peak.parts[MOMENTS_OF] / 8  # one process holds them in float32
-    state = (WEIGHTS, MOMENTS_OF, GRADIENTS, UPDATE, CASTS)
-    return {
-        WEIGHTS: here["param"] * parameters * width / over["param"],
-        GRADIENTS: trained * width / over["gradient"],
-        "optimizer: float32 weights and moments of AdamW": here["optimizer"] * trained * 12 / over["optimizer"],
-        **{name: size for name, size in sorted(peak.parts.items(), key=lambda part: -part[1]) if name not in state},
-    }
+    single = (WEIGHTS, MOMENTS_OF, GRADIENTS, UPDATE, CASTS)  # of one process that holds everything in float32
+    working = {n: float(size) for n, size in sorted(peak.parts.items(), key=lambda p: -p[1]) if n not in single}
+    working |= {GATHERED: gathered(rank), BUCKETS: buckets(zero, rank.width), EXCHANGE: exchanged(rank)}
+    # gradients in float32, and what AdamW computes of all masters at once
+    update = optimizer * 2 * states.masters
+    return held | (working if sum(working.values()) >= update else {UPDATE: update})
+
+
+def states_of_rank(rank: Rank, peak: Peak) -> States:
+    """Model states of the student, and of what an objective trains with it, which `peak` counted."""
+    trained = peak.parts.get(MOMENTS_OF, 0) // MOMENTS - sum(each.numel for each in rank.parameters if each.trained)
+    return model_states([*rank.parameters, Kept(max(trained, 0), True)], rank.layout())
+
+
+def host_bytes(rank: Rank, peak: Peak) -> float:
+    """Bytes that one rank keeps in CPU memory, by offload_optimizer and offload_param."""
+    zero, states = zero_of(rank.config), states_of_rank(rank, peak)
+    return away(zero, "param") * states.weights + away(zero, "optimizer") * sum(states[1:])
+
+
+def away(zero: dict[str, Any], part: str) -> bool:
+    return zero.get(f"offload_{part}", {}).get("device", "none") != "none"
+
+
+def gathered(rank: Rank) -> float:
+    """The most weights that ZeRO-3 gathers at once: all of the rank's, or as many as stage3_max_live_parameters."""
+    zero, spread = zero_of(rank.config), rank.config.engine.expert_parallel
+    if zero["stage"] < 3 or rank.config.engine.ranks == 1:
+        return 0.0
+    own = sum(each.numel / (spread if each.packed else 1) for each in rank.parameters)
+    largest = max(each.numel / (spread if each.packed else 1) for each in rank.parameters)
+    return rank.width * max(min(own, float(zero.get("stage3_max_live_parameters", LIVE))), largest)
+
+
+def buckets(zero: dict[str, Any], width: int) -> float:
+    """Gradients on their way to other ranks, a second bucket with overlap_comm, and ZeRO-2's bucket of weights."""
+    if zero["stage"] < 2:
+        return 0.0
+    numbers = float(zero.get("reduce_bucket_size", BUCKET)) * (2 if zero.get("overlap_comm") else 1)
+    return width * (numbers + (float(zero.get("allgather_bucket_size", BUCKET)) if zero["stage"] == 2 else 0.0))
+
+
+def exchanged(rank: Rank) -> float:
+    """Rows that expert parallelism sends, receives and gets back for a micro-batch; autograd keeps those of all layers,
+    with activation checkpointing those of one. For experts that tokens choose evenly (docs/scaling.md)."""
+    config, spread = rank.config, rank.config.engine.expert_parallel
+    if spread == 1:
+        return 0.0
+    tokens = config.optim.micro_batch * config.data.sequence_length
+    layers = [
+        2 * rows_per_token(module.num_experts, rank.student.num_experts_per_tok, spread) * sum(row_widths(module))
+        for module in model_of(rank.student, "the student").modules()
+        if isinstance(module, SharedCoreExperts)
+    ]
+    numbers = max(layers) if config.engine.activation_checkpointing else sum(layers)
+    return tokens * numbers * rank.width
+
+
+def rows_per_token(experts: int, active: int, spread: int) -> float:
+    """Of `spread` ranks, how many keep some of a token's experts, if every choice of experts is as likely."""
+    kept = experts // spread
+    return spread * (1 - math.comb(experts - kept, active) / math.comb(experts, active))
+
+
+def row_widths(experts: SharedCoreExperts) -> tuple[int, int]:
+    """Numbers of a row that is sent to a rank, and of the one that comes back (models/expert_parallel.py)."""
+    core: dict[str, Any] = {projection: experts.held[0][f"{projection}_proj"] for projection in PROJECTIONS}
+    free = {p: form.shape != "basis" and free_and_core_rank(form, p)[0] > 0 for p, form in experts.forms.items()}
+    hidden = core["gate"].in_features
+    sent = hidden * (free["gate"] or free["up"]) + core["gate"].out_features + core["up"].out_features
+    return sent, core["down"].in_features + hidden * free["down"]
 
 
 def gib(size: float) -> str:

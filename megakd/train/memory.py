@@ -40,7 +40,9 @@ def training_peak(
     which takes their size once more. Kernels, and what autocast leaves in float32, are the CPU's all the same.
     """
     config = config.at(stage)
-    config = config.model_copy(update={"engine": config.engine.model_copy(update={"kind": "local"})})
+    config = config.model_copy(
+        update={"engine": config.engine.model_copy(update={"kind": "local", "expert_parallel": 1})}
+    )
     live = LiveBytes()
     with warnings.catch_warnings(), Fakes(), live:
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # copy.deepcopy of a parameter

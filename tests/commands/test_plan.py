@@ -19,9 +19,10 @@ from megakd.config.run import RunConfig
 from megakd.config.train import OptimConfig
 from megakd.data.batches import to_device
 from megakd.data.records import Batch, TeacherTargets
+from megakd.models.hub import model_of
 from megakd.models.memory import Peak
 from megakd.models.offload import offload, offloaded
-from megakd.models.shared_core import PROJECTIONS, Form
+from megakd.models.shared_core import PROJECTIONS, Form, SharedCoreExperts
 from megakd.models.student import student_config as shared_core_config
 from megakd.models.tiny import tiny_moe_config
 from megakd.objectives.build import build
@@ -31,6 +32,7 @@ from megakd.system.dist import World
 from megakd.system.files import read_json
 from megakd.train.build import build_engine
 from megakd.train.memory import full_batch, full_targets, stored_facts, training_peak
+from megakd.train.states import parameters_of
 from tests.conftest import ROOT, in_process
 from tests.models.students import make_model
 from tests.objectives.sar import sar_recipe
@@ -349,24 +351,50 @@ def test_a_student_that_compress_makes_is_awaited_then_predicted(recipe, prepare
     assert {"  cached teacher logits", "  moments of AdamW"} <= {row[0] for row in memory.memory(cached)}
 
 
+def rank_of(file: str, student: Any, **engine: Any) -> memory.Rank:
+    deepspeed = read_json(ROOT / f"ds_configs/{file}.json")
+    engine = {"kind": "deepspeed", "config": file, "ranks": 4, "deepspeed": deepspeed, **engine}
+    config = run_config("cached", "bfloat16", 128, 2, engine=engine)
+    return memory.Rank(config, student, parameters_of(model_of(student, "test"), config.stages[0].lr_multipliers))
+
+
 def test_a_rank_of_deepspeed_holds_its_share():
     """Two bytes a weight and a gradient, twelve of the optimizer, divided as the ZeRO stage says; the rest is one's."""
-    count = sum(p.numel() for p in AutoModelForCausalLM.from_config(llama()).parameters())
-    peak = predicted_peak(SETTINGS["cached, bfloat16"], None, None)
-    for file, ranks in (("zero0", (1, 1, 1)), ("zero2", (1, 4, 4)), ("zero3", (4, 4, 4)), ("zero3_offload", (0, 4, 0))):
-        engine = {
-            "kind": "deepspeed",
-            "config": file,
-            "ranks": 4,
-            "deepspeed": read_json(ROOT / f"ds_configs/{file}.json"),
-        }
-        config = run_config("cached", "bfloat16", 128, 2, engine=engine)
-        found = memory.shares_of_rank(config, peak)
-        expected = [count * size / over if over else 0 for size, over in zip((2, 2, 12), ranks, strict=True)]
-        assert [found.pop(name) for name in list(found)[:3]] == pytest.approx(expected, rel=0.01)
-        assert found["cached teacher logits"] > 0 and sum(found.values()) < peak.total
-    title = memory.per_rank(config, {"all": peak})[0][1]
-    assert "per GPU with ZeRO 3 on 4 ranks, besides DeepSpeed's buffers" in title
+    wide = llama(hidden_size=768)  # no parameter but norms is below ZeRO-3's threshold
+    count = sum(p.numel() for p in AutoModelForCausalLM.from_config(wide).parameters())
+    peak = predicted_peak(SETTINGS["cached, bfloat16"], None, None, student_config=wide)
+    for file, ranks in (("zero0", (1, 1, 1)), ("zero2", (1, 4, 4)), ("zero3", (4, 4, 4)), ("zero3_offload", (0, 0, 0))):
+        rank = rank_of(file, wide)
+        found = memory.shares_of_rank(rank, peak)
+        weights, gradients, optimizer = ranks
+        over = (weights, gradients, optimizer, optimizer)
+        expected = [count * size / each if each else 0 for size, each in zip((2, 2, 4, 8), over, strict=True)]
+        assert [found.pop(name) for name in list(found)[:4]] == pytest.approx(expected, rel=0.05), file
+        assert found["cached teacher logits"] > 0
+        added = [found.pop(name) for name in (memory.GATHERED, memory.BUCKETS, memory.EXCHANGE)]
+        assert added[0] == (2 * count if file.startswith("zero3") else 0) and added[2] == 0
+        assert added[1] == {"zero0": 0, "zero2": 3e8}.get(file, 2e8) and sum(found.values()) < peak.total
+        host = count * 16 / 4 if file == "zero3_offload" else 0
+        assert memory.host_bytes(rank, peak) == pytest.approx(host, rel=0.05)
+    title = memory.per_rank(rank.config, {"all": peak}, wide)[0][1]
+    assert "per GPU with ZeRO 3 on 4 ranks; of it:" in title
+
+
+def test_rows_of_expert_parallelism_are_counted():
+    """docs/scaling.md: D 2048, F 768, 8 of 128 experts on 8 ranks: 5.3 rows of 2048 + 2 x 768 and 768 + 2048."""
+    assert memory.rows_per_token(128, 8, 8) == pytest.approx(5.3, abs=0.05)
+    assert memory.rows_per_token(4, 2, 4) == 2 and memory.rows_per_token(8, 8, 2) == 2
+    teacher = tiny_moe_config(VOCABULARY)
+    student = shared_core_config(teacher, {i: dict.fromkeys(PROJECTIONS, Form("wrappers", 4, 4)) for i in range(4)})
+    experts = next(m for m in model_of(student, "test").modules() if isinstance(m, SharedCoreExperts))
+    hidden, inner = teacher.hidden_size, teacher.moe_intermediate_size
+    assert memory.row_widths(experts) == (hidden + 2 * inner, inner + hidden)
+    per_layer = memory.rows_per_token(teacher.num_experts, teacher.num_experts_per_tok, 2) * (2 * hidden + 3 * inner)
+    rank = rank_of("zero2", student, expert_parallel=2)
+    assert memory.exchanged(rank) == pytest.approx(256 * 4 * 2 * per_layer * 2)
+    less = rank_of("zero2", student, expert_parallel=2, activation_checkpointing=True)
+    assert memory.exchanged(less) == pytest.approx(256 * 2 * per_layer * 2)
+    assert memory.exchanged(rank_of("zero2", student)) == 0
 
 
 def test_the_cache_takes_at_most_what_plan_says(prepared):
