@@ -12,7 +12,7 @@ ORDER: tuple[set[str], ...] = (
     {"names"},
     {"outputs", "doctor"},
     {"config"},
-    {"run", "identity", "tracking"},
+    {"run", "identity", "tracking", "measured"},
     {"data"},
     {"models", "losses"},
     {"compress", "capture", "objectives"},

@@ -19,6 +19,7 @@ from megakd.data.shard_writer import finished, known_manifest, summary_of, write
 from megakd.data.shards import ShardSet, layout_of
 from megakd.errors import listed
 from megakd.identity import TeacherIdentity, TokenizerIdentity
+from megakd.measured import Stopwatch
 from megakd.run import Run
 from megakd.system.dist import barrier, sum_over_ranks
 from megakd.system.files import locked, settle
@@ -82,11 +83,19 @@ def _shared_facts(logits: LogitsConfig) -> dict[str, Any]:
 
 
 def capture_part(
-    capture: Capture, part: Part, worker: Worker, book: Book, *, limit: float | None = None, reread: bool = False
+    capture: Capture,
+    part: Part,
+    worker: Worker,
+    book: Book,
+    *,
+    limit: float | None = None,
+    reread: bool = False,
+    stopwatch: Stopwatch | None = None,
 ) -> list[str]:
     """Write a worker's share of a part, and the manifest if that was the last; the names of the shards written.
 
     limit: tokens to capture, in whole shards. reread: hash finished shards again and write damaged ones anew.
+    stopwatch: counts this worker's tokens.
     """
     facts = logits_facts(part, capture.teacher, capture.seed, book.digest)
     settle(part.folder)
@@ -99,7 +108,9 @@ def capture_part(
     if len(done) < len(shards):
         _announce(part.folder, facts, shards, before)
     layout = layout_of(facts, part.folder)
-    watch = _Watch(f"generate-logits {part.name}", part.folder, facts, shards, done, {work.name for work in mine})
+    watch = _Watch(
+        f"generate-logits {part.name}", part.folder, facts, shards, done, {work.name for work in mine}, stopwatch
+    )
     with closing(prefetch(capture.targets(part.tokens, mine, part.config), AHEAD)) as samples:
         for work in mine:
             write_shard(part.folder, work.name, watch.count(islice(samples, len(work.indices))), facts, layout)
@@ -174,9 +185,10 @@ class _Watch:
         shards: list[dict[str, Any]],
         done: set[str],
         mine: set[str],
+        stopwatch: Stopwatch | None = None,
     ):
         tokens: dict[str, int] = {shard["name"]: shard["tokens"] for shard in shards}
-        self.folder, self.facts, self.looked = folder, facts, time.perf_counter()
+        self.folder, self.facts, self.looked, self.stopwatch = folder, facts, time.perf_counter(), stopwatch
         self.others = {name: count for name, count in tokens.items() if name not in done | mine}
         before, own = (sum(tokens[name] for name in names) for names in (done, mine))
         self.progress = Progress(name, sum(tokens.values()), "tokens", done=before, own=own)
@@ -187,6 +199,8 @@ class _Watch:
             if time.perf_counter() - self.looked > 5:
                 self.look()
             self.progress.update(len(sample.tokens) - 1)
+            if self.stopwatch is not None:
+                self.stopwatch.count(len(sample.tokens) - 1)
 
     def look(self) -> None:
         """Count the shards that others have finished since."""

@@ -28,6 +28,7 @@ from megakd.data.shards import ShardSet
 from megakd.data.tokenizers import check_bos, identify_tokenizer, load_tokenizer
 from megakd.errors import UserError
 from megakd.identity import DataIdentity
+from megakd.measured import Stopwatch, record_rate
 from megakd.models.hub import empty_model
 from megakd.models.isolation import check_packing
 from megakd.models.spec import check_preset
@@ -42,6 +43,7 @@ from megakd.system.dist import (
     take_device,
 )
 from megakd.system.logging import say
+from megakd.system.machine import describe_machine
 from megakd.system.version import made_with
 
 SECTIONS = ("model", "data", "logits")  # of the configuration
@@ -93,14 +95,17 @@ def main(run: Run, args: argparse.Namespace) -> None:
         _set_aside(run.path("data", "logits"))
     capture = Capture(run, folder, world, tokenizer.vocab_size)
     parts = [part_of(run, name, tokens) for name, tokens in sets.items()]
+    stopwatch = Stopwatch()
     book = make_codebook(capture, next(part for part in parts if part.name == "train"))
     for part in parts:
         if live and part.name == "train":
             continue
         limit = args.max_tokens if part.name == "train" else None
-        made = capture_part(capture, part, worker, book, limit=limit, reread=args.reread)
+        made = capture_part(capture, part, worker, book, limit=limit, reread=args.reread, stopwatch=stopwatch)
         share = f"{worker.number}/{worker.workers}"
         run.record("generate-logits", part=part.name, worker=share, shards=made, megakd=made_with())
+    device = describe_machine(world.device)["device"]
+    record_rate(run.folder, "generate-logits", device, stopwatch.tokens, stopwatch.seconds, ranks=1)
     close_world()
 
 

@@ -72,9 +72,9 @@ def predictable(config: RunConfig) -> bool:
 
 def per_rank(config: RunConfig, peaks: dict[str, Peak], student: Any) -> list[list[str]]:
     """What one of DeepSpeed's ranks holds on its GPU in its largest stage; student: its config."""
-    shares = {}
+    shares, model = {}, model_of(student, "the student")
     for stage in config.stages:
-        rank = Rank(config.at(stage), student, parameters_of(model_of(student, "the student"), stage.lr_multipliers))
+        rank = Rank(config.at(stage), model, parameters_of(model, stage.lr_multipliers))
         shares[stage.name] = shares_of_rank(rank, peaks[stage.name])
     stage = max(shares, key=lambda name: sum(shares[name].values()))
     engine, zero = config.engine, zero_of(config.at(next(s for s in config.stages if s.name == stage)))["stage"]
@@ -86,10 +86,10 @@ def per_rank(config: RunConfig, peaks: dict[str, Peak], student: Any) -> list[li
 
 
 class Rank(NamedTuple):
-    """One of DeepSpeed's ranks. config: of a stage; student: its config; parameters: of its model, in that stage."""
+    """One of DeepSpeed's ranks. config: of a stage; model: the student without weights; parameters: of it."""
 
     config: RunConfig
-    student: Any
+    model: Any
     parameters: list[Kept]
 
     @property
@@ -165,8 +165,8 @@ def exchanged(rank: Rank) -> float:
         return 0.0
     tokens = config.optim.micro_batch * config.data.sequence_length
     layers = [
-        2 * rows_per_token(module.num_experts, rank.student.num_experts_per_tok, spread) * sum(row_widths(module))
-        for module in model_of(rank.student, "the student").modules()
+        2 * rows_per_token(module.num_experts, rank.model.config.num_experts_per_tok, spread) * sum(row_widths(module))
+        for module in rank.model.modules()
         if isinstance(module, SharedCoreExperts)
     ]
     numbers = max(layers) if config.engine.activation_checkpointing else sum(layers)

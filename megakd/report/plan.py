@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from megakd.compress.forms import dense_flops, form_flops
+from megakd.config.data import LogitsConfig
 from megakd.config.effects import check_evaluation
 from megakd.config.model import CompressConfig
 from megakd.config.run import RunConfig
@@ -181,6 +182,12 @@ def tokenized(run: Run) -> dict[str, Any] | None:
     return read_manifest(folder) if (folder / "manifest.json").exists() else None
 
 
+def cached_bytes(logits: LogitsConfig) -> float:
+    """At most so many bytes per token: about 12 bits per entry of the head, 16 per distinct draw (measured,
+    docs/data-format.md)."""
+    return 4 + (logits.profile != "sampled") * 1.7 * logits.top_k + (logits.profile != "topk") * 1.2 * logits.draws
+
+
 def lengths(run: Run) -> list[list[str]]:
     """Tokens, bytes and steps of the passes."""
     config, made = run.config, tokenized(run)
@@ -189,8 +196,7 @@ def lengths(run: Run) -> list[list[str]]:
     tokens = windows * data.sequence_length if windows else data.tokens
     shards = len(made["shards"]) if made else -(-data.tokens // data.shard_tokens)
     stored = tokens + data.holdout_tokens
-    # measured, docs/data-format.md: about 12 bits an entry of the head, 16 a distinct draw
-    upper = 4 + (logits.profile != "sampled") * 1.7 * logits.top_k + (logits.profile != "topk") * 1.2 * logits.draws
+    upper = cached_bytes(logits)
     cached = not config.objective.live
     rows = [
         [

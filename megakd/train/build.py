@@ -63,10 +63,12 @@ def build_engine(
     stage: StageConfig,
     world: World,
     updates: dict[str, int] | None = None,
+    announce: bool = True,
 ) -> Engine:
     """The engine of a stage: experts on their ranks, the stage's frozen parameters, groups and rates.
 
     config: that of the stage (`RunConfig.at`). updates: how often parameters were updated before it (`CarryOver`).
+    announce: print the groups.
     """
     spread = config.engine.expert_parallel
     if spread > 1:
@@ -77,7 +79,7 @@ def build_engine(
     zero = (config.engine.deepspeed or {}).get("zero_optimization", {}) if config.engine.kind == "deepspeed" else {}
     offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
     optimizer = build_optimizer(objective, stage.lr_multipliers, config.optim, updates, fused=offloaded)
-    if world.first:
+    if world.first and announce:
         rows = rule_rows(assign_rules(objective, stage.lr_multipliers), stage.lr_multipliers, config.optim)
         say(f"train: stage {stage.name}: parameter groups\n{table(RULE_HEADERS, rows)}")
     if config.engine.activation_checkpointing:

@@ -62,7 +62,7 @@ def training_peak(
             if not name.startswith("student."):  # as build_objective does
                 parameter.data = parameter.data.float()
         objective.to = lambda *_: objective  # type: ignore[assignment]  # fakes cannot be moved, and are there
-        engine: Any = build_engine(config, objective, stage, World(0, 1, torch.device("cpu")))
+        engine: Any = build_engine(config, objective, stage, World(0, 1, torch.device("cpu")), announce=False)
         for group in engine.optimizer.param_groups:
             group["foreach"] = gpu
         if "capacity" in objective.memory:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from megakd.measured import Stopwatch
 from megakd.system.logging import say
 from megakd.system.text import clock, short
 from megakd.tracking import MetricLog
@@ -42,6 +43,7 @@ class StageWatch:
         self.start = self.asked = time.perf_counter()
         self.waited = self.seconds = 0.0
         self.damaged = 0
+        self.measured = Stopwatch()
 
     def data_ready(self) -> None:
         """The step's data is here; what passed since the last step was waiting."""
@@ -61,6 +63,7 @@ class StageWatch:
         """Log a step's metrics; the number of damaged samples since this process began the stage."""
         if self.log is None:
             return
+        self.measured.add(record.tokens, self.seconds)
         self.damaged += record.damaged
         means = {
             "loss" if name == "total" else name: value / max(record.tokens, 1) for name, value in record.sums.items()

@@ -15,19 +15,20 @@ from megakd.engine.base import CarryOver, StepReport
 from megakd.engine.checkpoint import Progress, Saved, check_ranks, rotate, save_checkpoint
 from megakd.engine.guard import acceptable
 from megakd.engine.optim import schedule
+from megakd.measured import Stopwatch, record_rate
 from megakd.models.checks import LiveTeacher
 from megakd.models.hub import copy_side_files, write_config
 from megakd.run import Run
 from megakd.system.dist import World, seed_step
 from megakd.system.logging import say
-from megakd.system.machine import machine_load
+from megakd.system.machine import describe_machine, machine_load
 from megakd.system.signals import StopSignals
 from megakd.system.text import clock
 from megakd.tracking import MetricLog
 from megakd.train.build import build_engine, build_objective
 from megakd.train.damage import count_damage, count_unaligned
 from megakd.train.data import Step, in_step, stage_data
-from megakd.train.metrics import StageWatch, StepRecord
+from megakd.train.metrics import StageWatch, StepRecord, peak_memory_gb
 from megakd.train.skipped import judge
 from megakd.train.validation import due, validate
 
@@ -111,6 +112,8 @@ class StageTrainer:
                     watch.resume_clock()
             if self.progress.step > (self.saved.progress.step if self.saved else 0):
                 self.save()
+        if self.world.first:
+            self._record_rate(watch.measured)
 
     def step(self, step: Step) -> StepRecord:
         """One optimizer step on the ranks' micro-batches, and what is logged of it."""
@@ -198,6 +201,16 @@ class StageTrainer:
         else:
             self.objective.observe(report.sums, tokens)
         return report
+
+    def _record_rate(self, measured: Stopwatch) -> None:
+        """Throughput of this process's steps in this stage, for `megakd plan --gpus`."""
+        engine = self.config.engine
+        settings: dict[str, Any] = {"engine": engine.config if engine.kind == "deepspeed" else engine.kind}
+        settings |= {"expert_parallel": engine.expert_parallel, "micro_batch": self.config.optim.micro_batch}
+        settings |= {"sequence_length": self.config.data.sequence_length, "memory_gb": round(peak_memory_gb(), 2)}
+        device = describe_machine(self.world.device)["device"]
+        size = self.world.size
+        record_rate(self.run.folder, "train", device, measured.tokens, measured.seconds, size, **settings)
 
     def _recall_memory(self) -> None:
         """Give the objective what steps before the checkpoint left for later ones."""

@@ -355,7 +355,8 @@ def rank_of(file: str, student: Any, **engine: Any) -> memory.Rank:
     deepspeed = read_json(ROOT / f"ds_configs/{file}.json")
     engine = {"kind": "deepspeed", "config": file, "ranks": 4, "deepspeed": deepspeed, **engine}
     config = run_config("cached", "bfloat16", 128, 2, engine=engine)
-    return memory.Rank(config, student, parameters_of(model_of(student, "test"), config.stages[0].lr_multipliers))
+    model = model_of(student, "test")
+    return memory.Rank(config, model, parameters_of(model, config.stages[0].lr_multipliers))
 
 
 def test_a_rank_of_deepspeed_holds_its_share():
