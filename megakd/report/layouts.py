@@ -79,7 +79,7 @@ def open_step(run: Run, pair: Pair, checkpointing: bool) -> Step:
     stage = max(config.stages, key=lambda each: trained[each.name])
     engine = config.engine.model_copy(update={"activation_checkpointing": checkpointing})
     config = config.model_copy(update={"engine": engine})
-    one, two = (training_peak(with_micro_batch(config, size), stage, *pair) for size in (1, 2))
+    one, two = (training_peak(with_micro_batch(config, size), stage, *pair, update=False) for size in (1, 2))
     return Step(config.at(stage), model, parameters[stage.name], one, two)
 
 

@@ -40,7 +40,7 @@ def memory(run: Run) -> list[list[str]]:
         return [["training memory", f"known when there is a student; run: megakd compress {run.folder}"]]
     pair = models_of(run)
     try:
-        peaks = {stage.name: training_peak(config, stage, *pair) for stage in config.stages}
+        peaks = {stage.name: training_peak(config, stage, *pair, update=predictable(config)) for stage in config.stages}
     except UserError as error:
         return [["training memory", str(error)]]
     if not predictable(config):

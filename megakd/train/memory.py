@@ -31,6 +31,7 @@ def training_peak(
     vocab_size: int,
     teacher_vocab_size: int | None = None,
     gpu: bool = True,
+    update: bool = True,
 ) -> Peak:
     """The most bytes that LocalEngine.step holds in the long run: the real step, with tensors that hold nothing.
 
@@ -38,6 +39,7 @@ def training_peak(
     and the teacher's drift, as some steps do, and takes as many experts as the schedule ever does.
     teacher: None where cached logits take its place. gpu: AdamW works on all parameters at once, as it does there,
     which takes their size once more. Kernels, and what autocast leaves in float32, are the CPU's all the same.
+    update: False is the most before the update begins, for ranks that divide what the update works on.
     """
     config = config.at(stage)
     config = config.model_copy(
@@ -87,8 +89,10 @@ def training_peak(
                 parameter.grad = torch.zeros_like(parameter)
                 live.label([parameter.grad], GRADIENTS)
         live.forget_peak()
+        before: list[Peak] = []
+        engine.optimizer.register_step_pre_hook(lambda *_: before.append(live.peak))
         engine.step([batch], 1, 1.0, norms=True)
-    return live.peak
+    return live.peak if update else before[0]
 
 
 class Forgetful(dict[str, Any]):

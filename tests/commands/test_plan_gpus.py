@@ -6,11 +6,14 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, Qwen3MoeConfig
 
+from megakd.config.parsing import load_recipe
 from megakd.errors import UserError
 from megakd.measured import NAME, record_rate
-from megakd.models.hub import load_config
+from megakd.models.hub import load_config, model_of
+from megakd.models.shared_core import PROJECTIONS, Form
+from megakd.models.student import student_config
 from megakd.report import duration, layouts
 from megakd.report.duration import forward_flops
 from megakd.report.gpus import GIB, KNOWN, Gpu, find_gpu
@@ -18,9 +21,10 @@ from megakd.report.layouts import Division, Fleet, Step, advice, choose, divisio
 from megakd.report.memory import MASTERS_OF
 from megakd.report.plan import expert_flops
 from megakd.run import Run
-from megakd.train.memory import GRADIENTS, MOMENTS_OF, WEIGHTS
+from megakd.train.memory import GRADIENTS, LOSS, MOMENTS_OF, STUDENT, UPDATE, WEIGHTS
+from megakd.train.states import Layout, model_states, parameters_of
 from tests.commands.test_plan import llama
-from tests.conftest import VOCABULARY, in_process
+from tests.conftest import ROOT, VOCABULARY, in_process
 
 
 def test_known_gpus_and_gpus_by_their_memory():
@@ -74,7 +78,7 @@ def test_a_student_that_compress_has_not_made_is_planned_as_it_will_be(recipe, p
     planned, note = pair_of(Run.open(tmp_path / "new"))
     made, _ = pair_of(Run.open(prepared))
     assert note == "" and planned.vocab_size == made.vocab_size
-    counts = [sum(p.numel() for p in layouts.model_of(pair.student, "test").parameters()) for pair in (planned, made)]
+    counts = [sum(p.numel() for p in model_of(pair.student, "test").parameters()) for pair in (planned, made)]
     assert counts[0] == counts[1]
     in_process("new", tmp_path / "budget", "--from", recipe, "compress.budget=0.3")
     assert (
@@ -122,8 +126,17 @@ def test_the_largest_micro_batch_is_the_last_that_fits(step):
 def test_micro_batches_between_the_two_traced_ones_follow_a_line(step):
     """The peak of 8 sequences, predicted from those of 1 and 2."""
     config = layouts.with_micro_batch(step.config, 8)
-    traced = layouts.training_peak(config, config.stages[-1], step.model.config, None, VOCABULARY)
+    traced = layouts.training_peak(config, config.stages[-1], step.model.config, None, VOCABULARY, update=False)
     assert step.peak(8).total == pytest.approx(traced.total, rel=0.1)
+
+
+def test_activations_are_counted_where_the_update_of_one_process_takes_more(prepared, step):
+    """With activation checkpointing the peak of one process is its update, which ranks divide."""
+    run = Run.open(prepared)
+    less = open_step(run, pair_of(run)[0], checkpointing=True)
+    names = (STUDENT, LOSS)
+    whole, again = (sum(each.peak(8).parts.get(name, 0) for name in names) for each in (step, less))
+    assert 0.05 * whole < again < whole and UPDATE not in less.peak(8).parts
 
 
 def division(file: str, size: int, gib: float, largest: int) -> Division:
@@ -177,3 +190,25 @@ def test_flops_of_experts_are_those_of_the_active_ones(prepared):
 
 def test_durations():
     assert [duration.duration(s) for s in (15, 300, 9000, 400000)] == ["15 s", "5 min", "2.5 h", "4.63 days"]
+
+
+def test_states_of_the_30b_tables_are_what_plan_computes():
+    """The first columns of docs/scaling.md, at the published sizes of Qwen3-30B-A3B."""
+    teacher = Qwen3MoeConfig(
+        vocab_size=151936, hidden_size=2048, moe_intermediate_size=768, num_hidden_layers=48, num_attention_heads=32,
+        num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8, tie_word_embeddings=False,
+    )  # fmt: skip
+    config = load_recipe(ROOT / "launch" / "recipes" / "qwen3-30b-a3b-r64.json")
+    form = Form("wrappers", config.compress.rank, config.compress.rank)
+    student = student_config(teacher, {layer: dict.fromkeys(PROJECTIONS, form) for layer in range(48)})
+    model = model_of(student, "test")
+    parameters = parameters_of(model, config.stages[-1].lr_multipliers)
+    assert sum(each.numel for each in parameters) == pytest.approx(6.9e9, rel=0.005)
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    for gpus in (8, 64):
+        table = page.partition(f"--gpus {gpus} --gpu h100`:")[2].partition("`megakd")[0]
+        rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if "| zero" in line]
+        assert len(rows) == 12
+        for file, size, *cells in rows[:8]:
+            states = model_states(parameters, Layout(int(file[-1]), gpus, int(size)))
+            assert [float(cell) for cell in cells[:4]] == pytest.approx([part / GIB for part in states], abs=0.006)
