@@ -77,6 +77,17 @@ def test_local_accumulation_gives_the_same_curve(local_curve, sibling):
 
 
 @pytest.mark.ranks
+def test_a_curriculum_is_the_same_on_two_ranks(local_curve, sibling):
+    one, two = (sibling("stream.curriculum=nll", *more) for more in ([], ["engine.kind=deepspeed", "engine.ranks=2"]))
+    in_process("train", one.folder)
+    forked_ranks(2, "train", two.folder)
+    mine, expected = curve(metrics(two.folder)), curve(metrics(one.folder))
+    assert [row[:2] for row in mine] == [row[:2] for row in expected]
+    assert [row[2:] for row in mine] == [pytest.approx(row[2:], abs=TOLERANCE) for row in expected]
+    assert expected[0] != local_curve[0]
+
+
+@pytest.mark.ranks
 def test_a_stage_may_have_its_own_deepspeed_file(local_curve, sibling):
     """Masters and moments move from ZeRO-2's flat groups to ZeRO-3's pieces."""
     run = sibling("engine.kind=deepspeed", "engine.config=zero2", "stages.1.config=zero3")

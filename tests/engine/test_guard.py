@@ -67,8 +67,10 @@ def spoil(monkeypatch: pytest.MonkeyPatch, steps: dict[int, float]) -> None:
         objective = plain(*args)
         forward = objective.forward
 
-        def spoiled(batch: Any) -> Any:
-            report = forward(batch)
+        def spoiled(batch: Any, held_out: bool = False) -> Any:
+            report = forward(batch, held_out)
+            if held_out:
+                return report
             factor = steps.get(objective.global_step, 1.0)
             return report._replace(total=report.total * factor)
 

@@ -14,6 +14,7 @@ from megakd.objectives.online import OnlineDistillation
 from megakd.run import Run
 from megakd.system.files import read_json, write_json
 from tests.conftest import forked_ranks, in_process, kill_when, metrics
+from tests.engine.test_guard import spoil
 from tests.objectives.sar import sar_recipe
 from tests.train.test_resume import steps_logged
 
@@ -142,6 +143,20 @@ def test_a_learned_router_is_logged_and_learns(phased):
     assert rows[0]["importance_entropy"] == pytest.approx(1) and rows[0]["experts"] == 2
     assert rows[-1]["importance_entropy"] < 1 and all(2 <= row["experts"] <= 4 for row in rows)
     assert not names & metrics(phased.folder)[4].keys()
+
+
+def test_a_rollback_takes_the_learned_router_back(phased, tmp_path, monkeypatch):
+    """The checkpoint is that of step 3; step 4 updates the heads again, steps 5 and 6 fail, and step 3 comes back."""
+    spoil(monkeypatch, {4: math.nan, 5: math.nan})
+    stages = [{**STAGES[0], "steps": 6}]
+    settings = [f"stages={json.dumps(stages)}", "checkpoint.every_steps=3", "guard.nonfinite=skip", "guard.rollback=2"]
+    run = Run.create(phased.folder, settings, tmp_path / "run")
+    in_process("train", run.folder)
+    (event,) = run.events("rollback")
+    assert event["step"] == 6 and event["to"].endswith("step-000003")
+    saved, back = (auxiliary(run, f"low/step-{step:06d}") for step in (3, 6))
+    assert saved["heads.updates"].item() == 3 and saved.keys() == back.keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in saved.items())
 
 
 @pytest.mark.ranks
