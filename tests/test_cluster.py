@@ -171,6 +171,16 @@ def test_parts_of_an_array_say_what_is_missing(cluster, sibling, prepared):
     assert files(run.path("data", "logits")) == files((prepared / "data" / "logits").resolve())
 
 
+def test_one_teacher_on_two_nodes_captures_what_one_process_does(cluster, sibling, prepared):
+    run = sibling()
+    run.path("data", "logits").unlink()
+    words = ["generate-logits", run.folder, "logits.parallel=zero3"]
+    job = cluster.submit("job.sbatch", *words, options=["--nodes=2", "--ntasks-per-node=1"])
+    cluster.wait(job, "COMPLETED")
+    shards = {name: text for name, text in files(run.path("data", "logits")).items() if name.endswith(".tar")}
+    assert len(shards) == 6 and shards.items() <= files((prepared / "data" / "logits").resolve()).items()
+
+
 def test_pipeline_brings_a_run_to_its_end(cluster, recipe):
     """The first training is cancelled: what follows it goes too, and the same command goes on."""
     run = cluster.folder / "run"
