@@ -303,6 +303,27 @@ def test_cluster_env_gives_variables_container_and_options(tmp_path):
     assert example.returncode == 0
 
 
+def test_a_copy_of_a_job_file_finds_the_installed_library(tmp_path):
+    job = Job(tmp_path, "exit 0")
+    variables = {"MEGAKD_LAUNCH": "", "SLURM_SUBMIT_DIR": str(tmp_path)}
+    variables |= {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
+    assert job.ended(**variables) == (0, "")
+    code, said = job.ended(**variables | {"PYTHON": "false"})
+    assert code == 2 and "/lib.sh: No such file" in said
+
+
+def test_ranks_meet_on_a_port_that_systems_give_to_nobody(tmp_path):
+    """From 32768 on Linux takes ports for connections of its own."""
+    job = Job(tmp_path, 'echo "$MASTER_ADDR $MASTER_PORT"')
+    ports = []
+    for number, restarts in (("1499", "9"), ("1500", "0"), ("1500", "1"), ("98765432", "0")):
+        process = job.start("train.sbatch", SLURM_JOB_NODELIST="n1", SLURM_JOB_ID=number, SLURM_RESTART_COUNT=restarts)
+        address, port = process.communicate(timeout=30)[0].split()
+        assert address == "127.0.0.1"
+        ports.append(int(port))
+    assert len(set(ports)) == 4 and all(15000 <= port < 30000 for port in ports), ports
+
+
 class Chain:
     """launch/pipeline.sh with programs in the place of Slurm's, and of a Python that says what a run lacks."""
 
