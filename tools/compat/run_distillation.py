@@ -17,6 +17,7 @@ from megakd.cli import run_verb
 from megakd.errors import UserError
 from megakd.finish import lacks, steps_of
 from megakd.run import Run
+from megakd.serve.export import export, last_weights
 from megakd.system.launcher import read_launcher
 from megakd.system.terminal import accept_any_encoding
 
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
             train_together(run)
         if launched.rank == 0:
             if launched.size > 1:
-                run_verb(["export", str(run.folder)])
+                export(run, last_weights(run), out=None, dense=False, force=False)  # the verb wants to be alone
             print(f"student: {run.path('export')}")
 
 
