@@ -52,5 +52,6 @@ def test_verbs_record_what_they_measured(prepared, sibling):
     in_process("train", run.folder)
     (rate,) = read_json(run.path(NAME))["rates"]
     tokens, seconds = rate["tokens"], rate["seconds"]
+    assert rate["flops_per_token"] > capture["flops_per_token"] > 1000
     assert rate["verb"] == "train" and rate["engine"] == "local" and rate["micro_batch"] == 4
     assert 0.9 * 5 * 512 < tokens <= 5 * 512 and rate["tokens_per_second"] == pytest.approx(tokens / seconds, rel=0.01)

@@ -29,6 +29,7 @@ from megakd.data.tokenizers import check_bos, identify_tokenizer, load_tokenizer
 from megakd.errors import UserError
 from megakd.identity import DataIdentity
 from megakd.measured import Stopwatch, record_rate
+from megakd.models.flops import forward_flops
 from megakd.models.hub import empty_model
 from megakd.models.isolation import check_packing
 from megakd.models.spec import check_preset
@@ -104,8 +105,10 @@ def main(run: Run, args: argparse.Namespace) -> None:
         made = capture_part(capture, part, worker, book, limit=limit, reread=args.reread, stopwatch=stopwatch)
         share = f"{worker.number}/{worker.workers}"
         run.record("generate-logits", part=part.name, worker=share, shards=made, megakd=made_with())
-    device = describe_machine(world.device)["device"]
-    record_rate(run.folder, "generate-logits", device, stopwatch.tokens, stopwatch.seconds, ranks=1)
+    if stopwatch.tokens:
+        device, flops = describe_machine(world.device)["device"], forward_flops(model.config, length, str(folder))
+        tokens, seconds = stopwatch.tokens, stopwatch.seconds
+        record_rate(run.folder, "generate-logits", device, tokens, seconds, ranks=1, flops_per_token=flops)
     close_world()
 
 

@@ -1,7 +1,7 @@
 """One stage of a training: its objective and engine, step by step to its end or a signal, with checkpoints."""
 
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,9 +15,11 @@ from megakd.engine.base import CarryOver, StepReport
 from megakd.engine.checkpoint import Progress, Saved, check_ranks, rotate, save_checkpoint
 from megakd.engine.guard import acceptable
 from megakd.engine.optim import schedule
+from megakd.errors import UserError
 from megakd.measured import Stopwatch, record_rate
 from megakd.models.checks import LiveTeacher
-from megakd.models.hub import copy_side_files, write_config
+from megakd.models.flops import step_flops
+from megakd.models.hub import copy_side_files, load_config, write_config
 from megakd.run import Run
 from megakd.system.dist import World, seed_step
 from megakd.system.logging import say
@@ -208,6 +210,9 @@ class StageTrainer:
         settings: dict[str, Any] = {"engine": engine.config if engine.kind == "deepspeed" else engine.kind}
         settings |= {"expert_parallel": engine.expert_parallel, "micro_batch": self.config.optim.micro_batch}
         settings |= {"sequence_length": self.config.data.sequence_length, "memory_gb": round(peak_memory_gb(), 2)}
+        teacher = load_config(self.teacher.folder) if self.teacher else None
+        with suppress(UserError):  # a model whose FLOPs are not known
+            settings["flops_per_token"] = step_flops(self.config, self.student_config, teacher)
         device = describe_machine(self.world.device)["device"]
         size = self.world.size
         record_rate(self.run.folder, "train", device, measured.tokens, measured.seconds, size, **settings)

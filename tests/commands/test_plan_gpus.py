@@ -11,11 +11,11 @@ from transformers import LlamaForCausalLM, Qwen3MoeConfig
 from megakd.config.parsing import load_recipe
 from megakd.errors import UserError
 from megakd.measured import NAME, record_rate
+from megakd.models.flops import forward_flops
 from megakd.models.hub import load_config, model_of
 from megakd.models.shared_core import PROJECTIONS, Form
 from megakd.models.student import student_config
 from megakd.report import duration, layouts
-from megakd.report.duration import forward_flops
 from megakd.report.gpus import GIB, KNOWN, Gpu, find_gpu
 from megakd.report.layouts import Division, Fleet, Step, advice, choose, divisions, micro_batches, open_step, pair_of
 from megakd.report.memory import MASTERS_OF
@@ -68,6 +68,9 @@ def test_tables_say_what_is_an_estimate_and_what_is_measured(prepared, tmp_path)
     shown = in_process("plan", prepared, *fleet, "h100", "--measured", tmp_path / NAME, "--utilization", 0.5)
     assert shown.count("measured on 4 x NVIDIA H100 80GB HBM3") == 2 and shown.count("at 50% of") == 2
     assert "1M " in next(line for line in shown.splitlines() if line.startswith("train, stage all"))
+    record_rate(tmp_path, "train", "NVIDIA H100 80GB HBM3", 8e6, 2.0, ranks=4, flops_per_token=1e12)
+    shown = in_process("plan", prepared, *fleet, "h100", "--measured", tmp_path / NAME)
+    assert shown.count("estimate: measured on 4 x NVIDIA H100 80GB HBM3 at 1T FLOPs per token, here") == 2
     shown = in_process("plan", prepared, *fleet, "80GB")
     assert shown.count("unknown: no FLOP/s of this GPU") == 4
     assert "p100 has no matrix units for bfloat16" not in in_process("plan", prepared, *fleet, "p100")  # it is float32
