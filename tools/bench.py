@@ -20,6 +20,7 @@ examples:
   python tools/bench.py experts --device cuda
   OMP_NUM_THREADS=1 python tools/bench.py loss
   OMP_NUM_THREADS=1 python tools/bench.py step
+  python tools/bench.py step --device cuda --measured .
   OMP_NUM_THREADS=1 python tools/bench.py live
   OMP_NUM_THREADS=1 python tools/bench.py offline
   OMP_NUM_THREADS=1 python tools/bench.py evaluate
@@ -72,6 +73,12 @@ def main() -> None:
         default="cpu",
         help="evaluate, experts, live, loss, step: cuda measures in 16 bits on a GPU (default: cpu)",
     )
+    parser.add_argument(
+        "--measured",
+        type=expand,
+        metavar="FOLDER",
+        help="step: write tokens/s to FOLDER/measured.json, for `megakd plan RUN --gpus N --measured FILE`",
+    )
     parser.add_argument("--json", type=expand, metavar="FILE", help="write the rows there too")
     args = parser.parse_args()
     try:
@@ -81,6 +88,8 @@ def main() -> None:
             raise UserError(
                 "--device is for evaluate, experts, live, loss and step: the other benchmarks run on the CPU"
             )
+        if args.measured and (args.bench != "step" or not args.measured.is_dir()):
+            raise UserError(f"--measured {args.measured}: is for step, and expects a folder that exists")
         if args.device != "cpu" and not torch.cuda.is_available():
             raise UserError(f"--device {args.device}: torch sees no GPU here")
         rows_file = args.json and check_file(args.json, '"bench": ')
@@ -91,7 +100,7 @@ def main() -> None:
         benches["loss"] = lambda quick: bench_loss(quick, args.device)
         benches["temperatures"] = lambda quick: bench_temperatures(quick, args.real)
         benches["offline"] = lambda quick: bench_offline(quick, args.real)
-        benches["step"] = lambda quick: bench_step(quick, args.device)
+        benches["step"] = lambda quick: bench_step(quick, args.device, args.measured)
         rows = benches[args.bench](args.quick)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")

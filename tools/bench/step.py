@@ -36,12 +36,15 @@ from megakd.engine.checkpoint import Progress
 from megakd.engine.local import LocalEngine
 from megakd.engine.optim import build_optimizer
 from megakd.errors import UserError
+from megakd.measured import record_rate
+from megakd.models.flops import step_flops
 from megakd.models.shared_core import PROJECTIONS, Form
 from megakd.models.student import student_config
 from megakd.models.tiny import tiny_moe_config
 from megakd.names import shipped
 from megakd.objectives.build import build
 from megakd.system.dist import World, close_world, join_world, sum_over_ranks
+from megakd.system.machine import describe_machine
 from megakd.train.data import Step, stage_data
 
 ENTRIES, TEMPERATURES, TEMPERATURE = 64, (1.0, 2.0), 2.0
@@ -77,8 +80,11 @@ CASES = {
 }
 
 
-def bench_step(quick: bool, device: str = "cpu") -> list[Row]:
-    """Medians of ratios over rounds in which the forms take turns; then a run's loop; then one and two ranks."""
+def bench_step(quick: bool, device: str = "cpu", measured: Path | None = None) -> list[Row]:
+    """Medians of ratios over rounds in which the forms take turns; then a run's loop; then one and two ranks.
+
+    measured: a folder whose measured.json gets the rate of the run's loop, for `megakd plan --gpus`.
+    """
     gpu = device != "cpu"
     names = [name for name in CASES if name.endswith("quick") == quick and (name == "1.1 B") == gpu]
     rounds, steps, turns = (3, 3, 1) if quick else (7, 8, 3)
@@ -89,7 +95,7 @@ def bench_step(quick: bool, device: str = "cpu") -> list[Row]:
         with tempfile.TemporaryDirectory() as folder:
             write_shards(Path(folder), CASES[name])
             rows += compare(name, Path(folder), rounds, device)
-            rows += wait(name, Path(folder), steps, device)
+            rows += wait(name, Path(folder), steps, device, measured)
             # the head of 151,936 alone would be what gloo sends
             if name.startswith("demo") or torch.cuda.device_count() > 1:
                 rows += scale(name, Path(folder), steps, turns, gpu)
@@ -154,7 +160,7 @@ def plain_step(engine: LocalEngine, step: Step) -> None:
     engine.optimizer.zero_grad(set_to_none=True)
 
 
-def wait(name: str, folder: Path, steps: int, device: str) -> list[Row]:
+def wait(name: str, folder: Path, steps: int, device: str, measured: Path | None = None) -> list[Row]:
     """The loop of `megakd train` on one device."""
     case, dataset = CASES[name], ShardSet(folder)
     config, world = configuration(case, device != "cpu"), World(0, 1, torch.device(device))
@@ -163,6 +169,9 @@ def wait(name: str, folder: Path, steps: int, device: str) -> list[Row]:
     engine = LocalEngine(objective, optimizer, config.optim.clip_norm, config.model.dtype, world.device)
     found = run(config, dataset, engine, world, steps)
     dataset.close()
+    if measured:
+        flops, on = step_flops(config, objective.student.config, None), describe_machine(world.device)["device"]
+        record_rate(measured, "train", on, found["tokens"], found["seconds"], ranks=1, flops_per_token=flops)
     rows = [Row("step", f"{name}, a run", "data_wait_share", found["waited"] / found["seconds"], "of the time")]
     return [*rows, Row("step", f"{name}, a run", "tokens_per_second", found["tokens"] / found["seconds"], "tokens/s")]
 

@@ -8,6 +8,7 @@ import torch
 
 from megakd.data.shards import ShardSet
 from megakd.engine.checkpoint import Progress
+from megakd.measured import NAME, read_rates
 from tests.tools.examples import tool
 
 bench, show = tool("bench.step"), tool("bench.rows").show
@@ -92,3 +93,10 @@ def test_ranks_that_fail_are_said(tmp_path, monkeypatch):
     monkeypatch.setattr(bench.subprocess, "run", lambda *args, **kwargs: failed)
     with pytest.raises(bench.UserError, match="1 ranks ended with exit code 1: KeyError: nothing"):
         bench.launch("nothing", tmp_path, 1, 1)
+
+
+def test_the_rate_of_a_run_is_recorded_for_plan(case, tmp_path):
+    bench.write_shards(tmp_path / "shards", case)
+    bench.wait("demo, quick", tmp_path / "shards", 2, "cpu", tmp_path)
+    (rate,) = read_rates(tmp_path / NAME)
+    assert rate["verb"] == "train" and rate["tokens"] == 2 * 4 * 24 and rate["flops_per_token"] > 1000
