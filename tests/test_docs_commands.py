@@ -22,6 +22,7 @@ from tests.pages import CURRENT, Block, Command, Program, blocks, commands, comm
 RECORDS = "docs/experiments/"  # their commands repeat a measurement: real models, minutes to hours
 NOT_RUN = {  # regular expression → why it cannot run here
     r"^(\w+=\S+ )*sbatch |^\w+=\$\(sbatch ": "needs Slurm; tests/test_launch.py runs the scripts' own lines",
+    r"^launch/pipeline.sh ": "needs Slurm; tests/test_launch.py and tests/test_cluster.py run it",
     r"HOSTFILE=|--hostfile": "needs other hosts over ssh; tests/test_launch.py checks the launcher's arguments",
     r"^RANKS=2 launch/train.sh": "15 s of imports; tests/engine/test_equivalence.py starts it",
     r"^make ": "makes an environment and runs everything; tests/test_demo.py runs the demo",
