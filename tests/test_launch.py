@@ -26,7 +26,9 @@ def test_shellcheck_finds_nothing(script: Path):
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("script", [path for path in SCRIPTS[:-1] if path.name != "lib.sh"], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "script", [path for path in SCRIPTS[:-1] if path.name not in ("lib.sh", "hosts.sh")], ids=lambda p: p.name
+)
 def test_without_a_run_it_prints_its_usage(script: Path):
     done = subprocess.run(["bash", str(script)], capture_output=True, text=True)
     assert done.returncode == 2 and f"{script.name}" in done.stderr and "RUN" in script.read_text()
@@ -75,13 +77,31 @@ def test_tasks_compress_together(recipe, prepared, tmp_path):
 def train_sh(tmp_path: Path):
     """train_sh(HOSTFILE=…): the exit code of launch/train.sh, and its error or the launcher's arguments."""
     stub = tmp_path / "python"
-    stub.write_text('#!/bin/sh\n[ "$1" = -c ] && echo 12345 || echo "$@"\n')
+    stub.write_text(
+        '#!/bin/sh\n[ "$1" = -c ] && echo 12345 || { echo "$@"; [ -z "$DS_ENV_FILE" ] || cat "$DS_ENV_FILE"; }\n'
+    )
     stub.chmod(stat.S_IRWXU)
+    # a host that answers which port is free and which networks it has
+    (tmp_path / "ssh").write_text(
+        """#!/bin/bash
+        case $* in
+          *nowhere*) exit 2 ;;
+          *10.1.0.1* | *10.9.0.1*) last=${@: -1}; echo "${last##* }" ;;
+          *) printf 'port 20000\\neth0 10.0.0.1\\nib0 10.1.0.1\\n' ;;
+        esac"""
+    )
+    (tmp_path / "ssh").chmod(stat.S_IRWXU)
+    run = tmp_path / "run"
+    run.mkdir()
 
     def start(**variables: str) -> tuple[int, str]:
-        environment = {name: os.environ[name] for name in ("PATH", "HOME")} | {"PYTHON": str(stub)} | variables
+        environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path), "PYTHON": str(stub)}
         done = subprocess.run(
-            ["bash", str(ROOT / "launch" / "train.sh"), "runs/a"], capture_output=True, text=True, env=environment
+            ["bash", str(ROOT / "launch" / "train.sh"), str(run)],
+            capture_output=True,
+            text=True,
+            env=environment | variables,
+            timeout=60,
         )
         return done.returncode, done.stdout + done.stderr
 
@@ -109,7 +129,7 @@ def test_hostfile_of_one_other_host_does_not_train_here(train_sh, tmp_path):
     for text, forced in {"n1 slots=2\n": True, "n1 slots=1\nn2 slots=1\n": True, "localhost slots=2\n": False}.items():
         hosts.write_text(text)
         code, said = train_sh(HOSTFILE=str(hosts))
-        assert code == 0 and f"--hostfile {hosts} --master_port 29500" in said, said
+        assert code == 0 and f"--hostfile {hosts} --master_port" in said, said
         assert ("--force_multi" in said) == forced
 
 
@@ -126,6 +146,42 @@ def test_variables_of_the_launch_are_checked(train_sh, tmp_path):
         code, said = train_sh(**variables)
         assert code == 2 and words in said and said.count("\n") == 1, said
     assert "--master_port 12345 --num_gpus 2 --log_level" in train_sh(RANKS="2")[1]
+
+
+def test_hosts_get_the_variables_of_the_launch(train_sh, tmp_path):
+    """DeepSpeed passes few of them on, and its launcher ends on a blank line; ranks took all cores each."""
+    (tmp_path / "hosts").write_text("n1 slots=1\nn2 slots=1\n")
+    (tmp_path / "site.env").write_text("# ours\n\nSITE='a \"b\" $c'\nNCCL_IB_HCA=mlx5\n")
+    (tmp_path / "mine").write_text("# mine\n\nMINE=1\n")
+    code, said = train_sh(
+        HOSTFILE=str(tmp_path / "hosts"),
+        DS_ENV_FILE=str(tmp_path / "mine"),
+        MEGAKD_CLUSTER_ENV=str(tmp_path / "site.env"),
+        DS_ACCELERATOR="cpu",
+    )
+    lines = [line for line in said.splitlines() if not line.startswith("run.sh: ")]
+    given = lines[next(number for number, line in enumerate(lines) if "megakd train" in line) + 1 :]
+    assert code == 0 and all(re.fullmatch("[A-Za-z_][A-Za-z0-9_]*=.+", line) for line in given), said
+    for line in ("OMP_NUM_THREADS=1", "DS_ACCELERATOR=cpu", "DEEPSPEED_TIMEOUT=5", "NCCL_IB_HCA=mlx5", "MINE=1"):
+        assert line in given
+    assert r"SITE=a \"b\" \$c" in given and "5 minutes (DEEPSPEED_TIMEOUT)" in said
+    assert [path.suffix for path in (tmp_path / "run" / "launch").iterdir()] == [".log"]
+
+
+def test_the_network_between_hosts_is_chosen_and_checked(train_sh, tmp_path):
+    (tmp_path / "hosts").write_text("n1 slots=1\nn2 slots=1\n")
+    for variables, code, words in (
+        ({}, 0, "--master_port 20000 --master_addr 10.0.0.1 "),
+        ({}, 0, "host n1 has several networks (eth0 10.0.0.1,ib0 10.1.0.1); IFNAME=NAME chooses another"),
+        ({"IFNAME": "ib0"}, 0, "--master_addr 10.1.0.1 "),
+        ({"IFNAME": "ib0"}, 0, "GLOO_SOCKET_IFNAME=ib0\n"),
+        ({"IFNAME": "ib1"}, 2, "IFNAME=ib1: host n1 has no such network, but: eth0 10.0.0.1,ib0 10.1.0.1"),
+        ({"MASTER_ADDR": "10.1.0.1", "MASTER_PORT": "7"}, 0, "--master_port 7 --master_addr 10.1.0.1 "),
+        ({"MASTER_ADDR": "10.9.0.1"}, 2, "MASTER_ADDR=10.9.0.1: not an address of the first host, n1: eth0"),
+        ({"MASTER_ADDR": "nowhere"}, 2, "MASTER_ADDR=nowhere: host n1 does not know this name"),
+    ):
+        found, said = train_sh(HOSTFILE=str(tmp_path / "hosts"), **variables)
+        assert found == code and words in said, said
 
 
 def test_train_does_not_ignore_a_hostfile(monkeypatch, tmp_path):
