@@ -22,6 +22,7 @@ import psutil
 import torch
 
 from megakd.errors import UserError
+from megakd.finish import missing_training
 from megakd.names import shipped
 from megakd.run import Run
 from megakd.system.dist import (
@@ -31,6 +32,7 @@ from megakd.system.dist import (
     take_device,
 )
 from megakd.system.files import locked
+from megakd.system.logging import say
 from megakd.system.signals import STOPPED, StopSignals
 from megakd.system.verbs import USER_ERROR
 from megakd.train.checks import check, check_world, was_launched
@@ -55,7 +57,11 @@ SECONDS_BETWEEN_SIGNALS = 5
 def main(run: Run, args: argparse.Namespace) -> None:
     dataset = check(run)
     if run.config.engine.kind == "deepspeed" and run.config.engine.ranks > 1 and not was_launched():
-        sys.exit(launch(run))
+        code = launch(run)
+        missing = missing_training(run) if code == 0 else None
+        if missing:  # DeepSpeed's runner ends with 0 where a signal has killed the launcher below it
+            say(f"train: the launcher ended before the training did: {missing}; the same command goes on")
+        sys.exit(1 if missing else code)
     world = join_world() if run.config.engine.kind == "deepspeed" else take_device(read_world())
     check_world(run.config, world)
     # ranks outlive a launcher that was killed: a second training in the same folder must not start next to them

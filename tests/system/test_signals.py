@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megakd.cli import run_verb
 from megakd.commands.train import launch
 from megakd.system.signals import STOP_SIGNALS
 from tests.conftest import ROOT, command, start_ranks
@@ -139,3 +140,15 @@ def test_a_signal_reaches_ranks_that_start_after_it(sibling, tmp_path, monkeypat
         for number, handler in before.items():
             signal.signal(number, handler)
     assert time.monotonic() - start < 15
+
+
+def test_a_launcher_that_ends_before_the_training_is_no_success(sibling, tmp_path, monkeypatch, capsys):
+    """DeepSpeed's runner ended with 0 after `kill -9` of its child, and so did `megakd train`."""
+    program = tmp_path / "python"
+    program.write_text('#!/bin/sh\n[ "$1" = -c ] && exec echo 1\nexit 0\n')
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    with pytest.raises(SystemExit) as ended:
+        run_verb(["train", str(sibling("engine.kind=deepspeed", "engine.ranks=2").folder)])
+    assert ended.value.code == 1
+    assert "the launcher ended before the training did: no checkpoint yet" in capsys.readouterr().err
