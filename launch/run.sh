@@ -4,7 +4,7 @@
 #   HOSTFILE=launch/hostfile.example launch/run.sh train runs/a     on the hosts of a hostfile, over ssh
 # TERM, USR1 or Ctrl-C: the ranks save what they have, exit code 85. When a host fails, the others are ended too.
 # IFNAME: the network between hosts, or MASTER_ADDR: an address of the first host (default: its first address).
-# MASTER_PORT: a free port (default: a new one for each start). LAUNCHER: pdsh (default) or openmpi.
+# MASTER_PORT: a free port (default: a new one for each start).
 # DEEPSPEED_TIMEOUT: minutes that ranks wait for one that does not answer (default: 5).
 # MEGAKD_STALL: seconds without output or progress after which all is ended (default: never).
 # PYTHON: the interpreter (default: python). CUDA_VISIBLE_DEVICES: which GPUs of this machine.
@@ -144,9 +144,10 @@ if [ -n "${DS_ENV_FILE:-}" ]; then
 fi
 [ -d "$run" ] || refuse "$run: no such folder"
 trap 'stopped=1' TERM USR1 INT
-id=${LAUNCH_ID:-$(date +%Y%m%d-%H%M%S)-$$}
+start=$(date +%Y%m%d-%H%M%S)-$$
+id=${LAUNCH_ID:-$start}
 mkdir -p "$run/launch"
-log=$run/launch/$id.log MEGAKD_EXIT_CODE=$run/launch/$id.exit
+log=$run/launch/$start.log MEGAKD_EXIT_CODE=$run/launch/$start.exit
 : >"$log"
 choose_network
 rm -f "$log.ssh"
@@ -154,7 +155,7 @@ export DEEPSPEED_TIMEOUT=${DEEPSPEED_TIMEOUT:-5} MEGAKD_EXIT_CODE
 if [ -n "${IFNAME:-}" ]; then
   export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$IFNAME} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$IFNAME}
 fi
-variables=$(realpath "$run")/launch/$id.env
+variables=$(realpath "$run")/launch/$start.env
 write_variables "$variables"
 echo "MEGAKD_LAUNCH_ID=$id" >>"$variables"
 where=(--hostfile "$HOSTFILE" --master_port "$MASTER_PORT" --master_addr "$MASTER_ADDR")

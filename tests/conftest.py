@@ -46,7 +46,11 @@ SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4, 
 VOCABULARY = 400
 
 
-THINGS = {"gpu": "on_card", "cluster": "slurm"}  # mark → the fixture that skips where the thing is not there
+THINGS = {
+    "gpu": "on_card",
+    "cluster": "slurm",
+    "hosts": "two_hosts",
+}  # mark → the fixture that skips where the thing is not there
 
 
 def pytest_collection_finish() -> None:
@@ -122,6 +126,28 @@ def slurm() -> str:
     if asked.returncode:
         pytest.skip(f"Slurm's controller does not answer: {(asked.stdout + asked.stderr).strip()}")
     return sbatch
+
+
+@pytest.fixture
+def two_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with the `hostfile` of two hosts that answer ssh, and `bin/ssh`; skips where none can be made.
+
+    They take minutes: MEGAKD_TEST_HOSTS=1 asks for them.
+    """
+    if not os.environ.get("MEGAKD_TEST_HOSTS"):
+        pytest.skip("takes minutes; set MEGAKD_TEST_HOSTS=1")
+    missing = [name for name in ("sshd", "pdsh", "ip", "unshare", "ssh-keygen") if shutil.which(name) is None]
+    if missing or os.geteuid() != 0:
+        pytest.skip(f"no hosts on this machine: {', '.join(missing) + ' missing' if missing else 'not root'}")
+    folder = tmp_path_factory.mktemp("hosts")
+    words = ["bash", str(ROOT / "tests" / "two_hosts.sh")]
+    try:
+        made = subprocess.run([*words, "up", str(folder)], capture_output=True, text=True, timeout=60)
+        if made.returncode:
+            pytest.skip(f"this machine allows no name spaces: {made.stderr.strip()[-200:]}")
+        yield folder
+    finally:
+        subprocess.run([*words, "down", str(folder)], check=True, timeout=60)
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from tests.conftest import ROOT, files, in_process
 SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), *sorted((ROOT / "launch").glob("*.sbatch")), ROOT / ".ci" / "run"]
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
+@pytest.mark.parametrize("script", [*SCRIPTS, ROOT / "tests" / "two_hosts.sh"], ids=lambda p: p.name)
 def test_shellcheck_finds_nothing(script: Path):
     shellcheck = shutil.which("shellcheck") or str(Path(sys.executable).parent / "shellcheck")
     done = subprocess.run([shellcheck, str(script)], capture_output=True, text=True)
