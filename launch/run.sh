@@ -4,7 +4,7 @@
 #   HOSTFILE=launch/hostfile.example launch/run.sh train runs/a     on the hosts of a hostfile, over ssh
 # TERM, USR1 or Ctrl-C: the ranks save what they have, exit code 85. When a host fails, the others are ended too.
 # IFNAME: the network between hosts, or MASTER_ADDR: an address of the first host (default: its first address).
-# MASTER_PORT: a free port (default: a new one for each start).
+# MASTER_PORT: a free port (default: a new one for each start). LAUNCHER: pdsh (default) or openmpi, which needs IFNAME.
 # DEEPSPEED_TIMEOUT: minutes that ranks wait for one that does not answer (default: 5).
 # MEGAKD_STALL: seconds without output or progress after which all is ended (default: never).
 # PYTHON: the interpreter (default: python). CUDA_VISIBLE_DEVICES: which GPUs of this machine.
@@ -148,18 +148,31 @@ start=$(date +%Y%m%d-%H%M%S)-$$
 id=${LAUNCH_ID:-$start}
 mkdir -p "$run/launch"
 log=$run/launch/$start.log MEGAKD_EXIT_CODE=$run/launch/$start.exit
+variables=$(realpath "$run")/launch/$start.env
+trap 'rm -f "$variables" "$log.ssh"; [ -s "$log" ] || rm -f "$log"' EXIT
 : >"$log"
 choose_network
-rm -f "$log.ssh"
 export DEEPSPEED_TIMEOUT=${DEEPSPEED_TIMEOUT:-5} MEGAKD_EXIT_CODE
 if [ -n "${IFNAME:-}" ]; then
   export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$IFNAME} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$IFNAME}
 fi
-variables=$(realpath "$run")/launch/$start.env
+(umask 077 && : >"$variables") # cluster.env may hold a password
 write_variables "$variables"
 echo "MEGAKD_LAUNCH_ID=$id" >>"$variables"
 where=(--hostfile "$HOSTFILE" --master_port "$MASTER_PORT" --master_addr "$MASTER_ADDR")
 this_machine || where+=(--force_multi)
+case ${LAUNCHER:-pdsh} in
+  pdsh) ;;
+  openmpi)
+    [ -n "${IFNAME:-}" ] || refuse "LAUNCHER=openmpi: set IFNAME, the network that mpirun takes too"
+    mpi="--mca btl_tcp_if_include $IFNAME --mca oob_tcp_if_include $IFNAME --bind-to none"
+    [ "$(id -u)" != 0 ] || mpi+=" --allow-run-as-root"
+    where+=(--launcher openmpi --launcher_args "$mpi")
+    # mpirun tells its ranks their numbers, not where they meet
+    printf '%s\n' "MASTER_ADDR=$MASTER_ADDR" "MASTER_PORT=$MASTER_PORT" >>"$variables"
+    ;;
+  *) refuse "LAUNCHER=$LAUNCHER: expected pdsh or openmpi" ;;
+esac
 end_processes # of an attempt before this one
 say "$verb on ${hosts[*]}, which meet at $MASTER_ADDR:$MASTER_PORT; log: $log"
 say "ranks end when one has not answered for $DEEPSPEED_TIMEOUT minutes (DEEPSPEED_TIMEOUT)"
@@ -188,5 +201,5 @@ elif [ "$code" != 0 ] && [ -n "$stopped" ]; then
 elif [ "$code" = 85 ] && { [ -e "$MEGAKD_EXIT_CODE-1" ] || codes | grep -qvx 85; }; then
   code=1
 fi
-rm -f "$MEGAKD_EXIT_CODE"-* "$variables"
+rm -f "$MEGAKD_EXIT_CODE"-*
 exit "$code"

@@ -184,6 +184,20 @@ def test_the_network_between_hosts_is_chosen_and_checked(train_sh, tmp_path):
         assert found == code and words in said, said
 
 
+def test_ranks_of_mpirun_know_where_they_meet(train_sh, tmp_path):
+    """Each of its tasks started a whole training."""
+    (tmp_path / "hosts").write_text("n1 slots=1\nn2 slots=1\n")
+    code, said = train_sh(HOSTFILE=str(tmp_path / "hosts"), LAUNCHER="openmpi", IFNAME="ib0")
+    assert code == 0 and "--launcher openmpi --launcher_args --mca btl_tcp_if_include ib0 " in said, said
+    assert "MASTER_ADDR=10.1.0.1\nMASTER_PORT=20000\n" in said
+    for variables, words in (
+        ({"LAUNCHER": "openmpi"}, "set IFNAME"),
+        ({"LAUNCHER": "ssh"}, "expected pdsh or openmpi"),
+    ):
+        code, said = train_sh(HOSTFILE=str(tmp_path / "hosts"), **variables)
+        assert code == 2 and words in said, said
+
+
 def test_train_does_not_ignore_a_hostfile(monkeypatch, tmp_path):
     monkeypatch.setenv("HOSTFILE", "hosts")
     with pytest.raises(UserError, match="HOSTFILE=hosts: megakd train starts ranks on this machine alone"):
