@@ -12,7 +12,7 @@ from megakd.config.base import Section
 from megakd.config.data import DataConfig, LogitsConfig, StreamConfig
 from megakd.config.model import CompressConfig, ModelConfig
 from megakd.config.objective import KINDS, CachedConfig, LossConfig, ObjectiveConfig
-from megakd.config.originals import old_words, successors
+from megakd.config.original_keys import old_words, successors
 from megakd.config.train import (
     CheckpointConfig,
     EngineConfig,

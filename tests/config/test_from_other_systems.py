@@ -1,6 +1,6 @@
-"""docs/from-other-systems.md lists every key that megakd/config/originals.py converts, with what becomes of it."""
+"""docs/from-other-systems.md lists every key that megakd/config/original_keys.py has, with what becomes of it."""
 
-from megakd.config.originals import FLAT, STAGE, TABLE, Skip
+from megakd.config.original_keys import FLAT, STAGE, TABLE, Skip
 from tests.conftest import ROOT
 
 
