@@ -10,7 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from megakd.config.effects import check, idle_fields
+from megakd.config.checks import check
+from megakd.config.effects import idle_fields
 from megakd.config.parsing import apply_overrides, in_our_keys, load_recipe, parse, parse_frozen
 from megakd.config.products import PRODUCTS, STUDENT, differences
 from megakd.config.run import RunConfig, flatten, is_mutable

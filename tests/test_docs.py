@@ -22,7 +22,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from megakd import cli
 from megakd.config import objective
 from megakd.config.base import Section
-from megakd.config.effects import check
+from megakd.config.checks import check
 from megakd.config.parsing import apply_overrides, load_recipe, parse
 from megakd.config.run import RunConfig, is_mutable
 from megakd.names import find_recipe

@@ -21,7 +21,7 @@ examples:
 
 import argparse
 
-from megakd.config.effects import notices
+from megakd.config.checks import notices
 from megakd.run import Run
 from megakd.system.logging import say
 

@@ -14,7 +14,7 @@ examples:
 
 import argparse
 
-from megakd.config.effects import check_batches
+from megakd.config.checks import check_batches
 from megakd.errors import UserError
 from megakd.models.checks import check_models
 from megakd.names import expand

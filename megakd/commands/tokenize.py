@@ -13,7 +13,7 @@ examples:
 
 import argparse
 
-from megakd.config.effects import check_batches
+from megakd.config.checks import check_batches
 from megakd.data.pipeline import source_commit, tokenize_part
 from megakd.data.tokenizers import bos_of, bos_words, load_tokenizer
 from megakd.models.checks import check_isolation, check_models, model_folders, student_identity

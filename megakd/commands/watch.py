@@ -16,7 +16,7 @@ examples:
 import argparse
 import sys
 
-from megakd.config.effects import check_evaluation
+from megakd.config.checks import check_evaluation
 from megakd.evals.measure import Meter, raise_failures
 from megakd.evals.watch import Stopped, raising_stopped, watch
 from megakd.evals.watcher import Follower

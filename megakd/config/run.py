@@ -168,7 +168,7 @@ def nearest(location: tuple[int | str, ...], objective: str = "cached") -> str:
 
 
 def _same_kind(objective: dict[str, Any]) -> dict[str, Any]:
-    """A stage's changes of the objective but for its kind, which `config.effects.check_stages` looks at."""
+    """A stage's changes of the objective but for its kind, which `config.checks.check_stages` looks at."""
     return {key: value for key, value in objective.items() if key != "kind"}
 
 

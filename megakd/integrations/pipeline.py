@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megakd.config.effects import notices
+from megakd.config.checks import notices
 from megakd.config.objective import CachedConfig
 from megakd.config.parsing import in_our_keys, load_recipe, parse, read_recipe
 from megakd.config.run import RunConfig, flatten

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from megakd.config.effects import check_targets
+from megakd.config.checks import check_targets
 from megakd.config.objective import CachedConfig
 from megakd.data.records import Batch, TeacherTargets, labelled
 from megakd.errors import UserError

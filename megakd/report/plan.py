@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from megakd.compress.forms import dense_flops, form_flops
+from megakd.config.checks import check_evaluation
 from megakd.config.data import LogitsConfig
-from megakd.config.effects import check_evaluation
 from megakd.config.model import CompressConfig
 from megakd.config.run import RunConfig
 from megakd.data.pipeline import padding_share

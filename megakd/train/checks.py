@@ -4,7 +4,8 @@ import os
 
 import torch
 
-from megakd.config.effects import check_batches, check_stages, idle_fields
+from megakd.config.checks import check_batches, check_stages
+from megakd.config.effects import idle_fields
 from megakd.config.run import RunConfig
 from megakd.data.curriculum import open_curriculum
 from megakd.data.shards import ShardSet

@@ -3,7 +3,7 @@
 from contextlib import closing, nullcontext
 from typing import Any
 
-from megakd.config.effects import notices
+from megakd.config.checks import notices
 from megakd.data.curriculum import open_curriculum
 from megakd.data.shards import ShardSet
 from megakd.engine.base import CarryOver

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from megakd.config.effects import check, idle_fields, notices
+from megakd.config.checks import check, notices
+from megakd.config.effects import idle_fields
 from megakd.config.objective import OnlineConfig, SarConfig
 from megakd.config.parsing import apply_overrides, load_recipe, parse
 from megakd.config.run import RunConfig

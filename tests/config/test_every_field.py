@@ -20,7 +20,8 @@ from torch import nn
 
 from megakd.capture.targets import targets_from_logits
 from megakd.config.base import Section
-from megakd.config.effects import check, idle_fields, notices
+from megakd.config.checks import check, notices
+from megakd.config.effects import idle_fields
 from megakd.config.objective import KINDS as OBJECTIVES
 from megakd.config.parsing import load_recipe
 from megakd.config.run import RunConfig

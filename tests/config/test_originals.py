@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megakd.config.effects import check
+from megakd.config.checks import check
 from megakd.config.original_keys import FLAT, TABLE, Move, Skip, is_old
 from megakd.config.parsing import load_recipe
 from megakd.config.run import RunConfig, flatten

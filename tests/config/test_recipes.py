@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megakd.config.effects import check
+from megakd.config.checks import check
 from megakd.config.parsing import load_recipe
 from megakd.engine.ds_json import deepspeed_config
 from tests.conftest import ROOT, forked_ranks, in_process, metrics

@@ -22,7 +22,8 @@ import installed  # noqa: F401
 
 from megakd import finish
 from megakd.cli import run_verb
-from megakd.config.effects import check, idle_fields
+from megakd.config.checks import check
+from megakd.config.effects import idle_fields
 from megakd.config.parsing import apply_overrides, parse
 from megakd.config.run import flatten, is_mutable
 from megakd.data.documents import source_files

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megakd.config.effects import check
+from megakd.config.checks import check
 from megakd.config.parsing import parse
 from megakd.config.run import RunConfig
 from megakd.data.shards import read_manifest
