@@ -130,8 +130,16 @@ def _sections(names: tuple[str, ...]) -> str | None:
 
 
 def main() -> None:
-    """Entry point: exit 0 fine, 2 a user's mistake in one line, 1 a bug with its traceback, 85 after a stop signal."""
+    """Entry point of a process: `run_command_line`, from the first line to the last with an answer to stop signals."""
     end_on_stop_signals()  # before a verb's libraries are imported, which takes seconds
+    try:
+        run_command_line()
+    finally:
+        ignore_stop_signals()
+
+
+def run_command_line() -> None:
+    """Run sys.argv: exit 0 fine, 2 a user's mistake in one line, 1 a bug with its traceback, 85 after a stop signal."""
     accept_any_encoding()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
@@ -153,8 +161,6 @@ def main() -> None:
     except Exception:
         _leave_code(1)
         raise
-    finally:
-        ignore_stop_signals()
 
 
 def _leave_code(code: int) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -35,6 +36,7 @@ from megakd.models.tiny import tiny_moe_config, train_tokenizer
 from megakd.run import Run
 from megakd.system.dist import NVIDIA_DRIVER
 from megakd.system.launcher import free_port
+from megakd.system.signals import STOP_SIGNALS
 from megakd.system.verbs import Verbs
 from tests.forks import Forked
 
@@ -105,6 +107,14 @@ def for_each(
         return loop
 
     return decorate
+
+
+@pytest.fixture(autouse=True)
+def stop_signals_stay() -> Iterator[None]:
+    """Programs that a later test starts inherit what is ignored, and a shell cannot trap it."""
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
+    yield
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
 
 
 @pytest.fixture

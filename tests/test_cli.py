@@ -26,7 +26,7 @@ def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], t
         monkeypatch.setattr(sys, "argv", ["megakd", *map(str, argv)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            cli.run_command_line()
         errors = capsys.readouterr().err
         assert ended.value.code == 2, errors
         assert errors.count("\n") == 1 and errors.startswith("megakd: "), errors
@@ -239,7 +239,7 @@ def test_help_does_not_import_torch():
 def test_every_verb_explains_itself_with_examples(verb, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["megakd", verb, "--help"])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        cli.run_command_line()
     text = capsys.readouterr().out
     assert ended.value.code == 0 and "examples:" in text and f"megakd {verb}" in text
     named = re.findall(r"reads the sections ([\w, ]+) of RUN/config.json", text)
@@ -251,7 +251,7 @@ def test_every_verb_explains_itself_with_examples(verb, capsys, monkeypatch):
 def test_unknown_verb_exits_2(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["megakd", "destil"])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        cli.run_command_line()
     assert ended.value.code == 2 and "destil" in capsys.readouterr().err
 
 
@@ -286,4 +286,4 @@ def test_another_pipe_that_breaks_is_an_error(monkeypatch):
 
     monkeypatch.setattr(cli, "run_verb", verb)
     with pytest.raises(BrokenPipeError):
-        cli.main()
+        cli.run_command_line()

@@ -341,7 +341,7 @@ def test_a_job_that_was_cancelled_is_not_requeued(tmp_path):
     ],
 )
 def test_a_signal_in_the_step_ends_with_85_and_a_requeue(tmp_path, script, step):
-    job = Job(tmp_path, f"{step}; echo ready; while :; do sleep 0.02; done")
+    job = Job(tmp_path, f"{step}; echo ready; for try in {{1..1000}}; do sleep 0.02; done; exit 9")
     array = {"SLURM_ARRAY_JOB_ID": "6", "SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_TASK_MAX": "0"}
     process = job.start(script, SLURM_JOB_NODELIST="n1", **(array if "logits" in script else {}))
     assert process.stdout is not None and process.stdout.readline() == "ready\n"

@@ -198,7 +198,7 @@ BAD = ["4/4", "5/4", "0/0", "-1/2", "1", "1/", "/2", "a/b", "1/2/3", "1.0/2", ""
 def test_bad_parts_are_refused(empty, part, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["megakd", "generate-logits", str(empty.folder), f"--part={part}"])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        cli.run_command_line()
     assert ended.value.code == 2
     assert capsys.readouterr().err == f"megakd: --part {part}: expected I/N with I from 0 to N - 1, like 0/4\n"
     assert not empty.path("data", "logits").exists()
@@ -212,7 +212,7 @@ def test_a_part_in_superscript_is_refused(empty):
 def test_max_tokens_must_be_a_number(empty, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["megakd", "generate-logits", str(empty.folder), "--max-tokens=many"])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        cli.run_command_line()
     assert ended.value.code == 2 and "--max-tokens" in capsys.readouterr().err
     assert not empty.path("data", "logits").exists()
 

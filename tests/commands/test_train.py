@@ -206,7 +206,7 @@ def test_damage_stops_a_run_that_was_not_told_to_skip(sibling: Make, monkeypatch
     key = flip(own_logits(run), order_of(run, 160)[4 * 16 + 2])
     monkeypatch.setattr(sys, "argv", ["megakd", "train", str(run.folder)])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        cli.run_command_line()
     last = capsys.readouterr().err.splitlines()[-1]
     assert ended.value.code == 2
     assert last.startswith("megakd: ") and f".tar: sample {key}: checksum does not match" in last

@@ -21,7 +21,7 @@ def test_help_is_printed_on_a_terminal_that_is_not_utf8(monkeypatch, words):
     written = stream(monkeypatch, "ascii")
     monkeypatch.setattr(sys, "argv", ["megakd", *words.split()])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        cli.run_command_line()
     sys.stdout.flush()
     assert ended.value.code == 0 and b"usage: megakd" in written.getvalue()
 
