@@ -110,11 +110,12 @@ def for_each(
 
 
 @pytest.fixture(autouse=True)
-def stop_signals_stay() -> Iterator[None]:
-    """Programs that a later test starts inherit what is ignored, and a shell cannot trap it."""
-    before = [signal.getsignal(number) for number in STOP_SIGNALS]
+def stop_signals() -> Iterator[None]:
+    """As before once a test has ended: a stop leaves them ignored, and a shell that inherits that cannot trap them."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield
-    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
