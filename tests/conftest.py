@@ -38,7 +38,7 @@ from megakd.system.dist import NVIDIA_DRIVER
 from megakd.system.launcher import free_port
 from megakd.system.signals import STOP_SIGNALS
 from megakd.system.verbs import Verbs
-from tests.forks import Forked
+from tests.forks import RARELY, Forked
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
@@ -59,6 +59,7 @@ def pytest_collection_finish() -> None:
     """What collecting has imported stays: two million objects that no later collection of garbage need look at."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(*RARELY)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -178,7 +178,6 @@ def predicted_peak(
 CHECKPOINTED = {"engine": {"activation_checkpointing": True}}
 SETTINGS = {
     "cached, bfloat16": run_config("cached", "bfloat16", 256, 4, objective={"temperature": 2.0}),
-    "sar, bfloat16": run_config("sar", "bfloat16", 128, 4),
     "sar, float16 with its scaler": run_config("sar", "float16", 64, 2),
     "sar, checkpointed, all experts": run_config(
         "sar", "float32", 192, 2, **CHECKPOINTED, objective={"routing": "all"}
