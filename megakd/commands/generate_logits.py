@@ -22,18 +22,13 @@ import re
 import time
 from pathlib import Path
 
+from megakd.capture.checks import check_teacher, check_tokens
 from megakd.capture.pipeline import Worker, capture_part, make_codebook, part_of
 from megakd.capture.source import Capture
 from megakd.data.shards import ShardSet
-from megakd.data.tokenizers import check_bos, identify_tokenizer, load_tokenizer
 from megakd.errors import UserError
-from megakd.identity import DataIdentity
 from megakd.measured import Stopwatch, record_rate
 from megakd.models.flops import forward_flops
-from megakd.models.hub import empty_model
-from megakd.models.isolation import check_packing
-from megakd.models.spec import check_preset
-from megakd.models.tables import check_tables
 from megakd.names import resolve
 from megakd.run import Run
 from megakd.system.dist import (
@@ -68,30 +63,13 @@ def main(run: Run, args: argparse.Namespace) -> None:
     if args.max_tokens is not None and not args.max_tokens > 0:
         raise UserError(f"--max-tokens {args.max_tokens:g}: expected a number above 0, like 1e8")
     folder = resolve(run.config.model.teacher, run.config.model.revision)
-    reader = load_tokenizer(folder)
-    tokenizer = identify_tokenizer(reader)
     sets = {part: ShardSet(run.path("data", "tokens", part)) for part in ("holdout", "train")}
     live = run.config.objective.live  # training asks the teacher itself
-    advice = (
-        "two tokenizers have no KL, so evaluate needs no logits" if live else "run: megakd tokenize RUN in a new run"
-    )
-    for tokens in sets.values():
-        if different := tokenizer.difference(DataIdentity.of(tokens.facts).tokenizer):
-            raise UserError(
-                f"{tokens.folder}: tokenized with another tokenizer than {folder} has ({different}); {advice}"
-            )
-        check_packing(tokens.facts, run.config.data.packing, tokens.folder)
-        if (older := check_bos(tokens.facts, reader, run.config.data.bos, tokens.folder)) and world.first:
-            say(f"generate-logits: {older}")
-    if run.config.logits.top_k > tokenizer.vocab_size:
-        raise UserError(f"logits.top_k: {run.config.logits.top_k} exceeds the vocabulary of {tokenizer.vocab_size}")
+    tokenizer = check_tokens(run.config, folder, sets.values(), world.first)
+    model = check_teacher(run.config, folder, tokenizer)
     if live:
         unused = "" if args.max_tokens is None else "; --max-tokens has no effect"
         say(f"generate-logits: the validation set alone, for training has a live teacher{unused}")
-    model, length = empty_model(folder), run.config.data.sequence_length
-    check_tables(model, folder, tokenizer.vocab_size, length)
-    if run.config.logits.parallel == "autoep":
-        check_preset(model.config.model_type, folder)
     if args.force:
         _set_aside(run.path("data", "logits"))
     capture = Capture(run, folder, world, tokenizer.vocab_size)
@@ -106,7 +84,8 @@ def main(run: Run, args: argparse.Namespace) -> None:
         share = f"{worker.number}/{worker.workers}"
         run.record("generate-logits", part=part.name, worker=share, shards=made, megakd=made_with())
     if stopwatch.tokens:
-        device, flops = describe_machine(world.device)["device"], forward_flops(model.config, length, str(folder))
+        device = describe_machine(world.device)["device"]
+        flops = forward_flops(model.config, run.config.data.sequence_length, str(folder))
         tokens, seconds = stopwatch.tokens, stopwatch.seconds
         record_rate(run.folder, "generate-logits", device, tokens, seconds, ranks=1, flops_per_token=flops)
     close_world()
