@@ -47,12 +47,15 @@ def load_model(folder: Path, dtype: torch.dtype) -> Any:
             trust_remote_code=False,  # else it would ask at the terminal, and a "y" would run the folder's code
         )
     model, info = loaded
-    if info["missing_keys"]:  # transformers would go on with random numbers in their place
-        missing = sorted(info["missing_keys"])
-        raise UserError(f"{folder}: {len(missing)} tensors of the model are missing, the first is {missing[0]}")
-    if info["unexpected_keys"]:
-        _say_unused(folder, sorted(info["unexpected_keys"]))
+    check_complete(folder, sorted(info["missing_keys"]))  # transformers would go on with random numbers in their place
+    say_unused(folder, sorted(info["unexpected_keys"]))
     return model
+
+
+def check_complete(folder: Path, missing: list[str]) -> None:
+    """UserError when a model's folder lacks tensors of it."""
+    if missing:
+        raise UserError(f"{folder}: {len(missing)} tensors of the model are missing, the first is {missing[0]}")
 
 
 def load_config(folder: Path) -> Any:
@@ -108,8 +111,9 @@ def check_unquantized(folder: Path, config: Any, purpose: str) -> None:
     )
 
 
-def _say_unused(folder: Path, names: list[str]) -> None:
-    if read_world().first:
+def say_unused(folder: Path, names: list[str]) -> None:
+    """Say how many tensors of a folder the model has no place for."""
+    if names and read_world().first:
         say(
             f"{folder}: {len(names)} tensors of its files are skipped, for the model of config.json has none of those "
             f"names; the first is {names[0]}"
@@ -171,15 +175,11 @@ class Checkpoint:
                 raise UserError(
                     f"{self.place(name)} has shape {self.shape(name)}, config.json says {expected[module_name]}"
                 )
-        if unused:
-            _say_unused(self.folder, unused)
+        say_unused(self.folder, unused)
         there = {spec.module_name(name) for name in found}
         tied = model.all_tied_weights_keys
         missing = [n for n in expected if n not in there and not spec.is_expert(n) and tied.get(n) not in there]
-        if missing:
-            raise UserError(
-                f"{self.folder}: {len(missing)} tensors of the model are missing, the first is {missing[0]}"
-            )
+        check_complete(self.folder, missing)
         return found
 
     def place(self, name: str) -> str:
