@@ -6,6 +6,7 @@ universal checkpoint, which holds every parameter whole, under the names of that
 
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -39,8 +40,9 @@ from megakd.system.deepspeed_internals import (
 from megakd.system.dist import World, barrier, sum_over_ranks
 from megakd.system.files import read_json, remove, write_json
 from megakd.system.logging import say
+from megakd.system.signals import end_with_parent
 
-TAG, UNIVERSAL = "state", "universal"
+TAG, UNIVERSAL, CONVERSION_LOG = "state", "universal", "ds_to_universal.log"
 
 
 class DeepSpeedEngine:
@@ -128,6 +130,8 @@ class DeepSpeedEngine:
 
     def load(self, folder: Path) -> None:
         saved = read_json(folder / LAYOUT) if (folder / LAYOUT).exists() else self.layout
+        if self.world.first:
+            remove_converted(folder)
         if all(saved[key] == value for key, value in self.layout.items()):
             self.engine.load_checkpoint(str(folder), tag=TAG)
             return
@@ -145,8 +149,7 @@ class DeepSpeedEngine:
         set_update_counts(self.engine, saved.get("updates", {}))
         barrier()
         if self.world.first:
-            remove(folder / UNIVERSAL)  # it took as much room as the state; the next checkpoint is of this layout
-            (folder / "latest_universal").unlink(missing_ok=True)
+            remove_converted(folder)
 
     def export_state(self) -> CarryOver:
         return export_state(self.engine, self.world)
@@ -199,13 +202,14 @@ class DeepSpeedEngine:
         output = folder / UNIVERSAL
         process = None
         if self.world.first:
-            remove(output)
-            command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+            command = [sys.executable, "-m", "megakd.engine.conversion", "--inject_missing_state"]
             command += ["--input_folder", str(folder / TAG), "--output_folder", str(output)]
             # no rank of ours: it must not join, nor start an accelerator
             alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-            log = (folder / "ds_to_universal.log").open("w")
-            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=alone)
+            # it must not write on when this rank is killed: the next attempt converts anew
+            ending = end_with_parent(signal.SIGKILL)
+            with (folder / CONVERSION_LOG).open("w") as log:
+                process = subprocess.Popen(command, stdout=log, stderr=log, env=alone, preexec_fn=ending)
         going, failed = True, False
         while going:
             time.sleep(0.5)
@@ -213,9 +217,7 @@ class DeepSpeedEngine:
             running, wrong = sum_over_ranks([float(code is None), float(bool(code))], self.world.device)
             going, failed = running > 0, wrong > 0
         if failed:
-            raise RuntimeError(f"ds_to_universal failed; see {folder / 'ds_to_universal.log'}")
-        if self.world.first:
-            (folder / "ds_to_universal.log").unlink()
+            raise RuntimeError(f"ds_to_universal failed; see {folder / CONVERSION_LOG}")
 
     def _rename(self, zero: Path, saved: dict[str, dict[str, list[int]]]) -> None:
         """Give each parameter of this layout its folder below `zero`: pack or take apart what another packed.
@@ -283,6 +285,16 @@ class DeepSpeedEngine:
         for state in self.optimizer.state.values():
             if isinstance(state.get("step"), Tensor):
                 state["step"] = state["step"].clone()
+
+
+def remove_converted(folder: Path) -> None:
+    """Delete what a conversion has made in a state: it takes as much room, and the next checkpoint is of this layout.
+
+    The state itself stays as it was saved, also where a kill ends the conversion halfway.
+    """
+    remove(folder / UNIVERSAL)
+    for name in ("latest_universal", CONVERSION_LOG):
+        (folder / name).unlink(missing_ok=True)
 
 
 def describe(layout: dict[str, Any]) -> str:

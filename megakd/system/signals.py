@@ -1,7 +1,10 @@
 """SIGTERM and SIGUSR1: a verb ends with exit code 85, at once or after it has saved; needs no torch."""
 
+import ctypes
 import os
 import signal
+import sys
+from collections.abc import Callable
 from threading import RLock, Thread
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -11,6 +14,7 @@ if TYPE_CHECKING:
 
 STOPPED = 85  # exit code: stopped by a signal, what is finished is saved; schedulers requeue on it
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 _ending = RLock()
 
 
@@ -34,6 +38,20 @@ def ignore_stop_signals() -> None:
     """A late signal must not change an exit code; the interpreter keeps only SIG_IGN until its own end."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def end_with_parent(number: int) -> Callable[[], None]:
+    """For a new process of this one, as `preexec_fn`: it gets the signal when this one is killed (on Linux)."""
+    parent = os.getpid()
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+    def prepare() -> None:
+        if libc is not None:
+            libc.prctl(PR_SET_PDEATHSIG, number)
+            if os.getppid() != parent:  # killed in between
+                os._exit(128 + signal.SIGKILL)
+
+    return prepare
 
 
 def _listen(reading: int) -> None:

@@ -1,6 +1,5 @@
 """Start verbs of MegaKD one after another: in processes of their own, to which signals are passed on, or here."""
 
-import ctypes
 import gc
 import os
 import signal
@@ -12,9 +11,8 @@ from types import FrameType
 
 from megakd.errors import UserError
 from megakd.system.logging import say
-from megakd.system.signals import STOP_SIGNALS, STOPPED
+from megakd.system.signals import STOP_SIGNALS, STOPPED, end_with_parent
 
-PR_SET_PDEATHSIG = 1  # of prctl(2)
 USER_ERROR = 2
 
 
@@ -33,17 +31,10 @@ def to_go_on(code: int, command: str = "the same command") -> str:
 
 def start(*argv: str, env: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
     """`megakd ARGV` in a process of its own, which gets SIGTERM when this one is killed (on Linux)."""
-    parent = os.getpid()
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-
-    def end_with_parent() -> None:
-        if libc is not None:
-            libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-            if os.getppid() != parent:  # killed in between
-                os._exit(128 + signal.SIGKILL)
-
     words = [sys.executable, "-m", "megakd", *argv]
-    return subprocess.Popen(words, env=None if env is None else {**os.environ, **env}, preexec_fn=end_with_parent)
+    return subprocess.Popen(
+        words, env=None if env is None else {**os.environ, **env}, preexec_fn=end_with_parent(signal.SIGTERM)
+    )
 
 
 class Verbs:

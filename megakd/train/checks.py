@@ -36,6 +36,7 @@ from megakd.system.files import read_json
 from megakd.system.launcher import read_launcher
 from megakd.system.logging import say
 from megakd.tracking import check_tracking
+from megakd.train.elastic import misfit
 from megakd.train.validation import open_holdout
 
 
@@ -183,28 +184,8 @@ def _check_teacher(run: Run, dataset: ShardSet) -> None:
 
 def check_world(config: RunConfig, world: World) -> None:
     """The batch must divide among the ranks, and the local engine is one process."""
-    if config.engine.kind == "local" and world.size > 1:
-        raise UserError(
-            f"engine.kind: local is one process, this is a world of {world.size}; "
-            "set engine.kind=deepspeed in a new run"
-        )
-    spread = config.engine.expert_parallel
-    if config.engine.kind == "local" and spread > 1:
-        raise UserError(
-            f"engine.expert_parallel: {spread}, but engine.kind local is one process; set engine.kind=deepspeed in a "
-            "new run, or engine.expert_parallel=1"
-        )
-    if world.size % spread:
-        raise UserError(
-            f"engine.expert_parallel: {spread} does not divide the {world.size} ranks; change engine.ranks or it"
-        )
-    for stage in config.stages:
-        windows = config.at(stage).windows_per_step
-        if windows % (world.size * config.optim.micro_batch):
-            raise UserError(
-                f"optim.batch_tokens: {windows} windows per step do not divide among {world.size} ranks x "
-                f"optim.micro_batch {config.optim.micro_batch}; change optim.micro_batch, engine.ranks or the batch"
-            )
+    if reason := misfit(config, world.size):
+        raise UserError(reason)
 
 
 def was_launched() -> bool:
