@@ -9,9 +9,9 @@ from megakd.data.shards import ShardSet
 from megakd.data.tokenizers import check_bos, identify_tokenizer, load_tokenizer
 from megakd.errors import UserError
 from megakd.identity import DataIdentity, TokenizerIdentity
+from megakd.models.checks import check_experts
 from megakd.models.hub import empty_model
 from megakd.models.isolation import check_packing
-from megakd.models.spec import check_preset
 from megakd.models.tables import check_tables
 from megakd.system.logging import say
 
@@ -39,10 +39,10 @@ def check_tokens(config: RunConfig, folder: Path, sets: Iterable[ShardSet], firs
     return tokenizer
 
 
-def check_teacher(config: RunConfig, folder: Path, tokenizer: TokenizerIdentity) -> Any:
-    """The teacher without weights, which has rows for every token and position, and can be sharded as asked."""
+def check_teacher(config: RunConfig, folder: Path, tokenizer: TokenizerIdentity, ranks: int) -> Any:
+    """The teacher without weights: rows for every token and position, and experts that the ranks can share if asked."""
     model = empty_model(folder)
     check_tables(model, folder, tokenizer.vocab_size, config.data.sequence_length)
     if config.logits.parallel == "autoep":
-        check_preset(model.config.model_type, folder)
+        check_experts(model, ranks)
     return model

@@ -16,7 +16,7 @@ from megakd.data.shards import MANIFEST, SIDECAR, VERSION, ShardSet
 from megakd.errors import UserError
 from megakd.identity import TeacherIdentity, changed_fingerprint, fingerprint
 from megakd.models.checks import check_isolation, model_folders
-from megakd.models.hub import empty_model, load_model
+from megakd.models.hub import load_model
 from megakd.models.isolation import Packing
 from megakd.run import Run
 from megakd.system.dist import World, sum_over_ranks
@@ -102,8 +102,7 @@ class Capture:
         else:
             from megakd.capture.sharded import spread
 
-            family = empty_model(self.folder).config.model_type
-            loaded = spread(build, config.parallel, family, config.dtype, config.batch_size, self.world)
+            loaded = spread(build, config.parallel, config.dtype, config.batch_size, self.world)
         teacher_fingerprint(self.logits, self.folder, self.teacher.weights)  # it may have changed before it was loaded
         return loaded
 

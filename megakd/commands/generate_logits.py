@@ -66,7 +66,7 @@ def main(run: Run, args: argparse.Namespace) -> None:
     sets = {part: ShardSet(run.path("data", "tokens", part)) for part in ("holdout", "train")}
     live = run.config.objective.live  # training asks the teacher itself
     tokenizer = check_tokens(run.config, folder, sets.values(), world.first)
-    model = check_teacher(run.config, folder, tokenizer)
+    model = check_teacher(run.config, folder, tokenizer, world.size)
     if live:
         unused = "" if args.max_tokens is None else "; --max-tokens has no effect"
         say(f"generate-logits: the validation set alone, for training has a live teacher{unused}")

@@ -13,10 +13,10 @@ from megakd.errors import UserError
 from megakd.identity import ModelIdentity, TokenizerIdentity, changed_fingerprint, identify
 from megakd.models.hub import check_unquantized, empty_model, load_config
 from megakd.models.isolation import Packing, check_config
-from megakd.models.spec import check_preset
 from megakd.models.tables import check_tables
 from megakd.names import resolve
 from megakd.run import Run
+from megakd.system.extras import require
 from megakd.system.logging import say
 
 
@@ -135,7 +135,16 @@ def check_models(config: RunConfig) -> None:
         check_unquantized(folder, skeleton.config, "compress")
     check_tables(skeleton, folder, theirs.vocab_size, length if mine == theirs else length + length // 4)
     if config.logits.parallel == "autoep" and cached:
-        check_preset(skeleton.config.model_type, folder)
+        check_experts(skeleton, 1)
+
+
+def check_experts(model: Any, ranks: int) -> None:
+    """UserError when logits.parallel=autoep cannot distribute the experts of a teacher over so many ranks."""
+    require("deepspeed", "logits.parallel=autoep")
+    from megakd.models.stock_experts import stock_experts
+
+    check_unquantized(Path(model.config.name_or_path), model.config, "logits.parallel=autoep")
+    stock_experts(model, ranks)
 
 
 def model_folders(model: ModelConfig) -> list[Path]:

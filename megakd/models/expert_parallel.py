@@ -9,7 +9,7 @@ dimensions. Hence a projection's factors lie packed in one parameter [E_local, n
 N tokens of this rank, M rows sent (token, rank), L rows received, P pairs (row, expert) computed here, A active.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -122,16 +122,15 @@ class LocalExperts(SharedCoreExperts):
         """rows [L, (D) + core gate + core up] -> [L, core of down takes + (D)], summed over the experts kept here."""
         widths = [self.hidden * self.reads_x, self.core_width("gate"), self.core_width("up")]
         x, gate, up = rows.split(widths, dim=1)
-        local_LA = expert_LA - self.first
-        row_P, place_P = ((local_LA >= 0) & (local_LA < self.num_experts)).nonzero(as_tuple=True)
+        chosen = row_P, _ = pairs_of(expert_LA, self.first, self.num_experts)
         out_width = self.core_width("down") + self.hidden * self.writes_outer
         if len(row_P) == 0:
             # nothing came: the backward must still meet the other ranks, in the exchange and in the reduction
             own = sum(p.sum() for p in self.parameters() if not _frozen(p))
             return rows.new_zeros(len(rows), out_width) + 0.0 * (rows.sum() + weight_LA.sum() + own)
         x = x[row_P] if self.reads_x else rows.new_zeros(1, 1).expand(len(row_P), self.hidden)
-        chosen = (row_P, place_P)
-        made = self.factors(x, gate[row_P], up[row_P], local_LA[chosen][:, None], weight_LA[chosen][:, None])
+        local_P = expert_LA[chosen] - self.first
+        made = self.factors(x, gate[row_P], up[row_P], local_P[:, None], weight_LA[chosen][:, None])
         wide = torch.promote_types(rows.dtype, torch.float32)
         sums = [rows.new_zeros(len(rows), y.shape[1], dtype=wide).index_add(0, row_P, y.to(wide)) for y in made]
         return torch.cat(sums if self.writes_outer else sums[:1], dim=1).to(rows.dtype)
@@ -190,34 +189,47 @@ class SpreadExperts(AutoEPMoELayer):
             dense_ND = exempt(x_ND, expert_NA, weight_NA)
             for expert in exempt.ids:
                 expert_NA = expert_NA.masked_fill(expert_NA == expert, -1)  # goes nowhere
-        sum_N = self._exchange([x_ND, gate_N, up_N] if self.experts.reads_x else [gate_N, up_N], expert_NA, weight_NA)
+        parts = [x_ND, gate_N, up_N] if self.experts.reads_x else [gate_N, up_N]
+        sum_N = exchange(self, self.experts, parts, expert_NA, weight_NA)
         inner_N = sum_N[:, : self.experts.core_width("down")]
         out_ND = core["down_proj"](inner_N)
         if self.experts.writes_outer:
             out_ND = out_ND + sum_N[:, inner_N.shape[1] :]
         return out_ND if dense_ND is None else out_ND + dense_ND
 
-    def _exchange(self, parts: list[Tensor], expert_NA: Tensor, weight_NA: Tensor) -> Tensor:
-        """Each token's row to the ranks that keep its experts, and the sums of what they make of it, [N, ..]."""
-        rank_NA = torch.div(expert_NA, self.num_local_experts, rounding_mode="floor")
-        ranks = torch.arange(self.ep_size, device=rank_NA.device)
-        goes = (rank_NA == ranks[:, None, None]).any(dim=-1)
-        token_M = goes.nonzero()[:, 1]
-        sent = goes.sum(dim=1)
-        received = torch.empty_like(sent)
-        torch.distributed.all_to_all_single(received, sent, group=self.ep_group)
-        out, back = torch.stack([sent, received]).tolist()
 
-        def send(rows_M: Tensor) -> Tensor:
-            return all_to_all(self.ep_group, rows_M, out, back)
+def exchange(
+    layer: Any, compute: Callable[..., Tensor], parts: list[Tensor], expert_NA: Tensor, weight_NA: Tensor
+) -> Tensor:
+    """Each token's row to the ranks that keep its experts, and the sums of what they make of it, [N, ..].
 
-        weight_LA, expert_LA = send(weight_NA[token_M]), send(expert_NA[token_M])
-        rows_L = send(torch.cat([part[token_M] for part in parts], dim=1))
-        made_L = self.experts(rows_L, expert_LA, weight_LA)
-        made_M = all_to_all(self.ep_group, made_L, back, out)
-        wide = torch.promote_types(made_M.dtype, torch.float32)
-        sums = made_M.new_zeros(len(expert_NA), made_M.shape[1], dtype=wide).index_add(0, token_M, made_M.to(wide))
-        return sums.to(made_M.dtype)
+    layer: as `place_layer` makes it. parts: what a row consists of, [N, ..] each. compute(rows [L, ..], ids [L, A],
+    weights [L, A]): the weighted sums over the experts of this rank, [L, ..].
+    """
+    rank_NA = torch.div(expert_NA, layer.num_local_experts, rounding_mode="floor")
+    ranks = torch.arange(layer.ep_size, device=rank_NA.device)
+    goes = (rank_NA == ranks[:, None, None]).any(dim=-1)
+    token_M = goes.nonzero()[:, 1]
+    sent = goes.sum(dim=1)
+    received = torch.empty_like(sent)
+    torch.distributed.all_to_all_single(received, sent, group=layer.ep_group)
+    out, back = torch.stack([sent, received]).tolist()
+
+    def send(rows_M: Tensor) -> Tensor:
+        return all_to_all(layer.ep_group, rows_M, out, back)
+
+    weight_LA, expert_LA = send(weight_NA[token_M]), send(expert_NA[token_M])
+    rows_L = send(torch.cat([part[token_M] for part in parts], dim=1))
+    made_M = all_to_all(layer.ep_group, compute(rows_L, expert_LA, weight_LA), back, out)
+    wide = torch.promote_types(made_M.dtype, torch.float32)
+    sums = made_M.new_zeros(len(expert_NA), made_M.shape[1], dtype=wide).index_add(0, token_M, made_M.to(wide))
+    return sums.to(made_M.dtype)
+
+
+def pairs_of(expert_LA: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
+    """(row, place) of every id in `expert_LA` that is one of `count` experts from number `first` on, [P] each."""
+    row_P, place_P = ((expert_LA >= first) & (expert_LA < first + count)).nonzero(as_tuple=True)
+    return row_P, place_P
 
 
 def _core(experts: SharedCoreExperts) -> Any:

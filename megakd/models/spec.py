@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from megakd.errors import UserError
-from megakd.system.extras import require
 
 
 @dataclass(frozen=True)
@@ -92,18 +91,6 @@ def spec_for(config: Any, place: str) -> MoESpec:
     if family not in SPECS:
         raise UserError(f"{place}: model type {config.model_type!r} is not a family compress knows: {', '.join(SPECS)}")
     return SPECS[family]
-
-
-def check_preset(family: str, place: object) -> None:
-    """UserError, naming `place`, when DeepSpeed cannot shard the experts of a family (a model_type) over ranks."""
-    require("deepspeed", "logits.parallel=autoep")
-    from megakd.system.deepspeed_internals import available_preset_names
-
-    if family not in (known := available_preset_names()):
-        raise UserError(
-            f"{place}: DeepSpeed has no expert-parallel preset for {family!r}, only for {', '.join(known)}; set "
-            "logits.parallel=zero3 in a new run"
-        )
 
 
 def outside(config: Any, name: str) -> bool:

@@ -36,7 +36,6 @@ try:
     )
     from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer as AutoEPMoELayer
     from deepspeed.module_inject.auto_ep_layer import _AllToAllV
-    from deepspeed.module_inject.auto_ep_presets.registry import available_preset_names as available_preset_names
     from deepspeed.ops import __compatible_ops__
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer

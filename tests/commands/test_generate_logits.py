@@ -317,11 +317,11 @@ def test_a_capture_begun_by_an_older_version_goes_on(recipe, teacher, prepared, 
     assert new.difference(captured)
 
 
-def test_a_family_without_expert_parallel_preset_is_told_what_to_set(recipe, teacher, tmp_path):
-    """DeepSpeed's own answer was a ValueError after the model was loaded; plan tells it already."""
+def test_a_teacher_whose_experts_cannot_be_distributed_is_refused_by_plan(recipe, teacher, tmp_path):
+    """Before the capture has loaded it."""
     folder = Path(shutil.copytree(teacher, tmp_path / "copy"))
-    config = {**read_json(folder / "config.json"), "model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"]}
-    write_json(folder / "config.json", config)
+    dense = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
+    write_json(folder / "config.json", {**read_json(folder / "config.json"), **dense})
     run = Run.create(recipe, [f"model.teacher={folder}", "logits.parallel=autoep"], tmp_path / "run")
-    with pytest.raises(UserError, match=r"'qwen2_moe', only for .*qwen3_moe.*set logits\.parallel=zero3"):
+    with pytest.raises(UserError, match=r"autoep: qwen3 has no experts with .*set logits\.parallel=zero3"):
         megakd("plan", run.folder)
