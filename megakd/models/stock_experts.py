@@ -8,24 +8,15 @@ N tokens of this rank, L rows received, P pairs (row, expert) computed here, D h
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from megakd.errors import UserError
 from megakd.models.expert_parallel import exchange, pairs_of
+from megakd.models.loading import Part
 from megakd.system.deepspeed_internals import AutoEPMoELayer, place_layer, tag_expert
-
-
-class Part(NamedTuple):
-    """Where a parameter of distributed experts comes from; hangs on it as `parameter.part`.
-
-    name: of the whole tensor in the model; first: the number of the parameter's first expert there.
-    """
-
-    name: str
-    first: int
 
 
 def spread_stock_experts(model: nn.Module, size: int, rank: int) -> None:
