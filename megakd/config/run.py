@@ -65,6 +65,14 @@ class RunConfig(Section):
     def _teacher_is_there(self) -> "RunConfig":
         if self.engine.offload_teacher and not self.objective.live:
             raise ValueError("engine.offload_teacher is for objective.kind sar and online; cached asks no teacher")
+        if self.engine.teacher_parallel == "zero3":
+            if self.objective.kind != "online" or self.engine.kind != "deepspeed":
+                raise ValueError(
+                    "engine.teacher_parallel=zero3 divides a frozen live teacher: it needs objective.kind=online and "
+                    "engine.kind=deepspeed"
+                )
+            if self.engine.offload_teacher:
+                raise ValueError("engine.teacher_parallel=zero3 and engine.offload_teacher exclude each other")
         return self
 
     @property

@@ -125,6 +125,11 @@ class EngineConfig(Section):
         "its "
         "routers train, they are computed again in the backward pass",
     )
+    teacher_parallel: Literal["replica", "zero3"] = mutable(
+        "replica",
+        description="replica: a live teacher lies whole on every rank; zero3: cut into pieces over all ranks, gathered "
+        "layer by layer (engine.kind=deepspeed, objective.kind=online)",
+    )
 
 
 class CheckpointConfig(Section):

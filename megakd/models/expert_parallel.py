@@ -32,7 +32,8 @@ PACKED = {"gate": "w1", "up": "w3", "down": "w2"}
 def spread_experts(student: nn.Module, size: int, rank: int) -> None:
     """Replace every SharedCoreExperts by the share of place `rank` among `size` ranks, in place.
 
-    All ranks start from the same whole weights; works on the meta device too. UserError when they cannot be divided.
+    From whole weights, the same on all ranks, or on the meta device, to be filled later (models/loading.py). UserError
+    when they cannot be divided.
     """
     blocks = [
         (name, module)
@@ -56,9 +57,9 @@ class Packed:
     The engine asks it for canonical names and whole tensors, and knows nothing else of expert parallelism.
     """
 
-    def __init__(self, shapes: dict[str, tuple[int, ...]], group: str):
-        """shapes: [rows, R] of an expert's factors by name, in the order in which they lie."""
-        self.shapes, self.group = shapes, group
+    def __init__(self, shapes: dict[str, tuple[int, ...]], first: int, group: str):
+        """shapes: [rows, R] of an expert's factors by name, in the order in which they lie; first: expert kept here."""
+        self.shapes, self.first, self.group = shapes, first, group
         self.frozen = False  # by a rate of 0: DeepSpeed cannot save experts that require no gradient
 
     def names(self, name: str) -> list[str]:
@@ -108,7 +109,7 @@ class LocalExperts(SharedCoreExperts):
                 )
             own = [getattr(source, name).detach()[first : first + count].reshape(count, -1) for name in shapes]
             parameter: Any = nn.Parameter(torch.cat(own, dim=1)[..., None])
-            parameter.packed = Packed({name: shape[1:] for name, shape in shapes.items()}, group)
+            parameter.packed = Packed({name: shape[1:] for name, shape in shapes.items()}, first, group)
             self.register_parameter(PACKED[projection], parameter)
             if form.shape == "basis" and form.groups > 1:
                 found = source._groups(projection)[first : first + count].clone()

@@ -93,6 +93,17 @@ def placed_on(device: torch.device) -> Place:
     return place
 
 
+def placed_in_pieces(partitions: Any) -> Place:
+    """This rank's piece under ZeRO-3; partitions: `Partitions` of system/deepspeed_internals.py."""
+
+    def place(empty: nn.Parameter, read: Read) -> nn.Parameter:
+        parameter = like(empty, torch.empty(empty.shape, dtype=empty.dtype, device=partitions.device))
+        partitions.cut(parameter, read)
+        return parameter
+
+    return place
+
+
 def like(empty: nn.Parameter, data: Tensor) -> nn.Parameter:
     """A parameter of this content with all that was said about one without."""
     parameter = nn.Parameter(data, requires_grad=empty.requires_grad)

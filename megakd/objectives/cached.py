@@ -12,6 +12,7 @@ from megakd.data.records import Batch, TeacherTargets, labelled
 from megakd.errors import UserError
 from megakd.losses.head import FusedHead
 from megakd.losses.signals import Sparse, Stored, Tail
+from megakd.models.hub import model_of
 from megakd.objectives.base import LossReport, Objective
 from megakd.objectives.live_head import LiveHead
 
@@ -67,10 +68,20 @@ def fused_head(student: Any, vocab_size: int, check: bool = True) -> FusedHead:
     )
     if getattr(embeddings, "bias", None) is not None or student.get_decoder() is not _decoder(student):
         raise refused
-    there = embeddings.weight.device.type != "meta" and embeddings.weight.numel() > 0  # not in pieces over ranks
-    if check and there and not _same_logits(student, head):
+    if check and not _same_logits(*_with_weights(student, head)):
         raise refused
     return head
+
+
+def _with_weights(student: Any, head: FusedHead) -> tuple[Any, FusedHead]:
+    """The two as they are; of a student without weights a twin, with a head of 64 random rows."""
+    weight = head.weight
+    if weight.device.type != "meta":
+        return student, head
+    twin = model_of(student.config, student.config.model_type)
+    rows = torch.randn(min(64, len(weight)), weight.shape[1], generator=torch.Generator().manual_seed(0))
+    twin.get_output_embeddings().weight = nn.Parameter(rows, requires_grad=False)
+    return twin, FusedHead(twin.get_output_embeddings().weight, len(rows), head.scale, head.softcap)
 
 
 def _decoder(student: Any) -> Any:

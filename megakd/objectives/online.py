@@ -86,8 +86,9 @@ class OnlineDistillation(Objective):
         if online.layers:
             self.layer_projector = projection(*sizes)
         self.layer_of = layer_map(student.config.num_hidden_layers, teacher.config.num_hidden_layers)
-        self.head = LiveHead(fused_head(student, vocab_size))
-        self.held = (teacher, fused_head(teacher, teacher_vocab_size or vocab_size))  # in a tuple: held, but no child
+        theirs = fused_head(teacher, teacher_vocab_size or vocab_size)
+        self.head = LiveHead(fused_head(student, vocab_size), theirs)
+        self.held = (teacher, theirs)  # in a tuple: held, but no child
         self.found: list[Router] = []
         if online.routing != "trained" or online.importance:
             self.found = find_routers(

@@ -5,6 +5,7 @@ engine. A name that is missing is a UserError with the installed and the support
 replaces a method of an optimizer would otherwise have no effect.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -136,6 +137,43 @@ def local_gradient(parameter: nn.Parameter) -> Tensor | None:
 def moments_on_disk(engine: Any) -> bool:
     """Whether ZeRO-3 keeps Adam's moments on NVMe."""
     return getattr(engine.optimizer, "swap_optimizer", False)
+
+
+class Partitions:
+    """Parameters read straight into the pieces of ZeRO-3, into which `deepspeed.initialize` would cut whole ones.
+
+    config: the DeepSpeed configuration of the engine to come.
+    """
+
+    def __init__(self, config: dict[str, Any]):
+        self.init: Any = deepspeed.zero.Init(config_dict_or_path=config)
+        self.device: torch.device = member(self.init, "local_device")
+        if self.init.mem_efficient_linear:
+            member(self.init, "_enable_mem_efficient_linear")()
+
+    def cut(self, parameter: Any, read: Callable[[slice | None], Tensor]) -> None:
+        """Make a parameter that holds nothing yet this rank's piece; read: rows of it, called for those of the piece.
+
+        Until then its memory is reserved, but on a CPU no page of it is touched beyond those rows.
+        """
+        if group := getattr(parameter, "ds_zero_partition_group_name", None):  # of experts on their ranks
+            parameter.ds_zero_partition_process_group = member(groups, "_get_expert_data_parallel_group")(group)
+        member(self.init, "_convert_to_deepspeed_param")(parameter)
+        size = math.ceil(parameter.numel() / parameter.ds_zero_partition_world_size)
+        start = min(size * parameter.ds_zero_partition_rank, parameter.numel())
+        stop = min(start + size, parameter.numel())
+        if parameter.ndim == 0:
+            parameter.data.copy_(read(None))
+        elif start < stop:
+            row = parameter[0].numel()
+            rows = slice(start // row, math.ceil(stop / row))
+            parameter.data[rows].copy_(read(rows))
+        parameter.partition()
+
+
+def gathered(parameters: list[nn.Parameter]) -> Any:
+    """A context in which parameters that ZeRO-3 has cut are whole on every rank, which all enter it together."""
+    return deepspeed.zero.GatheredParameters(parameters)
 
 
 # ---- Steps and checkpoints

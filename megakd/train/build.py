@@ -10,9 +10,11 @@ from megakd.config.train import StageConfig
 from megakd.engine.base import Engine
 from megakd.engine.ds_json import deepspeed_config
 from megakd.engine.optim import RULE_HEADERS, assign_rules, build_optimizer, rule_rows
+from megakd.errors import UserError
 from megakd.models.checks import LiveTeacher, check_objective
 from megakd.models.hub import load_model
-from megakd.models.isolation import check_model
+from megakd.models.isolation import check_config, check_model
+from megakd.models.loading import Place, Sources, fill, hollow_model, placed_in_pieces, placed_on
 from megakd.models.offload import offload
 from megakd.objectives.base import Objective
 from megakd.objectives.build import build
@@ -20,7 +22,7 @@ from megakd.system.dist import World
 from megakd.system.logging import say
 from megakd.system.text import table
 
-CPU = torch.device("cpu")
+ALONE = World(0, 1, torch.device("cpu"))
 
 
 def build_objective(
@@ -28,33 +30,90 @@ def build_objective(
     folder: Path,
     facts: dict[str, Any],
     teacher: LiveTeacher | None = None,
-    device: torch.device = CPU,
+    world: World = ALONE,
 ) -> Objective:
     """The student of `folder` inside the objective of a stage (`RunConfig.at`), with a live teacher on the device.
 
-    facts: those of the training data's manifest. teacher: None where the objective reads cached logits.
+    facts: those of the training data's manifest. teacher: None where the objective reads cached logits. Under ZeRO-3
+    and expert parallelism each rank reads the parts of the student that it keeps (models/loading.py).
     """
     assert config.objective.live == (teacher is not None)
-    half = getattr(torch, config.model.dtype)
+    half, device = getattr(torch, config.model.dtype), world.device
     # without DeepSpeed's fp32 masters the weights themselves stay float32, and the forward runs under autocast
     dtype = half if config.engine.kind == "deepspeed" else torch.float32
-    student, live = load_model(folder, dtype), None
+    student, sources = _student(config, folder, dtype)
+    live, live_sources = None, None
     if teacher is not None:
         check_objective(config.objective, teacher)
-        live = load_model(teacher.folder, half)
-        if config.engine.offload_teacher:
-            offload(live, device)
+        if config.engine.teacher_parallel == "zero3":
+            live, live_sources = hollow_model(teacher.folder, half)
         else:
-            live.to(device)
-    objective = build(config, student, live, facts, teacher.other_vocab_size if teacher else None)
+            live = load_model(teacher.folder, half)
+            if config.engine.offload_teacher:
+                offload(live, device)
+            else:
+                live.to(device)
+    objective: Any = build(config, student, live, facts, teacher.other_vocab_size if teacher else None)
     # after `build`, which chooses how they attend
-    check_model(student, str(folder), config.data.packing)
+    _check_packing(student, sources, str(folder), config)
     if live is not None:
-        check_model(live, config.model.teacher, config.data.packing)
+        _check_packing(live, live_sources, config.model.teacher, config)
     for name, parameter in objective.named_parameters():
         if not name.startswith("student."):  # not the buffers: a router's correction bias stays as exact as it is
             parameter.data = parameter.data.to(device, dtype)
+    if sources is not None:
+        fill(student, sources, _place(config, world), objective)
+        for buffer in objective.buffers():
+            buffer.data = buffer.data.to(device)
+    if live is not None and live_sources is not None:
+        from megakd.models.sharded import divide
+
+        divide(live, live_sources, half, *objective.held, around=live.get_decoder())
     return objective
+
+
+def divided(config: RunConfig) -> bool:
+    """Whether each rank holds a part of the student's weights, and reads no more than that."""
+    engine = config.engine
+    return engine.kind == "deepspeed" and (_stage(config) == 3 or engine.expert_parallel > 1)
+
+
+def _stage(config: RunConfig) -> int:
+    return (config.engine.deepspeed or {}).get("zero_optimization", {}).get("stage", 0)
+
+
+def _place(config: RunConfig, world: World) -> Place:
+    """Where the student's parameters go: into ZeRO-3's pieces, or whole on the device."""
+    if _stage(config) < 3:
+        return placed_on(world.device)
+    from megakd.system.deepspeed_internals import Partitions
+
+    return placed_in_pieces(Partitions(deepspeed_config(config, world.size, config.windows_per_step)))
+
+
+def _check_packing(model: Any, sources: Sources | None, place: str, config: RunConfig) -> None:
+    """UserError when packed documents change each other; of a model in parts, a small one of its config is asked."""
+    if sources is None:
+        check_model(model, place, config.data.packing)
+    elif not check_config(model.config, place, config.data.packing):
+        raise UserError(
+            f"{place}: a small {model.config.model_type} cannot be made from its config to see whether packed "
+            "documents are separated; set data.packing=documents in a new run, or use engine.config=zero2"
+        )
+
+
+def _student(config: RunConfig, folder: Path, dtype: torch.dtype) -> tuple[Any, Sources | None]:
+    """The student, whole, or without weights and where to read them."""
+    spread = config.engine.expert_parallel
+    if not divided(config):
+        return load_model(folder, dtype), None
+    student, sources = hollow_model(folder, dtype)
+    if spread > 1:
+        from megakd.models.expert_parallel import spread_experts
+        from megakd.system.deepspeed_internals import join_groups
+
+        spread_experts(student, spread, join_groups(spread))
+    return student, sources
 
 
 def build_engine(
@@ -65,17 +124,11 @@ def build_engine(
     updates: dict[str, int] | None = None,
     announce: bool = True,
 ) -> Engine:
-    """The engine of a stage: experts on their ranks, the stage's frozen parameters, groups and rates.
+    """The engine of a stage: the stage's frozen parameters, groups and rates.
 
     config: that of the stage (`RunConfig.at`). updates: how often parameters were updated before it (`CarryOver`).
     announce: print the groups.
     """
-    spread = config.engine.expert_parallel
-    if spread > 1:
-        from megakd.models.expert_parallel import spread_experts
-        from megakd.system.deepspeed_internals import join_groups
-
-        spread_experts(objective.student, spread, join_groups(spread))
     zero = (config.engine.deepspeed or {}).get("zero_optimization", {}) if config.engine.kind == "deepspeed" else {}
     offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
     optimizer = build_optimizer(objective, stage.lr_multipliers, config.optim, updates, fused=offloaded)
@@ -98,4 +151,4 @@ def build_engine(
     if world.first and any(group["lr"] == 0 for group in optimizer.param_groups):
         say(f"train: stage {stage.name}: sharded experts that a rule freezes are kept by a learning rate of 0")
     settings = deepspeed_config(config, world.size, config.windows_per_step)
-    return DeepSpeedEngine(objective, optimizer, settings, world, spread)
+    return DeepSpeedEngine(objective, optimizer, settings, world, config.engine.expert_parallel)

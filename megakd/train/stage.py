@@ -75,7 +75,7 @@ class StageTrainer:
         self.shards = shards_digest(self.dataset.names, self.dataset.sizes, self.curriculum)
 
         student = saved.weights if saved else self.run.student_folder
-        self.objective = build_objective(self.config, student, self.dataset.facts, self.teacher, self.world.device)
+        self.objective = build_objective(self.config, student, self.dataset.facts, self.teacher, self.world)
         self.objective.restore(saved.auxiliary if saved else {})
 
         resumed = saved if saved and saved.progress.stage == index else None

@@ -208,13 +208,18 @@ def ranks(config: RunConfig) -> Any:
     return started.call_args.kwargs["env"]["RANKS"]
 
 
-def offloaded(config: RunConfig) -> bool:
-    """Whether the teacher's layers go to CPU memory."""
-    names: dict[str, Any] = dict.fromkeys(("load_model", "build", "offload", "check_model"), mock.DEFAULT)
+def teacher_place(config: RunConfig) -> Any:
+    """Whether the teacher's layers go to CPU memory, and whether it is read in parts."""
+    names = ("load_model", "build", "offload", "fill", "_check_packing", "_place")
     teacher = LiveTeacher(Path("teacher"), None) if config.objective.live else None
-    with mock.patch.multiple(assemble, **names):
+    with (
+        mock.patch.multiple(assemble, **dict.fromkeys(names, mock.DEFAULT)),
+        mock.patch.object(assemble, "hollow_model", return_value=(mock.MagicMock(), mock.MagicMock())) as hollow,
+        mock.patch("megakd.models.sharded.divide"),
+    ):
         train_build.build_objective(config, Path("student"), mock.MagicMock(), teacher)
-        return train_build.offload.called  # type: ignore[attr-defined]
+        asked: Any = train_build.offload
+        return asked.called, mock.call(Path("teacher"), mock.ANY) in hollow.mock_calls
 
 
 def captured(config: RunConfig) -> Any:
@@ -418,7 +423,8 @@ FIELDS: dict[str, Seen | Listed] = {
     "engine.ranks": Seen(2, ranks),
     "engine.expert_parallel": Seen(2, world),
     "engine.activation_checkpointing": Seen(True, engine),
-    "engine.offload_teacher": Seen(True, offloaded),
+    "engine.offload_teacher": Seen(True, teacher_place),
+    "engine.teacher_parallel": Seen("zero3", teacher_place),
     "guard.nonfinite": Seen("skip", judged),
     "guard.spike": Seen(2.0, health),
     "guard.window": Seen(10, health, {"guard.spike": 9.0}),

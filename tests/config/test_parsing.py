@@ -28,6 +28,7 @@ LIVE = {
     "engine.expert_parallel",
     "engine.activation_checkpointing",
     "engine.offload_teacher",
+    "engine.teacher_parallel",
     "guard.nonfinite",
     "guard.spike",
     "guard.window",
@@ -317,7 +318,11 @@ def test_fingerprint_changes_with_every_frozen_field_and_with_no_live_one():
     tries += [16, "sar", "all", "sampled", "zero3", "skip", "free", "adam", "off", "auto", "tvd", "documents", "always"]
     tries += ["nll"]
     tries += [[{"name": "b", "tokens": 3}], {"a": {"b": 1}}]
-    others = [{"compress": {"budget": 0.3}}, {"objective": {"kind": "sar"}}]  # which some fields need
+    others = [
+        {"compress": {"budget": 0.3}},
+        {"objective": {"kind": "sar"}},
+        {"objective": {"kind": "online"}},
+    ]  # which some fields need
     configs = [RunConfig(), *(parse(other, "") for other in others)]
     for path in leaves(configs[0]):
         for config, value in itertools.product(configs, tries):

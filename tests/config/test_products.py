@@ -37,7 +37,12 @@ def expected(path: str) -> set[str]:
     return {STUDENT} if section == "compress" or path == "model.dtype" else set()
 
 
-OTHERS = ("stages.", "objective.", "engine.offload_teacher")  # of live teachers, or of how a student is trained
+OTHERS = (
+    "stages.",
+    "objective.",
+    "engine.offload_teacher",
+    "engine.teacher_parallel",
+)  # of live teachers, or of how a student is trained
 CACHED = [path for path in FIELDS if not path.startswith(OTHERS) or path == "objective.alpha"]
 
 

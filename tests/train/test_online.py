@@ -51,14 +51,15 @@ def test_it_resumes_and_ranks_give_the_local_curve(trained, tmp_path):
         kill_when(["train", killed.folder], lambda n=steps: steps_logged(killed) >= n)
     in_process("train", killed.folder)
     assert metrics(killed.folder) == metrics(trained)
-    for zero in ("zero2", "zero3"):
+    for zero, teacher in (("zero2", "zero3"), ("zero3", "replica"), ("zero3", "zero3")):
         settings = ["engine.kind=deepspeed", f"engine.config={zero}", "engine.ranks=2"]
-        run = Run.create(trained, settings, tmp_path / zero)
+        settings.append(f"engine.teacher_parallel={teacher}")
+        run = Run.create(trained, settings, tmp_path / f"{zero}-{teacher}")
         forked_ranks(2, "train", run.folder)
         for mine, theirs in zip(metrics(run.folder), metrics(trained), strict=True):
             assert mine.keys() == theirs.keys()
             numbers = {name: value for name, value in theirs.items() if isinstance(value, float)}
-            assert {name: mine[name] for name in numbers} == pytest.approx(numbers, rel=2e-4, abs=2e-5), zero
+            assert {name: mine[name] for name in numbers} == pytest.approx(numbers, rel=2e-4, abs=2e-5), settings
 
 
 LEARNED = {"routing": "learned", "router_lr": 0.02}
