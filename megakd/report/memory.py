@@ -22,7 +22,7 @@ from megakd.models.offload import offloaded
 from megakd.models.shared_core import PROJECTIONS, SharedCoreExperts, free_and_core_rank
 from megakd.names import resolve
 from megakd.run import Run
-from megakd.train.memory import GRADIENTS, MOMENTS_OF, UPDATE, WEIGHTS, training_peak
+from megakd.train.memory import GRADIENTS, MOMENTS_OF, TEACHER_WEIGHTS, UPDATE, WEIGHTS, training_peak
 from megakd.train.states import MOMENTS, Kept, Layout, States, layout_of, model_states, parameters_of
 
 # Of memory in GiB, and the share that tensors may take: the driver, cuBLAS and holes between blocks want theirs.
@@ -117,10 +117,23 @@ def shares_of_rank(rank: Rank, peak: Peak) -> dict[str, float]:
     }
     single = (WEIGHTS, MOMENTS_OF, GRADIENTS, UPDATE, CASTS)  # of one process that holds everything in float32
     working = {n: float(size) for n, size in sorted(peak.parts.items(), key=lambda p: -p[1]) if n not in single}
-    working |= {GATHERED: gathered(rank), BUCKETS: buckets(zero, rank.width), EXCHANGE: exchanged(rank)}
+    working |= {
+        GATHERED: gathered(rank) + divide_teacher(rank, working),
+        BUCKETS: buckets(zero, rank.width),
+        EXCHANGE: exchanged(rank),
+    }
     # gradients in float32, and what AdamW computes of all masters at once
     update = optimizer * 2 * states.masters
     return held | (working if sum(working.values()) >= update else {UPDATE: update})
+
+
+def divide_teacher(rank: Rank, working: dict[str, float]) -> float:
+    """With engine.teacher_parallel=zero3: leave this rank's piece of a live teacher; what it gathers at most."""
+    whole, engine = working.get(TEACHER_WEIGHTS, 0.0), rank.config.engine
+    if engine.teacher_parallel != "zero3":
+        return 0.0
+    working[TEACHER_WEIGHTS] = whole / engine.ranks
+    return min(whole, float(LIVE * rank.width))
 
 
 def states_of_rank(rank: Rank, peak: Peak) -> States:

@@ -19,6 +19,7 @@ from megakd.system.dist import World
 from megakd.train.build import build_engine
 
 WEIGHTS, MOMENTS_OF, TARGETS = "weights of the student", "moments of AdamW", "cached teacher logits"
+TEACHER_WEIGHTS = "weights of the teacher"
 STUDENT, TEACHER, GRADIENTS = "activations of the student", "activations of the teacher", "gradients"
 LOSS, BACKWARD, UPDATE = "loss", "backward pass: logits of a chunk, what is computed again", "update"
 
@@ -108,7 +109,7 @@ def _name(live: LiveBytes, objective: Any, engine: Any, teacher: Any, offload_te
     if teacher:
         away = offloaded(teacher) if offload_teacher else ()
         here = [tensor for tensor in (*teacher.parameters(), *teacher.buffers()) if id(tensor) not in away]
-        live.label(here, "weights of the teacher")
+        live.label(here, TEACHER_WEIGHTS)
     named = [*objective.named_parameters(), *objective.named_buffers()]
     auxiliary = [tensor for name, tensor in named if not name.startswith("student.")]
     live.label(

@@ -31,7 +31,7 @@ from megakd.run import Run
 from megakd.system.dist import World
 from megakd.system.files import read_json
 from megakd.train.build import build_engine
-from megakd.train.memory import full_batch, full_targets, stored_facts, training_peak
+from megakd.train.memory import LOSS, TEACHER_WEIGHTS, full_batch, full_targets, stored_facts, training_peak
 from megakd.train.states import parameters_of
 from tests.conftest import ROOT, in_process
 from tests.models.students import make_model
@@ -378,6 +378,16 @@ def test_a_rank_of_deepspeed_holds_its_share():
         assert memory.host_bytes(rank, peak) == pytest.approx(host, rel=0.05)
     title = memory.per_rank(rank.config, {"all": peak}, wide)[0][1]
     assert "per GPU with ZeRO 3 on 4 ranks; of it:" in title
+
+
+def test_a_divided_teacher_is_a_piece_and_what_is_gathered_of_it():
+    peak = Peak(1000, {TEACHER_WEIGHTS: 800, LOSS: 200})
+    rank = rank_of("zero2", llama())
+    whole = memory.shares_of_rank(rank, peak)
+    engine = rank.config.engine.model_copy(update={"teacher_parallel": "zero3"})
+    parts = memory.shares_of_rank(rank._replace(config=rank.config.model_copy(update={"engine": engine})), peak)
+    assert whole[TEACHER_WEIGHTS] == 800 and parts[TEACHER_WEIGHTS] == 200
+    assert whole[memory.GATHERED] == 0 and parts[memory.GATHERED] == 800
 
 
 def test_rows_of_expert_parallelism_are_counted():
