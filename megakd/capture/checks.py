@@ -9,7 +9,7 @@ from megakd.data.shards import ShardSet
 from megakd.data.tokenizers import check_bos, identify_tokenizer, load_tokenizer
 from megakd.errors import UserError
 from megakd.identity import DataIdentity, TokenizerIdentity
-from megakd.models.checks import check_experts
+from megakd.models.checks import check_divided
 from megakd.models.hub import empty_model
 from megakd.models.isolation import check_packing
 from megakd.models.tables import check_tables
@@ -40,9 +40,8 @@ def check_tokens(config: RunConfig, folder: Path, sets: Iterable[ShardSet], firs
 
 
 def check_teacher(config: RunConfig, folder: Path, tokenizer: TokenizerIdentity, ranks: int) -> Any:
-    """The teacher without weights: rows for every token and position, and experts that the ranks can share if asked."""
+    """The teacher without weights: rows for every token and position, and what so many ranks can share."""
     model = empty_model(folder)
     check_tables(model, folder, tokenizer.vocab_size, config.data.sequence_length)
-    if config.logits.parallel == "autoep":
-        check_experts(model, ranks)
+    check_divided(model, config.logits.parallel, ranks)
     return model

@@ -1,43 +1,29 @@
-"""Sharded inference: a module too large for one device, divided among ranks by ZeRO-3 or with its experts too."""
+"""A teacher over all ranks together: each reads its share from the files, and no rank ever holds the whole."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
-import deepspeed
+import torch
 from torch import nn
 
+from megakd.models.loading import hollow_model
+from megakd.models.sharded import divide
 from megakd.models.stock_experts import spread_stock_experts
 from megakd.system.deepspeed_internals import join_groups
 from megakd.system.dist import World
 
 
-def spread(
-    build: Callable[[], nn.Module],
-    kind: Literal["zero3", "autoep"],
-    dtype: str,
-    batch_size: int,
-    world: World,
+def load_shared(
+    folder: Path, wrap: Callable[[Any], nn.Module], kind: Literal["zero3", "autoep"], dtype: torch.dtype, world: World
 ) -> Any:
-    """A DeepSpeed engine around what `build` loads; called like it, by all ranks at once with inputs of equal shape.
+    """A DeepSpeed engine around wrap(the causal LM of a folder), called by all ranks at once.
 
-    zero3: every weight is cut into world.size pieces, gathered while its module runs; what transformers loads within
-    `build` is cut while it is read. autoep: each rank keeps its share of every layer's experts whole, and tokens are
-    sent to them; the model is loaded whole on every rank's CPU first.
+    Their inputs have equal shapes. zero3: every weight is cut into world.size pieces, gathered while its module runs.
+    autoep: each rank keeps its share of every layer's experts whole instead, and tokens are sent to them.
     """
-    settings: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": batch_size,
-        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-        "bf16": {"enabled": dtype == "bfloat16"},
-    }
-    if kind == "zero3":
-        from transformers.integrations.deepspeed import HfDeepSpeedConfig
-
-        keep = HfDeepSpeedConfig(settings)  # while it lives, from_pretrained loads in pieces
-        model = build()
-        del keep
-    else:
-        model = build()
+    model, sources = hollow_model(folder, dtype)
+    if kind == "autoep":
         spread_stock_experts(model, world.size, join_groups(world.size))
-    engine, *_ = deepspeed.initialize(model=model.eval().requires_grad_(False), config=settings)
-    engine.eval()
-    return engine
+    wrapped = wrap(model)
+    return divide(model, sources, dtype, wrapped, around=wrapped)

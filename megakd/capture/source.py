@@ -91,18 +91,19 @@ class Capture:
         return self.model
 
     def _load(self, config: LogitsConfig) -> Any:
-        def build() -> Teacher:
-            model = load_model(self.folder, getattr(torch, config.dtype))
+        dtype = getattr(torch, config.dtype)
+
+        def wrap(model: Any) -> Teacher:
             return Teacher(model, config, self.vocab_size, self.packing)
 
         if self.world.first:
             check_isolation(model_folders(self.models), self.packing)
         if config.parallel == "replica":
-            loaded: Any = build().eval().to(self.world.device)
+            loaded: Any = wrap(load_model(self.folder, dtype)).eval().to(self.world.device)
         else:
-            from megakd.capture.sharded import spread
+            from megakd.capture.sharded import load_shared
 
-            loaded = spread(build, config.parallel, config.dtype, config.batch_size, self.world)
+            loaded = load_shared(self.folder, wrap, config.parallel, dtype, self.world)
         teacher_fingerprint(self.logits, self.folder, self.teacher.weights)  # it may have changed before it was loaded
         return loaded
 

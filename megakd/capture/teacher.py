@@ -23,8 +23,7 @@ CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}
 class Teacher(nn.Module):
     """A causal LM that answers a batch with TeacherTargets (tensors [B, T, ..] on its device).
 
-    An nn.Module with all of the work inside forward, because ZeRO-3 gathers weights only while a module runs; its parts
-    are named as in a Hugging Face causal LM, which is how DeepSpeed finds experts.
+    An nn.Module with all of the work inside forward, because ZeRO-3 gathers weights only while a module runs.
     vocab_size: real entries; a padded vocabulary is cut before normalising. packing: how the batches' sequences are
     made; the first batch is refused where documents of packed ones change each other's answers (models/isolation.py).
     """

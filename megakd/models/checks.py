@@ -134,17 +134,20 @@ def check_models(config: RunConfig) -> None:
     else:
         check_unquantized(folder, skeleton.config, "compress")
     check_tables(skeleton, folder, theirs.vocab_size, length if mine == theirs else length + length // 4)
-    if config.logits.parallel == "autoep" and cached:
-        check_experts(skeleton, 1)
+    if cached:
+        check_divided(skeleton, config.logits.parallel, 1)
 
 
-def check_experts(model: Any, ranks: int) -> None:
-    """UserError when logits.parallel=autoep cannot distribute the experts of a teacher over so many ranks."""
-    require("deepspeed", "logits.parallel=autoep")
-    from megakd.models.stock_experts import stock_experts
+def check_divided(model: Any, parallel: str, ranks: int) -> None:
+    """UserError when so many ranks cannot share a teacher, given without weights, as logits.parallel says."""
+    if parallel == "replica":
+        return
+    require("deepspeed", f"logits.parallel={parallel}")
+    check_unquantized(Path(model.config.name_or_path), model.config, f"logits.parallel={parallel}")
+    if parallel == "autoep":
+        from megakd.models.stock_experts import stock_experts
 
-    check_unquantized(Path(model.config.name_or_path), model.config, "logits.parallel=autoep")
-    stock_experts(model, ranks)
+        stock_experts(model, ranks)
 
 
 def model_folders(model: ModelConfig) -> list[Path]:

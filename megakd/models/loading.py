@@ -4,8 +4,10 @@ A rank's memory holds its share of the model and, for a moment, what one of its 
 otherwise than the model, or store expert by expert, is renamed and stacked by transformers' own conversions.
 """
 
+import ctypes
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -77,11 +79,18 @@ def fill(model: nn.Module, sources: "Sources", place: Place, *others: nn.Module)
     for name, empty in model.named_parameters():
         if empty.device.type == "meta":
             made[id(empty)] = place(empty, _reader(name, empty, sources))
+            _return_freed_memory()
     for owner in (model, *others):
         for module in owner.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None and id(parameter) in made:
                     module._parameters[name] = made[id(parameter)]
+
+
+def _return_freed_memory() -> None:
+    """To the system: glibc keeps pieces of less than 32 MiB, so that a rank would hold nearly twice its share."""
+    with suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def placed_on(device: torch.device) -> Place:

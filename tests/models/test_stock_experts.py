@@ -4,6 +4,8 @@ Started as a script this file is one rank, which runs every family in turn.
 """
 
 import copy
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +13,10 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megakd.capture.sharded import spread
+from megakd.capture.sharded import load_shared
 from megakd.errors import UserError
-from megakd.models.checks import check_experts
+from megakd.models.checks import check_divided
+from megakd.models.hub import load_model
 from megakd.models.stock_experts import SpreadStockExperts, spread_stock_experts, stock_experts
 from megakd.system.deepspeed_internals import join_groups
 from megakd.system.dist import World, close_world, join_world
@@ -71,8 +74,8 @@ def rank_of_two() -> None:
             tolerance = 1e-6 if family == "nemotron_h" else tolerance  # sums its experts in the router's float32
             agree(case, hidden(parted.model, tokens), hidden(whole.model, tokens), tolerance)
             one_sided(case, whole, parted, dtype, tolerance)
-    for family, implementation in (("qwen3_moe", "eager"), ("gpt_oss", "grouped_mm")):
-        under_zero(family, implementation, tokens[:, :9], world)
+    for folder in sys.argv[1:]:
+        under_zero(Path(folder), tokens[:, :9], world)
     close_world()
 
 
@@ -99,25 +102,26 @@ def one_sided(case: str, whole: Any, parted: Any, dtype: torch.dtype, tolerance:
             agree(f"{case} {rows} rows", made, expected, tolerance)
 
 
-def under_zero(family: str, implementation: str, tokens: Tensor, world: World) -> None:
-    """The engine of a capture: experts whole on their rank, everything else in halves."""
-    whole = make(family)
-    whole.set_experts_implementation(implementation)
-    expected = hidden(whole.model, tokens)
-    engine = spread(lambda: copy.deepcopy(whole), "autoep", "float32", 3, world)
-    agree(f"{family} under ZeRO-3", hidden(engine.module.model, tokens), expected, 1e-6)
-    kept = {p.part.name: p for p in engine.module.parameters() if hasattr(p, "part")}
-    assert kept and all(p.part.first == world.rank * EXPERTS // 2 for p in kept.values())
-    for name, parameter in kept.items():
-        assert parameter.ds_tensor.numel() == whole.get_parameter(name).numel() // 2, name
+def under_zero(folder: Path, tokens: Tensor, world: World) -> None:
+    """The engine of a capture, read from the files: experts whole on their rank, everything else in halves."""
+    whole = load_model(folder, torch.float32).eval()
+    engine = load_shared(folder, lambda model: model, "autoep", torch.float32, world)
+    for implementation in PRECISIONS:
+        for model in (whole, engine.module):
+            model.set_experts_implementation(implementation)
+        case = f"{folder.name} {implementation} under ZeRO-3"
+        agree(case, hidden(engine.module.model, tokens), hidden(whole.model, tokens), 1e-6)
     for name, parameter in engine.module.named_parameters():
-        if not hasattr(parameter, "part"):
-            assert parameter.ds_tensor.numel() == (whole.get_parameter(name).numel() + 1) // 2, name
+        name = parameter.part.name if hasattr(parameter, "part") else name
+        halves = (whole.get_parameter(name).numel() + 1) // 2
+        assert parameter.ds_tensor.numel() == halves and hasattr(parameter, "part") == (".experts." in name), name
 
 
 @pytest.mark.ranks
-def test_two_ranks_give_the_hidden_states_of_the_whole_model():
-    run_to_end(2, __file__)
+def test_two_ranks_give_the_hidden_states_of_the_whole_model(tmp_path):
+    for family in FAMILIES:
+        make(family).save_pretrained(tmp_path / family)
+    run_to_end(2, __file__, *(tmp_path / family for family in FAMILIES))
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -161,7 +165,7 @@ def empty(family: str, **fields: Any) -> Any:
 )
 def test_experts_that_cannot_be_distributed_are_refused_by_name(model, message):
     with pytest.raises(UserError, match=f"logits.parallel=autoep: {message}.*; set logits.parallel=zero3$"):
-        check_experts(model(), 2)
+        check_divided(model(), "autoep", 2)
 
 
 def test_experts_with_weights_that_all_of_them_share_are_refused():
@@ -171,11 +175,15 @@ def test_experts_with_weights_that_all_of_them_share_are_refused():
         spread_stock_experts(model, 2, 0)
 
 
-def test_quantized_weights_are_refused():
+@pytest.mark.parametrize("parallel", ["zero3", "autoep"])
+def test_quantized_weights_are_refused(parallel):
     model = empty("mixtral")
     model.config.quantization_config = {"quant_method": "fp8"}
-    with pytest.raises(UserError, match=r"quantization_config \(fp8\); logits.parallel=autoep needs float weights"):
-        check_experts(model, 2)
+    check_divided(model, "replica", 2)
+    with pytest.raises(
+        UserError, match=rf"quantization_config \(fp8\); logits.parallel={parallel} needs float weights"
+    ):
+        check_divided(model, parallel, 2)
 
 
 if __name__ == "__main__":
