@@ -83,15 +83,18 @@ class SpreadStockExperts(AutoEPMoELayer):
     def forward(  # type: ignore[override]
         self, x_ND: Tensor, expert_NA: Tensor, weight_NA: Tensor
     ) -> Tensor:
-        return exchange(self, self._compute, [x_ND], expert_NA, weight_NA)
+        return exchange(self, self._compute, [x_ND], expert_NA, weight_NA).to(x_ND.dtype)
 
     def _compute(self, x_LD: Tensor, expert_LA: Tensor, weight_LA: Tensor) -> Tensor:
-        """Weighted sums over the experts kept here, [L, D]."""
+        """Weighted sums over the experts kept here, [L, D], in float32 at least.
+
+        Weights are applied here as transformers does it, but rounded to the type of x once all ranks' sums are added.
+        In bfloat16 the result is then that of the whole layer.
+        """
         chosen = row_P, _ = pairs_of(expert_LA, self.first, self.num_local_experts)
         x_PD, expert_P, weight_P = x_LD[row_P], expert_LA[chosen] - self.first, weight_LA[chosen]
         if len(row_P) == 0:  # the family's forward runs on all ranks equally often, on a row of zeros where none came
             x_PD, expert_P, weight_P = x_LD.new_zeros(1, x_LD.shape[1]), expert_P.new_zeros(1), weight_P.new_zeros(1)
-        made_PD = self.experts(x_PD, expert_P[:, None], weight_P[:, None])[: len(row_P)]
+        made_PD = self.experts(x_PD, expert_P[:, None], torch.ones_like(weight_P)[:, None]) * weight_P[:, None]
         wide = torch.promote_types(made_PD.dtype, torch.float32)
-        sums = x_LD.new_zeros(x_LD.shape, dtype=wide).index_add(0, row_P, made_PD.to(wide))
-        return sums.to(x_LD.dtype)
+        return x_LD.new_zeros(x_LD.shape, dtype=wide).index_add(0, row_P, made_PD[: len(row_P)].to(wide))
