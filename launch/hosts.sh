@@ -4,17 +4,33 @@
 # user are left alone.
 SSH_OPTIONS=(-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=5 -o ServerAliveCountMax=3)
 hosts=() id=''
+declare -A slots # of each host in a hostfile: its ranks
 
-read_hosts() { # FILE: sets hosts
-  local lines
+read_hosts() { # FILE: sets hosts and slots
+  local lines host number
   # where DeepSpeed finds no hostfile it goes on with this machine alone
   { [ -f "$1" ] && [ -r "$1" ]; } || refuse "HOSTFILE=$1: no such file"
   lines=$(awk '{ sub(/^[ \t]+/, ""); sub(/\r$/, "") } /^#/ || /^$/ { next }
     !/^[^ \t]+[ \t]+slots=[1-9][0-9]*([ \t]|$)/ { print NR ": expected HOST slots=N, got: " $0; exit 1 }
     seen[$1]++ { print NR ": host " $1 " is named twice"; exit 1 }
-    { print $1 }' "$1") || refuse "HOSTFILE=$1, line $(tail -n 1 <<<"$lines")"
+    { sub(/slots=/, "", $2); print $1, $2 }' "$1") || refuse "HOSTFILE=$1, line $(tail -n 1 <<<"$lines")"
   [ -n "$lines" ] || refuse "HOSTFILE=$1: no host in it; expected lines HOST slots=N"
-  mapfile -t hosts <<<"$lines"
+  while read -r host number; do
+    hosts+=("$host") slots[$host]=$number
+  done <<<"$lines"
+}
+
+hostfile_of() { # HOST ...: lines of a hostfile with these hosts alone
+  local host
+  for host; do echo "$host slots=${slots[$host]}"; done
+}
+
+ranks_on() { # HOST ...: how many ranks start on these hosts
+  hostfile_of "$@" | awk -F = '{ sum += $2 } END { print sum + 0 }'
+}
+
+least_ranks() { # N: how many ranks start on the N smallest hosts
+  hostfile_of "${hosts[@]}" | sort -t = -n -k 2 | head -n "$1" | awk -F = '{ sum += $2 } END { print sum + 0 }'
 }
 
 this_machine() { # is the hostfile one of this machine alone? DeepSpeed uses no ssh then
@@ -27,7 +43,7 @@ on_host() { # HOST SCRIPT [WORD ...]: its output
   if this_machine; then
     "${words[@]}" <<<"$2"
   else
-    timeout 30 ssh "${SSH_OPTIONS[@]}" "$1" "${words[*]}" <<<"$2"
+    timeout 30 ssh "${SSH_OPTIONS[@]}" "$1" "${words[*]@Q}" <<<"$2"
   fi
 }
 

@@ -13,6 +13,10 @@ refuse() {
   exit 2
 }
 
+number() { # NAME VALUE
+  case $2 in '' | 0* | *[!0-9]*) refuse "$1=$2: expected a whole number above 0" ;; esac
+}
+
 usage() {
   sed -n '2,/^#SBATCH\|^[^#]/s/^# //p' "$0" >&2
   exit 2

@@ -21,10 +21,6 @@ case $1 in
   *) refuse "$1: one process does it: megakd $1 $2" ;;
 esac
 
-number() { # NAME VALUE
-  case $2 in '' | 0* | *[!0-9]*) refuse "$1=$2: expected a whole number above 0" ;; esac
-}
-
 before=$(env)
 read_settings
 command -v "$PYTHON" >/dev/null || refuse "PYTHON=$PYTHON: no such program"
@@ -35,8 +31,8 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # torch warns many times a step of calls that DeepSpeed makes
 export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore::FutureWarning:torch.distributed.c10d_logger}
 
-on_this_machine() { # ends as the launcher does
-  local ranks=${RANKS:-1} port where gpus
+on_this_machine() { # ends as the launcher does; 85 where a signal stopped it
+  local ranks=${RANKS:-1} port where gpus launcher code=85
   number RANKS "$ranks"
   port=${MASTER_PORT:-$("$PYTHON" -c 'from megakd.system.launcher import free_port; print(free_port())')}
   where=(--hostfile '' --master_addr 127.0.0.1 --master_port "$port")
@@ -53,7 +49,30 @@ on_this_machine() { # ends as the launcher does
   else
     where+=(--num_gpus "$ranks")
   fi
-  exec "$PYTHON" -m deepspeed.launcher.runner "${where[@]}" --log_level warning --no_local_rank --module megakd "$@"
+  hosts=(localhost) id=${LAUNCH_ID:-$start}
+  if [ -z "$stopped" ]; then
+    # a session of its own, without USR1: the launchers would end and leave the ranks, or end them before they have saved
+    (
+      trap '' USR1
+      MEGAKD_LAUNCH_ID=$id exec setsid "$PYTHON" -m deepspeed.launcher.runner "${where[@]}" --log_level warning \
+        --no_local_rank --module megakd "$@"
+    ) &
+    launcher=$!
+    while kill -0 "$launcher" 2>/dev/null; do
+      if [ -z "$stopped" ]; then
+        wait "$launcher" # a signal's trap interrupts it
+      else
+        stop_ranks
+        # again after a while: a rank that is about to start may have missed it
+        sleep 5 &>/dev/null &
+        wait -n "$launcher" "$!"
+      fi
+    done
+    wait "$launcher"
+    code=$?
+  fi
+  [ -z "$stopped" ] || [ "$code" = 0 ] || [ "$code" = 2 ] || code=85
+  exit "$code"
 }
 
 # the first host's networks and a free port of it: "port P", and "INTERFACE ADDRESS" for each network
@@ -136,6 +155,8 @@ watch_launcher() { # until it has ended, or has to be ended
   done
 }
 
+start=$(date +%Y%m%d-%H%M%S)-$$
+trap 'stopped=1' TERM USR1 INT
 [ -n "${HOSTFILE:-}" ] || on_this_machine "$@"
 read_hosts "$HOSTFILE"
 [ -z "${RANKS:-}" ] || refuse "RANKS=$RANKS and HOSTFILE=$HOSTFILE: the file's slots say how many ranks start; unset one"
@@ -143,8 +164,6 @@ if [ -n "${DS_ENV_FILE:-}" ]; then
   [ -f "$DS_ENV_FILE" ] || [ -f "$HOME/$DS_ENV_FILE" ] || refuse "DS_ENV_FILE=$DS_ENV_FILE: no such file"
 fi
 [ -d "$run" ] || refuse "$run: no such folder"
-trap 'stopped=1' TERM USR1 INT
-start=$(date +%Y%m%d-%H%M%S)-$$
 id=${LAUNCH_ID:-$start}
 mkdir -p "$run/launch"
 log=$run/launch/$start.log MEGAKD_EXIT_CODE=$run/launch/$start.exit

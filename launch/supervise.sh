@@ -1,10 +1,14 @@
 #!/usr/bin/env bash
 # supervise.sh VERB RUN [section.key=value ...]: run.sh on the hosts of HOSTFILE, started again after every fault.
 #   HOSTFILE=launch/hostfile.example launch/supervise.sh train runs/a
+#   MEGAKD_MIN_HOSTS=2 HOSTFILE=launch/hostfile.example launch/supervise.sh train runs/a
 # It waits until all hosts answer, and starts a new attempt after a crash, a host without power, or MEGAKD_STALL seconds
 # (default: 600) without output or progress. Every attempt goes on from what is saved. A user error ends it (exit code
 # 2), as do TERM, USR1 or Ctrl-C: the ranks save what they have, exit code 85. Variables of run.sh, and:
-# MEGAKD_MAX_RELAUNCHES: attempts after the first (default: 10). MEGAKD_HOST_WAIT: seconds to wait for hosts (1800).
+# MEGAKD_MAX_RELAUNCHES: attempts after a fault (default: 10). MEGAKD_HOST_WAIT: seconds to wait for hosts (1800).
+# MEGAKD_MIN_HOSTS: go on with so many hosts (default: all) when others have not answered for MEGAKD_HOST_GRACE seconds
+# (120). They are asked every MEGAKD_HOST_POLL seconds (60); when one has answered twice, all ranks save, and the next
+# attempt starts on all that answer.
 set -uo pipefail
 MEGAKD_LAUNCH=$(cd "$(dirname "$0")" && pwd)
 # shellcheck source=/dev/null
@@ -17,10 +21,17 @@ verb=$1 run=$2 attempt='' stopped=''
 read_settings
 [ -n "${HOSTFILE:-}" ] || refuse "HOSTFILE is not set; name the file of the hosts"
 read_hosts "$HOSTFILE"
+for name in MEGAKD_MAX_RELAUNCHES MEGAKD_HOST_WAIT MEGAKD_MIN_HOSTS MEGAKD_HOST_GRACE MEGAKD_HOST_POLL; do
+  [ -z "${!name:-}" ] || number "$name" "${!name}"
+done
 export MEGAKD_STALL=${MEGAKD_STALL:-600}
 LAUNCH_ID=$(date +%Y%m%d-%H%M%S)-$$ # of all attempts, so that each ends what a lost host has kept
 export LAUNCH_ID
-most=${MEGAKD_MAX_RELAUNCHES:-10} patience=${MEGAKD_HOST_WAIT:-1800}
+most=${MEGAKD_MAX_RELAUNCHES:-10} patience=${MEGAKD_HOST_WAIT:-1800} least=${MEGAKD_MIN_HOSTS:-${#hosts[@]}}
+# answering, missing: of the file's hosts. chosen: those of an attempt. fits: numbers of ranks, where not all will do
+answering=() missing=() chosen=() fits=''
+# returned: hosts that answered when they were last asked. grown: whether some ended an attempt by that
+returned='' grown=''
 
 stop() {
   stopped=1
@@ -29,43 +40,158 @@ stop() {
 
 clock() { say "$(date +%T) $1"; }
 
-wait_for_hosts() {
-  local host said='' since=$SECONDS
-  for host in "${hosts[@]}"; do
-    until on_host "$host" true &>/dev/null; do
-      [ -z "$stopped" ] || return
-      [ "$said" = "$host" ] || clock "waiting for host $host"
-      said=$host
-      if [ $((SECONDS - since)) -ge "$patience" ]; then
-        give_up "host $host did not answer for $patience s (MEGAKD_HOST_WAIT)" 1
-      fi
-      sleep 2
-    done
-  done
-}
-
 give_up() { # WHY CODE
   clock "$1"
   [ "$verb" != train ] || record_failure "$run" "$2"
   exit "$2"
 }
 
-trap stop TERM USR1 INT
-for ((count = 0; ; count++)); do
-  wait_for_hosts
-  [ -z "$stopped" ] || exit 85
-  clock "attempt $count"
+check_least() { # VERB RUN WORD...: refuses a MEGAKD_MIN_HOSTS that does not fit the run or the launch; sets fits
+  [ "$least" -le "${#hosts[@]}" ] || refuse "MEGAKD_MIN_HOSTS=$least: HOSTFILE=$HOSTFILE has ${#hosts[@]} hosts"
+  [ "$least" -lt "${#hosts[@]}" ] || return 0
+  [ -z "${MASTER_ADDR:-}" ] ||
+    refuse "MEGAKD_MIN_HOSTS=$least and MASTER_ADDR=$MASTER_ADDR, a host that may be lost; set IFNAME in its place"
+  [ "$verb" = train ] || return 0
+  fits=$("$PYTHON" -m megakd.train.elastic "$run" "$(least_ranks "$least")" "$(ranks_on "${hosts[@]}")" "${@:3}") ||
+    refuse "MEGAKD_MIN_HOSTS=$least: $fits"
+}
+
+ask() { # HOST ...: adds those that answer, see the run and have Python to answering; sets missing to the others
+  local host folder found
+  folder=$(realpath "$run")
+  # shellcheck disable=SC2016 # for the bash of the hosts
+  found=$(for host; do
+    { on_host "$host" 'cd "$1" && command -v "$2"' "$folder" "$PYTHON" &>/dev/null && echo "$host"; } &
+  done && wait)
+  missing=()
+  for host; do
+    if grep -qxF "$host" <<<"$found"; then answering+=("$host"); else missing+=("$host"); fi
+  done
+}
+
+choose() { # sets chosen: of the hosts that answer, from the file's first on, as many as the run's ranks allow
+  local host
+  chosen=()
+  for host in "${hosts[@]}"; do
+    [[ " ${answering[*]} " != *" $host "* ]] || chosen+=("$host")
+  done
+  while [ -n "$fits" ] && [ "${#chosen[@]}" -gt 0 ] && [[ " $fits " != *" $(ranks_on "${chosen[@]}") "* ]]; do
+    unset 'chosen[-1]'
+  done
+}
+
+choose_hosts() { # GRACE: all hosts, or GRACE seconds later those that answer, if they are enough
+  local grace=$1 said='' since=$SECONDS host
+  answering=() missing=("${hosts[@]}")
+  while true; do
+    ask "${missing[@]}"
+    choose
+    [ -z "$stopped" ] || return 0
+    if [ "${#missing[@]}" = 0 ] || { [ "${#chosen[@]}" -ge "$least" ] && [ $((SECONDS - since)) -ge "$grace" ]; }; then
+      break
+    fi
+    [ "$said" = "${missing[*]}" ] || clock "waiting for ${missing[*]}, not reached by ssh, or without $run or $PYTHON"
+    said=${missing[*]}
+    if [ $((SECONDS - since)) -ge "$patience" ]; then
+      give_up "${missing[*]} did not answer for $patience s (MEGAKD_HOST_WAIT)" 1
+    fi
+    sleep 2
+  done
+  for host in "${hosts[@]}"; do
+    if [[ " ${missing[*]} " = *" $host "* ]]; then
+      clock "going on without host $host, which does not answer"
+    elif [[ " ${chosen[*]} " != *" $host "* ]]; then
+      clock "going on without host $host: the run can train on ${fits// /, } ranks"
+    fi
+  done
+}
+
+wait_for_lock() { # a host that does not answer may still train; nothing is lost while it waits for the other ranks
+  local said='' since=$SECONDS
+  until flock --nonblock "$run/train.lock" true; do
+    [ -z "$stopped" ] || return 0
+    [ -n "$said" ] || clock "waiting for $run/train.lock, which a rank on a host that does not answer still holds"
+    said=1
+    [ $((SECONDS - since)) -lt "$patience" ] || give_up "$run/train.lock was held for $patience s (MEGAKD_HOST_WAIT)" 1
+    sleep 2
+  done
+}
+
+look_for_hosts() { # ends the attempt where a host has answered twice in a row, with which more ranks can train
+  local reached=("${answering[@]}") lost=("${missing[@]}") now=("${chosen[@]}") before=" $returned " back=() host
+  answering=()
+  ask "${lost[@]}"
+  returned=${answering[*]}
+  for host in "${answering[@]}"; do
+    [[ $before != *" $host "* ]] || back+=("$host")
+  done
+  answering=("${reached[@]}" "${back[@]}") missing=("${lost[@]}")
+  choose
+  if [ "$(ranks_on "${chosen[@]}")" -gt "$(ranks_on "${now[@]}")" ]; then
+    clock "${back[*]} answers again: the ranks save, to go on with ${chosen[*]}"
+    grown=1
+    kill -TERM "$attempt" 2>/dev/null
+  fi
+  answering=("${reached[@]}") chosen=("${now[@]}")
+}
+
+start_attempt() { # VERB RUN WORD...: run.sh on the chosen hosts, to its end; sets code, and grown where hosts came back
+  local hostfile=$HOSTFILE nap
+  grown='' returned=''
+  if [ "${#chosen[@]}" -lt "${#hosts[@]}" ]; then
+    hostfile=$run/launch/$LAUNCH_ID.hosts
+    mkdir -p "$run/launch"
+    hostfile_of "${chosen[@]}" >"$hostfile"
+    [ "$verb" != train ] || wait_for_lock
+  fi
   # a session of its own: Ctrl-C reaches it once, from here
-  setsid bash "$MEGAKD_LAUNCH/run.sh" "$@" &
+  HOSTFILE=$hostfile setsid bash "$MEGAKD_LAUNCH/run.sh" "$@" &
   attempt=$!
-  while kill -0 "$attempt" 2>/dev/null; do wait "$attempt"; done # a signal's trap interrupts it
+  while kill -0 "$attempt" 2>/dev/null; do
+    if [ "${#missing[@]}" = 0 ] || [ -n "$grown$stopped" ]; then
+      wait "$attempt" # a signal's trap interrupts it
+    else
+      sleep "${MEGAKD_HOST_POLL:-60}" &
+      nap=$!
+      wait -n "$attempt" "$nap"
+      if kill -0 "$nap" 2>/dev/null; then
+        kill "$nap"
+      elif [ -z "$stopped" ]; then
+        look_for_hosts
+      fi
+    fi
+  done
   wait "$attempt"
   code=$?
-  case $code in
-    0 | 85) exit "$code" ;;
-    2) give_up "a user error, named above; correct it and start again" 2 ;;
-  esac
+  [ "$hostfile" = "$HOSTFILE" ] || rm -f "$hostfile"
+}
+
+all_answer() { # HOST ...
+  answering=()
+  ask "$@"
+  [ "${#missing[@]}" = 0 ]
+}
+
+trap stop TERM USR1 INT
+check_least "$@"
+grace=${MEGAKD_HOST_GRACE:-120} faults=0
+for ((count = 0; ; count++)); do
+  choose_hosts "$grace"
   [ -z "$stopped" ] || exit 85
-  [ "$count" -lt "$most" ] || give_up "exit code $code, after $most relaunches (MEGAKD_MAX_RELAUNCHES)" "$code"
+  clock "attempt $count on ${chosen[*]}"
+  start_attempt "$@"
+  [ "$code" != 0 ] || exit 0
+  [ -z "$stopped" ] || exit 85
+  grace=${MEGAKD_HOST_GRACE:-120}
+  if [ "$code" = 85 ]; then
+    [ -n "$grown" ] || exit 85
+    grace=0 # those that are still missing were waited for already
+  elif [ "$code" = 2 ] && all_answer "${chosen[@]}"; then
+    give_up "a user error, named above; correct it and start again" 2
+  elif [ "$faults" -ge "$most" ]; then
+    give_up "exit code $code, after $most relaunches (MEGAKD_MAX_RELAUNCHES)" "$code"
+  else
+    ((faults += 1))
+  fi
   clock "attempt $count ended with exit code $code"
 done

@@ -86,7 +86,7 @@ def train_sh(tmp_path: Path):
         """#!/bin/bash
         case $* in
           *nowhere*) exit 2 ;;
-          *10.1.0.1* | *10.9.0.1*) last=${@: -1}; echo "${last##* }" ;;
+          *10.1.0.1* | *10.9.0.1*) eval "words=(${@: -1})"; echo "${words[-1]}" ;;
           *) printf 'port 20000\\neth0 10.0.0.1\\nib0 10.1.0.1\\n' ;;
         esac"""
     )
@@ -196,6 +196,32 @@ def test_ranks_of_mpirun_know_where_they_meet(train_sh, tmp_path):
     ):
         code, said = train_sh(HOSTFILE=str(tmp_path / "hosts"), **variables)
         assert code == 2 and words in said, said
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
+@pytest.mark.parametrize("code, ends", [(85, 85), (0, 0), (1, 85), (2, 2)])
+def test_a_stop_on_one_machine_reaches_the_ranks_alone(tmp_path, number, code, ends):
+    """USR1 ended DeepSpeed's launcher: 138 instead of 85, and the ranks trained on."""
+    (tmp_path / "rank.py").write_text(
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))\n"
+        f"signal.signal(signal.SIGUSR1, lambda *_: sys.exit({code}))\n"
+        "print('ready', flush=True)\n"
+        "time.sleep(30)\n"
+    )
+    stub = tmp_path / "python"
+    launcher = f"trap 'exit 9' TERM INT USR1\nRANK=0 {sys.executable} {tmp_path / 'rank.py'}\n"
+    stub.write_text(f'#!/bin/bash\n[ "$1" != -c ] || exec echo 12345\n{launcher}')
+    stub.chmod(stat.S_IRWXU)
+    process = subprocess.Popen(
+        ["bash", str(ROOT / "launch" / "run.sh"), "train", str(tmp_path)],
+        env={**os.environ, "PYTHON": str(stub), "RANKS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    assert (process.communicate(timeout=30), process.returncode) == (("", None), ends)
 
 
 def test_train_does_not_ignore_a_hostfile(monkeypatch, tmp_path):

@@ -90,7 +90,7 @@ def launch(run: Run) -> int:
     with StopSignals() as stop:
         process = subprocess.Popen(words, env={**os.environ, **own}, preexec_fn=_ignore_sigusr1)
         told = -math.inf
-        while (code := _ended(process)) is None:
+        while (code := _ended(process, stop)) is None:
             # again and again: a rank may start after the signal, or get it before its handlers are set
             if stop.asked and time.monotonic() - told > SECONDS_BETWEEN_SIGNALS:
                 told = time.monotonic()
@@ -103,10 +103,13 @@ def _ignore_sigusr1() -> None:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
-def _ended(process: subprocess.Popen[bytes]) -> int | None:
+def _ended(process: subprocess.Popen[bytes], stop: StopSignals) -> int | None:
     try:
         return process.wait(timeout=0.2)
     except subprocess.TimeoutExpired:
+        return None
+    except KeyboardInterrupt:  # a stop too, as it is to launch/run.sh, which a terminal sends it to as well
+        stop.asked = True
         return None
 
 

@@ -54,7 +54,7 @@ def fitting(config: RunConfig, least: int, most: int) -> list[int]:
             )
     found = [ranks for ranks in range(least, most + 1) if misfit(config, ranks) is None]
     if least < most and found == [most]:
-        raise UserError(f"no number from {least} to {most - 1} fits: {misfit(config, least)}")
+        raise UserError(f"fewer ranks than {most} do not fit: {misfit(config, least)}")
     return found
 
 

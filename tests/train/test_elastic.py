@@ -33,7 +33,12 @@ def test_ranks_that_batch_and_experts_divide_among_fit(sibling):
     "changes, least, most, words",
     [
         (DEEPSPEED, 1, 3, "16 windows per step do not divide among 3 ranks x optim.micro_batch 4"),
-        ((*DEEPSPEED, "engine.expert_parallel=4"), 2, 4, "no number from 2 to 3 fits: engine.expert_parallel: 4 does"),
+        (
+            (*DEEPSPEED, "engine.expert_parallel=4"),
+            2,
+            4,
+            "fewer ranks than 4 do not fit: engine.expert_parallel: 4 does",
+        ),
         (("engine.kind=deepspeed", "engine.config=zero0"), 1, 2, "engine.config: zero0 has ZeRO stage 0"),
         ((*DEEPSPEED, "stages.1.config=zero0"), 1, 2, "engine.config: zero0 has ZeRO stage 0"),
         (("engine.kind=local",), 1, 2, "engine.kind: local is one process"),
@@ -50,7 +55,11 @@ def test_the_launch_files_get_numbers_or_a_reason(sibling):
     for words, code, said in (
         (["1", "4"], 0, "1 2 4\n"),
         (["1", "4", "engine.expert_parallel=2"], 0, "2 4\n"),
-        (["1", "4", "engine.expert_parallel=4"], 2, "no number from 1 to 3 fits: engine.expert_parallel: 4 does not"),
+        (
+            ["1", "4", "engine.expert_parallel=4"],
+            2,
+            "fewer ranks than 4 do not fit: engine.expert_parallel: 4 does not",
+        ),
         (["1", "4", "optim.lr=1"], 2, f"{run.folder}: optim.lr is frozen"),
     ):
         line = [sys.executable, "-m", "megakd.train.elastic", run.folder, *words]
