@@ -2,9 +2,11 @@
 # lib.sh: what the job files of this folder share. They source it, and call in this order:
 #   job_begin FILE "$@"       print the usage, or read cluster.env; a signal from here on is not lost
 #   job_meet                  set MASTER_ADDR and MASTER_PORT, where the tasks meet
+#   job_nodes RUN [WORD ...]  with TASKS_PER_NODE: set NODES, options of a step on as many nodes as the run can train on
 #   job_step [SRUN OPTION ...] VERB [WORD ...]      run the verb on all tasks, then end or requeue the job
 JOB=$(basename "$0") stopped='' step='' verb='' run=''
 CONTAINER=() SRUN_OPTIONS=() # cluster.env may set both
+NODES=()
 
 say() { echo "$JOB: $*" >&2; }
 
@@ -57,6 +59,36 @@ job_meet() {
   # connections by themselves (from 32768 on Linux)
   MASTER_PORT=$((15000 + (SLURM_JOB_ID * 10 + ${SLURM_RESTART_COUNT:-0} % 10) % 15000))
   export MASTER_ADDR MASTER_PORT
+}
+
+job_nodes() {
+  local tasks=${TASKS_PER_NODE:-} nodes=${SLURM_JOB_NUM_NODES:-1} fits count cpus
+  [ -n "$tasks" ] || return 0
+  number TASKS_PER_NODE "$tasks"
+  [ -z "${SLURM_NTASKS:-}" ] ||
+    refuse "TASKS_PER_NODE=$tasks: leave out --ntasks and --ntasks-per-node, with which Slurm gives the least --nodes"
+  fits=$("${CONTAINER[@]}" "$PYTHON" -m megakd.train.elastic "$1" "$tasks" $((nodes * tasks)) "${@:2}")
+  case $? in
+    0) ;;
+    2)
+      record_failure "$1" 2
+      refuse "$fits"
+      ;;
+    *) # a Python that is in a container of srun's alone
+      fits=$((nodes * tasks))
+      say "$PYTHON on this node does not say on how many ranks the run can train; all nodes train" ;;
+  esac
+  for ((count = nodes; count > 0; count--)); do
+    [[ " $fits " != *" $((count * tasks)) "* ]] || break
+  done
+  [ "$count" -gt 0 ] || refuse "TASKS_PER_NODE=$tasks: the run can train on ${fits// /, } ranks"
+  [ "$count" = "$nodes" ] || say "trains on $count of the $nodes nodes: the run can train on ${fits// /, } ranks"
+  NODES=("--nodes=$count" "--ntasks=$((count * tasks))" "--ntasks-per-node=$tasks")
+  NODES+=("--nodelist=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n "$count" | paste -sd ,)")
+  cpus=$((${SLURM_CPUS_PER_TASK:-1} / tasks)) # a task of sbatch is a whole node here
+  export OMP_NUM_THREADS=$((cpus > 0 ? cpus : 1)) SRUN_CPUS_PER_TASK=$((cpus > 0 ? cpus : 1))
+  # a task that is alone is a rank all the same, and starts no others
+  [ $((count * tasks)) -gt 1 ] || export RANK=0 WORLD_SIZE=1 LOCAL_RANK=0
 }
 
 job_step() {

@@ -47,13 +47,17 @@ give_up() { # WHY CODE
 }
 
 check_least() { # VERB RUN WORD...: refuses a MEGAKD_MIN_HOSTS that does not fit the run or the launch; sets fits
+  local ranks all
   [ "$least" -le "${#hosts[@]}" ] || refuse "MEGAKD_MIN_HOSTS=$least: HOSTFILE=$HOSTFILE has ${#hosts[@]} hosts"
   [ "$least" -lt "${#hosts[@]}" ] || return 0
   [ -z "${MASTER_ADDR:-}" ] ||
     refuse "MEGAKD_MIN_HOSTS=$least and MASTER_ADDR=$MASTER_ADDR, a host that may be lost; set IFNAME in its place"
   [ "$verb" = train ] || return 0
-  fits=$("$PYTHON" -m megakd.train.elastic "$run" "$(least_ranks "$least")" "$(ranks_on "${hosts[@]}")" "${@:3}") ||
+  ranks=$(ranks_on "${hosts[@]}")
+  fits=$("$PYTHON" -m megakd.train.elastic "$run" "$(least_ranks "$least")" $((ranks - 1)) "${@:3}") ||
     refuse "MEGAKD_MIN_HOSTS=$least: $fits"
+  all=$("$PYTHON" -m megakd.train.elastic "$run" "$ranks" "$ranks" "${@:3}") || refuse "$all"
+  fits+=" $all"
 }
 
 ask() { # HOST ...: adds those that answer, see the run and have Python to answering; sets missing to the others

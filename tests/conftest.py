@@ -398,6 +398,15 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k not in timing} for row in rows]
 
 
+def adam_steps(run: Path) -> list[int]:
+    """Adam's counts of steps of all parameter groups, in what ZeRO has saved of the first rank at the end of `all`."""
+    last = max((run / "checkpoints" / "all").glob("step-*"))
+    (file,) = (last / "state").rglob("*zero_pp_rank_0_*optim_states.pt")
+    state = torch.load(file, weights_only=False)["optimizer_state_dict"]
+    state = state.get("optimizer_state_dict", state.get("base_optimizer_state"))["state"]
+    return [int(each["step"]) for each in state.values()]
+
+
 def files(folder: Path) -> dict[str, bytes]:
     """Every file below a folder with its content."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}

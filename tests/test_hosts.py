@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from megakd.run import Run
-from tests.conftest import ROOT, forked_ranks, metrics
+from tests.conftest import ROOT, adam_steps, forked_ranks, metrics
 
 pytestmark = pytest.mark.hosts
 LONG = ("engine.kind=deepspeed", "engine.ranks=2", "engine.config=zero3", "stages.1.tokens=30720")
@@ -108,3 +108,25 @@ def power_off(hosts: Path, name: str) -> None:
 
 def power_on(hosts: Path) -> None:
     subprocess.run(["bash", str(ROOT / "tests" / "two_hosts.sh"), "up", str(hosts)], check=True)
+
+
+def test_a_training_goes_on_with_one_host_and_takes_the_other_back(two_hosts, sibling, undisturbed):
+    """2 -> 1 -> 2 ranks: the same samples, losses within 1e-4, Adam's counts of steps as without any fault."""
+    run = sibling(*LONG)
+    elastic = {"MEGAKD_MIN_HOSTS": "1", "MEGAKD_HOST_GRACE": "10", "MEGAKD_HOST_POLL": "3"}
+    launch = Launch(two_hosts, "supervise.sh", run, **elastic)
+    launch.wait_for("all 8/")
+    power_off(two_hosts, "n2")
+    launch.wait_for("attempt 1 on n1\n")
+    launch.wait_for(r"converted for 1 ranks(?s:.)* all \d+/")
+    power_on(two_hosts)
+    launch.wait_for("attempt 2 on n1 n2\n")
+    launch.wait_for("converted for 2 ranks")
+    assert launch.ended() == 0, launch.said()
+    assert [event["ranks"] for event in run.events("train")] == [2, 1, 2]
+    found, expected = metrics(run.folder), metrics(undisturbed.folder)
+    for name in ("stage", "step", "tokens", "lr"):
+        assert [row[name] for row in found] == [row[name] for row in expected], name
+    for name in ("loss", "ce", "kl", "kl_t1", "grad_norm"):
+        assert [row[name] for row in found] == pytest.approx([row[name] for row in expected], abs=1e-4), name
+    assert adam_steps(run.folder) == adam_steps(undisturbed.folder)

@@ -147,7 +147,7 @@ def test_a_stop_while_fewer_hosts_train_ends_with_85(sibling, tmp_path):
         (
             (*DEEPSPEED, "engine.expert_parallel=2"),
             {},
-            "MEGAKD_MIN_HOSTS=1: fewer ranks than 2 do not fit: engine.",
+            "MEGAKD_MIN_HOSTS=1: engine.expert_parallel: 2 does not divide the 1 ranks",
         ),
     ],
 )

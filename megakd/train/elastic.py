@@ -38,23 +38,21 @@ def misfit(config: RunConfig, ranks: int) -> str | None:
 
 
 def fitting(config: RunConfig, least: int, most: int) -> list[int]:
-    """The numbers of ranks from `least` to `most` that a run can change to while it trains, ascending.
+    """The numbers of ranks from `least` to `most` between which a run can change while it trains, ascending.
 
-    UserError where it cannot train on `most`, where its state stays with the ranks that saved it, and where no smaller
-    number fits.
+    UserError where there is none, and where a checkpoint stays with the ranks that saved it.
     """
-    if reason := misfit(config, most):
-        raise UserError(reason)
     for stage in config.stages:
         own = config.at(stage).engine
-        if (own.deepspeed or {}).get("zero_optimization", {}).get("stage", 0) == 0:
+        zero = (own.deepspeed or {}).get("zero_optimization", {})
+        if own.kind == "deepspeed" and zero.get("stage", 0) == 0:
             raise UserError(
                 f"engine.config: {own.config} has ZeRO stage 0, whose checkpoints load on the ranks that saved them "
                 "alone; take zero2 or zero3 in a new run, or the same ranks each time"
             )
     found = [ranks for ranks in range(least, most + 1) if misfit(config, ranks) is None]
-    if least < most and found == [most]:
-        raise UserError(f"fewer ranks than {most} do not fit: {misfit(config, least)}")
+    if not found:
+        raise UserError(str(misfit(config, most)))
     return found
 
 
