@@ -61,6 +61,11 @@ job_meet() {
   export MASTER_ADDR MASTER_PORT
 }
 
+refuse_run() { # RUN WHY: of a training that cannot start
+  record_failure "$1" 2
+  refuse "$2"
+}
+
 job_nodes() {
   local tasks=${TASKS_PER_NODE:-} nodes=${SLURM_JOB_NUM_NODES:-1} fits count cpus
   [ -n "$tasks" ] || return 0
@@ -70,18 +75,16 @@ job_nodes() {
   fits=$("${CONTAINER[@]}" "$PYTHON" -m megakd.train.elastic "$1" "$tasks" $((nodes * tasks)) "${@:2}")
   case $? in
     0) ;;
-    2)
-      record_failure "$1" 2
-      refuse "$fits"
-      ;;
+    2) refuse_run "$1" "$fits" ;;
     *) # a Python that is in a container of srun's alone
       fits=$((nodes * tasks))
-      say "$PYTHON on this node does not say on how many ranks the run can train; all nodes train" ;;
+      say "$PYTHON on this node does not say on how many ranks the run can train; all nodes train"
+      ;;
   esac
   for ((count = nodes; count > 0; count--)); do
     [[ " $fits " != *" $((count * tasks)) "* ]] || break
   done
-  [ "$count" -gt 0 ] || refuse "TASKS_PER_NODE=$tasks: the run can train on ${fits// /, } ranks"
+  [ "$count" -gt 0 ] || refuse_run "$1" "TASKS_PER_NODE=$tasks: the run can train on ${fits// /, } ranks"
   [ "$count" = "$nodes" ] || say "trains on $count of the $nodes nodes: the run can train on ${fits// /, } ranks"
   NODES=("--nodes=$count" "--ntasks=$((count * tasks))" "--ntasks-per-node=$tasks")
   NODES+=("--nodelist=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n "$count" | paste -sd ,)")
@@ -158,7 +161,9 @@ requeue() { # WHY
   [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || id=${SLURM_ARRAY_JOB_ID:-$id}_$SLURM_ARRAY_TASK_ID
   state=$(squeue --noheader --jobs="$id" --format=%T 2>/dev/null)
   case $state in
-    CANCELLED | COMPLETING) say "$1; the job was cancelled: submit it again to go on" ;;
+    CANCELLED | COMPLETING)
+      say "$1; the job was cancelled: submit it again to go on (not after a lost node: Slurm requeues it)"
+      ;;
     *)
       say "$1; requeued"
       scontrol requeue "$id" || say "Slurm does not requeue this job: submit it again to go on"

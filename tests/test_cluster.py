@@ -14,7 +14,7 @@ import pytest
 
 from megakd.cli import run_verb
 from megakd.run import Run
-from tests.conftest import ROOT, files, metrics
+from tests.conftest import ROOT, adam_steps, files, forked_ranks, metrics
 
 pytestmark = pytest.mark.cluster
 LAUNCH = ROOT / "launch"
@@ -212,3 +212,40 @@ def test_pipeline_brings_a_run_to_its_end(cluster, recipe):
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 11))
     assert cluster.ask("bash", str(LAUNCH / "pipeline.sh"), str(run)).endswith("finished")
+
+
+def test_a_requeued_training_takes_the_nodes_that_it_gets(cluster, sibling):
+    """2 -> 1 -> 2 nodes: with --ntasks-per-node Slurm gives the smallest number of --nodes, each time."""
+    settings = ("engine.kind=deepspeed", "engine.ranks=2", "stages.1.tokens=30720", "checkpoint.every_steps=5")
+    run, undisturbed = sibling(*settings), sibling(*settings)
+    forked_ranks(2, "train", undisturbed.folder)
+    job = cluster.submit("train.sbatch", run.folder, options=["--nodes=1-2"], TASKS_PER_NODE="1")
+    cluster.until(lambda: steps(run) > 8, "steps on two nodes")
+    node = re.search(r"BatchHost=(\S+)", cluster.show(job))
+    lost = next(name for name in cluster.ask("sinfo", "-hNo", "%N").split() if node and name != node[1])
+    cluster.ask("scontrol", "update", f"NodeName={lost}", "State=DRAIN", "Reason=test")
+    try:
+        cluster.signal(job)
+        cluster.requeued(job, 1)
+        cluster.until(lambda: ranks_of_starts(run) == [2, 1], "a start on one node")
+        cluster.until(lambda: steps(run) > 30, "steps on one node")
+    finally:
+        cluster.ask("scontrol", "update", f"NodeName={lost}", "State=RESUME")
+    cluster.signal(job)
+    cluster.requeued(job, 2)
+    cluster.wait(job, "COMPLETED")
+    assert ranks_of_starts(run) == [2, 1, 2]
+    found, expected = metrics(run.folder), metrics(undisturbed.folder)
+    for name in ("stage", "step", "tokens", "lr"):
+        assert [row[name] for row in found] == [row[name] for row in expected], name
+    for name in ("loss", "ce", "kl", "kl_t1", "grad_norm"):
+        assert [row[name] for row in found] == pytest.approx([row[name] for row in expected], abs=1e-4), name
+    assert adam_steps(run.folder) == adam_steps(undisturbed.folder)
+
+
+def ranks_of_starts(run: Run) -> list[int]:
+    return [event["ranks"] for event in run.events("train")]
+
+
+def steps(run: Run) -> int:
+    return len(run.path("metrics.jsonl").read_text().splitlines()) if begun(run) else 0

@@ -420,6 +420,43 @@ def test_ranks_meet_on_a_port_that_systems_give_to_nobody(tmp_path):
     assert len(set(ports)) == 4 and all(15000 <= port < 30000 for port in ports), ports
 
 
+@pytest.mark.parametrize(
+    "nodes, tasks, code, words",
+    [
+        (2, 1, 0, "--nodes=2 --ntasks=2 --ntasks-per-node=1 --nodelist=n1,n2 rank none, 8 threads"),
+        (3, 1, 0, "--nodes=2 --ntasks=2 --ntasks-per-node=1 --nodelist=n1,n2 rank none, 8 threads"),
+        (3, 1, 0, "trains on 2 of the 3 nodes: the run can train on 1, 2 ranks"),
+        (1, 1, 0, "--nodes=1 --ntasks=1 --ntasks-per-node=1 --nodelist=n1 rank 0, 8 threads"),
+        (3, 4, 0, "--nodes=1 --ntasks=4 --ntasks-per-node=4 --nodelist=n1 rank none, 2 threads"),
+        (1, 3, 2, "optim.batch_tokens: 16 windows per step do not divide among 3 ranks"),
+        (2, 8, 2, "optim.batch_tokens: 16 windows per step do not divide among 16 ranks"),
+        (4, 3, 2, "TASKS_PER_NODE=3: the run can train on 4 ranks"),
+    ],
+)
+def test_a_job_trains_on_as_many_of_its_nodes_as_the_batch_divides_among(prepared, tmp_path, nodes, tasks, code, words):
+    """16 sequences in micro-batches of 4."""
+    job = Job(tmp_path, 'echo "${@:3:4} rank ${RANK:-none}, $OMP_NUM_THREADS threads"')
+    (tmp_path / "scontrol").write_text("#!/bin/bash\nprintf 'n%s\\n' 1 2 3 4\n")
+    (tmp_path / "getent").write_text("#!/bin/bash\necho 127.0.0.1\n")
+    (tmp_path / "getent").chmod(stat.S_IRWXU)
+    job.run.rmdir()
+    in_process("new", job.run, "--from", prepared, "engine.kind=deepspeed", "engine.config=zero3")
+    variables = {"SLURM_JOB_NUM_NODES": str(nodes), "TASKS_PER_NODE": str(tasks), "SLURM_CPUS_PER_TASK": "8"}
+    variables |= {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "SLURM_JOB_NODELIST": "n[1-4]"}
+    process = job.start("train.sbatch", **variables)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == code and words in said, said
+    assert [event["code"] for event in Run.open(job.run).events("train failed")] == [2] * (code == 2)
+
+
+def test_a_number_of_tasks_fixes_the_number_of_nodes(tmp_path):
+    """Slurm 22.05 gives the smallest of --nodes=1-4 with --ntasks-per-node."""
+    job = Job(tmp_path, "exit 0")
+    process = job.start("train.sbatch", SLURM_JOB_NODELIST="n1", TASKS_PER_NODE="1", SLURM_NTASKS="1")
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == 2 and "TASKS_PER_NODE=1: leave out --ntasks and --ntasks-per-node" in said
+
+
 class Chain:
     """launch/pipeline.sh with programs in the place of Slurm's, and of a Python that says what a run lacks."""
 

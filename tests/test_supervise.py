@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from megakd.run import Run
+from megakd.system.files import locked
 from tests.conftest import ROOT
 
 DEEPSPEED = ("engine.kind=deepspeed", "engine.config=zero3")
@@ -122,6 +123,18 @@ def test_only_hosts_whose_ranks_the_batch_divides_among_train(sibling, tmp_path)
     supervisor.down()
     assert supervisor.ended() == 0, supervisor.said()
     assert supervisor.attempts() == ["n1 n3", "n1 n2 n3 n4"]
+
+
+def test_a_rank_that_still_holds_the_lock_is_awaited(sibling, tmp_path):
+    """Of a host that ssh does not reach: the next attempt would be refused, as a second training in the folder."""
+    run = sibling(*DEEPSPEED)
+    supervisor = Supervisor(tmp_path, run, 2, ["exit 0"])
+    supervisor.down("n1")
+    with locked(run.path("train.lock")):
+        supervisor.start(MEGAKD_MIN_HOSTS="1")
+        supervisor.wait_for("which a rank on a host that does not answer still holds")
+        assert not supervisor.attempts()
+    assert supervisor.ended() == 0 and supervisor.attempts() == ["n2"], supervisor.said()
 
 
 def test_a_stop_while_fewer_hosts_train_ends_with_85(sibling, tmp_path):
