@@ -40,6 +40,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+import installed  # noqa: F401
+
 from megakd.cli import run_verb
 from megakd.config.effects import idle_fields
 from megakd.config.objective import CachedConfig, OnlineConfig, SarConfig, of_kind

@@ -34,6 +34,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # speeds are those of one core
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which counts bytes, says each start and stop
 
+import installed  # noqa: F401
 import torch
 
 # of the package tools/bench: a folder with an __init__.py comes before a file bench.py

@@ -11,6 +11,8 @@ import math
 import sys
 from typing import Any
 
+import installed  # noqa: F401
+
 from megakd.names import expand
 from megakd.system.files import read_json_lines
 from megakd.system.terminal import accept_any_encoding

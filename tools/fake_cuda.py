@@ -19,6 +19,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
+import installed  # noqa: F401
 import numpy as np
 import torch
 from torch import Tensor, nn

@@ -34,6 +34,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import installed  # noqa: F401
 import numpy as np
 from foreign import convert, exported, needs, one_line_errors, sorted_head, two_ways, unsaid
 from foreign_rows import Names, Row

@@ -31,6 +31,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import installed  # noqa: F401
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc

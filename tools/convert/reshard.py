@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import installed  # noqa: F401
 import numpy as np
 from filling import Plan, fill
 

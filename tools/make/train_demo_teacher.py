@@ -20,6 +20,7 @@ import sys
 import time
 from pathlib import Path
 
+import installed  # noqa: F401
 import numpy as np
 import torch
 import transformers

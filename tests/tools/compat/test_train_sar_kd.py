@@ -1,8 +1,6 @@
 import json
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -162,17 +160,6 @@ def test_the_same_command_resumes(flags, teacher, tmp_path, capsys, monkeypatch)
     assert [place and Path(place).name for place in resumed] == [None, "step-000002"]  # finished verbs do not start
     assert len(run.events("new")) == 1 and load_recipe(run.folder / "recipe.json") == run.config
     assert not list(run.folder.glob("*.tmp-*"))
-
-
-def test_a_python_without_megakd_is_told_to_install_it(tmp_path):
-    """-S: without the .pth files by which an installation in place is found, nor any other library."""
-    for script in sorted((ROOT / "tools" / "compat").glob("*.py")):
-        done = subprocess.run(
-            [sys.executable, "-S", script], env={"PATH": ""}, cwd=tmp_path, capture_output=True, text=True
-        )
-        (line,) = done.stderr.splitlines()
-        assert done.returncode == 1 and line.startswith("MegaKD is not installed in this Python; run: "), script
-        assert line.endswith(f"-m pip install -e {shlex.quote(str(ROOT.resolve()))}")
 
 
 def test_the_recipe_says_what_the_flags_say(flags, student):

@@ -170,7 +170,7 @@ def test_retokenized_rows_are_means_of_the_old_pieces(tool, tmp_path, teacher, t
 
 @pytest.mark.parametrize("argv", [["smollm2"], ["upcycle", "demo"], ["retokenize", "demo"], ["text"]])
 def test_what_exists_is_not_overwritten(tool, tmp_path, capsys, monkeypatch, argv):
-    monkeypatch.setattr(tool, "installed", lambda *packages: pytest.fail("started to install"))
+    monkeypatch.setattr(tool, "temporary_packages", lambda *packages: pytest.fail("started to install"))
     (tmp_path / "out").write_text("precious")
     assert "exists already" in refused(tool, capsys, *argv, tmp_path / "out")
     assert (tmp_path / "out").read_text() == "precious"
@@ -217,7 +217,7 @@ def test_a_package_is_importable_inside_the_block_only(tool, tmp_path):
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{info}/RECORD", "")
     before = list(sys.path)
-    with tool.installed(str(wheel)) as folder:
+    with tool.temporary_packages(str(wheel)) as folder:
         assert (folder / "tiny_registry_package.py").exists()
         assert importlib.util.find_spec("tiny_registry_package") is not None
     assert sys.path == before and not folder.exists()
