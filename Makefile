@@ -7,7 +7,7 @@ PYTEST := pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 # losses, codec, stream and config: a minute, while one works on them
 FAST := tests/losses tests/config tests/data/test_codebook.py tests/data/test_codec.py tests/data/test_stream.py
 
-.PHONY: demo test fast lint check clean
+.PHONY: demo test fast lint check cluster-test cluster-test-fast cluster-programs clean
 
 demo: .venv/installed
 	$(BIN)/megakd demo
@@ -22,6 +22,24 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+
+# jobs of Slurm, and launches over ssh, on two hosts that this machine makes of itself; docs/launching.md, "Limits"
+CLUSTER := MEGAKD_TEST_CLUSTER=1 $(BIN)/$(PYTEST) tests/test_cluster.py tests/test_hosts.py
+
+cluster-test: .venv/installed cluster-programs
+	$(CLUSTER) --durations=10
+
+# three minutes of them
+cluster-test-fast: .venv/installed cluster-programs
+	$(CLUSTER) -m brief
+
+# tests skip where a program is missing; as root this installs the programs
+PACKAGES := iproute2 munge openmpi-bin openssh-server pdsh slurm-wlm
+cluster-programs:
+	@type ip munged mpirun sshd pdsh slurmctld >/dev/null 2>&1 || [ "$$(id -u)" != 0 ] || \
+	  { echo "installing $(PACKAGES)" && apt-get update -qq && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $(PACKAGES); } || \
+	  echo "not installed: $(PACKAGES)"
 
 # `make check test` runs the tests once
 check: lint test

@@ -5,14 +5,13 @@ import inspect
 import io
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stderr, redirect_stdout, suppress
-from functools import wraps
+from functools import cache, wraps
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -39,6 +38,7 @@ from megakd.system.launcher import free_port
 from megakd.system.signals import STOP_SIGNALS
 from megakd.system.verbs import Verbs
 from tests.forks import RARELY, Forked
+from tests.machines import Machines
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
@@ -128,38 +128,39 @@ def on_card() -> dict[str, str]:
     return environment if CARDS is None else {**environment, "CUDA_VISIBLE_DEVICES": CARDS}
 
 
-@pytest.fixture
-def slurm() -> str:
-    """The program that gives jobs to Slurm; skips where there is none, or no controller answers it."""
-    sbatch = shutil.which("sbatch")
-    if sbatch is None:
-        pytest.skip("no Slurm on this machine (no sbatch)")
-    asked = subprocess.run(["scontrol", "ping"], capture_output=True, text=True)
-    if asked.returncode:
-        pytest.skip(f"Slurm's controller does not answer: {(asked.stdout + asked.stderr).strip()}")
-    return sbatch
+@pytest.fixture(scope="session")
+def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
+    """Two hosts that this machine makes of itself, for a whole session; skips where it cannot.
 
-
-@pytest.fixture
-def two_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with the `hostfile` of two hosts that answer ssh, and `bin/ssh`; skips where none can be made.
-
-    They take minutes: MEGAKD_TEST_HOSTS=1 asks for them.
+    They take minutes: `make cluster-test` asks for them, with MEGAKD_TEST_CLUSTER=1.
     """
-    if not os.environ.get("MEGAKD_TEST_HOSTS"):
-        pytest.skip("takes minutes; set MEGAKD_TEST_HOSTS=1")
-    missing = [name for name in ("sshd", "pdsh", "ip", "unshare", "ssh-keygen") if shutil.which(name) is None]
-    if missing or os.geteuid() != 0:
-        pytest.skip(f"no hosts on this machine: {', '.join(missing) + ' missing' if missing else 'not root'}")
-    folder = tmp_path_factory.mktemp("hosts")
-    words = ["bash", str(ROOT / "tests" / "two_hosts.sh")]
-    try:
-        made = subprocess.run([*words, "up", str(folder)], capture_output=True, text=True, timeout=60)
-        if made.returncode:
-            pytest.skip(f"this machine allows no name spaces: {made.stderr.strip()[-200:]}")
-        yield folder
-    finally:
-        subprocess.run([*words, "down", str(folder)], check=True, timeout=60)
+    if not os.environ.get("MEGAKD_TEST_CLUSTER"):
+        pytest.skip("takes minutes: make cluster-test, or MEGAKD_TEST_CLUSTER=1")
+    made = Machines(tmp_path_factory.mktemp("machines"))
+    reason = made.refused()
+    if reason:
+        pytest.skip(reason)
+    yield made
+    made.take_down()
+
+
+@pytest.fixture
+def two_hosts(machines: Machines) -> Iterator[Path]:
+    """A folder with the `hostfile` of two hosts that answer ssh, and `bin/ssh`; nothing is left on them."""
+    machines.up()
+    yield machines.folder
+    machines.check()
+
+
+@pytest.fixture
+def slurm(machines: Machines) -> Iterator[Machines]:
+    """The same hosts as the nodes of a Slurm whose controller is this machine; nothing is left on them."""
+    missing = machines.missing("sbatch", "slurmctld", "slurmd", "munged")
+    if missing:
+        pytest.skip(missing)
+    machines.up(slurm=True)
+    yield machines
+    machines.check()
 
 
 @pytest.fixture(scope="session")
@@ -262,6 +263,19 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> Path:
     for verb in ("compress", "tokenize", "generate-logits"):  # in this process, which has loaded the libraries
         run_verb([verb, str(folder)])
     return folder
+
+
+@pytest.fixture(scope="session")
+def one_host(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
+    """one_host("engine.config=zero3", …): what two undisturbed ranks on this machine train, once for all tests."""
+
+    @cache
+    def train(*overrides: str) -> Run:
+        run = Run.create(prepared, overrides, tmp_path_factory.mktemp("one-host") / "run")
+        forked_ranks(2, "train", run.folder)
+        return run
+
+    return train
 
 
 @pytest.fixture(scope="module")

@@ -1,21 +1,34 @@
 #!/usr/bin/env bash
-# two_hosts.sh up|power|down FOLDER [HOST]: two hosts n1 and n2 on this machine, for tests of launches over ssh.
-# A host has its own network, processes and host name, and an sshd as process 1; all files are shared. `up` starts what
-# is missing, `power` cuts a host's cable and ends its processes, `down` removes everything by what FOLDER records.
+# two_hosts.sh try|up|power|down FOLDER [HOST]: two hosts n1 and n2 on this machine, for tests of launches over ssh.
+# A host has its own network, processes, host name and /dev/shm, and an sshd as process 1; all other files are shared.
+# `try` fails where this machine allows no such hosts, as in most containers. `up` starts what is missing, `power` cuts a
+# host's cable and ends its processes, `down` removes everything by what FOLDER records.
 set -euo pipefail
 what=$1 folder=$2 user=$(getent passwd "$(id -u)" | cut -d: -f6)
 tag=mk$(cksum <<<"$folder" | cut -c1-5) # of this folder alone: two test runs may be on one machine
 net=10.$((16#$(md5sum <<<"$folder" | cut -c1-2))).77
 
-host_is_up() { [ -e "/proc/$(cat "$folder/$1/pid" 2>/dev/null || echo none)" ]; }
+# what has ended and waits for its parent has no program any more
+host_is_up() { [ -e "/proc/$(cat "$folder/$1/pid" 2>/dev/null || echo none)/exe" ]; }
 
 end_host() { # its process 1, with which all others end
   ! host_is_up "$1" || kill -KILL "$(cat "$folder/$1/pid")"
   while host_is_up "$1"; do sleep 0.1; done
 }
 
+can_be_made() {
+  ip link add "${tag}b" type bridge
+  ip link del "${tag}b"
+  ip link add "${tag}v1" type veth peer name "${tag}v2"
+  ip link del "${tag}v1"
+  ip netns add "$tag-n1"
+  ip netns del "$tag-n1"
+  unshare --mount --uts --ipc --pid --fork --mount-proc mount -t tmpfs tmpfs /dev/shm
+}
+
 prepare() {
   mkdir -p "$folder/ssh" "$folder/bin" /run/sshd "$user/.ssh"
+  echo "$tag" >"$folder/tag" # with which all that the kernel knows by name begins
   chmod 700 "$folder/ssh"
   ssh-keygen -q -t ed25519 -N '' -f "$folder/ssh/id_ed25519"
   cp "$folder/ssh/id_ed25519.pub" "$folder/ssh/authorized_keys"
@@ -55,6 +68,7 @@ start_host() { # NUMBER
     mount --bind "$2/hosts" /etc/hosts
     mount --bind "$2/nsswitch.conf" /etc/nsswitch.conf
     mount --bind "$2/ssh" "$3/.ssh"
+    mount -t tmpfs tmpfs /dev/shm
     exec /usr/sbin/sshd -D -e -f /dev/null -o ListenAddress="$4" -o HostKey="$2/$1/key" -o PidFile=none \
       -o AuthorizedKeysFile="$2/ssh/authorized_keys" -o UsePAM=no -o StrictModes=no -o UseDNS=no -o MaxStartups=100
   ' _ "$name" "$folder" "$user" "$net.1$1" >"$folder/$name/log" 2>&1 </dev/null &
@@ -68,6 +82,7 @@ start_host() { # NUMBER
 }
 
 case $what in
+  try) can_be_made ;;
   up)
     [ -e "$folder/hostfile" ] || prepare
     for i in 1 2; do host_is_up "n$i" || start_host "$i"; done
@@ -79,6 +94,7 @@ case $what in
   down)
     for i in 1 2; do
       end_host "n$i"
+      ip link del "${tag}v$i" 2>/dev/null || true # now: with its name space it would go some time later
       ip netns del "$tag-n$i" 2>/dev/null || true
     done
     ip link del "${tag}b" 2>/dev/null || true

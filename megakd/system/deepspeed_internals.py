@@ -35,6 +35,8 @@ try:
         autoep_placement_to_affine_map,
         make_autoep_placement_descriptor,
     )
+    from deepspeed.comm.torch import TorchBackend
+    from deepspeed.constants import default_pg_timeout
     from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer as AutoEPMoELayer
     from deepspeed.module_inject.auto_ep_layer import _AllToAllV
     from deepspeed.ops import __compatible_ops__
@@ -79,6 +81,16 @@ def build_no_shared_memory_op() -> None:
 def count_numa_nodes_once() -> None:
     """Ranks on a CPU ask for the NUMA nodes once: DeepSpeed starts numactl whenever ZeRO-3 reduces a bucket."""
     numa.get_numa_cores = cache(member(numa, "get_numa_cores"))
+
+
+def let_all_groups_time_out() -> None:
+    """Every group of ranks ends a wait after DEEPSPEED_TIMEOUT minutes, as the first one does.
+
+    DeepSpeed makes its groups with torch's own timeout, 30 minutes with gloo: a rank that hung within an all-to-all of
+    experts was noticed no sooner.
+    """
+    member(TorchBackend, "new_group")
+    TorchBackend.new_group = lambda self, ranks: torch.distributed.new_group(ranks, timeout=default_pg_timeout)
 
 
 # ---- ZeRO: where parameters, their fp32 masters, moments and gradients are

@@ -74,11 +74,16 @@ def join_world() -> World:
     import deepspeed
     from deepspeed.utils import logger
 
-    from megakd.system.deepspeed_internals import build_no_shared_memory_op, count_numa_nodes_once
+    from megakd.system.deepspeed_internals import (
+        build_no_shared_memory_op,
+        count_numa_nodes_once,
+        let_all_groups_time_out,
+    )
 
     logger.setLevel("WARNING")
     build_no_shared_memory_op()
     count_numa_nodes_once()
+    let_all_groups_time_out()
     take_device(world)  # before NCCL, which goes by the current device
     deepspeed.init_distributed(verbose=False)
     return world

@@ -7,9 +7,17 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from deepspeed.comm.torch import TorchBackend
+from deepspeed.constants import default_pg_timeout
 
 from megakd.errors import UserError
-from megakd.system.deepspeed_internals import SUPPORTED, member, replaced, skipping_update
+from megakd.system.deepspeed_internals import (
+    SUPPORTED,
+    let_all_groups_time_out,
+    member,
+    replaced,
+    skipping_update,
+)
 from tests.conftest import ROOT
 
 DOCUMENTED = {"deepspeed", "deepspeed.utils"}  # initialize, zero.GatheredParameters; safe_get_*, safe_set_*, logger
@@ -66,3 +74,13 @@ def test_replaced_attributes_come_back():
         assert owner.check() and owner.level == 2  # type: ignore[attr-defined]
         raise ValueError
     assert not owner.check() and vars(owner) == {"level": 1}
+
+
+def test_every_group_of_ranks_has_the_timeout_of_the_first(monkeypatch):
+    """A rank that hung within an all-to-all of experts was noticed after torch's 30 minutes."""
+    asked = {}
+    monkeypatch.setattr("torch.distributed.new_group", lambda ranks, **options: asked.update(options))
+    monkeypatch.setattr(TorchBackend, "new_group", TorchBackend.new_group)
+    let_all_groups_time_out()
+    TorchBackend.new_group(SimpleNamespace(), [0, 1])
+    assert asked == {"timeout": default_pg_timeout}
