@@ -24,7 +24,8 @@ lint: .venv/installed
 	$(BIN)/pyright
 
 # jobs of Slurm, and launches over ssh, on two hosts that this machine makes of itself; docs/launching.md, "Limits"
-CLUSTER := MEGAKD_TEST_CLUSTER=1 $(BIN)/$(PYTEST) tests/test_cluster.py tests/test_hosts.py
+CLUSTER := MEGAKD_TEST_CLUSTER=1 $(BIN)/$(PYTEST) --numprocesses 3 tests/test_cluster_faults.py tests/test_cluster.py \
+  tests/test_hosts.py
 
 cluster-test: .venv/installed cluster-programs
 	$(CLUSTER) --durations=10

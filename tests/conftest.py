@@ -38,6 +38,7 @@ from megakd.system.launcher import free_port
 from megakd.system.signals import STOP_SIGNALS
 from megakd.system.verbs import Verbs
 from tests.forks import RARELY, Forked
+from tests.jobs import Slurm
 from tests.machines import Machines
 
 ROOT = Path(__file__).parent.parent
@@ -153,14 +154,18 @@ def two_hosts(machines: Machines) -> Iterator[Path]:
 
 
 @pytest.fixture
-def slurm(machines: Machines) -> Iterator[Machines]:
+def slurm(machines: Machines, tmp_path: Path) -> Iterator[Slurm]:
     """The same hosts as the nodes of a Slurm whose controller is this machine; nothing is left on them."""
     missing = machines.missing("sbatch", "slurmctld", "slurmd", "munged")
     if missing:
         pytest.skip(missing)
     machines.up(slurm=True)
-    yield machines
-    machines.check()
+    used = Slurm(machines, tmp_path)
+    yield used
+    try:
+        used.cancel_all()
+    finally:
+        machines.check()
 
 
 @pytest.fixture(scope="session")
