@@ -417,6 +417,16 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k not in timing} for row in rows]
 
 
+def assert_goes_like(run: Path, undisturbed: Path) -> None:
+    """On other numbers of ranks in between: the same samples and rates, losses within 1e-4, Adam's counts of steps."""
+    found, expected = metrics(run), metrics(undisturbed)
+    for name in ("stage", "step", "tokens", "lr"):
+        assert [row[name] for row in found] == [row[name] for row in expected], name
+    for name in ("loss", "ce", "kl", "kl_t1", "grad_norm"):
+        assert [row[name] for row in found] == pytest.approx([row[name] for row in expected], abs=1e-4), name
+    assert adam_steps(run) == adam_steps(undisturbed)
+
+
 def adam_steps(run: Path) -> list[int]:
     """Adam's counts of steps of all parameter groups, in what ZeRO has saved of the first rank at the end of `all`."""
     last = max((run / "checkpoints" / "all").glob("step-*"))

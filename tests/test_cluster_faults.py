@@ -10,7 +10,7 @@ import pytest
 
 from megakd.cli import run_verb
 from megakd.run import Run
-from tests.conftest import files, metrics
+from tests.conftest import assert_goes_like, files, metrics
 from tests.jobs import ONE_NODE, TRAINING, TWO_NODES, begun, shards, tasks, waits_with, without_logits
 
 pytestmark = pytest.mark.cluster
@@ -105,3 +105,25 @@ def test_one_task_that_starts_its_ranks_saves_and_is_requeued(slurm, sibling, on
     assert list(run.folder.glob("checkpoints/*/step-*")) and not tasks(run.folder)
     slurm.wait(job, "COMPLETED")
     assert metrics(run.folder) == metrics(one_host(*TRAINING).folder)
+
+
+def test_a_requeued_training_takes_the_nodes_that_it_gets(slurm, sibling, one_host):
+    """2 -> 1 -> 2 nodes: with --ntasks-per-node Slurm gives the smallest number of --nodes, each time."""
+    run = sibling(*TRAINING)
+    job = slurm.submit("train.sbatch", run.folder, options=("--nodes=1-2",), TASKS_PER_NODE="1")
+    slurm.until(lambda: begun(run), "a step on two nodes")
+    lost = "n2" if "BatchHost=n1" in slurm.show(job) else "n1"
+    slurm.ask("scontrol", "update", f"NodeName={lost}", "State=DRAIN", "Reason=test")
+    try:
+        slurm.signal(job)
+        slurm.requeued(job, 1)
+        slurm.until(lambda: [event["ranks"] for event in run.events("train")] == [2, 1], "a start on one node")
+        before = run.path("metrics.jsonl").stat().st_mtime
+        slurm.until(lambda: run.path("metrics.jsonl").stat().st_mtime > before, "a step on one node")
+    finally:
+        slurm.ask("scontrol", "update", f"NodeName={lost}", "State=RESUME")
+    slurm.signal(job)
+    slurm.requeued(job, 2)
+    slurm.wait(job, "COMPLETED")
+    assert [event["ranks"] for event in run.events("train")] == [2, 1, 2]
+    assert_goes_like(run.folder, one_host(*TRAINING).folder)

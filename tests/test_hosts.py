@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from megakd.run import Run
-from tests.conftest import ROOT, metrics
+from tests.conftest import ROOT, assert_goes_like, metrics
 from tests.machines import Machines
 
 pytestmark = pytest.mark.hosts
@@ -108,6 +108,28 @@ def test_a_host_without_power_is_noticed_and_the_training_goes_on(hosts, sibling
     assert metrics(run.folder) == metrics(one_host(*layout).folder)
 
 
+def test_a_training_goes_on_with_one_host_and_takes_the_other_back(hosts, sibling, one_host):
+    """2 -> 1 -> 2 ranks. The one that is left is stopped (SIGSTOP) until the other host has been seen."""
+    layout = (*LONG, "engine.config=zero3")
+    run = sibling(*layout)
+    elastic = {"MEGAKD_MIN_HOSTS": "1", "MEGAKD_HOST_GRACE": "10", "MEGAKD_HOST_POLL": "3"}
+    launch = Launch(hosts, "supervise.sh", run, **elastic)
+    launch.wait_for("all 8/")
+    Machines(hosts).power_off("n2")
+    launch.wait_for("attempt 1 on n1\n")
+    launch.wait_for(r"converted for 1 ranks(?s:.)* all \d+/")
+    (left,) = launch.ranks()
+    left.suspend()
+    Machines(hosts).up()
+    launch.wait_for("n2 answers again")
+    left.resume()
+    launch.wait_for("attempt 2 on n1 n2\n")
+    launch.wait_for("converted for 2 ranks")
+    assert launch.ended() == 0, launch.said()
+    assert [event["ranks"] for event in run.events("train")] == [2, 1, 2]
+    assert_goes_like(run.folder, one_host(*layout).folder)
+
+
 def test_a_supervised_training_goes_on_after_a_kill_a_hang_and_a_stop(hosts, sibling, one_host):
     """Experts are sharded over both hosts. The launcher waited without end for a rank that hung; TERM gave 1 and could
     end rank 0 before it had saved."""
@@ -117,10 +139,10 @@ def test_a_supervised_training_goes_on_after_a_kill_a_hang_and_a_stop(hosts, sib
     launch.wait_for("all 2/")
     launch.ranks()[-1].kill()
     launch.wait_for("attempt 0 ended")
-    launch.wait_for(r"(?s)attempt 1\n.* all \d+/")
+    launch.wait_for(r"(?s)attempt 1 on.* all \d+/")
     launch.ranks()[-1].suspend()
     launch.wait_for("no output and no progress for 15 s", 40)
-    launch.wait_for(r"(?s)attempt 2\n.* all \d+/")
+    launch.wait_for(r"(?s)attempt 2 on.* all \d+/")
     launch.process.terminate()
     assert launch.ended() == 85, launch.said()
     assert Launch(hosts, "supervise.sh", run).ended() == 0
