@@ -125,5 +125,5 @@ def test_a_requeued_training_takes_the_nodes_that_it_gets(slurm, sibling, one_ho
     slurm.signal(job)
     slurm.requeued(job, 2)
     slurm.wait(job, "COMPLETED")
-    assert [event["ranks"] for event in run.events("train")] == [2, 1, 2]
+    assert [(event["ranks"], event["job"]) for event in run.events("train")] == [(2, job), (1, job), (2, job)]
     assert_goes_like(run.folder, one_host(*TRAINING).folder)

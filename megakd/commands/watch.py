@@ -2,7 +2,8 @@
 
 Start it during a training, on a device or machine of its own that sees the run's folder; start several, they share the
 work. Training never waits for it. It ends when the last checkpoint of the last stage has its line in RUN/evals.jsonl,
-and with exit code 2 when training failed for good 10 minutes ago: its job gave up, and none has begun since.
+and with exit code 2 when training failed for good 10 minutes ago: its job gave up or was cancelled, and none has begun
+since.
 What cannot be measured is null in the line, which says why, and stops nothing else; the exit code at the end is then 2.
 Killed at any moment and started again, it loses and repeats none. SIGTERM and SIGUSR1 end it with exit code 85.
 

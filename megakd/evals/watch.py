@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Event, Thread
 from types import FrameType
+from typing import Any
 
 from megakd.engine.checkpoint import best_file
 from megakd.errors import UserError
@@ -16,12 +17,14 @@ from megakd.run import Run
 from megakd.system.files import read_json, read_json_lines
 from megakd.system.logging import say
 from megakd.system.signals import STOP_SIGNALS
+from megakd.system.slurm import in_queue
 from megakd.system.text import clock
 from megakd.tracking import wandb_mode
 from megakd.train.checks import open_dataset
 
 # after its training failed for good: so long may the user take to correct it and submit it again
 FAILED_SECONDS = 600.0
+SECONDS_BETWEEN_QUESTIONS = 60.0
 
 
 class Stopped(BaseException):
@@ -38,7 +41,7 @@ def watch(run: Run, follower: Follower, once: bool = False, follow: bool = False
                 say(f"watch: {name} is being evaluated by another process")
         return
     own, seconds, said = 0, 0.0, -math.inf
-    begun = time.monotonic()
+    begun, job = time.monotonic(), TrainingJob(run)
     with scanning(follower, run.config.eval.poll_seconds) as check_scan:
         while True:
             check_scan()
@@ -48,7 +51,9 @@ def watch(run: Run, follower: Follower, once: bool = False, follow: bool = False
                 say(progress(run, follower, seconds / own))
             elif not waiting and not follow and ended(run, follower):
                 break
-            elif not waiting and not follow and time.monotonic() - begun > FAILED_SECONDS and failed(run):
+            elif (
+                not waiting and not follow and time.monotonic() - begun > FAILED_SECONDS and (failed(run) or job.gone())
+            ):
                 raise UserError(
                     f"{run.folder}: training failed for good, and every checkpoint it left is settled; when training "
                     f"goes on, start this again: megakd watch {run.folder}"
@@ -86,13 +91,38 @@ def ended(run: Run, follower: Follower) -> bool:
 
 def failed(run: Run) -> bool:
     """Whether the job of the training gave up some time ago, and no training has begun since."""
-    ends = [
-        row for row in read_json_lines(run.path("history.jsonl"), "event") if row["event"] in ("train", "train failed")
-    ]
-    if not ends or ends[-1]["event"] == "train":
+    last = last_event(run)
+    if last.get("event") != "train failed":
         return False
-    at = calendar.timegm(time.strptime(ends[-1]["time"], "%Y-%m-%dT%H:%M:%SZ"))
+    at = calendar.timegm(time.strptime(last["time"], "%Y-%m-%dT%H:%M:%SZ"))
     return time.time() - at > FAILED_SECONDS
+
+
+def last_event(run: Run) -> dict[str, Any]:
+    """The last beginning of a training, or the last one that failed for good."""
+    rows = read_json_lines(run.path("history.jsonl"), "event")
+    return next((row for row in reversed(rows) if row["event"] in ("train", "train failed")), {})
+
+
+class TrainingJob:
+    """The Slurm job of the last training, which `scancel` ends without a trace in the run."""
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.asked = self.seen = time.monotonic()
+
+    def gone(self) -> bool:
+        """Whether it has not been in the queue for some time, and trained nothing; Slurm is asked once a minute."""
+        job, metrics = last_event(self.run).get("job"), self.run.path("metrics.jsonl")
+        if job is None:
+            return False
+        now = time.monotonic()
+        if now - self.asked > SECONDS_BETWEEN_QUESTIONS:
+            self.asked = now
+            trains = metrics.exists() and time.time() - metrics.stat().st_mtime < FAILED_SECONDS
+            if trains or in_queue(job) is not False:
+                self.seen = now
+        return now - self.seen > FAILED_SECONDS
 
 
 def stage_steps(run: Run) -> list[int]:

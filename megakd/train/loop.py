@@ -1,5 +1,6 @@
 """The training loop: every stage from the last checkpoint on, until the end or a signal."""
 
+import os
 from contextlib import closing, nullcontext
 from typing import Any
 
@@ -83,7 +84,9 @@ def announce(run: Run, dataset: ShardSet, saved: Saved | None, teacher: LiveTeac
     models["student"] = student_identity(run).record()
     step, resumed = (saved.progress.step, str(saved.folder)) if saved else (0, None)
     machine = describe_machine(world.device)
-    run.record("train", ranks=world.size, step=step, resumed=resumed, megakd=made_with(), machine=machine, **models)
+    job = {"job": os.environ["SLURM_JOB_ID"]} if "SLURM_JOB_ID" in os.environ else {}  # whose end `watch` asks for
+    facts = {"ranks": world.size, "step": step, "resumed": resumed, "megakd": made_with(), "machine": machine}
+    run.record("train", **facts, **models, **job)
     if saved:
         say(f"train: going on from {saved.folder}")
 

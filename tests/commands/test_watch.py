@@ -28,9 +28,10 @@ from megakd.engine.checkpoint import best_weights, published, rotate
 from megakd.errors import UserError
 from megakd.evals.measure import Meter
 from megakd.evals.tasks import Harness
-from megakd.evals.watch import Stopped, failed, stage_steps
+from megakd.evals.watch import Stopped, TrainingJob, failed, stage_steps
 from megakd.evals.watcher import Follower, hold
 from megakd.run import Run
+from megakd.system.slurm import in_queue
 from megakd.system.tasks import claimed
 from megakd.tracking import wandb_id
 from megakd.train.checks import open_dataset
@@ -580,6 +581,41 @@ def test_it_ends_when_training_failed_for_good(run, monkeypatch):
     Run.open(run).record("train failed", code=1)
     monkeypatch.setattr("megakd.evals.watch.FAILED_SECONDS", 600.0)
     assert not failed(Run.open(run))
+
+
+def test_it_ends_when_the_job_of_the_training_was_cancelled(run, monkeypatch):
+    """It waited for ever: scancel leaves nothing in the run. A job in the queue, or steps by any other, are awaited."""
+    opened, age = Run.open(run), 700.0
+    opened.record("train", step=0, job="7")
+    for name in ("FAILED_SECONDS", "SECONDS_BETWEEN_QUESTIONS"):
+        monkeypatch.setattr(f"megakd.evals.watch.{name}", 0.05)
+    job = TrainingJob(opened)
+    for answer, gone in ((True, False), (None, False), (False, True)):
+        monkeypatch.setattr("megakd.evals.watch.in_queue", lambda id, answer=answer: {"7": answer}[id])
+        os.utime(run / "metrics.jsonl", (time.time() - age, time.time() - age))
+        for _ in range(2):
+            time.sleep(0.1)
+            found = job.gone()
+        assert found == gone, answer
+    monkeypatch.setattr("megakd.evals.watch.ended", lambda *_: False)
+    with pytest.raises(UserError, match="training failed for good"):
+        watch(run)
+    opened.record("train", step=0)
+    assert not job.gone()
+
+
+def test_slurm_says_whether_a_job_is_in_the_queue(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert in_queue("7") is None
+    for text, known in (
+        ("echo PENDING", True),
+        ("exit 0", False),
+        ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", False),
+        ("echo 'Unable to contact slurm controller' >&2; exit 1", None),
+    ):
+        (tmp_path / "squeue").write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / "squeue").chmod(stat.S_IRWXU)
+        assert in_queue("7") is known, text
 
 
 def test_unreadable_best_ends_no_training(run, capfd):
