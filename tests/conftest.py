@@ -141,6 +141,7 @@ def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
     reason = made.refused()
     if reason:
         pytest.skip(reason)
+    made.watch()
     yield made
     made.take_down()
 

@@ -7,6 +7,7 @@ the command line of each process that belongs to it.
 import os
 import shutil
 import subprocess
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -22,7 +23,7 @@ BUILDS = Path("~/.cache/torch_extensions").expanduser()  # DeepSpeed's; a lock t
 class Machines:
     def __init__(self, folder: Path):
         self.folder = folder
-        self.slurm = False
+        self.guard: subprocess.Popen[bytes] | None = None
 
     def refused(self) -> str:
         """Why this machine cannot be two hosts; empty where it can."""
@@ -44,10 +45,16 @@ class Machines:
         own = {"PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}", "SLURM_CONF": str(self.folder / "slurm.conf")}
         return {**os.environ, **own}
 
+    def watch(self) -> None:
+        """Start a process that takes everything down if this one ends without having done it, as by Ctrl-C."""
+        words = [sys.executable, __file__, str(self.folder), str(os.getpid())]
+        self.guard = subprocess.Popen(
+            words, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+
     def up(self, slurm: bool = False) -> None:
         """Start what is missing: at first all, later a host without power."""
         self._do("two_hosts.sh", "up")
-        self.slurm = self.slurm or slurm
         if slurm:
             self._do("slurm.sh", "up")
 
@@ -56,7 +63,10 @@ class Machines:
 
     def take_down(self) -> None:
         """End and remove everything; nothing of it may be left."""
-        if self.slurm:
+        if self.guard:
+            self.guard.kill()
+            self.guard.wait()
+        if (self.folder / "slurm.conf").exists():
             self._do("slurm.sh", "down")
         self._do("two_hosts.sh", "down")
         tag = (self.folder / "tag").read_text().strip() if (self.folder / "tag").exists() else "none"
@@ -81,11 +91,12 @@ class Machines:
         assert not found, found
 
     def left(self, daemons: bool = True) -> list[psutil.Process | Path]:
+        own = {os.getpid(), self.guard.pid if self.guard else 0}
         inside = {self._spaces(pid) for pid in self._first_processes().values()}
         processes = [
             process
             for process in psutil.process_iter()
-            if process.pid != os.getpid() and (self._spaces(process.pid) in inside or self._names_folder(process))
+            if process.pid not in own and (self._spaces(process.pid) in inside or self._names_folder(process))
         ]
         shared = [
             path for pid in self._first_processes().values() for path in Path(f"/proc/{pid}/root/dev/shm").glob("*")
@@ -128,3 +139,9 @@ def _name(process: psutil.Process) -> str:
     with suppress(psutil.Error):
         return process.name()
     return ""
+
+
+if __name__ == "__main__":  # the process of `watch`
+    with suppress(psutil.NoSuchProcess):
+        psutil.Process(int(sys.argv[2])).wait()
+    Machines(Path(sys.argv[1])).take_down()

@@ -21,8 +21,7 @@ from tests.machines import Machines
 
 pytestmark = pytest.mark.hosts
 SHORT = ("engine.kind=deepspeed", "engine.ranks=2", "checkpoint.every_steps=5")
-LONG = (*SHORT, "stages.1.tokens=15360")
-SPREAD = ("generate-logits", "compress", "watch")  # verbs that run.sh takes, and train
+LONG = (*SHORT, "stages.1.tokens=10240")
 
 
 class Launch:
@@ -130,9 +129,8 @@ def test_a_training_goes_on_with_one_host_and_takes_the_other_back(hosts, siblin
     assert_goes_like(run.folder, one_host(*layout).folder)
 
 
-def test_a_supervised_training_goes_on_after_a_kill_a_hang_and_a_stop(hosts, sibling, one_host):
-    """Experts are sharded over both hosts. The launcher waited without end for a rank that hung; TERM gave 1 and could
-    end rank 0 before it had saved."""
+def test_a_supervised_training_goes_on_after_a_kill_and_a_hang(hosts, sibling, one_host):
+    """Experts are sharded over both hosts. The launcher waited without end for a rank that hung."""
     layout = (*LONG, "engine.config=zero3", "engine.expert_parallel=2")
     run = sibling(*layout)
     launch = Launch(hosts, "supervise.sh", run, MEGAKD_STALL="15")
@@ -142,10 +140,7 @@ def test_a_supervised_training_goes_on_after_a_kill_a_hang_and_a_stop(hosts, sib
     launch.wait_for(r"(?s)attempt 1 on.* all \d+/")
     launch.ranks()[-1].suspend()
     launch.wait_for("no output and no progress for 15 s", 40)
-    launch.wait_for(r"(?s)attempt 2 on.* all \d+/")
-    launch.process.terminate()
-    assert launch.ended() == 85, launch.said()
-    assert Launch(hosts, "supervise.sh", run).ended() == 0
+    assert launch.ended() == 0, launch.said()
     assert metrics(run.folder) == metrics(one_host(*layout).folder)
 
 
@@ -165,6 +160,16 @@ def test_ranks_of_mpirun_train_together(hosts, sibling, one_host):
 
 
 @pytest.mark.brief
+def test_what_a_test_leaves_behind_is_noticed(hosts):
+    """And ended, so that no other test meets it."""
+    leave = "setsid sleep 600 >/dev/null 2>&1 </dev/null & touch /dev/shm/left"
+    subprocess.run([str(hosts / "bin" / "ssh"), "n1", leave], check=True, timeout=60)
+    with pytest.raises(AssertionError, match=r"name='sleep'.*/dev/shm/left"):
+        Machines(hosts).check(seconds=1)
+    Machines(hosts).check()
+
+
+@pytest.mark.brief
 def test_a_network_that_a_host_lacks_is_refused_by_name(hosts, sibling):
     """There was no way to choose it."""
     run = sibling(*SHORT)
@@ -176,10 +181,13 @@ def test_a_network_that_a_host_lacks_is_refused_by_name(hosts, sibling):
         assert launch.ended() == 2 and re.search(words, launch.said()), launch.said()
 
 
-@pytest.mark.parametrize("verb", SPREAD)
-def test_a_signal_ends_every_verb_on_hosts_with_85(hosts, sibling, verb):
+@pytest.mark.parametrize(
+    "script, verb", [("run.sh", "generate-logits"), ("run.sh", "compress"), ("supervise.sh", "watch")]
+)
+def test_a_signal_ends_every_verb_on_hosts_with_85(hosts, sibling, script, verb):
+    """`train` too, above. TERM to a launcher gave 1, and could end rank 0 before it had saved."""
     run = sibling()
-    launch = Launch(hosts, "run.sh", run, verb)
+    launch = Launch(hosts, script, run, verb)
     launch.wait_for_ranks()
     launch.process.terminate()
     assert launch.ended() == 85, launch.said()
