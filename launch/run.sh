@@ -2,7 +2,7 @@
 # run.sh VERB RUN [section.key=value ...]: run train, generate-logits, compress or watch on several ranks.
 #   RANKS=2 launch/run.sh train runs/a                              on this machine
 #   HOSTFILE=launch/hostfile.example launch/run.sh train runs/a     on the hosts of a hostfile, over ssh
-# TERM, USR1 or Ctrl-C: the ranks save what they have, exit code 85. When a host fails, the others are ended too.
+# TERM, USR1, HUP or Ctrl-C: the ranks save what they have, exit code 85. When a host fails, the others are ended too.
 # IFNAME: the network between hosts, or MASTER_ADDR: an address of the first host (default: its first address).
 # MASTER_PORT: a free port (default: a new one for each start). LAUNCHER: pdsh (default) or openmpi, which needs IFNAME.
 # DEEPSPEED_TIMEOUT: minutes that ranks wait for one that does not answer (default: 5).
@@ -49,7 +49,7 @@ on_this_machine() { # ends as the launcher does; 85 where a signal stopped it
   else
     where+=(--num_gpus "$ranks")
   fi
-  hosts=(localhost) id=${LAUNCH_ID:-$start}
+  hosts=(localhost) id=${LAUNCH_ID:-$start} log=/dev/null # what it prints goes to the terminal
   if [ -z "$stopped" ]; then
     # a session of its own, without USR1: the launchers would end and leave the ranks, or end them before they have saved
     (
@@ -58,18 +58,11 @@ on_this_machine() { # ends as the launcher does; 85 where a signal stopped it
         --no_local_rank --module megakd "$@"
     ) &
     launcher=$!
-    while kill -0 "$launcher" 2>/dev/null; do
-      if [ -z "$stopped" ]; then
-        wait "$launcher" # a signal's trap interrupts it
-      else
-        stop_ranks
-        # again after a while: a rank that is about to start may have missed it
-        sleep 5 &>/dev/null &
-        wait -n "$launcher" "$!"
-      fi
-    done
-    wait "$launcher"
+    watch_launcher
+    kill -KILL -- "-$launcher" 2>/dev/null
+    { wait "$launcher"; } 2>/dev/null # without the shell's own line on what was killed
     code=$?
+    end_processes
   fi
   [ -z "$stopped" ] || [ "$code" = 0 ] || [ "$code" = 2 ] || code=85
   exit "$code"
@@ -135,8 +128,8 @@ idle() { # SECONDS: has nothing been printed or written for so long? A watcher m
 watch_launcher() { # until it has ended, or has to be ended
   local failed='' signalled=-60
   while kill -0 "$launcher" 2>/dev/null; do
-    sleep 1 &
-    wait "$!"
+    sleep 1 &>/dev/null &
+    wait -n "$launcher" "$!"
     if [ -n "$stopped" ] && [ $((SECONDS - signalled)) -ge 5 ]; then
       # again and again: a rank that is about to start may have missed it
       signalled=$SECONDS
@@ -156,7 +149,7 @@ watch_launcher() { # until it has ended, or has to be ended
 }
 
 start=$(date +%Y%m%d-%H%M%S)-$$
-trap 'stopped=1' TERM USR1 INT
+trap 'stopped=1' TERM USR1 INT HUP
 [ -n "${HOSTFILE:-}" ] || on_this_machine "$@"
 read_hosts "$HOSTFILE"
 [ -z "${RANKS:-}" ] || refuse "RANKS=$RANKS and HOSTFILE=$HOSTFILE: the file's slots say how many ranks start; unset one"

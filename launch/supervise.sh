@@ -4,7 +4,7 @@
 #   MEGAKD_MIN_HOSTS=2 HOSTFILE=launch/hostfile.example launch/supervise.sh train runs/a
 # It waits until all hosts answer, and starts a new attempt after a crash, a host without power, or MEGAKD_STALL seconds
 # (default: 600) without output or progress. Every attempt goes on from what is saved. A user error ends it (exit code
-# 2), as do TERM, USR1 or Ctrl-C: the ranks save what they have, exit code 85. Variables of run.sh, and:
+# 2), as do TERM, USR1, HUP or Ctrl-C: the ranks save what they have, exit code 85. Variables of run.sh, and:
 # MEGAKD_MAX_RELAUNCHES: attempts after a fault (default: 10). MEGAKD_HOST_WAIT: seconds to wait for hosts (1800).
 # MEGAKD_MIN_HOSTS: go on with so many hosts (default: all) when others have not answered for MEGAKD_HOST_GRACE seconds
 # (120). They are asked every MEGAKD_HOST_POLL seconds (60); when one has answered twice, all ranks save, and the next
@@ -176,7 +176,7 @@ all_answer() { # HOST ...
   [ "${#missing[@]}" = 0 ]
 }
 
-trap stop TERM USR1 INT
+trap stop TERM USR1 INT HUP
 check_least "$@"
 grace=${MEGAKD_HOST_GRACE:-120} faults=0
 for ((count = 0; ; count++)); do

@@ -198,7 +198,7 @@ def test_ranks_of_mpirun_know_where_they_meet(train_sh, tmp_path):
         assert code == 2 and words in said, said
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
+@pytest.mark.parametrize("number", ["USR1", "TERM", "INT", "HUP"])
 @pytest.mark.parametrize("code, ends", [(85, 85), (0, 0), (1, 85), (2, 2)])
 def test_a_stop_on_one_machine_reaches_the_ranks_alone(tmp_path, number, code, ends):
     """USR1 ended DeepSpeed's launcher: 138 instead of 85, and the ranks trained on."""
@@ -220,8 +220,24 @@ def test_a_stop_on_one_machine_reaches_the_ranks_alone(tmp_path, number, code, e
         text=True,
     )
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    process.send_signal(number)
+    process.send_signal(signal.Signals[f"SIG{number}"])
     assert (process.communicate(timeout=30), process.returncode) == (("", None), ends)
+
+
+def test_a_rank_that_hangs_on_one_machine_is_ended(tmp_path):
+    stub = tmp_path / "python"
+    rank = f"RANK=0 {sys.executable} -c 'import time; time.sleep(60)'"
+    stub.write_text(f'#!/bin/bash\n[ "$1" != -c ] || exec echo 12345\n{rank}\nexit 0\n')
+    stub.chmod(stat.S_IRWXU)
+    (tmp_path / "run").mkdir()
+    done = subprocess.run(
+        ["bash", str(ROOT / "launch" / "run.sh"), "train", str(tmp_path / "run")],
+        env={**os.environ, "PYTHON": str(stub), "RANKS": "1", "MEGAKD_STALL": "2"},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert done.returncode == 137 and "no output and no progress for 2 s; ending all ranks" in done.stderr, done
 
 
 def test_train_does_not_ignore_a_hostfile(monkeypatch, tmp_path):
