@@ -17,12 +17,12 @@ import psutil
 SCRIPTS = Path(__file__).parent
 HOSTS = ("n1", "n2")
 DAEMONS = ("sshd", "slurmd", "slurmctld", "slurmscriptd", "munged", "unshare")
-BUILDS = Path("~/.cache/torch_extensions").expanduser()  # DeepSpeed's; a lock that stays there blocks every later start
 
 
 class Machines:
     def __init__(self, folder: Path):
         self.folder = folder
+        self.builds = folder / "builds"  # DeepSpeed's; a lock that stays there blocks every later start
         self.guard: subprocess.Popen[bytes] | None = None
 
     def refused(self) -> str:
@@ -43,6 +43,7 @@ class Machines:
     def environment(self) -> dict[str, str]:
         """Of a process that uses these hosts: the ssh that knows them first, and where Slurm's settings are."""
         own = {"PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}", "SLURM_CONF": str(self.folder / "slurm.conf")}
+        own["TORCH_EXTENSIONS_DIR"] = str(self.builds)
         return {**os.environ, **own}
 
     def watch(self) -> None:
@@ -104,7 +105,7 @@ class Machines:
         return [
             *(each for each in processes if not (daemons and _name(each) in DAEMONS)),
             *shared,
-            *BUILDS.glob("*/*/lock"),
+            *self.builds.rglob("lock"),
         ]
 
     def _first_processes(self) -> dict[str, int]:
