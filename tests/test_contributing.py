@@ -19,21 +19,6 @@ from tests.pages import DOCS, section_of
 PAGE = DOCS / "contributing.md"
 Changes = dict[str, list[tuple[str, str]]]  # file → (text, what replaces it)
 
-FLEX_MODELS = """class SharedCoreFlexOlmoConfig(SharedCoreConfig, FlexOlmoConfig):
-    model_type = "flex_olmo" + SUFFIX
-
-
-class SharedCoreFlexOlmoForCausalLM(SharedCoreModel, FlexOlmoForCausalLM):
-    config_class = SharedCoreFlexOlmoConfig
-
-
-STUDENTS: dict"""
-FLEX_TINY = """    "flex_olmo": (
-        FlexOlmoConfig,
-        FlexOlmoForCausalLM,
-        {"intermediate_size": EXPERT_HIDDEN, "num_experts": EXPERTS},
-    ),
-    "olmoe": ("""
 SMOOTH_CONFIG = '''class SmoothConfig(LossConfig):
     """Cross entropy with smoothed labels."""
 
@@ -42,26 +27,13 @@ SMOOTH_CONFIG = '''class SmoothConfig(LossConfig):
 
 
 class SarConfig('''
-IMPORTED = ("    MixtralConfig,\n", "    FlexOlmoConfig,\n    FlexOlmoForCausalLM,\n    MixtralConfig,\n")
-
 STEPS: dict[str, dict[str, Changes]] = {
     "add-a-model-family": {
-        "`megakd/models/spec.py`": {
-            "megakd/models/spec.py": [
-                ("SPECS = {", 'FLEX = MoESpec("flex_olmo", expert_hidden="intermediate_size")\nSPECS = {'),
-                ("    for spec in (\n", "    for spec in (\n        FLEX,\n"),
-            ]
+        "`tests/models/test_any_family.py`": {"tests/models/test_any_family.py": [('"axk1",', '"axk1", "axk2",')]},
+        "What its experts do": {},
+        "[Families]": {
+            "docs/families.md": [("| bailing_hybrid |", "| axk2 | `mlp` | one by one | works |\n| bailing_hybrid |")]
         },
-        "`megakd/models/student.py`": {
-            "megakd/models/student.py": [
-                IMPORTED,
-                ("STUDENTS: dict", FLEX_MODELS),
-                ('    "olmoe": Shared', '    "flex_olmo": SharedCoreFlexOlmoForCausalLM,\n    "olmoe": Shared'),
-            ]
-        },
-        "`tests/models/students.py`": {"tests/models/students.py": [IMPORTED, ('    "olmoe": (', FLEX_TINY)]},
-        "Check expert bias": {},
-        "Name the family": {"docs/compression.md": [("Mixtral, OLMoE", "Mixtral, FlexOlmo, OLMoE")]},
     },
     "add-an-objective": {
         "`megakd/config/objective.py`": {
@@ -135,7 +107,7 @@ STEPS: dict[str, dict[str, Changes]] = {
     },
 }
 CHECKS = {  # checklist → tests in the copy that prove it
-    "add-a-model-family": ("tests/models/test_families.py", "flex_olmo or every_family"),
+    "add-a-model-family": ("tests/models/test_any_family.py", "axk2 or the_page"),
     "add-an-objective": ("tests/objectives/test_smooth.py", "objective or fields"),
     "add-a-codec": ("tests/data/test_codec.py", ""),
     "add-a-metric": ("tests/objectives/test_smooth.py", "measure"),

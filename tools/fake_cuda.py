@@ -35,7 +35,7 @@ from megakd.data.records import Batch, Paired, Sample, Side, TeacherTargets, wit
 from megakd.models.memory import _grouped_mm
 from megakd.models.offload import _streamed
 from megakd.models.shared_core import PROJECTIONS, SharedCoreExperts, make_form
-from megakd.models.student import STUDENTS, student_config
+from megakd.models.student import student_class, student_config
 from megakd.models.tiny import tiny_moe_config
 from megakd.objectives.cached import CachedDistillation
 from megakd.objectives.online import OnlineDistillation
@@ -126,7 +126,7 @@ def make_student(form: str, exempt: bool = False) -> Any:
     torch.manual_seed(0)
     layers = {layer: FORMS[form] for layer in range(2)}
     config = student_config(tiny_moe_config(VOCABULARY, **SHAPE), layers, {0: (1,)} if exempt else None)
-    return STUDENTS["qwen3_moe"](config)
+    return student_class("qwen3_moe")(config)
 
 
 def make_teacher(vocabulary: int = VOCABULARY) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor
 from megakd.compress.job import Job, begun_with
 from megakd.data.tokenizers import identify_tokenizer, load_tokenizer
 from megakd.identity import TeacherIdentity
-from megakd.models.hub import cast, copy_code, copy_side_files, write_config, write_weights
+from megakd.models.hub import cast, copy_code, copy_side_files, exact_names, write_config, write_weights
 from megakd.models.shared_core import PROJECTIONS, Form, stored_parameters
 from megakd.models.student import student_config
 from megakd.system.files import discard, publishing, read_json, write_json
@@ -40,11 +40,12 @@ def assemble(job: Job) -> None:
 
 def _tensors(job: Job, exempt: Mapping[int, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:
     """(name in the modules, tensor) of the student, read one at a time: it need not fit in memory."""
-    for name in job.names:
+    exact = exact_names(job.sources.model)
+    for name in job.sources.made_by:
         if not job.spec.is_expert(name):
-            yield job.spec.module_name(name), cast(name, job.checkpoint.tensor(name), job.dtype)
+            yield name, cast(name, job.sources.raw(name), job.dtype, exact)
     for layer in job.layers:
-        block = job.spec.block.format(i=layer)
+        block = job.spec.place(layer)
         for projection in PROJECTIONS:
             for name, tensor in load_file(job.part(layer, projection)).items():
                 yield f"{block}.{name}", tensor
@@ -61,7 +62,7 @@ def _report(
 ) -> dict[str, Any]:
     """compress.json."""
     settings, model = job.settings, job.run.config.model
-    sizes = job.spec.sizes(job.config)
+    sizes = job.spec.sizes
     chosen = [(projection, form) for layer in job.layers for projection, form in forms[layer].items()]
     return {
         "megakd": made_with(),

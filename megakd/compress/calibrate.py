@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
 from megakd.errors import UserError
-from megakd.models.hub import Checkpoint
+from megakd.models.sources import Sources
 from megakd.models.spec import MoESpec
+from megakd.models.student import expert_block
 
 BATCH_TOKENS = 4096  # through attention at a time; 4096 queries of 32 heads are 64 MB
 ROWS = 4096  # of one expert at a time
@@ -61,7 +61,7 @@ class LayerRunner:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        sources: Sources,
         spec: MoESpec,
         config: Any,
         tokens: Tensor,
@@ -72,7 +72,7 @@ class LayerRunner:
         batch: int | None = None,
     ):
         assert tokens.shape == position_ids.shape and tokens.ndim == 2, (tokens.shape, position_ids.shape)
-        self.checkpoint, self.spec, self.config = checkpoint, spec, config
+        self.sources, self.spec, self.config = sources, spec, config
         self.device = torch.device(device)
         self.tokens, self.position_ids = tokens, position_ids.to(self.device)
         self.batch = batch or max(BATCH_TOKENS // tokens.shape[1], 1)
@@ -82,19 +82,19 @@ class LayerRunner:
             held = held_out(*tokens.shape) if len(tokens) > 1 else held_out(1, int(lengths[0]))
             self.real_N = real.flatten().nonzero()[:, 0].to(self.device)
             self.held_N = (held[real] if len(tokens) > 1 else held[0]).to(self.device)
-        self.act_fn = ACT2FN[config.hidden_act]
+        self.act_fn = spec.activation
         self.model = _skeleton(config, self.device)
         self.layers = list(self.model.layers)  # on the meta device but while they run
+        self.blocks: dict[int, Any] = {index: expert_block(self.layers[index]) for index in spec.layers}
         self.model.layers = nn.ModuleList(_Pass() for _ in self.layers)
 
     def embed(self) -> Tensor:
         """Hidden states before the first layer, [W, T, D] float32."""
         name = "model.embed_tokens.weight"
-        table = self.checkpoint.tensor(name)  # mapped: only the rows that are looked up are read
+        stored = self.sources.recipe(name).names[0]
+        table = self.sources.checkpoint.tensor(stored)  # mapped: only the rows that are looked up are read
         if int(self.tokens.max()) >= len(table):
-            raise UserError(
-                f"{self.checkpoint.place(name)} has {len(table)} rows, the tokens go to {self.tokens.max()}"
-            )
+            raise UserError(f"{self.sources.place(name)} has {len(table)} rows, the tokens go to {self.tokens.max()}")
         return table[self.tokens.cpu()].to(self.device, torch.float32)
 
     @torch.no_grad()
@@ -107,21 +107,17 @@ class LayerRunner:
         A layer without experts passes through its dense MLP.
         """
         assert experts is None or not measure, "what is measured are the checkpoint's own experts"
-        sparse = index in self.spec.moe_layers(self.config)
+        sparse = index in self.spec.layers
         assert sparse or experts is None, f"layer {index} has no experts to stand for"
-        block = self.layers[index].mlp
-        assert sparse == hasattr(block, "experts"), (index, self.config.model_type)
         recorder = _Recorder(self.tokens.numel())
         if sparse:
-            block.experts = recorder if experts is None else _Delegate(experts)
+            self.blocks[index].experts = recorder if experts is None else _Delegate(experts)
         out = self._through(index, hidden)
         found = None
         if sparse and experts is None:
             found = self._add_experts(index, recorder, out.view(-1, out.shape[-1]), measure)
         if not torch.isfinite(out.sum()) and not torch.isfinite(out).all():
-            raise UserError(
-                f"{self.checkpoint.folder}: layer {index} answers NaN or infinite numbers: damaged weights?"
-            )
+            raise UserError(f"{self.sources.folder}: layer {index} answers NaN or infinite numbers: damaged weights?")
         return out, found
 
     def _through(self, index: int, hidden: Tensor) -> Tensor:
@@ -135,25 +131,20 @@ class LayerRunner:
             embeds, positions = hidden[rows].to(self.device), self.position_ids[rows]
             out[rows] = self.model(inputs_embeds=embeds, position_ids=positions, use_cache=False).last_hidden_state
         self.model.layers[index] = _Pass()
-        if hasattr(layer.mlp, "experts"):
-            layer.mlp.experts = None
+        if index in self.blocks:
+            self.blocks[index].experts = None
         layer.to("meta")
         return out
 
     def _weights(self, index: int) -> dict[str, Tensor]:
         """All tensors of a layer (its experts are replaced by now), by their names inside it, in float32."""
         found = {}
-        for name, expected in self.layers[index].state_dict().items():
-            stored = f"model.layers.{index}.{name}"
-            hub = self.spec.hub_name(stored)
-            stored = stored if stored in self.checkpoint.files and hub not in self.checkpoint.files else hub
-            tensor = self.checkpoint.tensor(stored)
-            if tensor.shape != expected.shape:
-                shapes = f"{tuple(tensor.shape)}, config.json says {tuple(expected.shape)}"
-                raise UserError(f"{self.checkpoint.place(stored)} has shape {shapes}")
+        for name in self.layers[index].state_dict():
+            whole = f"model.layers.{index}.{name}"
+            tensor = self.sources.raw(whole)
             if not tensor.is_floating_point() or tensor.element_size() < 2:
                 kind = str(tensor.dtype).removeprefix("torch.")
-                raise UserError(f"{self.checkpoint.place(stored)} is stored as {kind}; convert it to bfloat16 first")
+                raise UserError(f"{self.sources.place(whole)} is stored as {kind}; convert it to bfloat16 first")
             found[name] = tensor.to(self.device, torch.float32)
         return found
 
@@ -161,8 +152,8 @@ class LayerRunner:
         """Add the experts' answers to what they were called with, in place; the measurements."""
         x_ND, expert_NA, weight_NA = (part if self.real_N is None else part[self.real_N] for part in called.noted)
         found = self._measured(x_ND, expert_NA, weight_NA) if measure else None
-        weights = [self.checkpoint.experts(self.spec, self.config, index, p) for p in ("gate", "up", "down")]
-        for expert, (token, weight) in enumerate(routed(expert_NA, weight_NA, self.spec.num_experts(self.config))):
+        weights = [self.sources.experts(self.spec, index, p) for p in ("gate", "up", "down")]
+        for expert, (token, weight) in enumerate(routed(expert_NA, weight_NA, self.spec.experts)):
             if len(token) == 0:
                 continue
             gate, up, down = (w[expert].to(self.device, torch.float32) for w in weights)
@@ -198,7 +189,7 @@ class LayerRunner:
 
     def _measured(self, x_ND: Tensor, expert_NA: Tensor, weight_NA: Tensor) -> Measured:
         """The measurements that need no expert; zeros for the others."""
-        experts, (d, f) = self.spec.num_experts(self.config), self.spec.sizes(self.config)
+        experts, (d, f) = self.spec.experts, self.spec.sizes
         power = x_ND.new_zeros(experts, dtype=torch.float64)
         power.index_add_(0, expert_NA.flatten(), weight_NA.flatten().double().square())
         inputs = x_ND.new_zeros(2, d, d)

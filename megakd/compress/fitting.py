@@ -51,7 +51,7 @@ def choose_forms(job: Job, tables: list[Path], output: Path) -> None:
     for layer, path in zip(job.layers, tables, strict=True):
         for projection, rows in read_json(path).items():
             found[layer, projection] = [Candidate(**{**row, "form": Form(*row["form"])}) for row in rows]
-    elements = len(job.layers) * sum(rows * columns for rows, columns in job.spec.shapes(job.config).values())
+    elements = len(job.layers) * sum(rows * columns for rows, columns in job.spec.shapes.values())
     assert settings.budget is not None
     chosen = allocate(found, elements * job.experts, settings.budget, 2 * elements * active, settings.flops)
     write_json(output, {f"{layer}.{projection}": form._asdict() for (layer, projection), form in chosen.items()})
@@ -103,7 +103,7 @@ def _form(
     form = Form("wrappers", settings.rank, settings.rank)
     if settings.split == "equal":
         return form
-    sizes = job.spec.sizes(job.config)
+    sizes = job.spec.sizes
     stored = sum(n * r for _, n, r in factor_shapes(form, projection, 1, *sizes).values())
     chosen = torch.arange(0, len(weights), max(len(weights) // SAMPLE, 1))[:SAMPLE]
     if statistics is not None:

@@ -13,8 +13,9 @@ from megakd.data.tokenizers import identify_tokenizer, load_tokenizer
 from megakd.errors import UserError
 from megakd.identity import DataIdentity, changed_fingerprint, fingerprint
 from megakd.models.checks import check_isolation, model_folders
-from megakd.models.hub import Checkpoint, check_folder, check_unquantized, load_config
+from megakd.models.hub import check_folder, check_unquantized, load_config, model_of
 from megakd.models.shared_core import PROJECTIONS
+from megakd.models.sources import Sources
 from megakd.models.spec import MoESpec, spec_for
 from megakd.run import Run
 from megakd.system.dist import read_world, take_device
@@ -27,9 +28,8 @@ class Job(NamedTuple):
     run: Run
     folder: Path
     config: Any
-    checkpoint: Checkpoint
+    sources: Sources
     spec: MoESpec
-    names: list[str]  # of the teacher's tensors that its model has a place for
     layers: list[int]
     parts: Path
     device: torch.device
@@ -46,7 +46,7 @@ class Job(NamedTuple):
 
     @property
     def experts(self) -> int:
-        return self.spec.num_experts(self.config)
+        return self.spec.experts
 
     @property
     def tokens(self) -> Path:
@@ -76,7 +76,7 @@ class Job(NamedTuple):
 
     def dense_experts(self, layer: int, ids: tuple[int, ...]) -> dict[str, Tensor]:
         """The matrices of experts that stay dense, stacked."""
-        gate, up, down = (self.checkpoint.experts(self.spec, self.config, layer, p)[list(ids)] for p in PROJECTIONS)
+        gate, up, down = (self.sources.experts(self.spec, layer, p)[list(ids)] for p in PROJECTIONS)
         return {"gate_up_proj": torch.cat([gate, up], dim=1), "down_proj": down}
 
 
@@ -86,19 +86,16 @@ def undescribed(folder: Path, report: dict[str, Any]) -> None:
 
 def open_job(run: Run, folder: Path, describe: Callable[[Path, dict[str, Any]], None] = undescribed) -> Job:
     """The teacher in `folder` and what is to be done with it; UserError when it cannot be."""
-    config, checkpoint = load_config(folder), Checkpoint(folder)
+    config = load_config(folder)
     check_folder(folder, config)
     check_unquantized(folder, config, "compress")
     spec = spec_for(config, str(folder))
-    layers = spec.moe_layers(config)
-    if not layers:
-        raise UserError(f"{folder}: no layer of this {config.model_type} has experts; there is nothing to compress")
-    settings, smallest = run.config.compress, min(spec.sizes(config))
+    settings, smallest = run.config.compress, min(spec.sizes)
     if settings.budget is None and settings.rank > smallest:
         raise UserError(f"{run.folder}: compress.rank={settings.rank} exceeds the experts' smaller side, {smallest}")
-    names = checkpoint.names_of(spec, config)
+    sources = Sources(folder, model_of(config, str(folder)))
     device = take_device(read_world()).device
-    job = Job(run, folder, config, checkpoint, spec, names, layers, run.path("compress"), device, describe)
+    job = Job(run, folder, config, sources, spec, list(spec.layers), run.path("compress"), device, describe)
     if settings.calibration_tokens:
         _check_tokens(job)
         check_isolation(model_folders(run.config.model), run.config.data.packing)

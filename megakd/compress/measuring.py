@@ -7,7 +7,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
 from megakd.compress.calibrate import LayerRunner, find_super_experts
 from megakd.compress.job import Job
@@ -39,7 +38,7 @@ def find_supers(job: Job, output: Path) -> None:
 
 def find_order(job: Job, layer: int, output: Path) -> None:
     """Permutations of hidden units that make experts alike, [E, F]; empty where there are none."""
-    gate, up, down = (job.checkpoint.experts(job.spec, job.config, layer, p) for p in PROJECTIONS)
+    gate, up, down = (job.sources.experts(job.spec, layer, p) for p in PROJECTIONS)
     found = alignment(gate, up, down)
     if found is not None:
         say(f"compress: the experts of layer {layer} are copies of each other; their hidden units are put in order")
@@ -84,13 +83,13 @@ def drop_inputs(job: Job, layer: int) -> None:
 
 def _compressed(job: Job, layer: int) -> Callable[..., Tensor]:
     """The experts of a layer that is fitted already, to be run in the place of the teacher's."""
-    hidden, expert_hidden = job.spec.sizes(job.config)
+    hidden, expert_hidden = job.spec.sizes
     tensors, forms = {}, {}
     for projection in PROJECTIONS:
         part = job.part(layer, projection)
         tensors |= load_file(part)
         forms[projection] = Form(**read_json(part.with_suffix(".json"))["form"])
-    act_fn = ACT2FN[job.config.hidden_act].forward
+    act_fn = job.spec.activation
     core = nn.ModuleDict()
     for projection in PROJECTIONS:
         weight = tensors[f"shared_core.{projection}_proj.weight"].float()
@@ -122,7 +121,7 @@ def _runner(job: Job, tokens: int) -> LayerRunner:
     shards.close()
     lengths = torch.tensor([len(sample.tokens) - 1 for sample in samples])
     return LayerRunner(
-        job.checkpoint,
+        job.sources,
         job.spec,
         job.config,
         batch.tokens,
@@ -134,7 +133,7 @@ def _runner(job: Job, tokens: int) -> LayerRunner:
 
 def in_order(job: Job, layer: int, projection: str) -> tuple[Tensor, Tensor]:
     """A projection's matrices, hidden units in the order that makes experts alike, and that order, [E, F] or empty."""
-    weights = job.checkpoint.experts(job.spec, job.config, layer, projection)
+    weights = job.sources.experts(job.spec, layer, projection)
     if job.settings.align == "off":
         return weights, torch.empty(0)
     order = load_file(job.part(layer, "order"))["order"]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +16,6 @@ from torch import Tensor
 
 from megakd.errors import UserError, foreign
 from megakd.identity import INDEX, WEIGHTS, stored_tensors, tensor_hash
-from megakd.models.spec import MoESpec, outside
 from megakd.outputs import MARKER
 from megakd.system.dist import read_world
 from megakd.system.files import write_json
@@ -62,7 +62,7 @@ def load_config(folder: Path) -> Any:
     """The Hugging Face config of a folder."""
     from transformers import AutoConfig
 
-    import megakd.models.student  # noqa: F401  (registers the student with AutoModelForCausalLM)
+    import megakd.models.student  # noqa: F401  (makes students known to transformers)
 
     with foreign(f"{folder}: no config.json that transformers can load"):
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -146,82 +146,12 @@ class Checkpoint:
             except SafetensorError as error:
                 raise UserError(f"{self.folder / self.files[name]}: cannot give {name} ({error})") from error
 
-    def names(self, config: Any) -> list[str]:
-        """The names of the model's tensors; says what else there is, layers beyond num_hidden_layers."""
-        beyond = [name for name in self.files if outside(config, name)]
-        if beyond:
-            layers = sorted({name.split(".")[2] for name in beyond}, key=int)
-            say(
-                f"{self.folder}: {len(beyond)} tensors of layer {', '.join(layers)} are skipped; config.json says "
-                f"num_hidden_layers = {config.num_hidden_layers}"
-            )
-        return [name for name in self.files if not outside(config, name)]
-
-    def names_of(self, spec: MoESpec, config: Any) -> list[str]:
-        """`names`, without those that the family's model has no place for, of which it says how many.
-
-        UserError when a tensor of the model, experts apart, is missing or of another shape.
-        """
-        model = model_of(config, str(self.folder))
-        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        found, unused = [], []
-        for name in self.names(config):
-            module_name = spec.module_name(name)
-            if not spec.is_expert(name) and module_name not in expected:
-                unused.append(name)
-                continue
-            found.append(name)
-            if not spec.is_expert(name) and self.shape(name) != expected[module_name]:
-                raise UserError(
-                    f"{self.place(name)} has shape {self.shape(name)}, config.json says {expected[module_name]}"
-                )
-        say_unused(self.folder, unused)
-        there = {spec.module_name(name) for name in found}
-        tied = model.all_tied_weights_keys
-        missing = [n for n in expected if n not in there and not spec.is_expert(n) and tied.get(n) not in there]
-        check_complete(self.folder, missing)
-        return found
-
     def place(self, name: str) -> str:
         """FILE: TENSOR, for messages."""
         return f"{self.folder / self.files.get(name, '?')}: {name}"
 
-    def experts(self, spec: MoESpec, config: Any, layer: int, projection: str) -> Tensor:
-        """All experts' matrices of one projection, [E, d_out, d_in], from either layout, in the type stored.
-
-        UserError, naming file and tensor, when one is missing, of another shape than config.json says, not of a
-        floating type that can be computed with, or holds NaN or infinite numbers.
-        """
-        count, expected = spec.num_experts(config), spec.shapes(config)[projection]
-        fused = (spec.fused_down if projection == "down" else spec.fused_gate_up).format(i=layer)
-        if fused in self.files:
-            rows = expected[0] * (1 if projection == "down" else 2)
-            shape = self.shape(fused)
-            if shape != (count, rows, expected[1]):
-                raise UserError(f"{self.place(fused)} has shape {shape}, config.json says {(count, rows, expected[1])}")
-            start = expected[0] if projection == "up" else 0
-            found = self.tensor(fused, slice(start, start + expected[0]))
-            self._check(fused, found)
-            return found
-        first, extra = (spec.expert_name(layer, expert, projection) for expert in (0, count))
-        if first not in self.files:
-            raise UserError(f"{self.folder}: neither {first} nor {fused} in it")
-        if extra in self.files:
-            raise UserError(f"{self.place(extra)}: config.json says {count} experts, numbered from 0")
-        found = None
-        for expert in range(count):
-            name = spec.expert_name(layer, expert, projection)
-            matrix = self.tensor(name)
-            if tuple(matrix.shape) != expected:
-                raise UserError(f"{self.place(name)} has shape {tuple(matrix.shape)}, config.json says {expected}")
-            self._check(name, matrix)
-            if found is None:
-                found = matrix.new_empty(count, *expected)
-            found[expert] = matrix
-        assert found is not None, (layer, projection, count)
-        return found
-
-    def _check(self, name: str, tensor: Tensor) -> None:
+    def check(self, name: str, tensor: Tensor) -> None:
+        """UserError when what was read is no floating type that can be computed with, or holds NaN or infinity."""
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             kind = str(tensor.dtype).removeprefix("torch.")
             raise UserError(f"{self.place(name)} is stored as {kind}; convert the checkpoint to bfloat16 first")
@@ -312,7 +242,17 @@ def copy_code(folder: Path, config: Any) -> None:
     }
 
 
-def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor as a folder of `dtype` stores it: integers stay, and so does the routing bias that must be exact."""
-    exact = not tensor.is_floating_point() or name.endswith("e_score_correction_bias")
-    return tensor if exact else tensor.to(dtype)
+def exact_names(model: Any) -> frozenset[str]:
+    """Tensors of a model that stay in the type stored: its buffers, and what its family keeps in float32.
+
+    Routing biases are among them, for a rounded one sends tokens to other experts.
+    """
+    kept = [re.escape(part) for part in model._get_dtype_plan(torch.bfloat16)]
+    pattern = re.compile("|".join([*kept, r"(expert_bias|correction_bias|balancing_biases)$"]))
+    buffers = {name for name, _ in model.named_buffers()}
+    return frozenset(name for name in model.state_dict() if name in buffers or pattern.search(name))
+
+
+def cast(name: str, tensor: Tensor, dtype: torch.dtype, exact: frozenset[str]) -> Tensor:
+    """A tensor as a folder of `dtype` stores it; exact: `exact_names`."""
+    return tensor if name in exact or not tensor.is_floating_point() else tensor.to(dtype)

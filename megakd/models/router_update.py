@@ -17,6 +17,7 @@ from torch import Tensor
 from megakd.errors import UserError
 from megakd.models.hub import Checkpoint, empty_model
 from megakd.models.routing import find_routers
+from megakd.models.sources import module_names
 from megakd.system.files import read_json, write_json
 
 UPDATE, FACTS = "router_update", "router_update.json"
@@ -33,7 +34,7 @@ class TeacherRouters:
         model = empty_model(folder)
         self.checkpoint = Checkpoint(folder)
         self.found = find_routers(model, str(folder), patterns)
-        files = _file_names(self.checkpoint, model)
+        files = {module: file for file, module in module_names(model, self.checkpoint.files).items()}
         # parameters: a buffer like the correction bias of DeepSeek-V3 does not learn
         names = [f"{router.name}.{name}" for router in self.found for name, _ in router.module.named_parameters()]
         if missing := [name for name in names if name not in files]:
@@ -130,16 +131,3 @@ def read_facts(path: Path) -> dict[str, Any] | None:
 
 def _of(router: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if name.startswith(f"{router}.")}
-
-
-def _file_names(checkpoint: Checkpoint, model: Any) -> dict[str, str]:
-    """{name in the modules: name in the files}; experts that the modules fuse keep the names of the files.
-
-    From transformers' own table, for routers of families that no MoESpec knows are named otherwise too.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
-
-    renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
-    tensors, prefix = model.state_dict(), model.base_model_prefix
-    return {rename_source_key(name, renamings, [], prefix, tensors)[0]: name for name in checkpoint.files}

@@ -6,7 +6,8 @@ import deepspeed
 import torch
 from torch import nn
 
-from megakd.models.loading import Sources, fill, placed_in_pieces
+from megakd.models.loading import fill, placed_in_pieces
+from megakd.models.sources import Sources
 from megakd.system.deepspeed_internals import Partitions
 
 

@@ -1,99 +1,146 @@
-"""MoESpec: where a Hugging Face family keeps its experts, in the hub's files and in transformers' modules."""
+"""Where a mixture-of-experts model keeps its experts: found in its modules, never in fields of its configuration."""
 
+import json
 import re
-from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 from megakd.errors import UserError
 
-
-@dataclass(frozen=True)
-class MoESpec:
-    """One family. Names are those of checkpoint files; `{i}` layer, `{e}` expert, `{p}` the projection's name there.
-
-    Hubs store experts one by one (per_expert); some checkpoints fuse them (gate_up [E, 2F, D], down [E, D, F]).
-    experts, expert_hidden: the config's fields for E and F. renamed: (in the hub's files, in transformers' modules).
-    """
-
-    model_type: str
-    block: str = "model.layers.{i}.mlp"
-    per_expert: str = "model.layers.{i}.mlp.experts.{e}.{p}.weight"
-    gate: str = "gate_proj"
-    up: str = "up_proj"
-    down: str = "down_proj"
-    fused_gate_up: str = "model.layers.{i}.mlp.experts.gate_up_proj"
-    fused_down: str = "model.layers.{i}.mlp.experts.down_proj"
-    experts: str = "num_experts"
-    expert_hidden: str = "moe_intermediate_size"
-    renamed: tuple[str, str] | None = None
-
-    def moe_layers(self, config: Any) -> list[int]:
-        """Indices of the layers whose MLP is a mixture of experts."""
-        layers = range(config.num_hidden_layers)
-        if hasattr(config, "decoder_sparse_step"):
-            step = config.decoder_sparse_step
-            return [i for i in layers if i not in config.mlp_only_layers and (i + 1) % step == 0]
-        return list(layers[getattr(config, "first_k_dense_replace", 0) :])
-
-    def num_experts(self, config: Any) -> int:
-        return getattr(config, self.experts)
-
-    def sizes(self, config: Any) -> tuple[int, int]:
-        """(D, F)."""
-        return config.hidden_size, getattr(config, self.expert_hidden)
-
-    def shapes(self, config: Any) -> dict[str, tuple[int, int]]:
-        """(d_out, d_in) of each projection."""
-        d, f = self.sizes(config)
-        return {"gate": (f, d), "up": (f, d), "down": (d, f)}
-
-    def expert_name(self, layer: int, expert: int, projection: str) -> str:
-        """The name of one expert's matrix in the hub's layout."""
-        return self.per_expert.format(i=layer, e=expert, p=getattr(self, projection))
-
-    def is_expert(self, name: str) -> bool:
-        """Whether a tensor of a checkpoint is a routed expert's, in either layout."""
-        return re.search(r"\.experts\.(\d+\.|gate_up_proj$|down_proj$)", name) is not None
-
-    def module_name(self, name: str) -> str:
-        """The name of a checkpoint's tensor in transformers' modules."""
-        return name.replace(*self.renamed) if self.renamed else name
-
-    def hub_name(self, name: str) -> str:
-        """The name of a module's tensor in the hub's files."""
-        return name.replace(self.renamed[1], self.renamed[0]) if self.renamed else name
-
-
-SPECS = {
-    spec.model_type: spec
-    for spec in (
-        MoESpec("qwen3_moe"),
-        MoESpec("qwen2_moe"),
-        MoESpec(
-            "mixtral",
-            per_expert="model.layers.{i}.block_sparse_moe.experts.{e}.{p}.weight",
-            gate="w1",
-            up="w3",
-            down="w2",
-            experts="num_local_experts",
-            expert_hidden="intermediate_size",
-            renamed=(".block_sparse_moe.", ".mlp."),
-        ),
-        MoESpec("olmoe", expert_hidden="intermediate_size"),
-        MoESpec("deepseek_v3", experts="n_routed_experts"),
-    )
+# What transformers says of experts modules whose forward is experts(x, ids, weights) = sum of w down(act(gate x) up x),
+# with gate_up_proj [E, 2F, D], gate above up, and down_proj [E, D, F] (integrations/moe.py).
+COMMON = {
+    "has_gate": (True, "two projections without a gate"),
+    "has_bias": (False, "biases"),
+    "is_transposed": (False, "transposed matrices"),
+    "is_concatenated": (True, "rows of gate and up in turns"),
+    "has_post_expert_norm": (False, "a norm behind each expert"),
 }
 
 
+class MoESpec(NamedTuple):
+    """One model's experts, E of them with D hidden and F inner sizes in each of `layers`.
+
+    block: the module around the experts within a layer, such as mlp; empty where it is the layer itself.
+    activation: what is applied to gate x.
+    """
+
+    model_type: str
+    layers: tuple[int, ...]
+    block: str
+    experts: int
+    hidden: int
+    expert_hidden: int
+    activation: Any
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """(D, F)."""
+        return self.hidden, self.expert_hidden
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(d_out, d_in) of each projection."""
+        d, f = self.sizes
+        return {"gate": (f, d), "up": (f, d), "down": (d, f)}
+
+    def place(self, layer: int) -> str:
+        """The block's name in the model."""
+        return ".".join(filter(None, ("model.layers", str(layer), self.block)))
+
+    def fused(self, layer: int) -> dict[str, str]:
+        """The names of the two stacked tensors of a layer."""
+        return {part: f"{self.place(layer)}.experts.{part}" for part in ("gate_up_proj", "down_proj")}
+
+    def is_expert(self, name: str) -> bool:
+        """Whether a tensor of the model is a routed expert's."""
+        found = re.fullmatch(r"model\.layers\.(\d+)\.(.*)", name)
+        inside = ".".join(filter(None, (self.block, "experts.")))
+        return found is not None and int(found[1]) in self.layers and found[2].startswith(inside)
+
+
 def spec_for(config: Any, place: str) -> MoESpec:
-    """The MoESpec of a teacher's or student's config; UserError naming `place` when the family is not known."""
-    family = config.model_type.removesuffix("_shared_core")
-    if family not in SPECS:
-        raise UserError(f"{place}: model type {config.model_type!r} is not a family compress knows: {', '.join(SPECS)}")
-    return SPECS[family]
+    """The experts of a model's config, or of a student's; UserError naming `place` where they cannot be compressed."""
+    spec = find_experts(config, place)
+    if isinstance(spec, str):
+        raise UserError(f"{place}: {spec}")
+    return spec
 
 
-def outside(config: Any, name: str) -> bool:
-    """Whether a checkpoint's tensor belongs to a layer beyond the model's, as DeepSeek's for multi-token prediction."""
-    found = re.match(r"model\.layers\.(\d+)\.", name)
-    return found is not None and int(found[1]) >= config.num_hidden_layers
+def find_experts(config: Any, place: str) -> "MoESpec | str":
+    """The same, or why there is none."""
+    key = json.dumps({**config.to_dict(), "class": str(type(config))}, default=str, sort_keys=True)
+    return _find(_Hashed(key, config, place))
+
+
+class _Hashed(NamedTuple):
+    """A config that is looked up by what it says."""
+
+    key: str
+    config: Any
+    place: str
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Hashed) and other.key == self.key
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+
+@cache
+def _find(asked: _Hashed) -> "MoESpec | str":
+    from megakd.models.hub import model_of
+    from megakd.models.student import stock_config
+
+    config = asked.config
+    family = config.model_type
+    if hasattr(config, "shared_core"):
+        config = stock_config(config)
+        family = config.model_type
+    model = model_of(config, asked.place)
+    blocks = [(name, module) for name, module in model.named_modules() if experts_of(module) is not None]
+    if not blocks:
+        return f"no layer of this {family} has experts; there is nothing to compress"
+    places = [re.fullmatch(r"model\.layers\.(\d+)(?:\.(.+))?", name) for name, _ in blocks]
+    if not all(places) or len({place[2] for place in places if place}) > 1:
+        names = ", ".join(name for name, _ in blocks[:2])
+        return f"{family} keeps experts in {names}, not in one place of its layers"
+    modules = [experts_of(module) for _, module in blocks]
+    for experts in modules:
+        if reason := refusal(experts):
+            return f"{family} cannot be compressed: its experts ({type(experts).__name__}) have {reason}"
+    sizes = {tuple(experts.down_proj.shape) for experts in modules}
+    if len(sizes) > 1:
+        return f"{family} has experts of different sizes in its layers: {', '.join(map(str, sorted(sizes)))}"
+    count, hidden, inner = sizes.pop()
+    layers = tuple(int(place[1]) for place in places if place)
+    return MoESpec(family, layers, (places[0] or "")[2] or "", count, hidden, inner, activation_of(modules[0]))
+
+
+def experts_of(module: Any) -> Any:
+    """The experts of a block, whatever they are; None where it has none."""
+    return module._modules.get("experts")
+
+
+def activation_of(experts: Any) -> Any:
+    """What is applied to gate x, as a function without weights."""
+    return getattr(experts.act_fn, "forward", experts.act_fn)
+
+
+def refusal(experts: Any) -> str | None:
+    """Why an experts module is not the sum of w down(act(gate x) up x), by what it says of itself; None where it is."""
+    if any(not hasattr(experts, flag) for flag in COMMON):
+        return "no interface that transformers describes"
+    for flag, (expected, words) in COMMON.items():
+        if getattr(experts, flag) != expected:
+            return words
+    if type(experts)._apply_gate.__module__ != "transformers.integrations.moe":
+        return "an activation of their own (_apply_gate)"
+    if unknown := {name for name, _ in experts.named_parameters()} - {"gate_up_proj", "down_proj"}:
+        return f"tensors besides gate_up_proj and down_proj: {', '.join(sorted(unknown))}"
+    if not callable(getattr(experts, "act_fn", None)):
+        return "no act_fn"
+    return None

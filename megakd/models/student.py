@@ -6,27 +6,18 @@ Router, auxiliary loss, shared experts, attention: all else is the family's. `fr
 """
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    DeepseekV3Config,
-    DeepseekV3ForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    OlmoeConfig,
-    OlmoeForCausalLM,
-    Qwen2MoeConfig,
-    Qwen2MoeForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
-from transformers.activations import ACT2FN
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.auto_mappings import CONFIG_MAPPING_NAMES
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .shared_core import PROJECTIONS, DenseExperts, Form, SharedCoreExperts, core_shape
 
+PREFIX = "SharedCore"
 SUFFIX = "_shared_core"
 
 
@@ -59,15 +50,21 @@ class SharedCoreModel:
         for index, layer in enumerate(model.model.layers):
             forms = config.forms(index)
             if forms is not None:
-                share_core(layer.mlp, forms, config.dense_experts(index), config.hidden_act)
+                share_core(expert_block(layer), forms, config.dense_experts(index))
         model.post_init()
 
 
-def share_core(block: Any, forms: Mapping[str, Form], exempt: tuple[int, ...], activation: str) -> None:
+def expert_block(layer: nn.Module) -> Any:
+    """The module of a layer that has experts: its MLP in most families, the layer itself in some; None without."""
+    blocks = (module for module in layer.modules() if isinstance(module._modules.get("experts"), nn.Module))
+    return next(blocks, None)
+
+
+def share_core(block: Any, forms: Mapping[str, Form], exempt: tuple[int, ...]) -> None:
     """Replace a family block's experts by shared-core ones, in place."""
-    stock = block.experts.down_proj
-    experts, hidden, expert_hidden = getattr(stock, "ds_shape", stock.shape)  # ZeRO-3 has cut it already
-    act_fn = ACT2FN[activation].forward
+    stock = block.experts
+    experts, hidden, expert_hidden = getattr(stock.down_proj, "ds_shape", stock.down_proj.shape)  # ZeRO-3 has cut it
+    act_fn = getattr(stock.act_fn, "forward", stock.act_fn)
     shapes = {p: core_shape(form, p, hidden, expert_hidden) for p, form in forms.items()}
     core = nn.ModuleDict({f"{p}_proj": nn.Linear(d_in, d_out, bias=False) for p, (d_out, d_in) in shapes.items()})
     kept = DenseExperts(exempt, hidden, expert_hidden, act_fn) if exempt else None
@@ -77,67 +74,55 @@ def share_core(block: Any, forms: Mapping[str, Form], exempt: tuple[int, ...], a
         block.dense_experts = kept
 
 
-class SharedCoreQwen3MoeConfig(SharedCoreConfig, Qwen3MoeConfig):
-    model_type = "qwen3_moe" + SUFFIX
-
-
-class SharedCoreQwen3MoeForCausalLM(SharedCoreModel, Qwen3MoeForCausalLM):
-    config_class = SharedCoreQwen3MoeConfig
-
-
-class SharedCoreQwen2MoeConfig(SharedCoreConfig, Qwen2MoeConfig):
-    model_type = "qwen2_moe" + SUFFIX
-
-
-class SharedCoreQwen2MoeForCausalLM(SharedCoreModel, Qwen2MoeForCausalLM):
-    config_class = SharedCoreQwen2MoeConfig
-
-
-class SharedCoreMixtralConfig(SharedCoreConfig, MixtralConfig):
-    model_type = "mixtral" + SUFFIX
-
-
-class SharedCoreMixtralForCausalLM(SharedCoreModel, MixtralForCausalLM):
-    config_class = SharedCoreMixtralConfig
-
-
-class SharedCoreOlmoeConfig(SharedCoreConfig, OlmoeConfig):
-    model_type = "olmoe" + SUFFIX
-
-
-class SharedCoreOlmoeForCausalLM(SharedCoreModel, OlmoeForCausalLM):
-    config_class = SharedCoreOlmoeConfig
-
-
-class SharedCoreDeepseekV3Config(SharedCoreConfig, DeepseekV3Config):
-    model_type = "deepseek_v3" + SUFFIX
-
-
-class SharedCoreDeepseekV3ForCausalLM(SharedCoreModel, DeepseekV3ForCausalLM):
-    config_class = SharedCoreDeepseekV3Config
-
-
-STUDENTS: dict[str, type[Any]] = {
-    "qwen3_moe": SharedCoreQwen3MoeForCausalLM,
-    "qwen2_moe": SharedCoreQwen2MoeForCausalLM,
-    "mixtral": SharedCoreMixtralForCausalLM,
-    "olmoe": SharedCoreOlmoeForCausalLM,
-    "deepseek_v3": SharedCoreDeepseekV3ForCausalLM,
-}
-for _model in STUDENTS.values():
+@cache
+def student_class(family: str) -> type[Any]:
+    """The student of a family (a model_type), whose config_class is its config; registered with transformers."""
+    stock = CONFIG_MAPPING[family]
+    model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[stock]
+    config = type(PREFIX + stock.__name__, (SharedCoreConfig, stock), {"model_type": family + SUFFIX})
+    made: Any = type(PREFIX + model.__name__, (SharedCoreModel, model), {"config_class": config})
     # save_pretrained writes this code next to the weights
-    _model.config_class.register_for_auto_class("AutoConfig")
-    _model.register_for_auto_class("AutoModelForCausalLM")
+    config.register_for_auto_class("AutoConfig")
+    made.register_for_auto_class("AutoModelForCausalLM")
     if __package__ == "megakd.models":  # not for the copy in a model's folder, next to which MegaKD may be installed
-        AutoConfig.register(_model.config_class.model_type, _model.config_class)
-        AutoModelForCausalLM.register(_model.config_class, _model)
+        AutoConfig.register(config.model_type, config)
+        AutoModelForCausalLM.register(config, made)
+    return made
+
+
+class _Students(dict[str, Any]):
+    """What transformers knows besides its own configs: those of students, made when one is asked for."""
+
+    def __missing__(self, model_type: str) -> Any:
+        if model_type not in self:
+            raise KeyError(model_type)
+        return student_class(model_type.removesuffix(SUFFIX)).config_class
+
+    def __contains__(self, model_type: object) -> bool:
+        family = str(model_type).removesuffix(SUFFIX)
+        return super().__contains__(model_type) or (family != model_type and family in CONFIG_MAPPING_NAMES)
+
+
+if __package__ == "megakd.models":
+    CONFIG_MAPPING._extra_content = _Students(CONFIG_MAPPING._extra_content)
+
+
+def __getattr__(name: str) -> type[Any]:
+    """The classes by their names, as a config's auto_map has them."""
+    stock = name.removeprefix(PREFIX)
+    for names, of in ((CONFIG_MAPPING_NAMES, "config_class"), (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, None)):
+        family = next((family for family, known in names.items() if known == stock), None)
+        if name.startswith(PREFIX) and family is not None:
+            made = student_class(family)
+            return getattr(made, of) if of else made
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def student_config(
     teacher: Any, layers: Mapping[int, Mapping[str, Form]], exempt: Mapping[int, tuple[int, ...]] | None = None
 ) -> Any:
     """The student's config for a teacher's: the same model, with shared-core experts in these layers."""
-    model = STUDENTS[teacher.model_type]
+    model = student_class(teacher.model_type)
     shared: dict[str, Any] = {
         "layers": {str(i): {p: form._asdict() for p, form in forms.items()} for i, forms in layers.items()}
     }
@@ -149,9 +134,9 @@ def student_config(
 
 def stock_config(student: Any) -> Any:
     """The config of the stock model that a student expands to."""
-    family: Any = type(student).__mro__[2]
+    family = student.model_type.removesuffix(SUFFIX)
     fields = {name: value for name, value in _fields(student).items() if name != "shared_core"}
-    return family(**fields, architectures=[STUDENTS[family.model_type].__mro__[2].__name__])
+    return CONFIG_MAPPING[family](**fields, architectures=[student_class(family).__mro__[2].__name__])
 
 
 def _fields(config: Any) -> dict[str, Any]:

@@ -20,8 +20,8 @@ from megakd.engine.optim import assign_rules
 from megakd.errors import UserError
 from megakd.identity import TeacherIdentity, changed_fingerprint
 from megakd.models.checks import find_live_teacher
-from megakd.models.hub import Checkpoint, empty_model, load_config, load_model
-from megakd.models.spec import SPECS
+from megakd.models.hub import Checkpoint, empty_model, is_student, load_config, load_model
+from megakd.models.spec import MoESpec, find_experts
 from megakd.names import resolve
 from megakd.objectives.build import build
 from megakd.report.stored import stored_shards, training_windows
@@ -194,11 +194,11 @@ def describe_model(folder: Path) -> str:
     total = [sum(v[i] for v in kinds.values()) for i in range(3)]
     rows.append(["all", str(total[0]), f"{total[1]:,}", short(total[2])])
     text = table([f"{folder} ({config.model_type})", "tensors", "parameters", "bytes"], rows)
-    if config.model_type in SPECS:
-        spec = SPECS[config.model_type]
-        layers, (hidden, inner), experts = spec.moe_layers(config), spec.sizes(config), spec.num_experts(config)
-        count = len(layers) * experts * 3 * hidden * inner
-        text += f"\n\n{len(layers)} layers of {experts} experts, {config.num_experts_per_tok} active, "
+    spec = None if is_student(config) else find_experts(config, str(folder))
+    if isinstance(spec, MoESpec):
+        (hidden, inner), experts = spec.sizes, spec.experts
+        count = len(spec.layers) * experts * 3 * hidden * inner
+        text += f"\n\n{len(spec.layers)} layers of {experts} experts, {config.num_experts_per_tok} active, "
         text += f"hidden {hidden} → {inner}: {count / total[1]:.1%} of the parameters"
         text += f"\nwhat they are like: megakd inspect {folder} --experts"
     return text

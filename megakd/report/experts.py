@@ -17,8 +17,9 @@ from megakd.compress.forms import Candidate
 from megakd.compress.permute import likeness
 from megakd.compress.predict import measure, spread
 from megakd.errors import UserError
-from megakd.models.hub import Checkpoint, load_config
+from megakd.models.hub import is_student, load_config, model_of
 from megakd.models.shared_core import PROJECTIONS, SHAPES
+from megakd.models.sources import Sources
 from megakd.models.spec import MoESpec, spec_for
 from megakd.names import holds_model
 from megakd.outputs import check_file
@@ -39,8 +40,8 @@ def survey(
     folder: Path, layers_text: str | None, shares_text: str | None, plot: Path | None, written: Path | None
 ) -> dict[str, Any]:
     """Measure the experts of some layers as the options say; all of it as plain numbers, also in the file `written`."""
-    config, spec, checkpoint = _moe_model(folder)
-    layers = _layers(layers_text, spec.moe_layers(config), folder)
+    config, spec, sources = _moe_model(folder)
+    layers = _layers(layers_text, list(spec.layers), folder)
     shares = _shares(shares_text or "1/8,1/4,1/2")
     if plot is not None and plot.suffix not in PLOT_TYPES:
         raise UserError(f"--plot {plot}: what it ends in must be one of {', '.join(PLOT_TYPES)}")
@@ -49,13 +50,13 @@ def survey(
             raise UserError(f"{file}: {file.parent} is no folder")
         if file is not None:
             check_file(file, MARK)
-    hidden, inner = spec.sizes(config)
+    hidden, inner = spec.sizes
     result: dict[str, Any] = {
         "made_by": MARK,
         "model": str(folder),
         "model_type": config.model_type,
-        "moe_layers": len(spec.moe_layers(config)),
-        "experts": spec.num_experts(config),
+        "moe_layers": len(spec.layers),
+        "experts": spec.experts,
         "active": config.num_experts_per_tok,
         "hidden": hidden,
         "expert_hidden": inner,
@@ -66,14 +67,14 @@ def survey(
         found: dict[str, Any] = {"layer": layer}
         few = []
         for projection in PROJECTIONS:
-            weights = checkpoint.experts(spec, config, layer, projection)
+            weights = sources.experts(spec, layer, projection)
             # likeness compares the first expert with the second and the last
             few.append(weights[[0, min(1, len(weights) - 1), -1]].clone())
             found[projection] = measure_projection(
                 weights, projection, config.num_experts_per_tok, shares, _steps(progress, f"layer {layer} {projection}")
             )
             del weights  # before the next one is read
-        if spec.num_experts(config) > 1:
+        if spec.experts > 1:
             alike = likeness(*few)
             found["units"] = {"cosine": alike.cosine, "chance": alike.chance, "copies": bool(alike.copies)}
         result["layers"].append(found)
@@ -272,17 +273,15 @@ def plot_experts(result: dict[str, Any], file: Path) -> None:
     plt.close(figure)
 
 
-def _moe_model(folder: Path) -> tuple[Any, MoESpec, Checkpoint]:
+def _moe_model(folder: Path) -> tuple[Any, MoESpec, Sources]:
     """Config, spec and tensors of a model folder of a known family that has experts; UserError for all else."""
     if not holds_model(folder):
         raise UserError(f"{folder}: --experts measures a model folder (config.json and safetensors)")
     config = load_config(folder)
-    spec = spec_for(config, str(folder))
-    if config.model_type != spec.model_type:
+    if is_student(config):
         raise UserError(f"{folder}: its experts are compressed already; --experts measures the teacher they come from")
-    if not spec.moe_layers(config):
-        raise UserError(f"{folder}: not a Mixture of Experts, all of its layers are dense")
-    return config, spec, Checkpoint(folder)
+    spec = spec_for(config, str(folder))
+    return config, spec, Sources(folder, model_of(config, str(folder)))
 
 
 def _layers(text: str | None, known: list[int], folder: Path) -> list[int]:

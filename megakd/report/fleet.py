@@ -95,8 +95,8 @@ def other_times(config: RunConfig, teacher: Any) -> Iterator[str]:
     yield "not in these times: communication, start-up, checkpoints; tokenize, which depends on CPUs and the source"
     if config.model.student is None:
         spec = spec_for(teacher, "the teacher")
-        layers, experts = len(spec.moe_layers(teacher)), spec.num_experts(teacher)
-        seconds, _ = fit_costs(config.compress, layers, experts, *spec.sizes(teacher))
+        layers, experts = len(spec.layers), spec.experts
+        seconds, _ = fit_costs(config.compress, layers, experts, *spec.sizes)
         if seconds is not None:
             fits = layers * len(PROJECTIONS)
             hours = f"{seconds / 3600:.2g} core-hours (estimate)"

@@ -10,7 +10,7 @@ from megakd.models.hub import load_config, model_of
 from megakd.models.memory import Peak
 from megakd.models.shared_core import PROJECTIONS, Form, SharedCoreExperts
 from megakd.models.spec import spec_for
-from megakd.models.student import STUDENTS, student_config
+from megakd.models.student import student_config
 from megakd.names import resolve, shipped
 from megakd.report import memory
 from megakd.report.gpus import Gpu
@@ -98,15 +98,13 @@ def pair_of(run: Run) -> tuple[Pair, str]:
     folder = resolve(model.teacher, model.revision, weights=False)
     teacher = load_config(folder)
     spec = spec_for(teacher, str(folder))
-    if teacher.model_type not in STUDENTS:
-        raise UserError(f"{folder}: no student of {teacher.model_type!r}; run megakd compress {run.folder} first")
     rank, note = settings.rank, ""
     if settings.budget is not None:
-        hidden, inner = spec.sizes(teacher)
+        hidden, inner = spec.sizes
         rank = max(1, round(settings.budget * hidden * inner / (hidden + 3 * inner)))
         note = f"the planner has not chosen shapes yet; taken as wrappers of rank {rank}, which have as many parameters"
     forms = {str(projection): Form("wrappers", rank, rank) for projection in PROJECTIONS}
-    student = student_config(teacher, dict.fromkeys(spec.moe_layers(teacher), forms))
+    student = student_config(teacher, dict.fromkeys(spec.layers, forms))
     vocab_size = identify_tokenizer(load_tokenizer(folder)).vocab_size
     return Pair(student, teacher if run.config.objective.live else None, vocab_size), note
 

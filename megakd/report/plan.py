@@ -89,17 +89,17 @@ def given_sizes(config: RunConfig, teacher: Path) -> list[list[str]]:
 def expert_parameters(config: Any, rank: int, place: str) -> tuple[int, int]:
     """Parameters in the teacher's experts, and in the student's with wrappers of `rank`."""
     spec = spec_for(config, place)
-    layers, experts = len(spec.moe_layers(config)), spec.num_experts(config)
+    layers, experts = len(spec.layers), spec.experts
     dense = compact = 0
-    for projection, (rows, columns) in spec.shapes(config).items():
+    for projection, (rows, columns) in spec.shapes.items():
         dense += layers * experts * rows * columns
-        compact += layers * stored_parameters(Form("wrappers", rank, rank), projection, experts, *spec.sizes(config))
+        compact += layers * stored_parameters(Form("wrappers", rank, rank), projection, experts, *spec.sizes)
     return dense, compact
 
 
 def expert_flops(config: Any, settings: CompressConfig, place: str) -> tuple[float, float | None]:
     """FLOPs per token of one layer's experts, teacher's and student's; with a budget the student's bound, or None."""
-    active, (hidden, inner) = config.num_experts_per_tok, spec_for(config, place).sizes(config)
+    active, (hidden, inner) = config.num_experts_per_tok, spec_for(config, place).sizes
     dense = len(PROJECTIONS) * dense_flops(active, hidden, inner)
     if settings.budget is not None:
         return dense, None if settings.flops is None else settings.flops * dense
@@ -114,10 +114,10 @@ def compression(run: Run) -> list[list[str]]:
     folder = resolve(run.config.model.teacher, run.config.model.revision, weights=False)
     config, settings = load_config(folder), run.config.compress
     spec = spec_for(config, str(folder))
-    layers, experts = len(spec.moe_layers(config)), spec.num_experts(config)
+    layers, experts = len(spec.layers), spec.experts
     tokens = settings.calibration_tokens
     calibration = f"{tokens:,} tokens of calibration" if tokens else "no calibration"
-    seconds, memory = fit_costs(settings, layers, experts, *spec.sizes(config))
+    seconds, memory = fit_costs(settings, layers, experts, *spec.sizes)
     lasts = "unknown time with solver=adam" if seconds is None else f"up to {seconds / 3600:.2g} core-hours of fits"
     return [
         ["compress", f"{compress_tasks(settings, layers)} tasks for any number of processes, {calibration}"],

@@ -149,7 +149,7 @@ class Recorded(NamedTuple):
         sizes = None
         if compressed.exists():
             student = load_config(compressed.parent)
-            sizes = spec_for(student, str(compressed.parent)).sizes(student)
+            sizes = spec_for(student, str(compressed.parent)).sizes
         return cls(
             run.config.name,
             run.folder,

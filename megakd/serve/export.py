@@ -16,14 +16,17 @@ from megakd.models.hub import (
     Checkpoint,
     cast,
     copy_side_files,
+    exact_names,
     is_student,
     load_config,
+    model_of,
     write_config,
     write_weights,
 )
 from megakd.models.router_update import UPDATE, TeacherRouters, read_update, write_update
 from megakd.models.shared_core import PROJECTIONS, dense_weight
-from megakd.models.spec import spec_for
+from megakd.models.sources import as_stored
+from megakd.models.spec import MoESpec, spec_for
 from megakd.models.student import stock_config
 from megakd.names import expand, model_folder, resolve
 from megakd.objectives.sar import SEPARATOR
@@ -56,7 +59,8 @@ def export(run: Run, source: Path, out: Path | None, dense: bool, force: bool) -
             config = stock_config(config)
         else:
             checkpoint = Checkpoint(source)
-            tensors = ((name, cast(name, checkpoint.tensor(name), dtype)) for name in checkpoint.files)
+            exact = exact_names(model_of(config, str(source)))
+            tensors = ((name, cast(name, checkpoint.tensor(name), dtype, exact)) for name in checkpoint.files)
             write_weights(temporary, finite(tensors, source))
         config.dtype = dtype
         write_config(temporary, config)
@@ -160,23 +164,45 @@ def router_tensors(auxiliary: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def dense_tensors(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """The stock model's tensors, experts one by one as hubs store them; a layer's factors are in memory at a time."""
-    spec = spec_for(config, str(checkpoint.folder))
-    blocks = {f"model.layers.{i}.mlp.": i for i in spec.moe_layers(config)}
+    """The stock model's tensors as hubs store them, experts one by one where those do; a layer is in memory at a time.
+
+    checkpoint, config: of the student.
+    """
+    stock = stock_config(config)
+    spec, model = spec_for(stock, str(checkpoint.folder)), model_of(stock, str(checkpoint.folder))
+    exact = exact_names(model)
+    blocks = {layer: f"{spec.place(layer)}." for layer in spec.layers if config.forms(layer)}
     inside = ("experts.", "shared_core.", "dense_experts.")
+    parts: dict[str, list[str]] = {}
     for name in checkpoint.files:
-        if not any(name.startswith(block) and name.removeprefix(block).startswith(inside) for block in blocks):
-            yield spec.hub_name(name), cast(name, checkpoint.tensor(name), dtype)
-    for block, layer in blocks.items():
-        factors = {n.removeprefix(block): checkpoint.tensor(n) for n in checkpoint.files if n.startswith(block)}
-        exempt = config.dense_experts(layer)
-        for projection in PROJECTIONS:
-            for expert in range(spec.num_experts(config)):
-                name = spec.expert_name(layer, expert, projection)
-                if expert in exempt:
-                    yield name, kept_weight(factors, projection, exempt.index(expert)).to(dtype)
-                else:
-                    yield name, dense_weight(factors, projection, expert).to(dtype)
+        parts.setdefault(".".join(name.split(".")[:3]), []).append(name)
+    for names in parts.values():
+        whole = {}
+        for name in names:
+            block = next((each for each in blocks.values() if name.startswith(each)), None)
+            if block is None or not name.removeprefix(block).startswith(inside):
+                whole[name] = cast(name, checkpoint.tensor(name), dtype, exact)
+        layer = next((i for i, block in blocks.items() if names[0].startswith(f"model.layers.{i}.")), None)
+        if layer is not None:
+            block = blocks[layer]
+            factors = {n.removeprefix(block): checkpoint.tensor(n) for n in names if n.startswith(block)}
+            whole |= _dense_experts(factors, spec, layer, config.dense_experts(layer), dtype)
+        yield from as_stored(model, whole).items()
+
+
+def _dense_experts(
+    factors: dict[str, Tensor], spec: MoESpec, layer: int, exempt: tuple[int, ...], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The two stacked tensors of a layer's experts."""
+
+    def matrix(projection: str, expert: int) -> Tensor:
+        if expert in exempt:
+            return kept_weight(factors, projection, exempt.index(expert)).to(dtype)
+        return dense_weight(factors, projection, expert).to(dtype)
+
+    gate, up, down = (torch.stack([matrix(p, e) for e in range(spec.experts)]) for p in PROJECTIONS)
+    names = spec.fused(layer)
+    return {names["gate_up_proj"]: torch.cat([gate, up], dim=1), names["down_proj"]: down}
 
 
 def kept_weight(tensors: dict[str, Tensor], projection: str, slot: int) -> Tensor:

@@ -14,8 +14,9 @@ from megakd.errors import UserError
 from megakd.models.checks import LiveTeacher, check_objective
 from megakd.models.hub import load_model
 from megakd.models.isolation import check_config, check_model
-from megakd.models.loading import Place, Sources, fill, hollow_model, placed_in_pieces, placed_on
+from megakd.models.loading import Place, fill, hollow_model, placed_in_pieces, placed_on
 from megakd.models.offload import offload
+from megakd.models.sources import Sources
 from megakd.objectives.base import Objective
 from megakd.objectives.build import build
 from megakd.system.dist import World

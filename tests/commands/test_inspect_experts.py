@@ -21,14 +21,16 @@ from transformers import (
 from megakd import cli
 from megakd.compress.predict import measure
 from megakd.errors import UserError
-from megakd.models.hub import INDEX, WEIGHTS, Checkpoint, write_config, write_weights
+from megakd.models.hub import INDEX, WEIGHTS, Checkpoint, model_of, write_config, write_weights
 from megakd.models.shared_core import PROJECTIONS, SHAPES
-from megakd.models.spec import SPECS
+from megakd.models.sources import as_stored
+from megakd.models.spec import spec_for
 from megakd.models.tiny import tiny_moe_config
 from megakd.outputs import check_file
 from megakd.report.describe import tensor_sizes
 from megakd.report.experts import MARK, measure_projection, norms_and_cosines, singular_values
 from megakd.system.files import read_json, write_json
+from tests.models.students import expert_name
 
 COMMON: dict[str, Any] = {"vocab_size": 64, "hidden_size": 20, "num_attention_heads": 4, "num_key_value_heads": 2}
 COMMON |= {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}
@@ -56,11 +58,10 @@ CONFIGS: dict[str, Any] = {
 
 def experts_of(family: str, layer: int, projection: str) -> torch.Tensor:
     """[E, d_out, d_in]: a common part, and one expert that is twice as large."""
-    config = CONFIGS[family]
-    spec = SPECS[family]
+    spec = spec_for(CONFIGS[family], family)
     draw = torch.Generator().manual_seed(10 * layer + PROJECTIONS.index(projection))
-    rows, columns = spec.shapes(config)[projection]
-    stack = torch.randn(spec.num_experts(config), rows, columns, generator=draw)
+    rows, columns = spec.shapes[projection]
+    stack = torch.randn(spec.experts, rows, columns, generator=draw)
     stack += torch.randn(rows, columns, generator=draw)
     stack[2] *= 2
     return stack
@@ -68,16 +69,18 @@ def experts_of(family: str, layer: int, projection: str) -> torch.Tensor:
 
 def write_model(folder: Path, family: str, layout: str, shard_bytes: int = 2**30) -> Path:
     """A model folder with known experts and a few other tensors."""
-    config, spec = CONFIGS[family], SPECS[family]
-    tensors = {"model.embed_tokens.weight": torch.ones(64, 20), "model.norm.weight": torch.ones(20)}
-    for layer in spec.moe_layers(config):
+    config = CONFIGS[family]
+    spec, model = spec_for(config, family), model_of(config, family)
+    tensors = {name: torch.ones(t.shape) for name, t in model.state_dict().items() if not spec.is_expert(name)}
+    for layer in spec.layers:
         stacks = {p: experts_of(family, layer, p) for p in PROJECTIONS}
-        if layout == "fused":
-            tensors[spec.fused_gate_up.format(i=layer)] = torch.cat([stacks["gate"], stacks["up"]], 1)
-            tensors[spec.fused_down.format(i=layer)] = stacks["down"]
-        else:
-            for p, stack in stacks.items():
-                tensors |= {spec.expert_name(layer, e, p): matrix.clone() for e, matrix in enumerate(stack)}
+        names = spec.fused(layer)
+        tensors |= {
+            names["gate_up_proj"]: torch.cat([stacks["gate"], stacks["up"]], 1),
+            names["down_proj"]: stacks["down"],
+        }
+    if layout == "hub":
+        tensors = as_stored(model, tensors)
     write_weights(folder, tensors.items(), shard_bytes)
     write_config(folder, config)
     return folder
@@ -102,14 +105,14 @@ def inspect(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
 )
 def test_experts_are_measured_from_either_layout(family, layout, tmp_path, capsys):
     folder = write_model(tmp_path / "model", family, layout)
-    known = SPECS[family].moe_layers(CONFIGS[family])
+    known = spec_for(CONFIGS[family], family).layers
     out = tmp_path / "experts.json"
     text = inspect(capsys, folder, "--experts", "--layers", known[-1], "--json", out, "--shares", "0.3,3/4")
     found = read_json(out)
     assert [layer["layer"] for layer in found["layers"]] == [known[-1]]
     assert (found["model_type"], found["experts"], found["moe_layers"]) == (
         family,
-        SPECS[family].num_experts(CONFIGS[family]),
+        spec_for(CONFIGS[family], family).experts,
         len(known),
     )
     for projection in PROJECTIONS:
@@ -183,12 +186,13 @@ def test_permuted_copies_are_seen(tmp_path, capsys):
     config = tiny_moe_config(
         64, hidden_size=24, moe_intermediate_size=32, num_experts=4, num_hidden_layers=3, num_experts_per_tok=2
     )
-    spec, draw = SPECS["qwen3_moe"], torch.Generator().manual_seed(0)
-    tensors = {"model.norm.weight": torch.ones(24)}
-    gate, up, down = (torch.randn(shape, generator=draw) for shape in spec.shapes(config).values())
+    spec, draw = spec_for(config, "here"), torch.Generator().manual_seed(0)
+    empty = model_of(config, "here").state_dict()
+    tensors = {name: torch.ones(tensor.shape) for name, tensor in empty.items() if not spec.is_expert(name)}
+    gate, up, down = (torch.randn(shape, generator=draw) for shape in spec.shapes.values())
     for expert in range(4):
         order = torch.randperm(32, generator=draw)
-        noise = [0.1 * torch.randn(shape, generator=draw) for shape in spec.shapes(config).values()]
+        noise = [0.1 * torch.randn(shape, generator=draw) for shape in spec.shapes.values()]
         for layer, (a, b, c) in enumerate(
             [
                 (gate[order], up[order], down[:, order]),
@@ -197,7 +201,7 @@ def test_permuted_copies_are_seen(tmp_path, capsys):
             ]
         ):
             for p, matrix, more in zip(PROJECTIONS, (a, b, c), noise, strict=True):
-                tensors[spec.expert_name(layer, expert, p)] = matrix + more
+                tensors[expert_name(layer, expert, p)] = matrix + more
     write_weights(tmp_path, tensors.items())
     write_config(tmp_path, config)
     lines = re.findall(r"^layer \d: hidden units .*$", inspect(capsys, tmp_path, "--experts"), re.MULTILINE)
@@ -314,12 +318,12 @@ def test_folders_without_experts_are_refused(tmp_path, capsys):
     dense = LlamaConfig(**{**COMMON, "hidden_size": 24}, intermediate_size=24, num_hidden_layers=1)
     AutoModelForCausalLM.from_config(dense).save_pretrained(tmp_path / "llama")
     assert "active" not in inspect(capsys, tmp_path / "llama")
-    with pytest.raises(UserError, match=r"llama: model type 'llama' is not a family .*qwen3_moe.*deepseek_v3"):
+    with pytest.raises(UserError, match="llama: no layer of this llama has experts"):
         inspect(capsys, tmp_path / "llama", "--experts")
     without = tiny_moe_config(64, hidden_size=20, num_hidden_layers=2, mlp_only_layers=[0, 1])
     write_weights(tmp_path / "flat", [("model.norm.weight", torch.ones(20))])
     write_config(tmp_path / "flat", without)
-    with pytest.raises(UserError, match="flat: not a Mixture of Experts, all of its layers are dense"):
+    with pytest.raises(UserError, match="flat: no layer of this qwen3_moe has experts"):
         inspect(capsys, tmp_path / "flat", "--experts")
     with pytest.raises(UserError, match="gone: --experts measures a model folder"):
         inspect(capsys, tmp_path / "gone", "--experts")
@@ -349,10 +353,8 @@ def test_help_has_examples(capsys):
 
 def test_json_is_json(tmp_path, capsys):
     """No NaN, which JSON has not, even where experts are zeros."""
-    config, spec = CONFIGS["olmoe"], SPECS["olmoe"]
-    names = [spec.expert_name(0, e, p) for e in range(5) for p in PROJECTIONS]
-    shapes = spec.shapes(config)
-    write_weights(tmp_path, [(n, torch.zeros(shapes[p])) for n in names for p in PROJECTIONS if f"{p}_proj" in n])
+    config = CONFIGS["olmoe"]
+    write_weights(tmp_path, [(n, torch.zeros(t.shape)) for n, t in model_of(config, "here").state_dict().items()])
     write_config(tmp_path, config)
     inspect(capsys, tmp_path, "--experts", "--json", tmp_path / "found.json", "--plot", tmp_path / "found.png")
     check_file(tmp_path / "found.json", MARK)

@@ -18,11 +18,11 @@ from transformers import (
 
 from megakd.compress.calibrate import LayerRunner, Measured, find_super_experts, held_out
 from megakd.errors import UserError
-from megakd.models.hub import WEIGHTS, Checkpoint, load_config
+from megakd.models.hub import WEIGHTS, load_config
 from megakd.models.shared_core import PROJECTIONS, SHAPES, make_form
 from megakd.models.spec import spec_for
-from megakd.models.student import STUDENTS, student_config
-from tests.models.students import make_model
+from megakd.models.student import student_class, student_config
+from tests.models.students import make_model, sources_of
 
 COMMON: dict[str, Any] = {"vocab_size": 96, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4}
 COMMON |= {"num_key_value_heads": 2, "num_experts_per_tok": 2, "max_position_embeddings": 64}
@@ -83,7 +83,7 @@ def windows(packed: bool = True) -> tuple[Tensor, Tensor]:
 
 def runner(path: Path, tokens: Tensor, positions: Tensor, batch: int | None = None) -> LayerRunner:
     config = load_config(path)
-    return LayerRunner(Checkpoint(path), spec_for(config, "here"), config, tokens, positions, batch=batch)
+    return LayerRunner(sources_of(path), spec_for(config, "here"), config, tokens, positions, batch=batch)
 
 
 @torch.no_grad()
@@ -175,14 +175,14 @@ def reference(model: Any, index: int, tokens: Tensor, positions: Tensor) -> Meas
 def test_measurements_are_those_of_a_slow_reference(folder, family, monkeypatch):
     monkeypatch.setattr("megakd.compress.calibrate.ROWS", 7)  # several pieces an expert
     tokens, positions = windows()
-    config, model = load_config(folder(family)), AutoModelForCausalLM.from_pretrained(folder(family)).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder(family)).eval()
     run = runner(folder(family), tokens, positions, batch=2)
     hidden = run.embed()
     for index in range(3):
         out, found = run.layer(index, hidden, measure=True)
         assert torch.equal(out, run.layer(index, hidden)[0])
         hidden = out
-        assert (found is not None) == (index in run.spec.moe_layers(config))
+        assert (found is not None) == (index in run.spec.layers)
         if found is not None:
             expected = reference(model, index, tokens, positions)
             assert found.counts.tolist() == expected.counts.tolist()
@@ -214,9 +214,9 @@ def test_other_experts_are_those_of_the_student(folder, family):
     config = load_config(folder(family))
     spec = spec_for(config, "here")
     forms = {p: make_form(s, p, 2, 3) for p, s in zip(PROJECTIONS, SHAPES, strict=True)}
-    layers = dict.fromkeys(spec.moe_layers(config), forms)
+    layers = dict.fromkeys(spec.layers, forms)
     torch.manual_seed(3)
-    student = STUDENTS[family](student_config(config, layers, {min(layers): (1, 4)})).eval()
+    student = student_class(family)(student_config(config, layers, {min(layers): (1, 4)})).eval()
     teacher = AutoModelForCausalLM.from_pretrained(folder(family))
     student.load_state_dict(teacher.state_dict(), strict=False)
     with torch.no_grad():
@@ -239,7 +239,7 @@ def test_fused_experts_in_bfloat16(folder, family, tmp_path):
     tokens, positions = windows()
     config = load_config(folder(family))
     model = AutoModelForCausalLM.from_pretrained(folder(family), dtype=torch.bfloat16).eval()
-    save_file({n: t.contiguous() for n, t in model.state_dict().items() if n != "lm_head.weight"}, tmp_path / WEIGHTS)
+    save_file({n: t.clone() for n, t in model.state_dict().items()}, tmp_path / WEIGHTS)
     config.save_pretrained(tmp_path)
     expected = whole(model.float(), tokens, positions)
     run = runner(tmp_path, tokens, positions)
@@ -252,14 +252,18 @@ def test_fused_experts_in_bfloat16(folder, family, tmp_path):
 @pytest.mark.parametrize(
     "name, change, message",
     [
-        ("model.layers.0.self_attn.q_proj.weight", None, "no tensor model.layers.0.self_attn.q_proj.weight"),
-        ("model.layers.0.mlp.gate.weight", None, "no tensor model.layers.0.mlp.gate.weight"),
+        (
+            "model.layers.0.self_attn.q_proj.weight",
+            None,
+            "missing, the first is model.layers.0.self_attn.q_proj.weight",
+        ),
+        ("model.layers.0.mlp.gate.weight", None, "missing, the first is model.layers.0.mlp.gate.weight"),
         ("model.layers.0.mlp.experts.3.up_proj.weight", None, "no tensor .*experts.3.up_proj.weight"),
-        ("model.embed_tokens.weight", None, "no tensor model.embed_tokens.weight"),
+        ("model.embed_tokens.weight", None, "missing, the first is model.embed_tokens.weight"),
         ("model.layers.0.mlp.gate.weight", lambda t: t[:4], r"gate.weight has shape \(4, 24\), config.json says \(6, "),
-        ("model.layers.0.self_attn.o_proj.weight", lambda t: t.to(torch.float8_e4m3fn), "o_proj.*float8_e4m3fn"),
+        ("model.layers.0.self_attn.o_proj.weight", lambda t: t.to(torch.float8_e4m3fn), "o_proj.*F8_E4M3"),
         ("model.layers.0.self_attn.o_proj.weight", lambda t: t * torch.nan, "layer 0 answers NaN"),
-        ("model.embed_tokens.weight", lambda t: t[:40], "has 40 rows"),
+        ("model.embed_tokens.weight", lambda t: t[:40], r"embed_tokens.weight has shape \(40, 24\)"),
     ],
 )
 def test_damaged_checkpoints_are_refused_by_name(folder, tmp_path, name, change, message):
@@ -269,8 +273,8 @@ def test_damaged_checkpoints_are_refused_by_name(folder, tmp_path, name, change,
         tensors[name] = change(changed).contiguous()
     save_file(tensors, tmp_path / WEIGHTS)
     CONFIGS["qwen3_moe"].save_pretrained(tmp_path)
-    run = runner(tmp_path, *windows())
     with pytest.raises(UserError, match=message):
+        run = runner(tmp_path, *windows())
         run.layer(0, run.embed())
 
 
@@ -328,7 +332,7 @@ def test_padding_is_not_measured(lengths, tmp_path):
     """As if every window were run alone at its own length; whatever ids padding has."""
     model = make_model("qwen3_moe")
     model.save_pretrained(tmp_path)
-    config, checkpoint = load_config(tmp_path), Checkpoint(tmp_path)
+    config, sources = load_config(tmp_path), sources_of(tmp_path)
     sizes = torch.tensor(lengths)
     tokens = torch.randint(1, 61, (len(lengths), 12))
     real = torch.arange(12) < sizes[:, None]
@@ -336,7 +340,7 @@ def test_padding_is_not_measured(lengths, tmp_path):
     positions = torch.arange(12).expand(len(lengths), -1)
     found = []
     for ids in (tokens, other):
-        runner = LayerRunner(checkpoint, spec_for(config, "here"), config, ids, positions, lengths=sizes)
+        runner = LayerRunner(sources, spec_for(config, "here"), config, ids, positions, lengths=sizes)
         found.append(runner.layer(0, runner.embed(), measure=True))
     (out, measured), (again, same) = found
     assert measured is not None and same is not None
@@ -345,6 +349,6 @@ def test_padding_is_not_measured(lengths, tmp_path):
     assert int(measured.counts.sum()) == sum(lengths) * config.num_experts_per_tok
     for row, size in enumerate(lengths):
         alone = LayerRunner(
-            checkpoint, spec_for(config, "here"), config, tokens[row : row + 1, :size], positions[row : row + 1, :size]
+            sources, spec_for(config, "here"), config, tokens[row : row + 1, :size], positions[row : row + 1, :size]
         )
         torch.testing.assert_close(out[row, :size], alone.layer(0, alone.embed())[0][0], atol=1e-6, rtol=1e-5)

@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import save_file
 
 from megakd.models.hub import WEIGHTS, empty_model
-from megakd.models.spec import SPECS
+from megakd.models.spec import spec_for
 from megakd.models.tiny import tiny_moe_config
+from tests.models.students import expert_name
 
 MEASURE = """if True:
     import re
@@ -20,12 +21,15 @@ MEASURE = """if True:
         return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**20
     torch.set_num_threads(1)
     from megakd.compress.calibrate import LayerRunner
-    from megakd.models.hub import Checkpoint, load_config
-    from megakd.models.spec import SPECS
+    from megakd.models.hub import load_config, model_of
+    from megakd.models.sources import Sources
+    from megakd.models.spec import spec_for
     folder = Path(sys.argv[1])
     tokens = torch.randint(64, (8, 128))
     positions = torch.arange(128).repeat(8, 1)
-    runner = LayerRunner(Checkpoint(folder), SPECS["qwen3_moe"], load_config(folder), tokens, positions)
+    config = load_config(folder)
+    sources = Sources(folder, model_of(config, "here"))
+    runner = LayerRunner(sources, spec_for(config, "here"), config, tokens, positions)
     hidden = runner.embed()
     before = peak()
     runner.layer(0, hidden, measure=True)
@@ -40,10 +44,10 @@ def write(folder: Path) -> None:
         64, hidden_size=1024, moe_intermediate_size=256, num_hidden_layers=1, num_experts=128, num_attention_heads=8
     )
     config.save_pretrained(folder)
-    spec = SPECS["qwen3_moe"]
+    spec = spec_for(config, "here")
     shapes = {n: p.shape for n, p in empty_model(folder).named_parameters() if not spec.is_expert(n)}
-    for projection, shape in spec.shapes(config).items():
-        shapes |= {spec.expert_name(0, e, projection): torch.Size(shape) for e in range(128)}
+    for projection, shape in spec.shapes.items():
+        shapes |= {expert_name(0, e, projection): torch.Size(shape) for e in range(128)}
     tensors = {name: torch.full(shape, 0.01, dtype=torch.bfloat16) for name, shape in shapes.items()}
     save_file(tensors, folder / WEIGHTS)
 

@@ -12,17 +12,15 @@ from megakd.compress.planner import allocate
 from megakd.compress.predict import _fit_points, basis_curves, measure, predicted_fit, spread
 from megakd.compress.threads import threads_over
 from megakd.errors import UserError
-from megakd.models.hub import Checkpoint, load_config
 from megakd.models.shared_core import PROJECTIONS, SHAPES, Form, free_and_core_rank, make_form, stored_parameters
-from megakd.models.spec import spec_for
 from megakd.names import resolve
 from tests.conftest import for_each
+from tests.models.students import experts_in
 
 
 def demo_experts(layer: int, projection: str) -> torch.Tensor:
     folder = resolve("demo")
-    config = load_config(folder)
-    return Checkpoint(folder).experts(spec_for(config, "demo"), config, layer, projection)
+    return experts_in(folder, layer, projection)
 
 
 def related(experts: int, rows: int, columns: int, seed: int = 0) -> torch.Tensor:

@@ -22,7 +22,7 @@ from megakd.engine.ds_json import deepspeed_config
 from megakd.engine.optim import build_optimizer
 from megakd.models.hub import WEIGHTS, load_config, write_config, write_weights
 from megakd.models.shared_core import Form
-from megakd.models.student import STUDENTS, student_config
+from megakd.models.student import student_class, student_config
 from megakd.models.tiny import tiny_moe_config
 from megakd.system.dist import World, barrier, close_world, join_world
 from tests.conftest import SMALL, run_to_end
@@ -80,7 +80,7 @@ def jobs(folder: Path) -> Callable[..., dict[str, Any]]:
     """jobs("name", zero, spread, ops…): a job over one random student."""
     torch.manual_seed(0)
     config = student_config(tiny_moe_config(VOCABULARY, **SMALL), FORMS, {0: (3,)})
-    student = STUDENTS["qwen3_moe"](config)
+    student = student_class("qwen3_moe")(config)
     for parameter in student.parameters():
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=0.15)

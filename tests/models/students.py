@@ -19,8 +19,9 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from megakd.models.hub import Checkpoint, copy_side_files, load_config, write_config, write_weights
+from megakd.models.hub import copy_side_files, load_config, model_of, write_config, write_weights
 from megakd.models.shared_core import PROJECTIONS, Form, free_and_core_rank, make_form
+from megakd.models.sources import Sources
 from megakd.models.spec import spec_for
 from megakd.models.student import student_config
 
@@ -120,6 +121,21 @@ def factors(weights: Tensor, projection: str, form: Form) -> dict[str, Tensor]:
     return {n: t.float().contiguous() if t.is_floating_point() else t for n, t in named.items()}
 
 
+def sources_of(folder: Path) -> Sources:
+    """The tensors of a stock model's folder."""
+    return Sources(folder, model_of(load_config(folder), str(folder)))
+
+
+def experts_in(folder: Path, layer: int, projection: str) -> Tensor:
+    """All experts' matrices of one projection as a folder stores them."""
+    return sources_of(folder).experts(spec_for(load_config(folder), str(folder)), layer, projection)
+
+
+def expert_name(layer: int, expert: int, projection: str) -> str:
+    """Of one matrix in files of Qwen's families."""
+    return f"model.layers.{layer}.mlp.experts.{expert}.{projection}_proj.weight"
+
+
 def make_student(
     teacher: Path,
     folder: Path,
@@ -127,12 +143,12 @@ def make_student(
     exempt: Mapping[int, tuple[int, ...]] | None = None,
 ) -> Path:
     """A student's folder with these forms in every layer."""
-    config, checkpoint, exempt = load_config(teacher), Checkpoint(teacher), exempt or {}
+    config, sources, exempt = load_config(teacher), sources_of(teacher), exempt or {}
     spec = spec_for(config, str(teacher))
-    tensors = {spec.module_name(n): checkpoint.tensor(n) for n in checkpoint.names(config) if not spec.is_expert(n)}
-    for layer in spec.moe_layers(config):
-        prefix = f"model.layers.{layer}.mlp."
-        stacks = {p: checkpoint.experts(spec, config, layer, p) for p in PROJECTIONS}
+    tensors = {name: sources.raw(name) for name in sources.made_by if not spec.is_expert(name)}
+    for layer in spec.layers:
+        prefix = f"{spec.place(layer)}."
+        stacks = {p: sources.experts(spec, layer, p) for p in PROJECTIONS}
         for projection, weights in stacks.items():
             tensors |= {prefix + n: t for n, t in factors(weights, projection, forms[projection]).items()}
         if layer in exempt:
@@ -140,7 +156,7 @@ def make_student(
             tensors[f"{prefix}dense_experts.gate_up_proj"] = torch.cat([stacks["gate"], stacks["up"]], 1)[ids]
             tensors[f"{prefix}dense_experts.down_proj"] = stacks["down"][ids]
     write_weights(folder, tensors.items())
-    student = student_config(config, dict.fromkeys(spec.moe_layers(config), forms), exempt)
+    student = student_config(config, dict.fromkeys(spec.layers, forms), exempt)
     student.dtype = torch.float32
     write_config(folder, student)
     copy_side_files(teacher, folder)

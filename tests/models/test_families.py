@@ -11,19 +11,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megakd.commands import compress
-from megakd.models.hub import Checkpoint, load_config, load_model, write_config, write_weights
+from megakd.models.hub import Checkpoint, load_config, load_model, model_of, write_config, write_weights
 from megakd.models.shared_core import PROJECTIONS, SharedCoreExperts, make_form
-from megakd.models.spec import SPECS, outside
-from megakd.models.student import STUDENTS, stock_config
+from megakd.models.sources import as_stored
+from megakd.models.spec import spec_for
+from megakd.models.student import stock_config, student_class
 from megakd.run import Run
 from megakd.serve.export import dense_tensors
-from tests.models.students import EXPERTS, FAMILIES, FULL, logits, make_model, make_student, relative
+from tests.models.students import EXPERTS, FAMILIES, FULL, logits, make_model, make_student, relative, sources_of
 
 TOKENS = torch.randint(1, 61, (3, 13), generator=torch.Generator().manual_seed(0))
-
-
-def test_every_family_is_tested():
-    assert FAMILIES.keys() == SPECS.keys() == STUDENTS.keys()
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -52,45 +49,38 @@ def student(folders, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("layout", ["hub", "fused"])
-def test_experts_of_either_layout_are_the_modules(family, stock, folders, layout):
-    spec, config, checkpoint = SPECS[family], load_config(folders[layout]), Checkpoint(folders[layout])
-    layers = spec.moe_layers(config)
-    assert layers == [i for i, layer in enumerate(stock.model.layers) if hasattr(layer.mlp, "experts")]
-    assert len(layers) == 2 and spec.num_experts(config) == EXPERTS
-    for layer in layers:
+def test_experts_of_either_layout_are_the_modules(stock, folders, layout):
+    config, sources = load_config(folders[layout]), sources_of(folders[layout])
+    spec = spec_for(config, "here")
+    assert list(spec.layers) == [i for i, layer in enumerate(stock.model.layers) if hasattr(layer.mlp, "experts")]
+    assert len(spec.layers) == 2 and spec.experts == EXPERTS
+    for layer in spec.layers:
         experts = stock.model.layers[layer].mlp.experts
         gate, up = experts.gate_up_proj.chunk(2, dim=1)
         for projection, expected in zip(PROJECTIONS, (gate, up, experts.down_proj), strict=True):
-            found = checkpoint.experts(spec, config, layer, projection)
+            found = sources.experts(spec, layer, projection)
             assert torch.equal(found, expected), (layer, projection)
-            assert tuple(found.shape[1:]) == spec.shapes(config)[projection]
+            assert tuple(found.shape[1:]) == spec.shapes[projection]
 
 
 @pytest.mark.parametrize("layout", ["hub", "fused"])
-def test_all_other_tensors_have_the_modules_names(family, stock, folders, layout):
-    """Buffers among them; and the way back gives the hub's names."""
-    spec, checkpoint = SPECS[family], Checkpoint(folders[layout])
-    expected = {name: tensor for name, tensor in stock.state_dict().items() if not spec.is_expert(name)}
-    found = {name for name in checkpoint.files if not spec.is_expert(name)}
-    assert {spec.module_name(name) for name in found} == expected.keys()
-    assert all(torch.equal(checkpoint.tensor(name), expected[spec.module_name(name)]) for name in found)
-    hub = Checkpoint(folders["hub"]).files
-    assert {spec.hub_name(name) for name in expected} <= hub.keys()
-    names = {
-        spec.expert_name(i, e, p) for i in spec.moe_layers(stock.config) for e in range(EXPERTS) for p in PROJECTIONS
-    }
-    assert {spec.hub_name(name) for name in expected} | names == hub.keys()
+def test_all_tensors_have_the_modules_names_and_the_hubs_again(stock, folders, layout):
+    """Buffers among them."""
+    sources, expected = sources_of(folders[layout]), stock.state_dict()
+    found = {name: sources.raw(name) for name in sources.made_by}
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    assert as_stored(model_of(stock.config, "here"), found).keys() == Checkpoint(folders["hub"]).files.keys()
 
 
 @pytest.mark.parametrize("layout", ["hub", "fused"])
 @pytest.mark.parametrize("shape", FULL)
 def test_a_student_of_full_rank_is_the_stock_model(family, stock, folders, shape, layout, tmp_path):
-    spec = SPECS[family]
-    exempt = {spec.moe_layers(stock.config)[-1]: (1,)} if shape == "mixed" else None
+    spec = spec_for(stock.config, "here")
+    exempt = {spec.layers[-1]: (1,)} if shape == "mixed" else None
     model = load_model(make_student(folders[layout], tmp_path, FULL[shape], exempt), torch.float32)
-    assert type(model) is STUDENTS[family]
+    assert type(model) is student_class(family)
     found = [isinstance(getattr(layer.mlp, "experts", None), SharedCoreExperts) for layer in model.model.layers]
-    assert [i for i, shared in enumerate(found) if shared] == spec.moe_layers(stock.config)
+    assert [i for i, shared in enumerate(found) if shared] == list(spec.layers)
     assert relative(logits(model, TOKENS), logits(stock, TOKENS)) <= 1e-4
 
 
@@ -108,11 +98,11 @@ def test_megakd_compress_at_full_rank_gives_the_stock_model(family, stock, folde
     run = Run.create(recipe, [f"model.teacher={tmp_path / 'teacher'}", "compress.rank=24"], tmp_path / "run")
     compress.main(run, Namespace())
     model = load_model(run.path("student-0"), torch.float32)
-    assert type(model) is STUDENTS[family]
+    assert type(model) is student_class(family)
     assert relative(logits(model, TOKENS), logits(stock, TOKENS)) <= 1e-4
     theirs = stock.state_dict()
     own = {n: t for n, t in model.state_dict().items() if "_wrapper_" not in n and ".shared_core." not in n}
-    assert own.keys() == {name for name in theirs if not SPECS[family].is_expert(name)}
+    assert own.keys() == {name for name in theirs if not spec_for(stock.config, "here").is_expert(name)}
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in own.items())
 
 
@@ -131,7 +121,7 @@ def test_saved_and_loaded_again(student, folders, stock, shape, tmp_path):
 @pytest.mark.parametrize("shape", FULL)
 def test_expanded_it_is_the_stock_model(family, stock, folders, shape, tmp_path):
     """In the hub's names, read by the stock class; config.json as it was."""
-    exempt = {SPECS[family].moe_layers(stock.config)[0]: (3, 0)} if shape == "mixed" else None
+    exempt = {spec_for(stock.config, "here").layers[0]: (3, 0)} if shape == "mixed" else None
     source = make_student(folders["hub"], tmp_path / "student", FULL[shape], exempt)
     config = load_config(source)
     write_weights(tmp_path / "dense", dense_tensors(Checkpoint(source), config, torch.float32))
@@ -173,11 +163,6 @@ def test_layers_beyond_the_models_are_left_out_aloud(folders, stock, tmp_path, c
     last = stock.config.num_hidden_layers
     extra = {f"model.layers.{last}.eh_proj.weight": torch.ones(2), f"model.layers.{last}.mlp.x": torch.ones(2)}
     write_weights(tmp_path, [*((n, source.tensor(n)) for n in source.files), *extra.items()])
-    found = Checkpoint(tmp_path)
-    assert {name for name in found.files if outside(stock.config, name)} == extra.keys()
-    assert set(found.names(stock.config)) == source.files.keys()
-    said = capsys.readouterr()
-    assert f"2 tensors of layer {last} are skipped" in said.out + said.err
-    assert set(source.names(stock.config)) == source.files.keys()
-    said = capsys.readouterr()
-    assert said.out + said.err == ""
+    write_config(tmp_path, stock.config)
+    assert sources_of(tmp_path).made_by.keys() == sources_of(folders["hub"]).made_by.keys()
+    assert "2 tensors of its files are skipped" in (said := capsys.readouterr().err) and said.count("skipped") == 1

@@ -20,27 +20,43 @@ from megakd.models.hub import (
     copy_side_files,
     load_config,
     load_model,
+    model_of,
     write_config,
     write_weights,
 )
 from megakd.models.shared_core import PROJECTIONS
-from megakd.models.spec import SPECS
+from megakd.models.spec import spec_for
 from megakd.models.tiny import tiny_moe_config
 from megakd.names import resolve, shipped
+from tests.models.students import experts_in, sources_of
 
-SPEC = SPECS["qwen3_moe"]
 CONFIG = tiny_moe_config(16, hidden_size=10, moe_intermediate_size=6, num_experts=3, num_hidden_layers=2)
+SPEC = spec_for(CONFIG, "here")
 
 
 def matrices(layer: int, projection: str) -> Tensor:
     """[E, d_out, d_in], different for every layer and projection."""
     generator = torch.Generator().manual_seed(10 * layer + PROJECTIONS.index(projection))
-    return torch.randn(3, *SPEC.shapes(CONFIG)[projection], generator=generator)
+    return torch.randn(3, *SPEC.shapes[projection], generator=generator)
+
+
+def others() -> dict[str, Tensor]:
+    """What is no routed expert's."""
+    tensors = model_of(CONFIG, "here").state_dict()
+    return {
+        name: torch.zeros(t.shape) for name, t in tensors.items() if not SPEC.is_expert(name) and "lm_head" not in name
+    }
+
+
+def write_layout(folder: Path, tensors: dict[str, Tensor], limit: int = 2**30) -> None:
+    """A model's folder."""
+    write_weights(folder, tensors.items(), limit)
+    write_config(folder, CONFIG)
 
 
 def hub_layout() -> dict[str, Tensor]:
     """One 2-D tensor an expert and projection."""
-    found = {}
+    found = others()
     for layer in range(2):
         for projection in PROJECTIONS:
             for expert, matrix in enumerate(matrices(layer, projection)):
@@ -50,7 +66,7 @@ def hub_layout() -> dict[str, Tensor]:
 
 def fused_layout() -> dict[str, Tensor]:
     """Gate over up [E, 2F, D], and down [E, D, F]."""
-    found = {}
+    found = others()
     for layer in range(2):
         gate_up = torch.cat([matrices(layer, "gate"), matrices(layer, "up")], 1)
         found[f"model.layers.{layer}.mlp.experts.gate_up_proj"] = gate_up
@@ -69,20 +85,18 @@ def refused(*parts: object) -> Any:
 @pytest.mark.parametrize("limit", [2**30, 500], ids=["one file", "many files"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_experts_are_the_same_from_either_layout(layout, limit, tmp_path):
-    write_weights(tmp_path, LAYOUTS[layout]().items(), limit)
+    write_layout(tmp_path, LAYOUTS[layout](), limit)
     assert (tmp_path / INDEX).exists() == (limit == 500)
-    checkpoint = Checkpoint(tmp_path)
     for layer in range(2):
         for projection in PROJECTIONS:
-            assert torch.equal(checkpoint.experts(SPEC, CONFIG, layer, projection), matrices(layer, projection))
+            assert torch.equal(experts_in(tmp_path, layer, projection), matrices(layer, projection))
 
 
 def test_experts_are_those_of_the_loaded_model(teacher):
-    config, checkpoint = load_config(teacher), Checkpoint(teacher)
     for layer, block in enumerate(load_model(teacher, torch.float32).model.layers):
         gate, up = block.mlp.experts.gate_up_proj.chunk(2, dim=1)
         for projection, expected in zip(PROJECTIONS, (gate, up, block.mlp.experts.down_proj), strict=True):
-            assert torch.equal(checkpoint.experts(SPEC, config, layer, projection), expected)
+            assert torch.equal(experts_in(teacher, layer, projection), expected)
 
 
 @pytest.mark.parametrize(
@@ -92,10 +106,9 @@ def test_experts_are_those_of_the_loaded_model(teacher):
 def test_a_missing_tensor_is_named(layout, name, tmp_path):
     tensors = LAYOUTS[layout]()
     del tensors[name]
-    write_weights(tmp_path, tensors.items())
+    write_layout(tmp_path, tensors)
     with refused(tmp_path, name):
-        Checkpoint(tmp_path).experts(SPEC, CONFIG, 1, "down")
-    assert torch.equal(Checkpoint(tmp_path).experts(SPEC, CONFIG, 0, "down"), matrices(0, "down"))
+        sources_of(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -109,24 +122,24 @@ def test_a_missing_tensor_is_named(layout, name, tmp_path):
     ],
 )
 def test_a_wrong_shape_is_named_with_the_right_one(layout, name, wrong, right, tmp_path):
-    write_weights(tmp_path, (LAYOUTS[layout]() | {name: torch.zeros(wrong)}).items())
+    write_layout(tmp_path, LAYOUTS[layout]() | {name: torch.zeros(wrong)})
     with refused(tmp_path, name, wrong, right):
-        Checkpoint(tmp_path).experts(SPEC, CONFIG, 0, "up")
+        experts_in(tmp_path, 0, "up")
 
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_a_wrong_number_of_experts_is_named(count, tmp_path):
-    write_weights(tmp_path, {"model.layers.0.mlp.experts.down_proj": torch.zeros(count, 10, 6)}.items())
+    write_layout(tmp_path, fused_layout() | {"model.layers.0.mlp.experts.down_proj": torch.zeros(count, 10, 6)})
     with refused(tmp_path, "model.layers.0.mlp.experts.down_proj", (count, 10, 6), (3, 10, 6)):
-        Checkpoint(tmp_path).experts(SPEC, CONFIG, 0, "down")
+        experts_in(tmp_path, 0, "down")
 
 
 def test_more_experts_in_the_files_than_in_the_config_are_not_left_out_in_silence(tmp_path):
     """The hub's layout too: a config that says 3 next to a checkpoint of 4 is another model's."""
-    extra = {f"model.layers.0.mlp.experts.3.{p}_proj.weight": torch.zeros(SPEC.shapes(CONFIG)[p]) for p in PROJECTIONS}
-    write_weights(tmp_path, (hub_layout() | extra).items())
-    with refused(tmp_path, "model.layers.0.mlp.experts.3.up_proj.weight", "config.json says 3 experts"):
-        Checkpoint(tmp_path).experts(SPEC, CONFIG, 0, "up")
+    extra = {f"model.layers.0.mlp.experts.3.{p}_proj.weight": torch.zeros(SPEC.shapes[p]) for p in PROJECTIONS}
+    write_layout(tmp_path, hub_layout() | extra)
+    with refused(tmp_path, "model.layers.0.mlp.experts.3.down_proj.weight", "config.json says 3 experts"):
+        experts_in(tmp_path, 0, "up")
 
 
 def test_an_unknown_tensor_is_named(teacher):
@@ -141,12 +154,12 @@ def test_a_folder_without_weights_is_refused(tmp_path):
 
 
 def test_a_missing_shard_is_named(tmp_path):
-    write_weights(tmp_path, hub_layout().items(), 500)
+    write_layout(tmp_path, hub_layout(), 500)
     name = "model.layers.1.mlp.experts.0.up_proj.weight"
     lost = tmp_path / Checkpoint(tmp_path).files[name]
     lost.unlink()
     with refused(lost):
-        Checkpoint(tmp_path).experts(SPEC, CONFIG, 1, "up")
+        experts_in(tmp_path, 1, "up")
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage that is no safetensors", b"\xff" * 64])
@@ -158,16 +171,16 @@ def test_garbage_is_named(content, tmp_path):
 
 @pytest.mark.parametrize("share", [0.1, 0.9])
 def test_a_file_cut_short_is_named(share, tmp_path):
-    write_weights(tmp_path, hub_layout().items())
+    write_layout(tmp_path, hub_layout())
     file = tmp_path / WEIGHTS
     file.write_bytes(file.read_bytes()[: int(file.stat().st_size * share)])
     with refused(file):
-        Checkpoint(tmp_path).experts(SPEC, CONFIG, 0, "up")
+        experts_in(tmp_path, 0, "up")
 
 
 def test_an_index_that_names_a_tensor_which_its_file_lacks(tmp_path):
     """As when one shard of another model was copied in."""
-    write_weights(tmp_path, hub_layout().items(), 500)
+    write_layout(tmp_path, hub_layout(), 500)
     name = "model.layers.1.mlp.experts.0.up_proj.weight"
     file = tmp_path / Checkpoint(tmp_path).files[name]
     save_file({"other": torch.zeros(2)}, file)
@@ -229,7 +242,7 @@ def test_written_tensors_may_be_views_and_parameters(tmp_path):
     """Tied, transposed and sliced tensors share memory, which safetensors refuses."""
     base = torch.nn.Parameter(torch.randn(6, 4))
     tensors = {"a": base, "tied": base, "transposed": base.T, "row": base[1]}
-    write_weights(tmp_path, tensors.items())
+    write_layout(tmp_path, tensors)
     found = Checkpoint(tmp_path)
     assert all(torch.equal(found.tensor(name), tensor) for name, tensor in tensors.items())
 
@@ -328,9 +341,9 @@ def test_weights_that_are_no_numbers_are_named(layout, value, tmp_path):
     tensors = LAYOUTS[layout]()
     name = next(name for name in tensors if "layers.1" in name and "down_proj" in name)
     tensors[name].view(-1)[7] = value
-    write_weights(tmp_path, tensors.items())
+    write_layout(tmp_path, tensors)
     with refused(WEIGHTS, name, "NaN or infinite"):
-        Checkpoint(tmp_path).experts(SPEC, CONFIG, 1, "down")
+        experts_in(tmp_path, 1, "down")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -340,12 +353,12 @@ def test_no_place_in_a_tensor_hides_them(dtype, value, tmp_path):
     weights = torch.randn(6, 10, dtype=torch.float64).repeat(7, 5).to(dtype)
     write_weights(tmp_path, [("x", torch.zeros(1))])
     checkpoint = Checkpoint(tmp_path)
-    checkpoint._check("x", weights)
+    checkpoint.check("x", weights)
     for place in range(0, weights.numel(), 13):
         broken = weights.clone()
         broken.view(-1)[place] = value
         with refused("NaN or infinite"):
-            checkpoint._check("x", broken)
+            checkpoint.check("x", broken)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
@@ -354,15 +367,15 @@ def test_quantised_weights_are_refused_by_type(dtype, tmp_path):
     tensors = hub_layout()
     name = "model.layers.0.mlp.experts.2.gate_proj.weight"
     tensors[name] = tensors[name].to(dtype)
-    write_weights(tmp_path, tensors.items())
+    write_layout(tmp_path, tensors)
     with refused(name, str(dtype).removeprefix("torch."), "bfloat16"):
-        Checkpoint(tmp_path).experts(SPEC, CONFIG, 0, "gate")
+        experts_in(tmp_path, 0, "gate")
 
 
 def test_large_sums_are_no_infinite_weights(tmp_path):
     tensors = {name: torch.full_like(tensor, 3e38) for name, tensor in hub_layout().items()}
-    write_weights(tmp_path, tensors.items())
-    assert (Checkpoint(tmp_path).experts(SPEC, CONFIG, 0, "gate") == 3e38).all()
+    write_layout(tmp_path, tensors)
+    assert (experts_in(tmp_path, 0, "gate") == 3e38).all()
 
 
 def edited(teacher: Path, folder: Path, tensors: dict[str, Tensor] | None = None, **config: Any) -> Path:
@@ -383,21 +396,23 @@ def test_tensors_that_config_leaves_out_are_said_and_left_out_by_every_reader(te
     folder = edited(teacher, tmp_path / "model", {BIAS: torch.ones(32)})
     load_model(folder, torch.float32)
     assert BIAS in capsys.readouterr().err
-    names = Checkpoint(folder).names_of(SPEC, load_config(folder))
+    names = sources_of(folder).made_by
     said = capsys.readouterr().err
     assert BIAS not in names and BIAS in said and "1 tensors" in said
-    assert set(names) == Checkpoint(teacher).files.keys()
+    assert names.keys() == sources_of(teacher).made_by.keys()
 
 
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight"])
 def test_missing_and_misshapen_tensors_are_refused_before_compressing(teacher, tmp_path, name):
-    checkpoint, config = Checkpoint(teacher), load_config(teacher)
-    del checkpoint.stored[name], checkpoint.files[name]
+    folder = edited(teacher, tmp_path / "without")
+    tensors = load_file(folder / WEIGHTS)
+    del tensors[name]
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     with refused(name, "missing"):
-        checkpoint.names_of(SPEC, config)
+        sources_of(folder)
     folder = edited(teacher, tmp_path / "model", {name: torch.ones(7)})
     with refused(name, "(7,)"):
-        Checkpoint(folder).names_of(SPEC, config)
+        sources_of(folder)
 
 
 def test_tied_weights_that_differ_are_refused(teacher, tmp_path):

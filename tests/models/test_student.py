@@ -11,16 +11,15 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from megakd.commands import compress
-from megakd.models.hub import CODE, Checkpoint, cast, load_config, load_model, write_config
+from megakd.models.hub import CODE, Checkpoint, cast, exact_names, load_config, load_model, write_config
 from megakd.models.shared_core import PROJECTIONS, DenseExperts, Form, SharedCoreExperts, dense_weight
-from megakd.models.spec import spec_for
 from megakd.models.student import SharedCoreQwen3MoeForCausalLM, stock_config, student_config
 from megakd.run import Run
 from megakd.system.files import read_json
 from megakd.system.version import VERSION
 from tests.conftest import ROOT, VOCABULARY, make_teacher
 from tests.forks import Forked
-from tests.models.students import FULL, logits, make_model, make_student
+from tests.models.students import FULL, experts_in, logits, make_model, make_student
 
 RANK_3 = {p: Form("wrappers", 3, 3) for p in PROJECTIONS}
 
@@ -67,13 +66,12 @@ def test_the_rest_is_the_teachers(student, teacher):
 
 def test_expanded_experts_miss_the_teachers_by_the_reported_errors(prepared, student, teacher):
     report = json.loads((prepared / "student-0" / "compress.json").read_text())
-    config = load_config(teacher)
-    checkpoint, tensors = Checkpoint(teacher), dict(student.named_parameters())
+    tensors = dict(student.named_parameters())
     assert len(report["parts"]) == 2 * 3
     for part in report["parts"]:
         prefix = f"model.layers.{part['layer']}.mlp."
         own = {name.removeprefix(prefix): p for name, p in tensors.items() if name.startswith(prefix)}
-        weights = checkpoint.experts(spec_for(config, "here"), config, part["layer"], part["projection"])
+        weights = experts_in(teacher, part["layer"], part["projection"])
         with torch.no_grad():
             fits = torch.stack([dense_weight(own, part["projection"], e) for e in range(4)])
         errors = (weights - fits).flatten(1).norm(dim=1) / weights.flatten(1).norm(dim=1)
@@ -362,8 +360,8 @@ def test_buffers_are_loaded_as_they_were_stored(mixed):
     assert {name.rpartition(".")[2] for name in buffers} == {"basis_group_gate", "e_score_correction_bias"}
     for name, tensor in buffers.items():
         assert torch.equal(tensor, stored.tensor(name)), name
-        assert cast(name, tensor, torch.bfloat16) is tensor
-    assert cast("model.norm.weight", torch.ones(2), torch.bfloat16).dtype == torch.bfloat16
+        assert cast(name, tensor, torch.bfloat16, exact_names(model)) is tensor
+    assert cast("model.norm.weight", torch.ones(2), torch.bfloat16, exact_names(model)).dtype == torch.bfloat16
 
 
 def test_a_stock_config_is_written_without_code(teacher, tmp_path):

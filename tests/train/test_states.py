@@ -19,7 +19,7 @@ from megakd.config.train import LrRule
 from megakd.engine.ds_json import deepspeed_config
 from megakd.engine.optim import build_optimizer
 from megakd.models.shared_core import PROJECTIONS, Form
-from megakd.models.student import STUDENTS, student_config
+from megakd.models.student import student_class, student_config
 from megakd.models.tiny import tiny_moe_config
 from megakd.system.dist import World, close_world, join_world, sum_over_ranks
 from megakd.train.states import Kept, Layout, States, model_states, parameters_of
@@ -43,7 +43,7 @@ def make_student() -> Any:
     torch.manual_seed(0)
     layers = {i: dict.fromkeys(PROJECTIONS, Form("wrappers", 6, 6)) for i in range(2)}
     config = student_config(tiny_moe_config(VOCABULARY, **{**SMALL, "num_experts": 8}), layers)
-    return STUDENTS["qwen3_moe"](config)
+    return student_class("qwen3_moe")(config)
 
 
 @pytest.fixture(scope="module")

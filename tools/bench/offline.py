@@ -101,7 +101,7 @@ def pairs(quick: bool, real: Path | None) -> Iterator[tuple[str, Pair]]:
 
 def compressed(teacher: Any, rank: int) -> Any:
     """The teacher with a shared core and wrappers of this rank in each of its layers of experts."""
-    layers = spec_for(teacher, "bench").moe_layers(teacher)
+    layers = spec_for(teacher, "bench").layers
     return student_config(
         teacher, {layer: dict.fromkeys(PROJECTIONS, Form("wrappers", rank, rank)) for layer in layers}
     )

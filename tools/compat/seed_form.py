@@ -36,12 +36,16 @@ from megakd.models.hub import (
     Checkpoint,
     cast,
     copy_side_files,
+    exact_names,
     is_student,
     load_config,
+    model_of,
+    say_unused,
     write_config,
     write_weights,
 )
 from megakd.models.shared_core import PROJECTIONS, Form, dense_weight
+from megakd.models.sources import as_stored, module_names
 from megakd.models.spec import MoESpec, spec_for
 from megakd.models.student import stock_config, student_config
 from megakd.names import expand
@@ -82,7 +86,7 @@ def to_seed(source: Path, out: Path, dtype: str) -> None:
     if not is_student(config):
         raise UserError(f"{source}: model type {config.model_type!r} is no compressed student")
     spec = spec_for(config, str(source))
-    layers = [layer for layer in spec.moe_layers(config) if config.forms(layer) is not None]
+    layers = [layer for layer in spec.layers if config.forms(layer) is not None]
     for layer in layers:
         bases = [p for p, form in config.forms(layer).items() if form.shape == "basis"]
         if bases:
@@ -104,16 +108,18 @@ def seed_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """All tensors in the unfused layout; `errors` gets one of every matrix."""
     blocks = {f"model.layers.{layer}.mlp.": layer for layer in layers}
+    model = model_of(stock_config(config), str(checkpoint.folder))
+    exact = exact_names(model)
     for name in checkpoint.files:
         inside = any(name.startswith((block + "experts.", block + "shared_core.")) for block in blocks)
         if not inside:
-            yield spec.hub_name(name), cast(name, checkpoint.tensor(name), dtype)
+            yield from as_stored(model, {name: cast(name, checkpoint.tensor(name), dtype, exact)}).items()
     for block, layer in blocks.items():
         stored = {n.removeprefix(block): checkpoint.tensor(n) for n in checkpoint.files if n.startswith(block)}
         for projection in PROJECTIONS:
             core = stored[f"shared_core.{projection}_proj.weight"]
             yield f"{block}shared_core.{projection}_proj.weight", core.to(dtype)
-            for expert in range(spec.num_experts(config)):
+            for expert in range(spec.experts):
                 wrappers = {n: t.to(dtype) for n, t in unfused(stored, projection, expert).items()}
                 found = seed_weight(core.to(dtype), wrappers)
                 expected = dense_weight(stored, projection, expert).double()
@@ -168,9 +174,7 @@ def from_seed(source: Path, out: Path, dtype: str | None) -> None:
     """Write the student of a folder in the unfused layout."""
     config, checkpoint = load_config(source), Checkpoint(source)
     spec = spec_for(config, str(source))
-    layers = [
-        i for i in spec.moe_layers(config) if f"model.layers.{i}.mlp.shared_core.gate_proj.weight" in checkpoint.files
-    ]
+    layers = [i for i in spec.layers if f"model.layers.{i}.mlp.shared_core.gate_proj.weight" in checkpoint.files]
     if is_student(config) or not layers:
         raise UserError(f"{source}: no stock config.json next to shared cores with unfused wrappers; see --help")
     first = checkpoint.tensor(f"model.layers.{layers[0]}.mlp.shared_core.gate_proj.weight")
@@ -190,18 +194,22 @@ def fused_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """All tensors by the student's names; fills in the forms of each layer."""
     blocks = {f"model.layers.{layer}.mlp.": layer for layer in forms}
-    for name in checkpoint.names(config):
-        inside = any(name.startswith((block + "experts.", block + "shared_core.")) for block in blocks)
-        if not inside:
-            yield spec.module_name(name), cast(name, checkpoint.tensor(name), dtype)
+    model = model_of(config, str(checkpoint.folder))
+    expected, exact, unused = model.state_dict(), exact_names(model), []
+    for name, module_name in module_names(model, checkpoint.files).items():
+        if module_name in expected:
+            yield module_name, cast(module_name, checkpoint.tensor(name), dtype, exact)
+        elif not any(name.startswith((block + "experts.", block + "shared_core.")) for block in blocks):
+            unused.append(name)
+    say_unused(checkpoint.folder, unused)
     for block, layer in blocks.items():
         for projection in PROJECTIONS:
             name = f"{block}shared_core.{projection}_proj.weight"
             core = checkpoint.tensor(name)
-            if tuple(core.shape) != spec.shapes(config)[projection]:
+            if tuple(core.shape) != spec.shapes[projection]:
                 raise UserError(
                     f"{checkpoint.place(name)} has shape {tuple(core.shape)}, "
-                    f"config.json says {spec.shapes(config)[projection]}"
+                    f"config.json says {spec.shapes[projection]}"
                 )
             yield name, core.to(dtype)
             wrappers = without_padding(stacked(checkpoint, config, spec, layer, projection))
@@ -217,14 +225,14 @@ def fused_tensors(
 
 def stacked(checkpoint: Checkpoint, config: Any, spec: MoESpec, layer: int, projection: str) -> dict[str, Tensor]:
     """The wrappers of all experts, [E, d, R] in float64; UserError for one of another shape than the others."""
-    d_out, d_in = spec.shapes(config)[projection]
+    d_out, d_in = spec.shapes[projection]
     found = {}
     for side, rows in zip(SIDES, (d_out, d_in), strict=True):
         rank = None
         for letter in "uv":
             names = [
                 f"model.layers.{layer}.mlp.experts.{e}.{projection}_proj.{side}_wrapper.{letter}"
-                for e in range(spec.num_experts(config))
+                for e in range(spec.experts)
             ]
             tensors = [checkpoint.tensor(name).double() for name in names]
             rank = tensors[0].shape[-1] if rank is None else rank

