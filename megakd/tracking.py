@@ -4,14 +4,17 @@ import json
 import math
 import os
 import re
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from megakd.config.run import RunConfig
 from megakd.config.train import LogConfig
-from megakd.errors import UserError, foreign
+from megakd.errors import UserError, foreign, reason
 from megakd.system.extras import require
 from megakd.system.files import append_json, publishing, read_json_lines
+from megakd.system.logging import say
 from megakd.system.text import finite
 
 
@@ -24,33 +27,130 @@ class MetricLog:
         if any(row["step"] > step for row in rows):
             with publishing(self.file) as temporary:
                 temporary.write_text("".join(json.dumps(r) + "\n" for r in rows if r["step"] <= step), encoding="utf-8")
-        self.board = self.wandb = None
         check_libraries(config)
+        self.trackers: list[Tracker] = []
         if config.tensorboard:
-            from torch.utils.tensorboard.writer import SummaryWriter
-
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            self.trackers.append(Tracker("TensorBoard", lambda: _Board(folder / "tensorboard", "train", step)))
         if (mode := wandb_mode(config)) != "disabled":
-            self.wandb = _open_wandb(folder, config.wandb_project, name, run_id, frozen, mode)
+            self.trackers.append(Tracker("W&B", lambda: _Wandb(folder, config, name, run_id, frozen, mode, "train")))
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         # JSON has no NaN: what is not finite is written as null, and on no curve
         written = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
         append_json(self.file, {"step": step, **written})
         numbers = {k: v for k, v in written.items() if isinstance(v, int | float)}
-        if self.board is not None:
-            for key, value in numbers.items():
-                self.board.add_scalar(f"train/{key}", value, step)
-        if self.wandb is not None:
-            self.wandb.log({f"train/{k}": v for k, v in numbers.items()}, step=step)
+        for tracker in self.trackers:
+            tracker.write(step, numbers)
 
     def close(self) -> None:
-        if self.board is not None:
-            self.board.close()
-        if self.wandb is not None:
-            self.wandb.finish()
+        for tracker in self.trackers:
+            tracker.close()
 
 
+class Tracker:
+    """TensorBoard or W&B for numbers of steps; it never raises: where it fails it says so once and writes no more.
+
+    Slurm signals every process of a job, so W&B's own process may be gone while the training still has to save.
+    """
+
+    def __init__(self, name: str, start: "Callable[[], _Board | _Wandb]"):
+        self.name, self.target = name, None
+        self._try(lambda: setattr(self, "target", start()))
+
+    def write(self, step: int, numbers: dict[str, float]) -> None:
+        if (target := self.target) is not None:
+            self._try(lambda: target.write(step, numbers))
+
+    def close(self) -> None:
+        if (target := self.target) is not None:
+            self._try(target.close)
+            self.target = None
+
+    def _try(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except (Exception, SystemExit) as error:  # W&B passes on the exit code of its process
+            say(f"{self.name} failed: {reason(error)}; going on without it; metrics.jsonl and evals.jsonl are complete")
+            target, self.target = self.target, None
+            if isinstance(target, _Wandb):
+                target.abandon()
+
+
+class _Board:
+    """TensorBoard's files in a folder; what a resumed training writes again at `step` + 1 and later is purged."""
+
+    def __init__(self, folder: Path, prefix: str, step: int | None = None):
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder), purge_step=None if step is None else step + 1)
+        self.prefix = prefix
+
+    def write(self, step: int, numbers: dict[str, float]) -> None:
+        for key, value in numbers.items():
+            self.writer.add_scalar(f"{self.prefix}/{key}", value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class _Wandb:
+    """A run of W&B, sent or recorded below a folder. own_steps: its step is a number like others, not its line."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: LogConfig,
+        name: str,
+        run_id: str,
+        frozen: dict[str, Any],
+        mode: Any,
+        prefix: str,
+        own_steps: bool = False,
+    ):
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        import wandb
+
+        self.library, self.prefix, self.own_steps = wandb, prefix, own_steps
+        settings = wandb.Settings(
+            silent=True,
+            console="off",
+            disable_git=True,
+            x_disable_stats=True,
+            finish_timeout=SECONDS_TO_FINISH,
+            finish_timeout_raises=True,
+            x_transaction_log_flush_interval=1,  # s; of its 15 nothing is on disk when a signal ends W&B's process
+        )
+        try:
+            self.run = wandb.init(
+                project=config.wandb_project, name=name.strip() or None, id=run_id, resume="allow", mode=mode,
+                dir=str(folder), config=frozen, settings=settings,
+            )  # fmt: skip
+            if own_steps:
+                self.run.define_metric(f"{prefix}/step", hidden=True)
+                self.run.define_metric(f"{prefix}/*", step_metric=f"{prefix}/step")
+        except BaseException:
+            self.abandon()
+            raise
+
+    def write(self, step: int, numbers: dict[str, float]) -> None:
+        named = {f"{self.prefix}/{key}": value for key, value in numbers.items()}
+        if self.own_steps:
+            self.run.log({f"{self.prefix}/step": step, **named})
+        else:
+            self.run.log(named, step=step, commit=True)  # else W&B keeps the row until the next one comes
+
+    def close(self) -> None:
+        self.run.finish()
+        self.library.teardown()  # here, and not when the interpreter ends: W&B would print a traceback then
+
+    def abandon(self) -> None:
+        """Close W&B's process in whatever state it is, so that a later run of this process starts a new one."""
+        for end in (self.library.finish, self.library.teardown):
+            with suppress(Exception, SystemExit):
+                end()
+
+
+SECONDS_TO_FINISH = 20  # for W&B to send the rest; a scheduler that stops a job waits about 30 s before it kills
 # what WANDB_MODE may say, and what it means
 WANDB_MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
 
@@ -99,19 +199,6 @@ def _logged_in() -> bool:
         return authenticate_session(host=host, source="megakd", prompt=False, update_session=False) is not None
 
 
-def _open_wandb(folder: Path, project: str, name: str, run_id: str, frozen: dict[str, Any], mode: str) -> Any:
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-    import wandb
-
-    settings = wandb.Settings(silent=True, console="off", disable_git=True, x_disable_stats=True)
-    how: Any = mode
-    with foreign(f"{folder}: W&B", "correct it, or set log.wandb=disabled"):
-        return wandb.init(
-            project=project, name=name.strip() or None, id=run_id, resume="allow", mode=how, dir=str(folder),
-            config=frozen, settings=settings,
-        )  # fmt: skip
-
-
 def log_evaluation(folder: Path, config: RunConfig, step: int, numbers: dict[str, float]) -> None:
     """Put numbers of a checkpoint as `eval/NAME` at its step, during a training that may go on in another process.
 
@@ -124,21 +211,19 @@ def log_evaluation(folder: Path, config: RunConfig, step: int, numbers: dict[str
     """
     check_libraries(config.log)
     if config.log.tensorboard:
-        from torch.utils.tensorboard.writer import SummaryWriter
-
-        with SummaryWriter(str(folder / "tensorboard" / "eval")) as board:
-            for name, value in numbers.items():
-                if finite(value) is not None:
-                    board.add_scalar(f"eval/{name}", value, step)
+        shown = {name: value for name, value in numbers.items() if finite(value) is not None}
+        board = Tracker("TensorBoard", lambda: _Board(folder / "tensorboard" / "eval", "eval"))
+        board.write(step, shown)
+        board.close()
     if wandb_mode(config.log) != "disabled":
-        frozen = config.model_dump(mode="json")
-        place = folder / "watch"
+        place, frozen = folder / "watch", config.model_dump(mode="json")
         place.mkdir(exist_ok=True)
-        run = _open_wandb(place, config.log.wandb_project, config.name, wandb_id(config), frozen, "offline")
-        run.define_metric("eval/step", hidden=True)
-        run.define_metric("eval/*", step_metric="eval/step")
-        run.log({"eval/step": step, **{f"eval/{name}": value for name, value in numbers.items()}})
-        run.finish()
+        run = Tracker(
+            "W&B",
+            lambda: _Wandb(place, config.log, config.name, wandb_id(config), frozen, "offline", "eval", own_steps=True),
+        )
+        run.write(step, numbers)
+        run.close()
 
 
 def wandb_id(config: RunConfig) -> str:

@@ -1,21 +1,27 @@
 import json
+import os
 import re
+import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megakd.config.run import RunConfig
 from megakd.config.train import LogConfig
+from megakd.engine.checkpoint import published
 from megakd.errors import UserError
 from megakd.run import Run
 from megakd.system.files import read_json_lines
 from megakd.system.logging import Progress, say
 from megakd.system.text import clock, short, table
-from megakd.tracking import MetricLog, check_tracking, wandb_id, wandb_mode
+from megakd.tracking import MetricLog, check_tracking, log_evaluation, wandb_id, wandb_mode
 from megakd.train.metrics import StageWatch, StepRecord
+from tests.forks import Forked
 
 QUIET = LogConfig(tensorboard=False, wandb="disabled")
 
@@ -295,3 +301,106 @@ def test_online_wandb_without_a_login_is_one_line_before_any_work(monkeypatch, t
         check_tracking(LogConfig(tensorboard=False, wandb="online"))
     monkeypatch.setenv("WANDB_MODE", "offline")
     check_tracking(LogConfig(tensorboard=False, wandb="online"))
+
+
+def helpers(pid: int) -> list[psutil.Process]:
+    """W&B's own process below a process."""
+    return [each for each in psutil.Process(pid).children(recursive=True) if "wandb" in each.name()]
+
+
+def end_helper(number: int) -> None:
+    """End the process that W&B has here; waited for by its owner, else Python warns of it much later."""
+    import wandb
+
+    process = wandb.setup().ensure_service()._proc._process
+    process.send_signal(number)
+    process.wait(20)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_wandb_whose_process_is_gone_raises_nothing_and_keeps_what_it_had(tmp_path, number, capfd):
+    """Slurm sends a stop signal to every process: `log` and `finish` raised in the training that had to save."""
+    config = LogConfig(tensorboard=False, wandb="offline")
+    log = metric_log(tmp_path, config)
+    write(log, 1, 0.0625)
+    [recorded] = tmp_path.glob("wandb/offline-run-*/run-run-id.wandb")
+    deadline = time.monotonic() + 20
+    while b"0.0625" not in recorded.read_bytes() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    end_helper(number)
+    for step in (2, 3, 4):
+        write(log, step, 1 / step)
+    log.close()
+    assert capfd.readouterr().err.count("W&B failed") == 1 and b"0.0625" in recorded.read_bytes()
+    again = metric_log(tmp_path, config, 4)  # in this process, which has a new one of W&B's started
+    write(again, 5, 0.2)
+    again.close()
+    assert [r["step"] for r in read_json_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    assert capfd.readouterr().err == "" and not helpers(os.getpid())
+
+
+def test_wandb_whose_process_is_gone_at_the_end_raises_nothing(tmp_path, capfd):
+    log = metric_log(tmp_path, LogConfig(tensorboard=False, wandb="offline"))
+    write(log, 1, 1.0)
+    end_helper(signal.SIGKILL)
+    log.close()
+    assert capfd.readouterr().err.count("W&B failed") == 1
+
+
+@pytest.mark.parametrize("place", ["init", "log", "finish"])
+def test_failing_wandb_does_not_end_a_training(tmp_path, monkeypatch, capfd, place):
+    import wandb
+
+    def fail(*_: object, **__: object) -> None:
+        raise SystemExit(1) if place == "finish" else RuntimeError("no space\nleft")
+
+    monkeypatch.setattr(wandb if place == "init" else wandb.Run, place, fail)
+    log = metric_log(tmp_path, LogConfig(tensorboard=False, wandb="offline"))
+    for step in (1, 2):
+        write(log, step, 1.0)
+    log.close()
+    assert capfd.readouterr().err.count("W&B failed: ") == 1
+    assert len(read_json_lines(tmp_path / "metrics.jsonl")) == 2
+
+
+def test_failing_tensorboard_does_not_end_a_training(tmp_path, capfd):
+    (tmp_path / "tensorboard").write_text("")  # no folder
+    log = metric_log(tmp_path, LogConfig(tensorboard=True, wandb="disabled"))
+    for step in (1, 2):
+        write(log, step, 1.0)
+    log.close()
+    assert capfd.readouterr().err.count("TensorBoard failed: ") == 1
+    assert len(read_json_lines(tmp_path / "metrics.jsonl")) == 2
+
+
+def test_failing_trackers_do_not_end_watch(tmp_path, monkeypatch, capfd):
+    import wandb
+
+    (tmp_path / "tensorboard").write_text("")
+    monkeypatch.setattr(wandb, "init", None)
+    log_evaluation(
+        tmp_path, RunConfig(name="a", log=LogConfig(tensorboard=True, wandb="offline")), 3, {"perplexity": 2}
+    )
+    said = capfd.readouterr().err
+    assert said.count("W&B failed: ") == said.count("TensorBoard failed: ") == 1
+
+
+@pytest.mark.parametrize("number, stop", [(signal.SIGTERM, True), (signal.SIGKILL, True), (signal.SIGKILL, False)])
+def test_training_saves_and_ends_well_after_wandbs_process_was_ended(sibling, number, stop):
+    run = sibling("log.wandb=offline", "checkpoint.every_steps=20", "stages.1.tokens=10240")
+    process = Forked("megakd", "train", run.folder, stderr=subprocess.PIPE)
+    said = ""
+    for line in process.stderr:
+        said += line
+        if "experts 2/4" in line:
+            for helper in helpers(process.pid):
+                helper.send_signal(number)
+            if stop:
+                process.send_signal(number if number == signal.SIGTERM else signal.SIGUSR1)
+            break
+    said += process.communicate()[1] or ""
+    assert process.returncode == (85 if stop else 0), said
+    assert said.count("W&B failed: ") == 1 and "Traceback" not in said
+    saved = published(run.path("checkpoints"))[-1].progress.step
+    assert [row["step"] for row in read_json_lines(run.path("metrics.jsonl"))] == list(range(1, saved + 1))
+    assert stop or saved == 24
