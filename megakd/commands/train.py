@@ -35,8 +35,8 @@ from megakd.system.files import locked
 from megakd.system.logging import say
 from megakd.system.signals import STOPPED, StopSignals
 from megakd.system.verbs import USER_ERROR
-from megakd.train.checks import check, check_world, was_launched
-from megakd.train.loop import train
+from megakd.train.checks import check, check_world, finished_training, was_launched
+from megakd.train.loop import finished_already, train
 
 SECTIONS = (
     "model",
@@ -57,6 +57,9 @@ SECONDS_BETWEEN_SIGNALS = 5
 def main(run: Run, args: argparse.Namespace) -> None:
     dataset = check(run)
     if run.config.engine.kind == "deepspeed" and run.config.engine.ranks > 1 and not was_launched():
+        if (saved := finished_training(run)) is not None:  # without starting ranks
+            say(finished_already(saved))
+            return
         code = launch(run)
         missing = missing_training(run) if code == 0 else None
         if missing:  # DeepSpeed's runner ends with 0 where a signal has killed the launcher below it
@@ -94,7 +97,7 @@ def launch(run: Run) -> int:
             # again and again: a rank may start after the signal, or get it before its handlers are set
             if stop.asked and time.monotonic() - told > SECONDS_BETWEEN_SIGNALS:
                 told = time.monotonic()
-                _stop_ranks(process.pid)
+                _stop_ranks(process.pid, stop.number or signal.SIGTERM)
     return STOPPED if stop.asked and code not in (0, USER_ERROR) else code
 
 
@@ -113,10 +116,10 @@ def _ended(process: subprocess.Popen[bytes], stop: StopSignals) -> int | None:
         return None
 
 
-def _stop_ranks(launcher: int) -> None:
+def _stop_ranks(launcher: int, number: int) -> None:
     with suppress(psutil.NoSuchProcess):  # it ended meanwhile: no rank is left
         for child in psutil.Process(launcher).children(recursive=True):
             with suppress(psutil.NoSuchProcess):
                 words = child.cmdline()
                 if words[-3:-1] == ["megakd", "train"] and not any("deepspeed.launcher" in w for w in words):
-                    child.send_signal(signal.SIGUSR1)
+                    child.send_signal(number)

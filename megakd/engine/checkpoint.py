@@ -179,6 +179,11 @@ def last_sound(checkpoints: Path, world: World) -> tuple[Saved | None, list[str]
     return None, reasons
 
 
+def is_sound(saved: Saved, world: World) -> bool:
+    """Whether every byte of this rank's share of a checkpoint is as it was written."""
+    return not any(_damage(saved.folder, world))
+
+
 def _damage(folder: Path, world: World) -> Iterator[str]:
     """What is wrong with this rank's share of the files; nothing where a checkpoint lists no checksums."""
     known: dict[str, list[int]] = {}

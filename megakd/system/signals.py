@@ -88,11 +88,12 @@ def _forget() -> None:
 class StopSignals:
     """SIGTERM and SIGUSR1 ask for a checkpoint and an end; all ranks agree on the step.
 
-    asked: this process got a signal. agreed: some rank had one when all ranks last met.
+    asked: this process got a signal. agreed: some rank had one when all ranks last met. number: of this process's.
     """
 
     def __init__(self) -> None:
         self.asked = self.agreed = False
+        self.number: int | None = None
 
     def __enter__(self) -> "StopSignals":
         self.previous = {n: signal.signal(n, self._ask) for n in STOP_SIGNALS}
@@ -104,7 +105,12 @@ class StopSignals:
             signal.signal(number, signal.SIG_IGN if self.asked else handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
+        self.asked, self.number = True, number
+
+    @property
+    def name(self) -> str:
+        """Such as SIGTERM; of a signal that other ranks got alone it is not known."""
+        return "a signal" if self.number is None else signal.Signals(self.number).name
 
     def agree(self, world: "World", ready: bool = True) -> bool:
         """Let all ranks meet: sets `agreed`, and says whether every one of them is `ready`."""

@@ -11,7 +11,7 @@ from megakd.data.curriculum import open_curriculum
 from megakd.data.shards import ShardSet
 from megakd.data.stream import shards_digest
 from megakd.data.tokenizers import bos_of, bos_words, check_bos, identify_tokenizer, load_tokenizer
-from megakd.engine.checkpoint import Saved, check_ranks, check_shards, published
+from megakd.engine.checkpoint import Saved, check_ranks, check_shards, is_sound, published
 from megakd.engine.ds_json import deepspeed_config
 from megakd.engine.optim import assign_rules
 from megakd.errors import UserError
@@ -116,6 +116,14 @@ def reached_end(config: RunConfig, saved: Saved, dataset: ShardSet) -> bool:
     """Whether a checkpoint is the end of the last stage."""
     last = (len(config.stages) - 1, config.steps_of(config.stages[-1], len(dataset)))
     return (saved.progress.stage, saved.progress.stage_step) >= last
+
+
+def finished_training(run: Run) -> Saved | None:
+    """The checkpoint at the end of the last stage, where there is one and every byte of it is as it was written."""
+    saved = next(reversed(published(run.path("checkpoints"))), None)
+    if saved is None or not reached_end(run.config, saved, open_dataset(run)):
+        return None
+    return saved if is_sound(saved, World(0, 1, torch.device("cpu"))) else None
 
 
 def open_dataset(run: Run) -> ShardSet:

@@ -8,7 +8,7 @@ from megakd.config.checks import notices
 from megakd.data.curriculum import open_curriculum
 from megakd.data.shards import ShardSet
 from megakd.engine.base import CarryOver
-from megakd.engine.checkpoint import Saved, last_sound, remove_unpublished
+from megakd.engine.checkpoint import Saved, last_sound, published, remove_unpublished
 from megakd.identity import fingerprint
 from megakd.models.checks import LiveTeacher, find_live_teacher, student_identity
 from megakd.models.hub import load_config
@@ -19,6 +19,7 @@ from megakd.system.machine import describe_machine
 from megakd.system.signals import StopSignals
 from megakd.system.version import made_with
 from megakd.tracking import MetricLog, wandb_id
+from megakd.train.checks import reached_end
 from megakd.train.stage import StageTrainer, Training
 from megakd.train.validation import read_holdout
 
@@ -29,6 +30,11 @@ def train(run: Run, dataset: ShardSet, world: World, stop: StopSignals) -> bool:
     for reason in damaged:
         say(f"train: checkpoint skipped: {reason}")
         run.record("damaged checkpoint", reason=reason)
+    if saved and reached_end(run.config, saved, dataset):
+        if world.first:
+            remove_unpublished(run.path("checkpoints"))
+            say(finished_already(saved))
+        return True
     # before anything is recorded: a student without a config ends the training here
     student_config = load_config(run.student_folder)
     teacher = find_live_teacher(run.config, dataset.facts)
@@ -40,7 +46,10 @@ def train(run: Run, dataset: ShardSet, world: World, stop: StopSignals) -> bool:
     with closing(log) if log else nullcontext():
         holdout = read_holdout(run, world)
         shared = Training(run, dataset, holdout, teacher, curriculum, world, stop, student_config, log)
-        return train_stages(shared, saved)
+        finished = train_stages(shared, saved)
+    if world.first:
+        announce_end(run, finished, stop)
+    return finished
 
 
 def train_stages(training: Training, saved: Saved | None) -> bool:
@@ -89,6 +98,24 @@ def announce(run: Run, dataset: ShardSet, saved: Saved | None, teacher: LiveTeac
     run.record("train", **facts, **models, **job)
     if saved:
         say(f"train: going on from {saved.folder}")
+
+
+def announce_end(run: Run, finished: bool, stop: StopSignals) -> None:
+    """Say that training is finished, or say and record that a signal stopped it, and what is saved."""
+    saved = next(
+        (str(each.folder.relative_to(run.folder)) for each in reversed(published(run.path("checkpoints")))), None
+    )
+    if finished:
+        say(f"train: finished: {run.folder}/{saved}; next: evaluate, export, report")
+        return
+    run.record("stop", signal=stop.name, checkpoint=saved)
+    kept = f"; saved {saved}" if saved else " before the first step"
+    say(f"train: stopped by {stop.name}{kept}; the same command goes on")
+
+
+def finished_already(saved: Saved) -> str:
+    """What `train` says of a run whose last checkpoint is the end of its last stage."""
+    return f"train: finished already: {saved.folder}; next: evaluate, export, report"
 
 
 def open_log(run: Run, saved: Saved | None) -> MetricLog:

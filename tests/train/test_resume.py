@@ -7,6 +7,10 @@ import subprocess
 import pytest
 
 from megakd.run import Run
+from megakd.system.dist import read_world, take_device
+from megakd.system.signals import StopSignals
+from megakd.train.checks import check
+from megakd.train.loop import train
 from tests.conftest import command, files, forked, forked_ranks, in_process, kill_when, megakd, metrics
 from tests.forks import Forked
 
@@ -73,11 +77,29 @@ def test_signal_saves_a_checkpoint_and_leaves_with_85(sibling, ranks, engine, to
         if "experts 2/4" in line:
             process.send_signal(signal.SIGTERM)
             break
-    process.communicate()
+    said = process.communicate()[1] or ""
     assert process.returncode == 85
-    assert [p.name for p in stopped.path("checkpoints").glob("*/step-*")]
-    forked_ranks(ranks, "train", stopped.folder)
+    [saved] = stopped.path("checkpoints").glob("*/step-*")
+    place = saved.relative_to(stopped.folder)
+    assert said.count(f"train: stopped by SIGTERM; saved {place}; the same command goes on\n") == 1, said
+    [event] = stopped.events("stop")
+    assert (event["signal"], event["checkpoint"]) == ("SIGTERM", str(place))
+    assert forked_ranks(ranks, "train", stopped.folder).count("train: finished: ") == 1
     assert metrics(stopped.folder) == metrics(undisturbed.folder)
+    # again: at once, before the process that would start the ranks does so
+    for again in (in_process("train", stopped.folder), forked_ranks(ranks, "train", stopped.folder)):
+        assert again.count("train: finished already: ") == 1 and "going on from" not in again
+    assert len(stopped.events("train")) == 2
+
+
+@pytest.mark.parametrize("number, name", [(signal.SIGUSR1, "SIGUSR1"), (None, "a signal")])
+def test_stop_before_the_first_step_is_said(sibling, capsys, number, name):
+    """Also where another rank got the signal."""
+    run, stop = sibling(), StopSignals()
+    stop.asked, stop.number = True, number
+    assert not train(run, check(run), take_device(read_world()), stop)
+    assert f"train: stopped by {name} before the first step; the same command goes on\n" in capsys.readouterr().err
+    assert run.events("stop")[0]["checkpoint"] is None
 
 
 def test_a_new_run_goes_on_from_an_epochs_checkpoint(sibling, tmp_path):
