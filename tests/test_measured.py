@@ -46,11 +46,16 @@ def test_another_file_is_refused(tmp_path, text):
 
 def test_verbs_record_what_they_measured(prepared, sibling):
     """prepared: after compress, tokenize and generate-logits."""
-    (capture,) = read_rates(prepared / NAME)
+    rates = {rate["verb"]: rate for rate in read_rates(prepared / NAME)}
+    capture, tokenized = rates["generate-logits"], rates["tokenize"]
+    assert tokenized["tokens"] > 1000 and tokenized["tokens_per_second"] > 0
     assert capture["verb"] == "generate-logits" and capture["tokens"] > 1000 and capture["tokens_per_second"] > 0
     run = sibling("log.every_steps=100")
     in_process("train", run.folder)
-    (rate,) = read_json(run.path(NAME))["rates"]
+    in_process("evaluate", run.folder)
+    rates = {rate["verb"]: rate for rate in read_json(run.path(NAME))["rates"]}
+    assert rates["evaluate"]["flops_per_token"] > 1000 and rates["evaluate"]["tokens_per_second"] > 0
+    rate = rates["train"]
     tokens, seconds = rate["tokens"], rate["seconds"]
     assert rate["flops_per_token"] > capture["flops_per_token"] > 1000
     assert rate["verb"] == "train" and rate["engine"] == "local" and rate["micro_batch"] == 4

@@ -1,6 +1,7 @@
 """Documents to shards of packed tokens, resumable after every shard."""
 
 import hashlib
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
@@ -17,9 +18,11 @@ from megakd.data.tokenizers import bos_of, identify_tokenizer
 from megakd.data.tokenizing import tokenized
 from megakd.errors import UserError
 from megakd.identity import TokenizerIdentity
+from megakd.measured import record_rate
 from megakd.run import Run
 from megakd.system.files import read_sealed, settle
 from megakd.system.logging import Progress, say
+from megakd.system.machine import cpu_name
 from megakd.system.text import short
 from megakd.system.version import made_with
 
@@ -131,7 +134,7 @@ def tokenize_part(
         shards.append(summary_of(shard_name(len(shards)), found))
         state = State(**found["state"])
     done = sum(shard["tokens"] for shard in shards)
-    progress = Progress(f"tokenize {part}", budget, "tokens", done=done)
+    progress, before, began = Progress(f"tokenize {part}", budget, "tokens", done=done), done, time.perf_counter()
     with closing(_Windows(data, facts, tokenizer, tokenizer_folder, state)) as windows:
         while done < limit:
             samples = windows.take(min(per_shard, limit - done), progress)
@@ -157,6 +160,8 @@ def tokenize_part(
     progress.close(f"{state.documents} documents, {short(state.text_bytes)}B of text, {len(shards)} shards")
     if done < limit:
         say(f"tokenize {part}: the source ended after {done:,} of {limit:,} tokens")
+    seconds = time.perf_counter() - began
+    record_rate(run.folder, "tokenize", cpu_name(), done - before, seconds, max(data.workers, 1), part=part)
     padding = padding_share(shards, length)
     if data.packing == "documents":
         say(f"tokenize {part}: {state.windows:,} sequences of one document each; {padding:.0%} of a batch is padding")

@@ -7,6 +7,7 @@ Where training moves the routers of the teacher (objective.kind=sar) a checkpoin
 import functools
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,8 @@ from megakd.evals.holdout import Quality, Tokenizers, evaluate_model
 from megakd.evals.routers import RouterStatistics
 from megakd.evals.tasks import Harness, flat, metric_value
 from megakd.identity import TokenizerIdentity, packing_of, text_facts
+from megakd.measured import record_rate
+from megakd.models.flops import forward_flops
 from megakd.models.hub import load_model
 from megakd.models.isolation import check_config, check_model
 from megakd.models.routing import Router, choices, copies, find_routers, in_place_of
@@ -37,7 +40,7 @@ from megakd.run import Run
 from megakd.system.dist import read_world
 from megakd.system.files import digest, read_json, write_json
 from megakd.system.logging import say
-from megakd.system.machine import machine_load
+from megakd.system.machine import describe_machine, machine_load
 
 COMPARING = ("kl", "top1", "topk")  # those of them that need the teacher's targets
 TEACHER = ("teacher_nll", "teacher_perplexity", "teacher_kl")  # of the teacher with a checkpoint's routers
@@ -90,7 +93,7 @@ class Meter:
     """
 
     def __init__(self, run: Run, tasks: Sequence[str] | None = None):
-        self.config = run.config
+        self.config, self.folder = run.config, run.folder
         stored, tokens = (run.path("data", kind, "holdout") for kind in ("logits", "tokens"))
         self.compares = not run.config.objective.live or (stored / "manifest.json").exists()
         self.holdout = ShardSet(stored if self.compares else tokens)
@@ -216,7 +219,7 @@ class Meter:
     ) -> Quality:
         batch_size = self.config.eval.batch_size
         try:
-            return evaluate_model(
+            found = evaluate_model(
                 model,
                 self.holdout,
                 self.tokens_per_byte,
@@ -228,6 +231,18 @@ class Meter:
             )
         except OtherLogits as error:
             raise Unusable(f"{name}: {error}") from error
+        self._record_rate(model, found)
+        return found
+
+    def _record_rate(self, model: Any, found: Quality) -> None:
+        """Throughput of the forward passes, for `megakd plan --gpus`."""
+        settings: dict[str, Any] = {"batch_size": self.config.eval.batch_size}
+        with suppress(UserError):  # a model whose FLOPs are not known
+            length = self.config.data.sequence_length
+            settings["flops_per_token"] = forward_flops(model.config, length, "the model")
+        if math.isfinite(found.tokens_per_second):
+            device, seconds = describe_machine(self.device)["device"], found.positions / found.tokens_per_second
+            record_rate(self.folder, "evaluate", device, found.positions, seconds, 1, **settings)
 
     def _teacher_quality(self, subject: Subject) -> dict[str, Any]:
         """How good the teacher is with a checkpoint's routers, with as many experts a token as it was trained with."""

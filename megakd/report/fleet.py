@@ -53,7 +53,7 @@ def fleet_text(run: Run, fleet: Fleet, measured: Path | None, utilization: float
         table(["on disk, estimate", "bytes", ""], list(disk(run, step)), left=True),
         "",
         table(duration.HEADERS, list(duration.rows(works, fleet, rates, utilization)), left=True),
-        *other_times(run.config, teacher),
+        *other_times(run.config, teacher, rates),
     ]
     return "\n".join(parts)
 
@@ -90,9 +90,15 @@ def disk(run: Run, step: Step) -> Iterator[list[str]]:
     yield ["checkpoints", f"{short((kept + 1) * one)}B", f"{kept} that stay, and one that is being written"]
 
 
-def other_times(config: RunConfig, teacher: Any) -> Iterator[str]:
+def other_times(config: RunConfig, teacher: Any, rates: list[dict[str, Any]]) -> Iterator[str]:
     """Verbs that run on CPUs."""
-    yield "not in these times: communication, start-up, checkpoints; tokenize, which depends on CPUs and the source"
+    rate = next((rate for rate in rates if rate["verb"] == "tokenize"), None)
+    more = "" if rate else "; tokenize, which depends on CPUs and the source"
+    yield f"not in these times: communication, start-up, checkpoints{more}"
+    if rate:
+        each, workers = rate["tokens_per_second"], max(config.data.workers, 1)
+        took = duration.duration(config.data.tokens / each / workers)
+        yield f"tokenize: {took} with {workers} workers at {short(each)} tokens/s each, measured on {rate['device']}"
     if config.model.student is None:
         spec = spec_for(teacher, "the teacher")
         layers, experts = len(spec.layers), spec.experts
