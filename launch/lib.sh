@@ -19,13 +19,23 @@ number() { # NAME VALUE
   case $2 in '' | 0* | *[!0-9]*) refuse "$1=$2: expected a whole number above 0" ;; esac
 }
 
+explain() { sed -n '2,/^#SBATCH\|^[^#]/s/^# //p' "$0"; } # by the comment at the head of the file
+
 usage() {
-  sed -n '2,/^#SBATCH\|^[^#]/s/^# //p' "$0" >&2
+  explain >&2
   exit 2
+}
+
+help() { # WORD ...: where one of them asks for it
+  local word
+  for word; do
+    case $word in -h | --help) explain && exit 0 ;; esac
+  done
 }
 
 job_begin() {
   JOB=$(basename "$1")
+  help "${@:2}"
   [ $# -ge 2 ] || usage
   trap 'stopped=1' USR1 TERM
   read_settings
@@ -45,6 +55,14 @@ read_settings() {
     refuse "MEGAKD_CLUSTER_ENV=$MEGAKD_CLUSTER_ENV: no such file"
   fi
   export PYTHON=${PYTHON:-python}
+}
+
+check_python() { # MODULE ...: does PYTHON have them? In milliseconds, for it imports none
+  local lacks
+  command -v "$PYTHON" >/dev/null || refuse "PYTHON=$PYTHON: no such program"
+  lacks=$("$PYTHON" -c 'import sys; from importlib.util import find_spec
+sys.exit(", ".join(name for name in sys.argv[1:] if find_spec(name) is None) or None)' "$@" 2>&1) ||
+    refuse "PYTHON=$PYTHON does not have: $(tail -n 1 <<<"$lacks"); set PYTHON to the one in which MegaKD is installed"
 }
 
 job_meet() {
@@ -105,6 +123,8 @@ job_step() {
   # ranks that end with an error leave their code there: srun gives the highest, which is the 85 of ranks that it then ends
   export MEGAKD_EXIT_CODE=$run/.exit-${SLURM_JOB_ID:-0}
   rm -f "$MEGAKD_EXIT_CODE"-*
+  # of a container, this node knows nothing
+  [ -n "${CONTAINER[*]}${SRUN_OPTIONS[*]}" ] || check_python megakd
   if [ -z "$stopped" ]; then
     srun "${SRUN_OPTIONS[@]}" "${options[@]}" "${CONTAINER[@]}" "$PYTHON" -m megakd "$@" &
     step=$!
@@ -177,8 +197,8 @@ failed() { # WHY
   [ "$verb" != train ] || record_failure "$run" "$code"
 }
 
-record_failure() { # RUN CODE: tell `megakd watch` that no attempt follows
-  "$PYTHON" -c 'import sys; from megakd.run import Run
-Run.open(sys.argv[1]).record("train failed", code=int(sys.argv[2]), job=sys.argv[3])' \
+record_failure() { # RUN CODE: tell `megakd watch` that no attempt follows, where the training is not finished
+  "${CONTAINER[@]}" "$PYTHON" -c 'import sys; from megakd.finish import record_failure
+record_failure(*sys.argv[1:])' \
     "$1" "$2" "${SLURM_JOB_ID:-}" || say "$1: the failure could not be recorded; megakd watch does not learn of it"
 }

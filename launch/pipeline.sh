@@ -12,6 +12,7 @@ set -euo pipefail
 MEGAKD_LAUNCH=$(cd "$(dirname "$0")" && pwd)
 # shellcheck source=/dev/null
 . "$MEGAKD_LAUNCH/lib.sh"
+help "$@"
 dry=''
 if [ "${1:-}" = --dry-run ]; then
   dry=1
@@ -23,7 +24,8 @@ run=$1
 read_settings
 export MEGAKD_LAUNCH
 
-states=$("$PYTHON" -m megakd run "$run" --dry-run) || exit 2
+say "asking MegaKD what $run lacks; this takes some seconds"
+states=$("${CONTAINER[@]}" "$PYTHON" -m megakd run "$run" --dry-run) || exit 2
 lacks() { awk -v verb="$1" '$1 == verb && $2 == "runs" { found = 1 } END { exit !found }' <<<"$states"; }
 submitted=$run/pipeline.jobs
 [ -n "$dry" ] || mkdir -p "$run/slurm"
@@ -48,7 +50,7 @@ submit() { # STAGE DEPENDENCY "OPTIONS" WORD...
     return
   fi
   [[ $3 != *--array* ]] || log='%x-%A_%a.out'
-  line=(sbatch --parsable --kill-on-invalid-dep=yes --job-name="megakd-$stage" --output="$run/slurm/$log")
+  line=(sbatch --parsable --kill-on-invalid-dep=yes --job-name="$stage-megakd" --output="$run/slurm/$log")
   [ -z "$dependency" ] || line+=(--dependency="$dependency")
   line+=("${options[@]}" "${@:4}")
   if [ -n "$dry" ]; then
@@ -79,7 +81,7 @@ if lacks train; then
     submit watch "$(after after train)" "${WATCH_OPTIONS:-}" "$L/watch.sbatch" "$run"
     # so that watch ends when the training was cancelled or never started, which its own job does not record
     # shellcheck disable=SC2016 # for the bash of that job
-    record='grep -qx "train $2" "$1/pipeline.jobs" && . "$0/lib.sh" && record_failure "$1" 1'
+    record='grep -qx "train $2" "$1/pipeline.jobs" && . "$0/lib.sh" && read_settings && record_failure "$1" 1'
     submit failed "$(after afternotok train)" "--cpus-per-task=1 --time=10" \
       --wrap "bash -c ${record@Q} ${L@Q} ${run@Q} ${job[train]}"
   fi

@@ -15,6 +15,7 @@ MEGAKD_LAUNCH=$(cd "$(dirname "$0")" && pwd)
 . "$MEGAKD_LAUNCH/lib.sh"
 # shellcheck source=/dev/null
 . "$MEGAKD_LAUNCH/hosts.sh"
+help "$@"
 [ $# -ge 2 ] || usage
 case $1 in
   train | generate-logits | compress | watch) verb=$1 run=$2 hosts=() ;;
@@ -23,16 +24,18 @@ esac
 
 before=$(env)
 read_settings
-command -v "$PYTHON" >/dev/null || refuse "PYTHON=$PYTHON: no such program"
+check_python megakd deepspeed
 for name in MASTER_PORT MEGAKD_STALL DEEPSPEED_TIMEOUT; do
   [ -z "${!name:-}" ] || number "$name" "${!name}"
 done
+[ -n "${RANKS:-}${HOSTFILE:-}" ] ||
+  refuse "set RANKS, the number of ranks on this machine, or HOSTFILE, the file of the hosts"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # torch warns many times a step of calls that DeepSpeed makes
 export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore::FutureWarning:torch.distributed.c10d_logger}
 
 on_this_machine() { # ends as the launcher does; 85 where a signal stopped it
-  local ranks=${RANKS:-1} port where gpus launcher code=85
+  local ranks=$RANKS port where gpus launcher code=85
   number RANKS "$ranks"
   port=${MASTER_PORT:-$("$PYTHON" -c 'from megakd.system.launcher import free_port; print(free_port())')}
   where=(--hostfile '' --master_addr 127.0.0.1 --master_port "$port")
@@ -54,7 +57,7 @@ on_this_machine() { # ends as the launcher does; 85 where a signal stopped it
     # a session of its own, without USR1: the launchers would end and leave the ranks, or end them before they have saved
     (
       trap '' USR1
-      MEGAKD_LAUNCH_ID=$id exec setsid "$PYTHON" -m deepspeed.launcher.runner "${where[@]}" --log_level warning \
+      MEGAKD_LAUNCH_ID=$id exec setsid "$PYTHON" -m deepspeed.launcher.runner "${where[@]}" --log_level error \
         --no_local_rank --module megakd "$@"
     ) &
     launcher=$!
@@ -65,7 +68,15 @@ on_this_machine() { # ends as the launcher does; 85 where a signal stopped it
     end_processes
   fi
   [ -z "$stopped" ] || [ "$code" = 0 ] || [ "$code" = 2 ] || code=85
-  exit "$code"
+  end "$code"
+}
+
+end() { # CODE: in words too, after what DeepSpeed says of it
+  case $1 in
+    2) say "exit code 2: a user error, named above; correct it, then the same command goes on" ;;
+    85) say "stopped, exit code 85; the same command goes on from what is saved" ;;
+  esac
+  exit "$1"
 }
 
 # the first host's networks and a free port of it: "port P", and "INTERFACE ADDRESS" for each network
@@ -120,6 +131,15 @@ write_variables() { # FILE: for DeepSpeed, which takes neither blank lines nor c
 
 codes() { sed -nE 's/.*ssh exited with exit code ([0-9]+).*/\1/p' "$log" | sort -un; }
 
+what_failed() {
+  if [ -e "$MEGAKD_EXIT_CODE-2" ]; then
+    echo "a rank met a user error"
+  else
+    grep 'ssh exited with exit code' "$log" | grep -v 'code 85$' | tail -n 1 |
+      sed -E 's/^pdsh@[^:]*: //; /code 255$/s/^/a host failed: /; /^a host/!s/^/a rank failed: /'
+  fi
+}
+
 idle() { # SECONDS: has nothing been printed or written for so long? A watcher may wait as long as a training
   [ "$verb" != watch ] || [ -n "$stopped" ] || return 1
   [ -z "$(find -L "$log" "$run" -newermt "@$(($(date +%s) - $1))" -print -quit 2>/dev/null)" ]
@@ -137,7 +157,7 @@ watch_launcher() { # until it has ended, or has to be ended
     fi
     if [ -z "$failed" ] && codes | grep -qvx 85; then
       failed=$SECONDS
-      say "$(date +%T) a host failed: $(grep -h 'ssh exited with exit code' "$log" | tail -n 1); the others have 10 s to end"
+      say "$(date +%T) $(what_failed); the others have 10 s to end"
     fi
     if [ -n "$failed" ] && [ $((SECONDS - failed)) -ge 10 ]; then
       return
@@ -149,7 +169,7 @@ watch_launcher() { # until it has ended, or has to be ended
 }
 
 start=$(date +%Y%m%d-%H%M%S)-$$
-trap 'stopped=1' TERM USR1 INT HUP
+trap '[ -n "$stopped" ] || say "stopping: the ranks save"; stopped=1' TERM USR1 INT HUP
 [ -n "${HOSTFILE:-}" ] || on_this_machine "$@"
 read_hosts "$HOSTFILE"
 [ -z "${RANKS:-}" ] || refuse "RANKS=$RANKS and HOSTFILE=$HOSTFILE: the file's slots say how many ranks start; unset one"
@@ -214,4 +234,4 @@ elif [ "$code" = 85 ] && { [ -e "$MEGAKD_EXIT_CODE-1" ] || codes | grep -qvx 85;
   code=1
 fi
 rm -f "$MEGAKD_EXIT_CODE"-*
-exit "$code"
+end "$code"

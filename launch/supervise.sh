@@ -16,6 +16,7 @@ MEGAKD_LAUNCH=$(cd "$(dirname "$0")" && pwd)
 hosts=()
 # shellcheck source=/dev/null
 . "$MEGAKD_LAUNCH/hosts.sh"
+help "$@"
 [ $# -ge 2 ] || usage
 verb=$1 run=$2 attempt='' stopped=''
 read_settings
@@ -24,14 +25,16 @@ read_hosts "$HOSTFILE"
 for name in MEGAKD_MAX_RELAUNCHES MEGAKD_HOST_WAIT MEGAKD_MIN_HOSTS MEGAKD_HOST_GRACE MEGAKD_HOST_POLL; do
   [ -z "${!name:-}" ] || number "$name" "${!name}"
 done
+check_python megakd deepspeed
 export MEGAKD_STALL=${MEGAKD_STALL:-600}
 LAUNCH_ID=$(date +%Y%m%d-%H%M%S)-$$ # of all attempts, so that each ends what a lost host has kept
 export LAUNCH_ID
 most=${MEGAKD_MAX_RELAUNCHES:-10} patience=${MEGAKD_HOST_WAIT:-1800} least=${MEGAKD_MIN_HOSTS:-${#hosts[@]}}
 # answering, missing: of the file's hosts. chosen: those of an attempt. fits: numbers of ranks, where not all will do
 answering=() missing=() chosen=() fits=''
+declare -A why # of each missing host
 # returned: hosts that answered when they were last asked. grown: whether some ended an attempt by that
-returned='' grown=''
+returned='' grown='' started=''
 
 stop() {
   stopped=1
@@ -42,7 +45,7 @@ clock() { say "$(date +%T) $1"; }
 
 give_up() { # WHY CODE
   clock "$1"
-  [ "$verb" != train ] || record_failure "$run" "$2"
+  [ "$verb" != train ] || [ -z "$started" ] || record_failure "$run" "$2"
   exit "$2"
 }
 
@@ -60,17 +63,44 @@ check_least() { # VERB RUN WORD...: refuses a MEGAKD_MIN_HOSTS that does not fit
   fits+=" $all"
 }
 
-ask() { # HOST ...: adds those that answer, see the run and have Python to answering; sets missing to the others
-  local host folder found
-  folder=$(realpath "$run")
+misses() { # HOST FOLDER: why the host cannot train, in words; nothing where it can
+  local said
   # shellcheck disable=SC2016 # for the bash of the hosts
-  found=$(for host; do
-    { on_host "$host" 'cd "$1" && command -v "$2"' "$folder" "$PYTHON" &>/dev/null && echo "$host"; } &
-  done && wait)
+  said=$(on_host "$1" 'cd "$1" 2>/dev/null || exit 3; command -v "$2" || exit 4' "$2" "$PYTHON" 2>&1 >/dev/null)
+  case $? in
+    0) ;;
+    3) echo "no folder $2" ;;
+    4) echo "no $PYTHON" ;;
+    *) tail -n 1 <<<"${said:-no answer}" | sed 's/\r$//; s/^ssh: //' ;;
+  esac
+}
+
+ask() { # HOST ...: adds those that answer, see the run and have Python to answering; sets missing to the others, and why
+  local host folder reason
+  folder=$(realpath "$run")
   missing=()
+  while read -r host reason; do
+    why[$host]=$reason
+  done < <(for host; do echo "$host $(misses "$host" "$folder")" & done && wait)
   for host; do
-    if grep -qxF "$host" <<<"$found"; then answering+=("$host"); else missing+=("$host"); fi
+    if [ -z "${why[$host]-no answer}" ]; then answering+=("$host"); else missing+=("$host"); fi
   done
+}
+
+refuse_wrong_hosts() { # where waiting does not help: a name that does not exist, a key that the host refuses
+  local host
+  for host in "${missing[@]}"; do
+    case ${why[$host]} in
+      *'Could not resolve hostname'* | *'Permission denied'* | *'Host key verification failed'*)
+        refuse "host $host: ${why[$host]}; correct $HOSTFILE, or make this work: ssh -o BatchMode=yes $host true"
+        ;;
+    esac
+  done
+}
+
+reasons() { # of all missing hosts
+  local host
+  for host in "${missing[@]}"; do echo "host $host (${why[$host]})"; done | paste -sd, - | sed 's/,host /, host /g'
 }
 
 choose() { # sets chosen: of the hosts that answer, from the file's first on, as many as the run's ranks allow
@@ -91,10 +121,11 @@ choose_hosts() { # GRACE: all hosts, or GRACE seconds later those that answer, i
     ask "${missing[@]}"
     choose
     [ -z "$stopped" ] || return 0
+    [ -n "$started$said" ] || refuse_wrong_hosts
     if [ "${#missing[@]}" = 0 ] || { [ "${#chosen[@]}" -ge "$least" ] && [ $((SECONDS - since)) -ge "$grace" ]; }; then
       break
     fi
-    [ "$said" = "${missing[*]}" ] || clock "waiting for ${missing[*]}, not reached by ssh, or without $run or $PYTHON"
+    [ "$said" = "${missing[*]}" ] || clock "waiting for $(reasons)"
     said=${missing[*]}
     if [ $((SECONDS - since)) -ge "$patience" ]; then
       give_up "${missing[*]} did not answer for $patience s (MEGAKD_HOST_WAIT)" 1
@@ -103,7 +134,7 @@ choose_hosts() { # GRACE: all hosts, or GRACE seconds later those that answer, i
   done
   for host in "${hosts[@]}"; do
     if [[ " ${missing[*]} " = *" $host "* ]]; then
-      clock "going on without host $host, which does not answer"
+      clock "going on without host $host (${why[$host]})"
     elif [[ " ${chosen[*]} " != *" $host "* ]]; then
       clock "going on without host $host: the run can train on ${fits// /, } ranks"
     fi
@@ -148,6 +179,7 @@ start_attempt() { # VERB RUN WORD...: run.sh on the chosen hosts, to its end; se
     hostfile_of "${chosen[@]}" >"$hostfile"
     [ "$verb" != train ] || wait_for_lock
   fi
+  started=1
   # a session of its own: Ctrl-C reaches it once, from here
   HOSTFILE=$hostfile setsid bash "$MEGAKD_LAUNCH/run.sh" "$@" &
   attempt=$!

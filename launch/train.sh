@@ -4,8 +4,8 @@
 #   HOSTFILE=launch/hostfile.example launch/train.sh runs/a      on the hosts of a hostfile, over ssh
 # run.sh explains the variables.
 set -euo pipefail
-if [ $# -lt 1 ]; then
-  sed -n '2,5s/^# //p' "$0" >&2
-  exit 2
-fi
+# shellcheck source=/dev/null
+. "$(dirname "$0")/lib.sh"
+help "$@"
+[ $# -ge 1 ] || usage
 exec bash "$(dirname "$0")/run.sh" train "$@"

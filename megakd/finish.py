@@ -118,6 +118,20 @@ def missing_training(run: Run) -> str | None:
     return None if reached_end(run.config, saved, open_dataset(run)) else f"the last checkpoint is {saved.folder}"
 
 
+def record_failure(folder: str, code: str, job: str) -> None:
+    """Record in a run's history, for `megakd watch`, that its training failed and is not started again by itself.
+
+    Nothing is recorded of a training that is finished. code: its exit code; job: its Slurm job, or "".
+    """
+    run = Run.open(folder)
+    try:
+        lacks = missing_training(run) is not None
+    except UserError:  # what it would train with is damaged
+        lacks = True
+    if lacks:
+        run.record("train failed", code=int(code), job=job)
+
+
 def missing_evaluation(run: Run) -> str | None:
     """Which models have no line in evals.jsonl yet."""
     names = unmeasured(run)

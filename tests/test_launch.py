@@ -13,6 +13,7 @@ import pytest
 
 from megakd.commands.train import launch
 from megakd.errors import UserError
+from megakd.finish import record_failure
 from megakd.run import Run
 from tests.conftest import ROOT, files, in_process
 
@@ -32,6 +33,47 @@ def test_shellcheck_finds_nothing(script: Path):
 def test_without_a_run_it_prints_its_usage(script: Path):
     done = subprocess.run(["bash", str(script)], capture_output=True, text=True)
     assert done.returncode == 2 and f"{script.name}" in done.stderr and "RUN" in script.read_text()
+
+
+@pytest.mark.parametrize(
+    "script", [path for path in SCRIPTS[:-1] if path.name not in ("lib.sh", "hosts.sh")], ids=lambda p: p.name
+)
+def test_help_prints_the_usage_and_is_no_error(script: Path):
+    """pipeline.sh made a folder --help/slurm."""
+    done = subprocess.run(["bash", str(script), "--help"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith(script.name), done
+
+
+def test_names_of_jobs_differ_in_what_squeue_shows():
+    """It cuts them to 8 characters."""
+    names = [
+        re.findall("--job-name=(.*)", path.read_text())[0][:8] for path in SCRIPTS[:-1] if path.suffix == ".sbatch"
+    ]
+    assert len(set(names)) == 5, names
+
+
+def test_a_python_without_megakd_is_named(tmp_path, monkeypatch):
+    """`No module named 'deepspeed'`, which supervise.sh took for a fault and tried again."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "python").write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    (tmp_path / "python").chmod(stat.S_IRWXU)
+    (tmp_path / "hosts").write_text("n1 slots=1\n")
+    (tmp_path / "job").mkdir()
+    job = Job(tmp_path / "job", "exit 0")
+    variables = {"PYTHON": str(tmp_path / "python"), "HOSTFILE": str(tmp_path / "hosts"), "PYTHONPATH": ""}
+    found = [job.ended(**variables)]
+    for script in ("run.sh", "supervise.sh"):
+        done = subprocess.run(
+            ["bash", str(ROOT / "launch" / script), "train", str(tmp_path)],
+            env={**os.environ, **variables},
+            capture_output=True,
+            text=True,
+        )
+        found.append((done.returncode, done.stderr))
+    for code, said in found:
+        assert code == 2 and f"PYTHON={tmp_path / 'python'} does not have: megakd" in said, said
+        assert said.count("\n") == 1
+    assert not job.requeues()
 
 
 def test_hostfile_example_is_one_deepspeed_reads():
@@ -136,6 +178,7 @@ def test_hostfile_of_one_other_host_does_not_train_here(train_sh, tmp_path):
 def test_variables_of_the_launch_are_checked(train_sh, tmp_path):
     (tmp_path / "hosts").write_text("n1 slots=2\n")
     for variables, words in (
+        ({}, "set RANKS, the number of ranks on this machine, or HOSTFILE, the file of the hosts"),
         ({"RANKS": "two"}, "RANKS=two: expected a whole number"),
         ({"RANKS": "0"}, "RANKS=0: expected a whole number"),
         ({"MASTER_PORT": "x"}, "MASTER_PORT=x"),
@@ -217,11 +260,37 @@ def test_a_stop_on_one_machine_reaches_the_ranks_alone(tmp_path, number, code, e
         ["bash", str(ROOT / "launch" / "run.sh"), "train", str(tmp_path)],
         env={**os.environ, "PYTHON": str(stub), "RANKS": "1"},
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
     )
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     process.send_signal(signal.Signals[f"SIG{number}"])
-    assert (process.communicate(timeout=30), process.returncode) == (("", None), ends)
+    output, said = process.communicate(timeout=30)
+    assert (output, process.returncode) == ("", ends)
+    last = {85: "stopped, exit code 85; the same command goes on", 2: "exit code 2: a user error", 0: "stopping"}[ends]
+    assert said.startswith("run.sh: stopping: the ranks save\n") and last in said.splitlines()[-1], said
+
+
+@pytest.mark.parametrize(
+    "code, user_error, words",
+    [
+        (2, True, "a rank met a user error; the others have 10 s to end"),
+        (255, False, "a host failed: n1: ssh exited with exit code 255; the others"),
+        (247, False, "a rank failed: n1: ssh exited with exit code 247; the others"),
+    ],
+)
+def test_what_failed_on_a_host_is_said(train_sh, tmp_path, code, user_error, words):
+    """A user error was `a host failed`."""
+    (tmp_path / "hosts").write_text("n1 slots=1\nn2 slots=1\n")
+    (tmp_path / "python").write_text(
+        "#!/bin/bash\n"
+        '[ "$1" != -c ] || exit 0\n'
+        f"{'touch $MEGAKD_EXIT_CODE-2' if user_error else ':'}\n"
+        f"echo pdsh@vm: n1: ssh exited with exit code {code}; sleep 2; exit {code}\n"
+    )
+    found, said = train_sh(HOSTFILE=str(tmp_path / "hosts"))
+    assert found == code and words in said, said
+    assert ("exit code 2: a user error, named above" in said) == user_error
 
 
 def test_a_rank_that_hangs_on_one_machine_is_ended(tmp_path):
@@ -281,7 +350,7 @@ def array_job(folder: Path, variables: dict[str, str]) -> tuple[int, str]:
     """generate_logits.sbatch with an srun that prints the rank; its exit code and output."""
     (folder / "srun").write_text('#!/bin/sh\necho "$RANK $WORLD_SIZE"\n')
     (folder / "srun").chmod(stat.S_IRWXU)
-    environment = {"PATH": f"{folder}:{os.environ['PATH']}", **variables}
+    environment = {"PATH": f"{folder}:{os.environ['PATH']}", "PYTHON": sys.executable, **variables}
     script = str(ROOT / "launch" / "generate_logits.sbatch")
     done = subprocess.run(["bash", script, "runs/a"], capture_output=True, text=True, env=environment)
     return done.returncode, done.stdout + done.stderr
@@ -306,6 +375,7 @@ class Job:
         shutil.copy(ROOT / "launch" / script, copy)
         own = {
             "PATH": f"{self.folder}:{os.environ['PATH']}",
+            "PYTHON": sys.executable,
             "SLURM_JOB_ID": "7",
             "MEGAKD_LAUNCH": str(ROOT / "launch"),
         }
@@ -361,7 +431,10 @@ def test_the_85_of_ranks_that_srun_ends_does_not_hide_an_error(tmp_path, code, r
 def user_error(folder: Path, code: int) -> Path:
     """A Python whose `megakd` ends with this code by cli.main itself."""
     error = {1: "ValueError()", 2: "UserError('mine')"}[code]
-    program = f"from megakd import cli; from megakd.errors import UserError\ndef fail(argv): raise {error}\n"
+    program = (
+        "import sys\nif '-c' in sys.argv: sys.exit()\nfrom megakd import cli; from megakd.errors import UserError\n"
+    )
+    program += f"def fail(argv): raise {error}\n"
     path = folder / "python"
     path.write_text(f"#!{sys.executable}\n{program}cli.run_verb = fail\ncli.main()\n")
     path.chmod(stat.S_IRWXU)
@@ -402,6 +475,32 @@ def test_a_training_that_failed_for_good_tells_watch(prepared, tmp_path):
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 2, output
     assert [(event["code"], event["job"]) for event in Run.open(job.run).events("train failed")] == [(2, "7")]
+
+
+def test_a_training_that_is_finished_has_not_failed(sibling):
+    run = sibling()
+    in_process("train", run.folder)
+    for count in (0, 1):
+        record_failure(str(run.folder), "2", "")
+        assert len(run.events("train failed")) == count
+        shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
+
+
+def test_the_failure_is_recorded_by_a_python_in_a_container(tmp_path):
+    """PYTHON is a path of the container."""
+    (tmp_path / "site.env").write_text("CONTAINER=(echo enter)\nPYTHON=/only/there\n")
+    for script in (
+        f'MEGAKD_LAUNCH={ROOT}/launch; . "$MEGAKD_LAUNCH/lib.sh"; read_settings; record_failure run 2',
+        *re.findall("record='(.*)'", (ROOT / "launch" / "pipeline.sh").read_text()),
+    ):
+        (tmp_path / "pipeline.jobs").write_text("train 7\n")
+        done = subprocess.run(
+            ["bash", "-c", script, str(ROOT / "launch"), str(tmp_path), "7"],
+            env={**os.environ, "MEGAKD_CLUSTER_ENV": str(tmp_path / "site.env")},
+            capture_output=True,
+            text=True,
+        )
+        assert done.stdout.startswith("enter /only/there -c "), done
 
 
 def test_cluster_env_gives_variables_container_and_options(tmp_path):
@@ -507,7 +606,7 @@ class Chain:
         found = {}
         for line in self.lines.read_text().splitlines() if self.lines.exists() else []:
             words = dict(word.split("=", 1) for word in line.split() if word.startswith("--") and "=" in word)
-            found[words["--job-name"].removeprefix("megakd-")] = words.get("--dependency", "")
+            found[words["--job-name"].removesuffix("-megakd")] = words.get("--dependency", "")
             assert "--kill-on-invalid-dep=yes" in line
         return found
 
@@ -546,13 +645,13 @@ def test_pipeline_goes_on(tmp_path):
     ]
     chain.lines.write_text(chain.lines.read_text().lstrip("\n"))
     assert chain.dependencies() == {"train": "afterok:3", "finish": "afterok:101"}
-    assert chain.submit("")[1] == f"{chain.run}: finished\n"
+    assert chain.submit("")[1].startswith(f"{chain.run}: finished\n")
 
 
 def test_pipeline_dry_run_submits_nothing(tmp_path):
     chain = Chain(tmp_path)
     code, said = chain.submit(WHOLE, "--dry-run")
-    assert code == 0 and said.count("\n") == 7 and "--dependency=afterok:JOB_OF_TOKENIZE " in said, said
+    assert code == 0 and said.count("\n") == 8 and "--dependency=afterok:JOB_OF_TOKENIZE " in said, said
     assert not chain.lines.exists() and not list(chain.run.iterdir())
     done = subprocess.run(
         ["bash", str(ROOT / "launch" / "pipeline.sh"), "runs/a", "optim.lr=1"], capture_output=True, text=True

@@ -20,7 +20,7 @@ DEEPSPEED = ("engine.kind=deepspeed", "engine.config=zero3")
 UNTIL_STOPPED = "RANK=0 bash -c 'trap \"exit 85\" USR1; for i in {1..1500}; do sleep 0.02; done; exit 9'"
 PROGRAMS = {
     # hosts are this machine, but for those that `down` lists
-    "ssh": 'grep -qx "${@: -2:1}" "$FOLDER/down" && exit 255\nexec bash -c "${@: -1}"',
+    "ssh": 'if grep -qx "${@: -2:1}" "$FOLDER/down"; then echo "${WHY:-}" >&2; exit 255; fi\nexec bash -c "${@: -1}"',
     "ip": "echo 2: eth0 inet 10.0.0.1/24 scope global eth0",
     "python": """
         [ "$2" = deepspeed.launcher.runner ] || exec "$REAL" "$@"
@@ -92,8 +92,8 @@ def test_a_lost_host_is_left_out_and_taken_back(sibling, tmp_path):
     said = supervisor.said()
     assert supervisor.attempts() == ["n1 n2", "n1", "n1 n2"], said
     for words in (
-        "waiting for n2, not reached by ssh",
-        "going on without host n2, which does not answer",
+        "waiting for host n2 (no answer)",
+        "going on without host n2 (no answer)",
         "n2 answers again: the ranks save, to go on with n1 n2",
         "attempt 1 ended with exit code 85",
     ):
@@ -103,12 +103,36 @@ def test_a_lost_host_is_left_out_and_taken_back(sibling, tmp_path):
 def test_hosts_are_all_awaited_unless_fewer_are_allowed(sibling, tmp_path):
     supervisor = Supervisor(tmp_path, sibling(*DEEPSPEED), 2, ["exit 0"])
     supervisor.down("n1")
-    supervisor.start()
-    supervisor.wait_for("waiting for n1")
+    supervisor.start(WHY="ssh: connect to host n1 port 22: Connection refused")
+    supervisor.wait_for("waiting for host n1 (connect to host n1 port 22: Connection refused)\n")
     time.sleep(3)
     assert "attempt 0" not in supervisor.said()
     supervisor.down()
     assert supervisor.ended() == 0 and supervisor.attempts() == ["n1 n2"]
+
+
+@pytest.mark.parametrize(
+    "why",
+    ["Could not resolve hostname n2: Name or service not known", "root@n2: Permission denied (publickey)."],
+)
+def test_a_host_that_waiting_does_not_help_is_refused_at_the_start(sibling, tmp_path, why):
+    """A typo in the hostfile: it waited half an hour, and said that the training had failed."""
+    run = sibling(*DEEPSPEED)
+    supervisor = Supervisor(tmp_path, run, 2, ["exit 0"])
+    supervisor.down("n2")
+    supervisor.start(WHY=f"ssh: {why}")
+    assert supervisor.ended() == 2 and not supervisor.attempts()
+    assert f"host n2: {why}; correct " in supervisor.said() and supervisor.said().count("\n") == 1
+    assert not run.events("train failed")
+
+
+def test_a_training_that_never_started_has_not_failed(sibling, tmp_path):
+    run = sibling(*DEEPSPEED)
+    supervisor = Supervisor(tmp_path, run, 2, ["exit 0"])
+    supervisor.down("n2")
+    supervisor.start(MEGAKD_HOST_WAIT="1")
+    assert supervisor.ended() == 1 and "n2 did not answer for 1 s" in supervisor.said()
+    assert not run.events("train failed")
 
 
 def test_only_hosts_whose_ranks_the_batch_divides_among_train(sibling, tmp_path):

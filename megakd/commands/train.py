@@ -1,7 +1,8 @@
 """Distil the student, stage by stage, from cached teacher logits or a live teacher; resumes from its last checkpoint.
 
 With engine.kind=deepspeed and engine.ranks > 1 it starts the deepspeed launcher on this machine; on more machines start
-it with launch/train.sh or launch/train.sbatch. SIGTERM and SIGUSR1 save a checkpoint and leave with exit code 85.
+it with launch/train.sh or launch/train.sbatch. SIGTERM and SIGUSR1 save a checkpoint and leave with exit code 85,
+as does Ctrl-C where it started a launcher.
 
 examples:
   megakd train runs/a
@@ -96,6 +97,8 @@ def launch(run: Run) -> int:
         while (code := _ended(process, stop)) is None:
             # again and again: a rank may start after the signal, or get it before its handlers are set
             if stop.asked and time.monotonic() - told > SECONDS_BETWEEN_SIGNALS:
+                if told == -math.inf and stop.number is not None:  # of Ctrl-C, run.sh says it
+                    say("train: stopping: the ranks save")
                 told = time.monotonic()
                 _stop_ranks(process.pid, stop.number or signal.SIGTERM)
     return STOPPED if stop.asked and code not in (0, USER_ERROR) else code

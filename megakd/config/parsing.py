@@ -1,6 +1,7 @@
 """A recipe or a run's config.json, with overrides, as a RunConfig; errors name the key and what would be right."""
 
 import json
+import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -173,6 +174,9 @@ def apply_overrides(raw: dict[str, Any], overrides: Iterable[str]) -> dict[str, 
         path, equals, text = item.partition("=")
         if not equals or not path:
             raise UserError(f"override {item!r}: expected section.key=value, like optim.lr=1e-4")
+        dotted = re.sub(r"\[(\d+)\]", r".\1", path)
+        if dotted != path:
+            raise UserError(f"override {item!r}: write {dotted}={text}")
         try:
             value = json.loads(text)
         except json.JSONDecodeError:
@@ -185,7 +189,7 @@ def _set(node: Any, keys: list[str], value: Any, item: str) -> None:
     for key, following in zip(keys, [*keys[1:], None], strict=True):
         if isinstance(node, list):
             if not key.isdigit() or int(key) >= len(node):
-                raise UserError(f"override {item!r}: {key!r} is no index into a list of {len(node)}")
+                raise UserError(f"override {item!r}: {_right_index(node, keys, key, item)}")
             place: Any = int(key)
         elif isinstance(node, dict):
             place = key
@@ -197,6 +201,14 @@ def _set(node: Any, keys: list[str], value: Any, item: str) -> None:
             if isinstance(node, dict):
                 node.setdefault(place, {})
             node = node[place]
+
+
+def _right_index(node: list[Any], keys: list[str], key: str, item: str) -> str:
+    """What to write instead of `key`, which may be the name of an element, as stages have one."""
+    named = [index for index, each in enumerate(node) if isinstance(each, dict) and each.get("name") == key]
+    if named:
+        return f"write {item.replace(f'.{key}', f'.{named[0]}', 1)}"
+    return f"{key!r} is no index into a list of {len(node)}; {keys[0]} are counted from 0: {keys[0]}.0"
 
 
 def _with_deepspeed(config: RunConfig, folder: Path) -> RunConfig:

@@ -2,6 +2,7 @@
 
 import netrc
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -10,6 +11,7 @@ from pathlib import Path
 from megakd.doctor.findings import Finding, fault, ok, warn
 from megakd.doctor.machine import output_of
 from megakd.errors import listed
+from megakd.names import shipped
 
 WANDB_HOST = "api.wandb.ai"
 BAD_STATES = ("down", "drain", "fail", "error", "unk", "no_respond")  # beginnings of sinfo's states
@@ -26,22 +28,40 @@ def check_slurm() -> Iterator[Finding]:
         said = "no answer" if ping is None else (ping[1] + ping[2]).strip().partition("\n")[0]
         yield warn("Slurm", f"its controller does not answer: {said}", "ask the administrators, or use ssh")
         return
-    nodes = output_of(["sinfo", "--noheader", "--Node", "--format=%N %P %t"])
+    nodes = output_of(["sinfo", "--noheader", "--Node", "--format=%N %P %t %c %m"])
     if nodes is None or nodes[0]:
         yield warn("Slurm", f"sinfo fails: {'no answer' if nodes is None else nodes[2].strip()}", "see: sinfo")
         return
     yield judge_nodes(nodes[1])
+    yield from judge_sizes(nodes[1])
 
 
 def judge_nodes(text: str) -> Finding:
-    """text: a line NODE PARTITION STATE for each node and partition, as sinfo prints them."""
-    states = {words[0]: words[2] for line in text.splitlines() if len(words := line.split()) == 3}
-    partitions = {line.split()[1].rstrip("*") for line in text.splitlines() if len(line.split()) == 3}
+    """text: a line NODE PARTITION STATE CPUS MEGABYTES for each node and partition, as sinfo prints them."""
+    lines = [words for line in text.splitlines() if len(words := line.split()) == 5]
+    states = {words[0]: words[2] for words in lines}
+    partitions = {words[1].rstrip("*") for words in lines}
     bad = [f"{node} ({state})" for node, state in states.items() if state.startswith(BAD_STATES) or state[-1:] == "*"]
     found = f"{len(states)} nodes in {listed(sorted(partitions))}"
     if bad and len(bad) == len(states):
         return fault("Slurm", f"{found}, none can be used: {listed(bad)}", "sinfo -R says why")
     return warn("Slurm", f"{found}, down: {listed(bad)}", "sinfo -R says why") if bad else ok("Slurm", found)
+
+
+def judge_sizes(text: str) -> Iterator[Finding]:
+    """Which job files ask for more CPUs or memory for a task than any node has: Slurm lets such a job wait for ever."""
+    lines = [words for line in text.splitlines() if len(words := line.split()) == 5]
+    sizes = [(int(words[3].rstrip("+")), int(words[4].rstrip("+"))) for words in lines]
+    too_large = []
+    for path in sorted(shipped("launch", "").glob("*.sbatch")):
+        asked = dict(re.findall(r"^#SBATCH --(cpus-per-task|mem-per-cpu)=(\d+)", path.read_text(), re.MULTILINE))
+        cpus = int(asked["cpus-per-task"])
+        megabytes = cpus * int(asked.get("mem-per-cpu", 0))
+        if not any(cpus <= node_cpus and megabytes <= node_megabytes for node_cpus, node_megabytes in sizes):
+            too_large.append(f"{path.name} ({cpus} CPUs{f', {megabytes} MB' if megabytes else ''})")
+    if sizes and too_large:
+        most = f"no node has what a task asks for; the largest has {max(cpus for cpus, _ in sizes)} CPUs"
+        yield warn("Slurm", f"{most}: {listed(too_large)}", "sbatch --cpus-per-task=N (docs/launching.md)")
 
 
 def hub_cache() -> Path:

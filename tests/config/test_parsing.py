@@ -1,5 +1,6 @@
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,19 @@ LIVE = {
     "log.wandb",
     "log.wandb_project",
 }
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("stages[0].tokens=9", "write stages.0.tokens=9"),
+        ("stages.all.tokens=9", "write stages.0.tokens=9"),
+        ("stages.7.tokens=9", "'7' is no index into a list of 1; stages are counted from 0: stages.0"),
+    ],
+)
+def test_a_stage_that_is_named_otherwise_is_named_rightly(override, words):
+    with pytest.raises(UserError, match=f"{re.escape(override)}': {re.escape(words)}$"):
+        apply_overrides({"stages": [{"name": "all"}]}, [override])
 
 
 def write(folder: Path, value: Any, name: str = "recipe.json") -> Path:

@@ -3,7 +3,7 @@
 import pytest
 
 from megakd.doctor import services
-from megakd.doctor.services import check_hub, check_slurm, check_wandb, judge_nodes
+from megakd.doctor.services import check_hub, check_slurm, check_wandb, judge_nodes, judge_sizes
 
 UP = "Slurmctld(primary) at head is UP\n"
 
@@ -11,9 +11,14 @@ UP = "Slurmctld(primary) at head is UP\n"
 @pytest.mark.parametrize(
     "ping, nodes, mark, words",
     [
-        ((0, UP, ""), (0, "n1 main* idle\nn2 main* mix\n", ""), "ok", "2 nodes in main"),
-        ((0, UP, ""), (0, "n1 main* idle\nn2 main* down*\nn2 big drain\n", ""), "warn", "down: n2"),
-        ((0, UP, ""), (0, "n1 main* down*\n", ""), "fault", "none can be used: n1 (down*)"),
+        ((0, UP, ""), (0, "n1 main* idle 8 9000\nn2 main* mix 8 9000\n", ""), "ok", "2 nodes in main"),
+        (
+            (0, UP, ""),
+            (0, "n1 main* idle 8 9000\nn2 main* down* 8 9000\nn2 big drain 8 9000\n", ""),
+            "warn",
+            "down: n2",
+        ),
+        ((0, UP, ""), (0, "n1 main* down* 8 9000\n", ""), "fault", "none can be used: n1 (down*)"),
         ((0, "Slurmctld(primary) at head is DOWN\n", ""), None, "warn", "is DOWN"),
         ((1, "", "Unable to contact slurm controller"), None, "warn", "Unable to contact"),
         (None, None, "warn", "no answer"),
@@ -32,7 +37,22 @@ def test_no_slurm(monkeypatch):
 
 
 def test_a_node_of_several_partitions_is_counted_once():
-    assert judge_nodes("n1 a idle\nn1 b idle\n").found == "1 nodes in a, b"
+    assert judge_nodes("n1 a idle 8 9000\nn1 b idle 8 9000\n").found == "1 nodes in a, b"
+
+
+@pytest.mark.parametrize(
+    "nodes, words",
+    [
+        ("n1 main* idle 8 9000\nn2 main* idle 2 100\n", None),
+        ("n1 main* idle 4 9000\n", "the largest has 4 CPUs: generate_logits.sbatch (8 CPUs), job.sbatch (8 CPUs)"),
+        ("n1 main* idle 16 4000\n", "compress.sbatch (4 CPUs, 6000 MB)"),
+    ],
+)
+def test_nodes_that_are_smaller_than_what_job_files_ask_for(nodes, words):
+    """Every job waited for ever, PENDING (PartitionConfig)."""
+    found = list(judge_sizes(nodes))
+    assert [each.mark for each in found] == ["warn"] * (words is not None)
+    assert words is None or words in found[0].found, found
 
 
 def test_the_hubs_cache(monkeypatch, tmp_path):

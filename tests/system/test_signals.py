@@ -114,7 +114,7 @@ def test_a_late_signal_does_not_change_the_exit_code():
 LAUNCHER = """#!/bin/sh
 [ "$1" = -c ] && exec echo 1
 sleep 0.7
-PYTHON -c '
+RANK=0 PYTHON -c '
 import signal, sys, time
 signal.signal(signal.SIGUSR1, lambda *_: sys.exit(85))
 time.sleep(30)' megakd train RUN
@@ -122,14 +122,15 @@ exit 246
 """
 
 
-def test_a_signal_reaches_ranks_that_start_after_it(sibling, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_reaches_ranks_that_start_after_it(sibling, tmp_path, monkeypatch, number):
     """The launcher was still importing when it came: nobody was told, and the training went on."""
     program = tmp_path / "python"
     program.write_text(LAUNCHER.replace("PYTHON", sys.executable))
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
     monkeypatch.setattr("megakd.commands.train.SECONDS_BETWEEN_SIGNALS", 0.3)
-    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGUSR1))
+    timer = threading.Timer(0.3, os.kill, (os.getpid(), number))
     timer.start()
     start = time.monotonic()
     assert launch(sibling()) == 85
