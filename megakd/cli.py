@@ -5,14 +5,12 @@ import gc
 import importlib
 import os
 import sys
-from contextlib import suppress
-from pathlib import Path
 from types import ModuleType
 
 from megakd.errors import UserError
 from megakd.system.files import CANNOT_WRITE
 from megakd.system.launcher import read_launcher
-from megakd.system.signals import end_on_stop_signals, ignore_stop_signals
+from megakd.system.signals import USER_ERROR, end_on_stop_signals, ignore_stop_signals, leave_code
 from megakd.system.terminal import accept_any_encoding, leave_closed_pipe
 from megakd.system.version import library_versions, version_line
 
@@ -150,8 +148,8 @@ def run_command_line() -> None:
         sys.stdout.flush()  # here, where a closed pipe is no traceback, and not when the interpreter ends
     except UserError as error:
         sys.stderr.write(f"megakd{_rank()}: {error}\n")
-        _leave_code(2)
-        sys.exit(2)
+        leave_code(USER_ERROR)
+        sys.exit(USER_ERROR)
     except KeyboardInterrupt:
         sys.stderr.write("megakd: interrupted\n")
         sys.exit(130)
@@ -159,15 +157,8 @@ def run_command_line() -> None:
         leave_closed_pipe()
         raise
     except Exception:
-        _leave_code(1)
+        leave_code(1)
         raise
-
-
-def _leave_code(code: int) -> None:
-    """Tell launch/lib.sh of an error: srun ends the other ranks, whose 85 hides the lower code."""
-    if prefix := os.environ.get("MEGAKD_EXIT_CODE"):
-        with suppress(OSError):
-            Path(f"{prefix}-{code}").touch()
 
 
 def _load(verb: list[str]) -> None:

@@ -34,8 +34,7 @@ from megakd.system.dist import (
 )
 from megakd.system.files import locked
 from megakd.system.logging import say
-from megakd.system.signals import STOPPED, StopSignals
-from megakd.system.verbs import USER_ERROR
+from megakd.system.signals import STOPPED, USER_ERROR, StopSignals
 from megakd.train.checks import check, check_world, finished_training, was_launched
 from megakd.train.loop import finished_already, train
 

@@ -5,6 +5,8 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from threading import RLock, Thread
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     from megakd.system.dist import World
 
 STOPPED = 85  # exit code: stopped by a signal, what is finished is saved; schedulers requeue on it
+USER_ERROR = 2  # exit code
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 _ending = RLock()
@@ -54,6 +57,13 @@ def end_with_parent(number: int) -> Callable[[], None]:
     return prepare
 
 
+def leave_code(code: int) -> None:
+    """Tell launch/lib.sh, and the other ranks that srun then ends, of an error; srun's own code is their 85."""
+    if prefix := os.environ.get("MEGAKD_EXIT_CODE"):
+        with suppress(OSError):
+            Path(f"{prefix}-{code}").touch()
+
+
 def _listen(reading: int) -> None:
     while True:
         number = os.read(reading, 1)[0]
@@ -64,7 +74,9 @@ def _listen(reading: int) -> None:
 def _end(number: int, frame: FrameType | None = None) -> None:
     with _ending:  # one line, whichever of the two threads comes first
         name = signal.Signals(number).name
-        os.write(2, f"megakd: stopped by {name}; what is finished is kept, the same command goes on\n".encode())
+        prefix = os.environ.get("MEGAKD_EXIT_CODE")
+        if not prefix or not os.path.exists(f"{prefix}-{USER_ERROR}"):  # another rank has said what to correct
+            os.write(2, f"megakd: stopped by {name}; what is finished is kept, the same command goes on\n".encode())
         os._exit(STOPPED)
 
 

@@ -11,9 +11,7 @@ from types import FrameType
 
 from megakd.errors import UserError
 from megakd.system.logging import say
-from megakd.system.signals import STOP_SIGNALS, STOPPED, end_with_parent
-
-USER_ERROR = 2
+from megakd.system.signals import STOP_SIGNALS, STOPPED, USER_ERROR, end_with_parent
 
 
 class VerbFailed(Exception):

@@ -9,7 +9,7 @@ import sys
 from megakd.config.run import RunConfig
 from megakd.errors import UserError
 from megakd.run import Run
-from megakd.system.verbs import USER_ERROR
+from megakd.system.signals import USER_ERROR
 
 
 def misfit(config: RunConfig, ranks: int) -> str | None:

@@ -65,6 +65,20 @@ def test_a_long_call_of_a_library_is_no_hiding_place():
     assert time.monotonic() - start < 5
 
 
+def test_a_rank_does_not_contradict_the_user_error_of_another(tmp_path, monkeypatch):
+    """srun ends the others, and they said that the same command goes on."""
+    monkeypatch.setitem(PYTHON, "MEGAKD_EXIT_CODE", str(tmp_path / ".exit-1"))
+    for left, said in ((1, "megakd: stopped by SIGTERM"), (2, "")):
+        (tmp_path / f".exit-1-{left}").touch()
+        process = python(
+            "import time; from megakd.system.signals import *; end_on_stop_signals(); print('ready', flush=True);"
+            "time.sleep(60)"
+        )
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        output = ended(process, signal.SIGTERM)
+        assert output.startswith(said) and bool(output) == bool(said)
+
+
 @pytest.mark.ranks
 def test_a_rank_that_waits_for_the_others_ends_with_85(sibling):
     run = sibling("engine.kind=deepspeed", "engine.ranks=2")
