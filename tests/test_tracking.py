@@ -138,6 +138,16 @@ def test_progress_ends_with_a_summary_unless_quiet(capsys):
         )
 
 
+def test_progress_ends_with_the_tokens_that_its_rate_is_about(capsys):
+    """Of two workers each said the tokens of both and its own rate."""
+    progress = Progress("generate-logits", 1000, "tokens", done=100)
+    progress.start -= 10
+    progress.update(300)
+    progress.add_others(600)
+    progress.close()
+    assert capsys.readouterr().err == "generate-logits: 300 of 1k tokens in 0:10, 30 tokens/s\n"
+
+
 def test_say_goes_to_stderr(capsys):
     say("hello")
     assert capsys.readouterr() == ("", "hello\n")

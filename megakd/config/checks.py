@@ -64,13 +64,14 @@ def check_evaluation(config: EvalConfig) -> None:
         raise UserError(f"eval.task_folder: {config.task_folder} is no folder")
 
 
-def notices(config: RunConfig, windows: int | None = None) -> list[str]:
+def notices(config: RunConfig, windows: int | None = None, begun: int = 0) -> list[str]:
     """A line for each thing that is done otherwise than the configuration may lead to expect.
 
     windows: those of the training shards, which say how long a stage of epochs is; None where there are none yet.
+    begun: stages that have begun, of which nothing is said again.
     """
     found = [*config.dropped, *(str(each) for each in idle_fields(config))]
-    for stage in config.stages:
+    for stage in config.stages[begun:]:
         if config.objective.trains_routers and config.at(stage).objective.alpha == 0:
             found.append(
                 f"stage {stage.name}: objective.alpha=0: the student learns from cross entropy alone, the routers from "

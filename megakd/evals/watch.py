@@ -75,11 +75,20 @@ def watch(run: Run, follower: Follower, once: bool = False, follow: bool = False
 
 def progress(run: Run, follower: Follower, seconds: float) -> str:
     """`watch  3/12 checkpoints  25%  1 waits  ETA 6:09`; seconds: what one takes; the ETA is without training's own."""
-    done, waiting = len(follower.lines().keys() | follower.settled()), len(follower.pending())
-    every = run.config.checkpoint.every_steps
-    total = max(sum(-(-steps // every) for steps in stage_steps(run)), done + waiting)
+    settled = follower.lines().keys() | follower.settled()
+    waiting = follower.pending().keys() - settled  # of another process: one that has its line already
+    done, total = len(settled), len(settled | waiting | expected(run))
     left = clock(seconds * (total - done))
-    return f"watch  {done}/{total} checkpoints  {done / total:4.0%}  {waiting} waiting  ETA {left}"
+    return f"watch  {done}/{total} checkpoints  {done / total:4.0%}  {len(waiting)} waiting  ETA {left}"
+
+
+def expected(run: Run) -> set[str]:
+    """The names of the checkpoints of an undisturbed training; a stop saves more."""
+    names, first, every = set(), 0, run.config.checkpoint.every_steps
+    for stage, steps in zip(run.config.stages, stage_steps(run), strict=True):
+        names |= {f"{stage.name}/step-{first + step:06d}" for step in (*range(every, steps, every), steps)}
+        first += steps
+    return names
 
 
 def ended(run: Run, follower: Follower) -> bool:

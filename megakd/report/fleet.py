@@ -32,19 +32,26 @@ def fleet_text(run: Run, fleet: Fleet, measured: Path | None, utilization: float
     pair, note = layouts.pair_of(run)
     say("plan: running a training step on tensors without data; this takes a minute for a large student")
     step = layouts.open_step(run, pair, run.config.engine.activation_checkpointing)
+    asked = step.config.optim.micro_batch
+    size = next(each for each in layouts.micro_batches(step.config, fleet) if each <= asked)
+    step = step._replace(config=layouts.with_micro_batch(step.config, size))
     found = layouts.divisions(step, fleet)
     chosen, needs = layouts.choose(found), ""
     if chosen is None and not run.config.engine.activation_checkpointing:
         needs = "; nothing fits without activation checkpointing, so it is on"
         step = layouts.open_step(run, pair, checkpointing=True)
+        step = step._replace(config=layouts.with_micro_batch(step.config, size))
         found = layouts.divisions(step, fleet)
         chosen = layouts.choose(found)
     teacher = load_config(resolve(run.config.model.teacher, run.config.model.revision, weights=False))
     works = list(duration.works(step.config, pair.student, teacher, fleet))
-    gpu, size = fleet.gpu, step.config.optim.micro_batch
+    gpu, own = (
+        fleet.gpu,
+        "" if size == asked else f" (optim.micro_batch={asked} does not divide a GPU's share of a step)",
+    )
     parts = [
         f"memory per GPU in GiB, predicted, {fleet.gpus} x {gpu.name} ({gpu.memory / GIB:.0f} GB, of which tensors may "
-        f"take {layouts.room(gpu) / GIB:.1f}), micro-batch {size}{needs}",
+        f"take {layouts.room(gpu) / GIB:.1f}), micro-batch {size}{own}{needs}",
         table(layouts.HEADERS, list(layouts.rows(found, fleet))),
         f"take: {layouts.advice(chosen, found, step, fleet)}",
         *([f"student: {note}"] if note else []),

@@ -118,9 +118,13 @@ def compression(run: Run) -> list[list[str]]:
     tokens = settings.calibration_tokens
     calibration = f"{tokens:,} tokens of calibration" if tokens else "no calibration"
     seconds, memory = fit_costs(settings, layers, experts, *spec.sizes)
+    fits = layers * len(PROJECTIONS)
     lasts = "unknown time with solver=adam" if seconds is None else f"up to {seconds / 3600:.2g} core-hours of fits"
     return [
-        ["compress", f"{compress_tasks(settings, layers)} tasks for any number of processes, {calibration}"],
+        [
+            "compress",
+            f"{compress_tasks(settings, layers)} tasks ({fits} fits) for any number of processes, {calibration}",
+        ],
         [
             "compress takes",
             f"about {short(memory)}B a process, {lasts} (an estimate); calibration and planning add to it",
@@ -198,12 +202,8 @@ def lengths(run: Run) -> list[list[str]]:
     stored = tokens + data.holdout_tokens
     upper = cached_bytes(logits)
     cached = not config.objective.live
-    rows = [
-        [
-            "tokens to cache" if cached else "tokens",
-            f"{short(stored)} in {shards} shards of {short(data.shard_tokens)}",
-        ],
-    ]
+    trained = f"{short(tokens)} in {shards} shards of {short(data.shard_tokens)}"
+    rows = [["tokens to cache" if cached else "tokens", f"{trained}, and {short(data.holdout_tokens)} to validate"]]
     if cached:
         rows.append(["cache on disk", f"at most about {short(stored * upper)}B ({upper:.0f} bytes per token)"])
     for stage in config.stages:

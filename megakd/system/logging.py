@@ -52,7 +52,9 @@ class Progress:
     def close(self, note: str = "") -> None:
         if not self.quiet:
             seconds = time.perf_counter() - self.start
-            rate = (self.done - self.before) / max(seconds, 1e-9)
-            counts = f"{short(self.done)} {self.unit} in {clock(seconds)}, {short(rate)} {self.unit}/s"
+            mine = self.done - self.before
+            of_all = f" of {short(self.done)}" if self.before else ""  # the others: earlier, or by other processes
+            rate = short(mine / max(seconds, 1e-9))
+            counts = f"{short(mine)}{of_all} {self.unit} in {clock(seconds)}, {rate} {self.unit}/s"
             sys.stderr.write(("\r\x1b[K" if self.terminal else "") + f"{self.name}: {counts}  {note}".rstrip() + "\n")
             sys.stderr.flush()

@@ -87,7 +87,7 @@ def train_stage(
 
 def announce(run: Run, dataset: ShardSet, saved: Saved | None, teacher: LiveTeacher | None, world: World) -> None:
     """Say and record that training starts, or from which checkpoint it goes on."""
-    for line in notices(run.config, len(dataset)):
+    for line in notices(run.config, len(dataset), saved.progress.stage + 1 if saved else 0):
         say(f"train: {line}")
     models: dict[str, Any] = {"teacher": fingerprint(teacher.folder)} if teacher else {}
     models["student"] = student_identity(run).record()

@@ -19,6 +19,7 @@ from megakd.config.run import RunConfig
 from megakd.config.train import OptimConfig
 from megakd.data.batches import to_device
 from megakd.data.records import Batch, TeacherTargets
+from megakd.data.shards import read_manifest
 from megakd.models.hub import model_of
 from megakd.models.memory import Peak
 from megakd.models.offload import offload, offloaded
@@ -30,6 +31,7 @@ from megakd.report import memory, plan
 from megakd.run import Run
 from megakd.system.dist import World
 from megakd.system.files import read_json
+from megakd.system.text import short
 from megakd.train.build import build_engine
 from megakd.train.memory import LOSS, TEACHER_WEIGHTS, full_batch, full_targets, stored_facts, training_peak
 from megakd.train.states import parameters_of
@@ -413,3 +415,11 @@ def test_the_cache_takes_at_most_what_plan_says(prepared):
     assert found, rows
     stored = sum(path.stat().st_size for path in (prepared / "data" / "logits").rglob("*.tar"))
     assert stored / 2 < float(found[1]) * {"k": 1e3, "M": 1e6, "G": 1e9}[found[2]] and stored > 0
+
+
+def test_shards_of_the_plan_are_those_that_the_tokens_are_in(prepared):
+    """It counted the tokens of the validation set and not their shard."""
+    run = Run.open(prepared)
+    shards = read_manifest(run.path("data", "tokens", "train"))["shards"]
+    tokens = short(sum(shard["samples"] for shard in shards) * 32)
+    assert plan.lengths(run)[0] == ["tokens to cache", f"{tokens} in {len(shards)} shards of 2k, and 1k to validate"]

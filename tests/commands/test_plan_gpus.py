@@ -215,3 +215,9 @@ def test_states_of_the_30b_tables_are_what_plan_computes():
         for file, size, *cells in rows[:8]:
             states = model_states(parameters, Layout(int(file[-1]), gpus, int(size)))
             assert [float(cell) for cell in cells[:4]] == pytest.approx([part / GIB for part in states], abs=0.006)
+
+
+def test_memory_is_predicted_at_a_micro_batch_that_a_step_has(prepared):
+    """The title named 4 where no rank has more than 2 sequences of a step."""
+    said = in_process("plan", prepared, "--gpus", 8, "--gpu", "h100")
+    assert "micro-batch 2 (optim.micro_batch=4 does not divide a GPU's share of a step)" in said

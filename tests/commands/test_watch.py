@@ -28,7 +28,7 @@ from megakd.engine.checkpoint import best_weights, published, rotate
 from megakd.errors import UserError
 from megakd.evals.measure import Meter
 from megakd.evals.tasks import Harness
-from megakd.evals.watch import Stopped, TrainingJob, failed, stage_steps
+from megakd.evals.watch import Stopped, TrainingJob, failed, progress, stage_steps
 from megakd.evals.watcher import Follower, hold
 from megakd.run import Run
 from megakd.system.slurm import in_queue
@@ -649,3 +649,15 @@ def test_curves_stand_at_their_steps_under_the_runs_own_id(run, capfd):
         expected = {value for value in expected if not any(value in path.read_bytes() for path in files)}
     assert not expected and all(b"eval/step" in path.read_bytes() for path in files)
     assert "wandb" not in capfd.readouterr().out
+
+
+def test_counts_of_watch_name_each_checkpoint_once(sibling):
+    """Of two processes, one still had a checkpoint pinned that the other had just given its line: 2/7, 2/6, 6/7."""
+    opened = sibling()  # saves at 3 and 4 of the first stage, 3 and 6 of the second
+    follower = Follower(opened, Meter(opened), watching=True)
+    done = {"experts/step-000003": {}, "experts/step-000004": {}}
+    follower.lines = lambda: done
+    follower.pending = lambda: {name: Path(name) for name in (*done, "all/step-000007")}
+    assert progress(opened, follower, 1.0) == "watch  2/4 checkpoints   50%  1 waiting  ETA 0:02"
+    follower.pending = lambda: {"all/step-000005": Path("a")}  # that a stop saved
+    assert progress(opened, follower, 1.0) == "watch  2/5 checkpoints   40%  1 waiting  ETA 0:03"

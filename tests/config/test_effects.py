@@ -66,6 +66,7 @@ def test_what_takes_a_fields_place_is_said():
     check(config, "recipe")
     assert [line.split(" ")[0] for line in notices(config)] == ["compress.rank=3", 'engine.config="zero2"', "stage"]
     assert notices(config)[-1].endswith("optim.warmup_steps=100 is more than half of its 10 steps; warmup takes 5")
+    assert not any(line.startswith("stage") for line in notices(config, begun=1))  # it was said when the stage began
     alone = config_of(objective={"kind": "sar", "alpha": 0.0}, stages=[{"name": "a", "epochs": 1}])
     (line,) = notices(alone)
     assert "objective.alpha=0: the student learns from cross entropy alone" in line
