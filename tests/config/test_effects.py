@@ -1,6 +1,7 @@
 """What a configuration alone can tell: refused at `new` and by its name, said where something takes a field's place."""
 
 import json
+import shutil
 
 import pytest
 
@@ -172,6 +173,7 @@ def test_an_older_run_opens_with_fields_without_effect_and_goes_on_when_it_has_b
     assert 'stages.0.config="zero2" has no effect' in in_process("train", run.folder, code=2)
     frozen_with(run, stages=stages, sar={"anchor": 0.7})
     assert "train: sar.anchor=0.7 has no effect: objective.kind=sar alone" in in_process("train", run.folder)
+    shutil.rmtree(run.path("checkpoints", "all"))  # begun, not finished
     frozen_with(run, stages=idle)
     assert 'train: stages.0.config="zero2" has no effect' in in_process("train", run.folder)
 
