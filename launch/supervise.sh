@@ -20,6 +20,8 @@ help "$@"
 [ $# -ge 2 ] || usage
 verb=$1 run=$2 attempt='' stopped=''
 read_settings
+# shellcheck disable=SC2034 # lib.sh reads it; ranks over ssh start outside of a container, as this file does
+CONTAINER=()
 [ -n "${HOSTFILE:-}" ] || refuse "HOSTFILE is not set; name the file of the hosts"
 read_hosts "$HOSTFILE"
 for name in MEGAKD_MAX_RELAUNCHES MEGAKD_HOST_WAIT MEGAKD_MIN_HOSTS MEGAKD_HOST_GRACE MEGAKD_HOST_POLL; do
