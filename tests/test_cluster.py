@@ -52,7 +52,8 @@ def test_a_user_error_ends_a_training_and_its_watch(slurm, sibling, tmp_path):
     run.path("moved").rename(run.path("student-0"))
     impatient = tmp_path / "python"
     program = "import sys; from megakd import cli; from megakd.evals import watch; watch.FAILED_SECONDS = 1.0"
-    impatient.write_text(f'#!/bin/sh\nshift 2\nexec {sys.executable} -c "{program}; cli.main()" "$@"\n')
+    start = f'shift 2\nexec {sys.executable} -c "{program}; cli.main()" "$@"\n'
+    impatient.write_text(f'#!/bin/sh\n[ "$1" != -c ] || exit 0\n{start}')
     impatient.chmod(0o755)
     job = slurm.submit("watch.sbatch", run.folder, PYTHON=str(impatient))
     slurm.wait(job, "FAILED")
