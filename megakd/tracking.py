@@ -4,7 +4,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ class Tracker:
         self.name, self.target = name, None
         self._try(lambda: setattr(self, "target", start()))
 
-    def write(self, step: int, numbers: dict[str, float]) -> None:
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
         if (target := self.target) is not None:
             self._try(lambda: target.write(step, numbers))
 
@@ -85,7 +85,7 @@ class _Board:
         self.writer = SummaryWriter(str(folder), purge_step=None if step is None else step + 1)
         self.prefix = prefix
 
-    def write(self, step: int, numbers: dict[str, float]) -> None:
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
         for key, value in numbers.items():
             self.writer.add_scalar(f"{self.prefix}/{key}", value, step)
 
@@ -132,7 +132,7 @@ class _Wandb:
             self.abandon()
             raise
 
-    def write(self, step: int, numbers: dict[str, float]) -> None:
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
         named = {f"{self.prefix}/{key}": value for key, value in numbers.items()}
         if self.own_steps:
             self.run.log({f"{self.prefix}/step": step, **named})

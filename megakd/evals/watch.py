@@ -77,16 +77,19 @@ def progress(run: Run, follower: Follower, seconds: float) -> str:
     """`watch  3/12 checkpoints  25%  1 waits  ETA 6:09`; seconds: what one takes; the ETA is without training's own."""
     settled = follower.lines().keys() | follower.settled()
     waiting = follower.pending().keys() - settled  # of another process: one that has its line already
-    done, total = len(settled), len(settled | waiting | expected(run))
+    done, total = len(settled), len(settled | waiting | expected_checkpoints(run))
     left = clock(seconds * (total - done))
     return f"watch  {done}/{total} checkpoints  {done / total:4.0%}  {len(waiting)} waiting  ETA {left}"
 
 
-def expected(run: Run) -> set[str]:
+def expected_checkpoints(run: Run) -> set[str]:
     """The names of the checkpoints of an undisturbed training; a stop saves more."""
-    names, first, every = set(), 0, run.config.checkpoint.every_steps
+    names, first, every, epochs = set(), 0, run.config.checkpoint.every_steps, run.config.checkpoint.every_epochs
     for stage, steps in zip(run.config.stages, stage_steps(run), strict=True):
-        names |= {f"{stage.name}/step-{first + step:06d}" for step in (*range(every, steps, every), steps)}
+        saves = {*range(every, steps, every), steps}
+        if epochs and stage.epochs is not None:
+            saves |= set(run.config.epoch_ends(stage, len(open_dataset(run)))[epochs - 1 :: epochs])
+        names |= {f"{stage.name}/step-{first + step:06d}" for step in saves}
         first += steps
     return names
 

@@ -28,7 +28,7 @@ from megakd.engine.checkpoint import best_weights, published, rotate
 from megakd.errors import UserError
 from megakd.evals.measure import Meter
 from megakd.evals.tasks import Harness
-from megakd.evals.watch import Stopped, TrainingJob, failed, progress, stage_steps
+from megakd.evals.watch import Stopped, TrainingJob, expected_checkpoints, failed, progress, stage_steps
 from megakd.evals.watcher import Follower, hold
 from megakd.run import Run
 from megakd.system.slurm import in_queue
@@ -661,3 +661,5 @@ def test_counts_of_watch_name_each_checkpoint_once(sibling):
     assert progress(opened, follower, 1.0) == "watch  2/4 checkpoints   50%  1 waiting  ETA 0:02"
     follower.pending = lambda: {"all/step-000005": Path("a")}  # that a stop saved
     assert progress(opened, follower, 1.0) == "watch  2/5 checkpoints   40%  1 waiting  ETA 0:03"
+    epochs = sibling('stages=[{"name": "a", "epochs": 3}]', "checkpoint.every_epochs=1", "checkpoint.every_steps=1000")
+    assert len(expected_checkpoints(epochs)) == 3
