@@ -56,6 +56,12 @@ THINGS = {
 }  # mark → the fixture that skips where the thing is not there
 
 
+def pytest_configure() -> None:
+    """Ctrl-C is not ignored, as it is in what a script starts in the background; nor in what tests start."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def pytest_collection_finish() -> None:
     """What collecting has imported stays: two million objects that no later collection of garbage need look at."""
     gc.collect()

@@ -156,4 +156,11 @@ as `section.key=value` behind any verb; the change is recorded in `history.jsonl
 `megakd new RUN2 --from RUN section.key=value`. A key that is no field is refused with the nearest name, and so
 is a field that has no effect under the others.
 
+Stages are counted from 0. A stage has one length: to give it in steps, take out the recipe's tokens:
+
+```bash
+megakd new runs/b --from demo stages.0.tokens=102400
+megakd new runs/c --from demo stages.0.tokens=null stages.0.steps=20
+```
+
 <!-- Generated from megakd/config by `python -m megakd config --markdown`; a test holds both equal. -->"""
