@@ -86,11 +86,14 @@ def placed_on(device: torch.device) -> Place:
     return place
 
 
-def placed_in_pieces(partitions: Any) -> Place:
-    """This rank's piece under ZeRO-3; partitions: `Partitions` of system/deepspeed_internals.py."""
+def placed_in_pieces(partitions: Any, dtype: torch.dtype | None = None) -> Place:
+    """This rank's piece under ZeRO-3; partitions: `Partitions` of system/deepspeed_internals.py.
+
+    dtype: of all parameters, which an engine that trains asks for; None: each its own.
+    """
 
     def place(empty: nn.Parameter, read: Read) -> nn.Parameter:
-        parameter = like(empty, torch.empty(empty.shape, dtype=empty.dtype, device=partitions.device))
+        parameter = like(empty, torch.empty(empty.shape, dtype=dtype or empty.dtype, device=partitions.device))
         partitions.cut(parameter, read)
         return parameter
 

@@ -89,7 +89,9 @@ def _place(config: RunConfig, world: World) -> Place:
         return placed_on(world.device)
     from megakd.system.deepspeed_internals import Partitions
 
-    return placed_in_pieces(Partitions(deepspeed_config(config, world.size, config.windows_per_step)))
+    settings = deepspeed_config(config, world.size, config.windows_per_step)
+    # one type, as DeepSpeed makes it of whole students too: it joins the pieces in flat tensors
+    return placed_in_pieces(Partitions(settings), getattr(torch, config.model.dtype))
 
 
 def _check_packing(model: Any, sources: Sources | None, place: str, config: RunConfig) -> None:
