@@ -65,7 +65,7 @@ class Sources:
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """A tensor of the model in the model's type, or some of its rows: no others are read where that can be."""
-        return self.recipe(name).make(name, rows, partial(self._stored, dtype=self.expected[name].dtype), self.model)
+        return self.recipe(name).make(name, rows, partial(self._stored, dtype=self.expected[name].dtype))
 
     def place(self, name: str) -> str:
         """FILE: TENSOR of what a tensor of the model is made of first, for messages."""
@@ -76,7 +76,7 @@ class Sources:
 
     def raw(self, name: str) -> Tensor:
         """A tensor of the model in the type stored."""
-        return self.recipe(name).make(name, None, partial(_read_named, self.folder, self.stored), self.model)
+        return self.recipe(name).make(name, None, partial(_read_named, self.folder, self.stored))
 
     def experts(self, spec: MoESpec, layer: int, projection: str) -> Tensor:
         """All experts' matrices of one projection, [E, d_out, d_in], in the type stored, whatever the layout.
@@ -206,7 +206,8 @@ class _Recipe(NamedTuple):
         made = self._convert(self.sources, lambda name: torch.empty(stored[name].shape, device="meta"))
         return {name: tuple(tensor.shape) for name, tensor in made.items()}
 
-    def make(self, name: str, rows: slice | None, stored: Callable[[str, slice | None], Tensor], model: Any) -> Tensor:
+    def make(self, name: str, rows: slice | None, stored: Callable[[str, slice | None], Tensor]) -> Tensor:
+        """The tensor `name` that it makes, or rows of it; stored: reads rows of a stored tensor."""
         if self.converter is None:
             return stored(self.names[0], rows)
         if rows is not None and self._one_row_each():

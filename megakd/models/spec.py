@@ -2,7 +2,6 @@
 
 import json
 import re
-from functools import cache
 from typing import Any, NamedTuple
 
 from megakd.errors import UserError
@@ -67,40 +66,25 @@ def spec_for(config: Any, place: str) -> MoESpec:
     return spec
 
 
+_found: dict[str, "MoESpec | str"] = {}  # by what a config says
+
+
 def find_experts(config: Any, place: str) -> "MoESpec | str":
     """The same, or why there is none."""
     key = json.dumps({**config.to_dict(), "class": str(type(config))}, default=str, sort_keys=True)
-    return _find(_Hashed(key, config, place))
+    if key not in _found:
+        _found[key] = _find(config, place)
+    return _found[key]
 
 
-class _Hashed(NamedTuple):
-    """A config that is looked up by what it says."""
-
-    key: str
-    config: Any
-    place: str
-
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Hashed) and other.key == self.key
-
-    def __ne__(self, other: object) -> bool:
-        return not self == other
-
-
-@cache
-def _find(asked: _Hashed) -> "MoESpec | str":
+def _find(config: Any, place: str) -> "MoESpec | str":
     from megakd.models.hub import model_of
     from megakd.models.student import stock_config
 
-    config = asked.config
-    family = config.model_type
     if hasattr(config, "shared_core"):
         config = stock_config(config)
-        family = config.model_type
-    model = model_of(config, asked.place)
+    family = config.model_type
+    model = model_of(config, place)
     blocks = [(name, module) for name, module in model.named_modules() if experts_of(module) is not None]
     if not blocks:
         return f"no layer of this {family} has experts; there is nothing to compress"
