@@ -7,13 +7,14 @@ W windows, T positions, N = W*T tokens, D hidden, F expert hidden, E experts, A 
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from megakd.errors import UserError
+from megakd.errors import UserError, reason
 from megakd.models.sources import Sources
 from megakd.models.spec import MoESpec
 from megakd.models.student import expert_block
@@ -83,7 +84,8 @@ class LayerRunner:
             self.real_N = real.flatten().nonzero()[:, 0].to(self.device)
             self.held_N = (held[real] if len(tokens) > 1 else held[0]).to(self.device)
         self.act_fn = spec.activation
-        self.model = _skeleton(config, self.device)
+        with self._one_layer_at_a_time():
+            self.model = _skeleton(config, self.device)
         self.layers = list(self.model.layers)  # on the meta device but while they run
         self.blocks: dict[int, Any] = {index: expert_block(self.layers[index]) for index in spec.layers}
         self.model.layers = nn.ModuleList(_Pass() for _ in self.layers)
@@ -115,7 +117,16 @@ class LayerRunner:
         out = self._through(index, hidden)
         found = None
         if sparse and experts is None:
-            found = self._add_experts(index, recorder, out.view(-1, out.shape[-1]), measure)
+            adds = self._adds(index, hidden)
+            answers = out if adds else torch.zeros_like(out)
+            found = self._add_experts(index, recorder, answers.view(-1, out.shape[-1]), measure)
+            if not adds:  # a norm, a scale, or something else lies between the experts and the residual stream
+                self.blocks[index].experts = _Replay(answers.view(-1, out.shape[-1]))
+                out = self._through(index, hidden)
+            if found is not None:
+                out_ND = out.view(-1, out.shape[-1])
+                norms_N = torch.linalg.vector_norm(out_ND if self.real_N is None else out_ND[self.real_N], dim=1)
+                found.stream.copy_(norms_N.median().square())
         if not torch.isfinite(out.sum()) and not torch.isfinite(out).all():
             raise UserError(f"{self.sources.folder}: layer {index} answers NaN or infinite numbers: damaged weights?")
         return out, found
@@ -127,14 +138,38 @@ class LayerRunner:
         self.model.layers[index] = layer
         out = torch.empty_like(hidden)
         for start in range(0, len(hidden), self.batch):
-            rows = slice(start, start + self.batch)
+            rows = slice(start, min(start + self.batch, len(hidden)))
             embeds, positions = hidden[rows].to(self.device), self.position_ids[rows]
-            out[rows] = self.model(inputs_embeds=embeds, position_ids=positions, use_cache=False).last_hidden_state
+            with self._one_layer_at_a_time():
+                out[rows] = self.model(inputs_embeds=embeds, position_ids=positions, use_cache=False).last_hidden_state
         self.model.layers[index] = _Pass()
         if index in self.blocks:
             self.blocks[index].experts = None
         layer.to("meta")
         return out
+
+    def _adds(self, index: int, hidden: Tensor) -> bool:
+        """Whether a layer's output is what it is without experts plus their answer: with one, and with zeros."""
+        probe = torch.randn(hidden[:1].shape, generator=torch.Generator().manual_seed(0)).to(self.device)
+        found = []
+        for answer in (probe, torch.zeros_like(probe)):
+            self.blocks[index].experts = _Replay(answer.view(-1, answer.shape[-1]))
+            found.append(self._through(index, hidden[:1]))
+        moved = (found[0] - found[1]).to(self.device)
+        return bool((moved - probe).norm() <= 1e-3 * probe.norm())
+
+    @contextmanager
+    def _one_layer_at_a_time(self) -> Iterator[None]:
+        """UserError where a family's own code cannot do that."""
+        try:
+            yield
+        except (UserError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # a family's code, with layers that it was not made for: any kind may come
+            raise UserError(
+                f"{self.sources.folder}: {self.config.model_type} cannot be run one layer at a time, as calibration "
+                f"does ({reason(error)}); set compress.calibration_tokens=0 in a new run"
+            ) from error
 
     def _weights(self, index: int) -> dict[str, Tensor]:
         """All tensors of a layer (its experts are replaced by now), by their names inside it, in float32."""
@@ -164,9 +199,6 @@ class LayerRunner:
                     self._add_rows(found, expert, rows, self.held_N[row])
             if found is not None:
                 _divide(found, expert, weight, self.held_N[token], down)
-        if found is not None:
-            norms_N = torch.linalg.vector_norm(out_ND if self.real_N is None else out_ND[self.real_N], dim=1)
-            found.stream.copy_(norms_N.median().square())
         return found
 
     def _through_expert(self, x: Tensor, w: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> "_Rows":
@@ -293,6 +325,18 @@ class _Recorder(nn.Module):
             whole[self.filled : self.filled + len(part)] = part
         self.filled += len(called[0])
         return torch.zeros_like(called[0])
+
+
+class _Replay(nn.Module):
+    """Stands for a block's experts: answers of N tokens, given out in the batches that ask."""
+
+    def __init__(self, answer_ND: Tensor):
+        super().__init__()
+        self.answer_ND, self.given = answer_ND, 0
+
+    def forward(self, x_ND: Tensor, *_: Tensor) -> Tensor:
+        self.given += len(x_ND)
+        return self.answer_ND[self.given - len(x_ND) : self.given].to(x_ND.device)
 
 
 class _Delegate(nn.Module):

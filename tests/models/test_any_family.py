@@ -5,6 +5,7 @@ The table in docs/families.md is what this file finds: `python -m tests.models.t
 
 import inspect
 import re
+from argparse import Namespace
 from typing import Any
 
 import pytest
@@ -12,12 +13,14 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from megakd.commands import compress
 from megakd.errors import UserError
 from megakd.models.hub import Checkpoint, load_config, load_model, write_config, write_weights
 from megakd.models.shared_core import PROJECTIONS, make_form
 from megakd.models.sources import as_stored
 from megakd.models.spec import spec_for
 from megakd.models.student import stock_config
+from megakd.run import Run
 from megakd.serve.export import dense_tensors
 from tests.conftest import ROOT
 from tests.models.students import logits, make_student, relative
@@ -138,6 +141,22 @@ def test_a_student_of_full_rank_answers_as_its_teacher(family, tmp_path):
     assert Checkpoint(tmp_path / "dense").files.keys() == Checkpoint(tmp_path / "stock").files.keys()
     dense: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32).eval()
     assert type(dense) is type(teacher) and relative(logits(dense, tokens), expected) <= 1e-5
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ["gemma4_text", "granitemoe", "lfm2_moe", "kimi_linear", "flex_olmo"])
+def test_compress_at_full_rank_gives_the_teacher(family, recipe, tokenizer, tmp_path):
+    """Through the verb: blocks of other names, the layer itself, stacked files, files of other names."""
+    stock = small_model(family)
+    stock.save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    spec = spec_for(stock.config, family)
+    settings = [f"model.teacher={tmp_path / 'teacher'}", f"compress.rank={min(spec.sizes)}"]
+    run = Run.create(recipe, settings, tmp_path / "run")
+    compress.main(run, Namespace())
+    teacher, student = (load_model(f, torch.float32).eval() for f in (tmp_path / "teacher", run.path("student-0")))
+    tokens = torch.randint(3, 120, (2, 12), generator=torch.Generator().manual_seed(1))
+    assert relative(logits(student, tokens), logits(teacher, tokens)) <= 1e-4
 
 
 @pytest.mark.filterwarnings("ignore")
