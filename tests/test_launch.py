@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from megakd.commands.train import launch
 from megakd.errors import UserError
 from megakd.finish import record_failure
 from megakd.run import Run
+from megakd.train.launch import launch
 from tests.conftest import ROOT, files, in_process
 
 SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), *sorted((ROOT / "launch").glob("*.sbatch")), ROOT / ".ci" / "run"]

@@ -200,11 +200,11 @@ def length(config: RunConfig) -> int:
 
 
 def ranks(config: RunConfig) -> Any:
-    from megakd.commands import train
     from megakd.run import Run
+    from megakd.train import launch
 
-    with mock.patch.object(train.subprocess, "Popen") as started, mock.patch.object(train.signal, "signal"):
-        train.launch(Run(Path("run"), config))
+    with mock.patch.object(launch.subprocess, "Popen") as started, mock.patch.object(launch.signal, "signal"):
+        launch.launch(Run(Path("run"), config))
     return started.call_args.kwargs["env"]["RANKS"]
 
 

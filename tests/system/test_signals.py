@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from megakd.cli import run_verb
-from megakd.commands.train import launch
+from megakd.train.launch import launch
 from tests.conftest import ROOT, command, start_ranks
 
 PYTHON = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -143,7 +143,7 @@ def test_a_signal_reaches_ranks_that_start_after_it(sibling, tmp_path, monkeypat
     program.write_text(LAUNCHER.replace("PYTHON", sys.executable))
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
-    monkeypatch.setattr("megakd.commands.train.SECONDS_BETWEEN_SIGNALS", 0.3)
+    monkeypatch.setattr("megakd.train.launch.SECONDS_BETWEEN_SIGNALS", 0.3)
     timer = threading.Timer(0.3, os.kill, (os.getpid(), number))
     timer.start()
     start = time.monotonic()
