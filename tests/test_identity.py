@@ -27,7 +27,8 @@ from megakd.identity import (
     sampled_files,
     stored_tensors,
 )
-from megakd.models.hub import load_model, write_weights
+from megakd.models.hub import write_weights
+from megakd.models.loading import load_model
 
 TENSORS = {"norm": torch.ones(8), "router": torch.randn(4, 8), "experts": torch.randn(2, 700, 500)}  # 2.8 MB: sampled
 

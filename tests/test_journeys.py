@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megakd.data.shards import ShardSet
-from megakd.models.hub import load_model
+from megakd.models.loading import load_model
 from megakd.models.tiny import train_tokenizer
 from megakd.run import Run
 from tests.conftest import VOCABULARY, files, in_process, kill_when, make_teacher, metrics, run_to_end

@@ -16,8 +16,8 @@ from megakd.data.shards import MANIFEST, SIDECAR, VERSION, ShardSet
 from megakd.errors import UserError
 from megakd.identity import TeacherIdentity, changed_fingerprint, fingerprint
 from megakd.models.checks import check_isolation, model_folders
-from megakd.models.hub import load_model
 from megakd.models.isolation import Packing
+from megakd.models.loading import load_model
 from megakd.run import Run
 from megakd.system.dist import World, sum_over_ranks
 from megakd.system.files import read_sealed

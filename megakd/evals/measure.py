@@ -29,8 +29,8 @@ from megakd.evals.tasks import Harness, flat, metric_value
 from megakd.identity import TokenizerIdentity, packing_of, text_facts
 from megakd.measured import record_rate
 from megakd.models.flops import forward_flops
-from megakd.models.hub import load_model
 from megakd.models.isolation import check_config, check_model
+from megakd.models.loading import load_model
 from megakd.models.routing import Router, choices, copies, find_routers, in_place_of
 from megakd.models.tables import check_tables
 from megakd.names import resolve

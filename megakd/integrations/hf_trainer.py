@@ -33,7 +33,8 @@ from megakd.integrations.hf_data import (
     opened,
     vocabulary_of,
 )
-from megakd.models.hub import copy_code, is_student, load_model
+from megakd.models.hub import copy_code, is_student
+from megakd.models.loading import load_model
 from megakd.objectives.base import LossReport
 from megakd.objectives.cached import CachedDistillation
 from megakd.system.dist import sum_over_ranks

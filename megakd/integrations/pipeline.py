@@ -21,7 +21,7 @@ from megakd.config.train import StageConfig
 from megakd.data.tokenizers import load_tokenizer
 from megakd.errors import UserError
 from megakd.integrations.hf_trainer import DistillationDataset, DistillationTrainer, DistillationTrainingArguments
-from megakd.models.hub import load_model
+from megakd.models.loading import load_model
 from megakd.names import as_text, expand
 from megakd.run import Run
 from megakd.system.files import write_json

@@ -4,7 +4,6 @@ import json
 import math
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,33 +22,6 @@ from megakd.system.logging import say
 
 SHARD_BYTES = 2 * 2**30
 CODE = ("shared_core.py", "student.py")  # what a student's folder needs to be loaded without MegaKD
-
-
-def load_model(folder: Path, dtype: torch.dtype) -> Any:
-    """A causal LM of any family, compact students included, from a folder of safetensors.
-
-    UserError when transformers cannot load it, or would fill in tensors with random numbers; says which of its tensors
-    the model has no place for.
-    """
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    check_folder(folder, load_config(folder))
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    with foreign(f"{folder}: not a model that transformers can load"):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-            trust_remote_code=False,  # else it would ask at the terminal, and a "y" would run the folder's code
-        )
-    model, info = loaded
-    check_complete(folder, sorted(info["missing_keys"]))  # transformers would go on with random numbers in their place
-    say_unused(folder, sorted(info["unexpected_keys"]))
-    return model
 
 
 def check_complete(folder: Path, missing: list[str]) -> None:

@@ -1,9 +1,10 @@
-"""A model read in parts: its parameters begin without memory, and each is filled with the rows that a rank keeps.
+"""Load a model: whole, or in parts, where each parameter begins without memory and takes the rows that a rank keeps.
 
-A rank's memory holds its share of the model and, for a moment, what one of its tensors is made of.
+In parts a rank's memory holds its share of the model and, for a moment, what one of its tensors is made of.
 """
 
 import ctypes
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from megakd.errors import foreign
-from megakd.models.hub import check_folder, check_unquantized, load_config
+from megakd.models.hub import check_complete, check_folder, check_unquantized, load_config, say_unused
 from megakd.models.sources import Sources
 
 # rows [first, last) of a parameter; None: all
@@ -28,6 +29,33 @@ class Part(NamedTuple):
 
     name: str
     first: int
+
+
+def load_model(folder: Path, dtype: torch.dtype) -> Any:
+    """A causal LM of any family, compact students included, from a folder of safetensors.
+
+    UserError when transformers cannot load it, or would fill in tensors with random numbers; says which of its tensors
+    the model has no place for.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    check_folder(folder, load_config(folder))
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    with foreign(f"{folder}: not a model that transformers can load"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=False,  # else it would ask at the terminal, and a "y" would run the folder's code
+        )
+    model, info = loaded
+    check_complete(folder, sorted(info["missing_keys"]))  # transformers would go on with random numbers in their place
+    say_unused(folder, sorted(info["unexpected_keys"]))
+    return model
 
 
 def hollow_model(folder: Path, dtype: torch.dtype) -> tuple[Any, Sources]:

@@ -20,7 +20,8 @@ from megakd.engine.optim import assign_rules
 from megakd.errors import UserError
 from megakd.identity import TeacherIdentity, changed_fingerprint
 from megakd.models.checks import find_live_teacher
-from megakd.models.hub import Checkpoint, empty_model, is_student, load_config, load_model
+from megakd.models.hub import Checkpoint, empty_model, is_student, load_config
+from megakd.models.loading import load_model
 from megakd.models.spec import MoESpec, find_experts
 from megakd.names import resolve
 from megakd.objectives.build import build

@@ -9,7 +9,7 @@ from megakd.data.tokenizers import load_tokenizer
 from megakd.errors import UserError, foreign
 from megakd.evals.evaluate import named
 from megakd.evals.measure import Subject
-from megakd.models.hub import load_model
+from megakd.models.loading import load_model
 from megakd.names import resolve
 from megakd.run import Run
 from megakd.system.dist import read_world

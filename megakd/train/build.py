@@ -12,9 +12,8 @@ from megakd.engine.ds_json import deepspeed_config
 from megakd.engine.optim import RULE_HEADERS, assign_rules, build_optimizer, rule_rows
 from megakd.errors import UserError
 from megakd.models.checks import LiveTeacher, check_objective
-from megakd.models.hub import load_model
 from megakd.models.isolation import check_config, check_model
-from megakd.models.loading import Place, fill, hollow_model, placed_in_pieces, placed_on
+from megakd.models.loading import Place, fill, hollow_model, load_model, placed_in_pieces, placed_on
 from megakd.models.offload import offload
 from megakd.models.sources import Sources
 from megakd.objectives.base import Objective

@@ -16,7 +16,7 @@ from megakd.config.data import LogitsConfig
 from megakd.data.batches import collate
 from megakd.data.records import IGNORED, Sample, TeacherTargets
 from megakd.errors import UserError
-from megakd.models.hub import load_model
+from megakd.models.loading import load_model
 from megakd.models.tiny import tiny_moe_config
 from tests.conftest import for_each
 

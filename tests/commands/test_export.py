@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from megakd.identity import fingerprint
-from megakd.models.hub import CODE, copy_side_files, load_model
+from megakd.models.hub import CODE, copy_side_files
+from megakd.models.loading import load_model
 from megakd.system.files import read_json, read_json_lines, write_json
 from tests.conftest import files, in_process
 from tests.objectives.sar import sar_recipe

@@ -35,7 +35,7 @@ def test_stored_targets_are_the_teachers(prepared, teacher):
     import torch
 
     from megakd.data.batches import collate
-    from megakd.models.hub import load_model
+    from megakd.models.loading import load_model
 
     shards = ShardSet(prepared / "data" / "logits" / "train")
     sample = shards[5]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megakd.compress.calibrate import LayerRunner
 from megakd.errors import UserError
-from megakd.models.hub import load_model
+from megakd.models.loading import load_model
 from megakd.models.spec import spec_for
 from tests.models.students import relative, sources_of
 from tests.models.test_any_family import WORKS, small_model

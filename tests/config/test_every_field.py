@@ -34,7 +34,7 @@ from megakd.engine.guard import GRADIENT, Health, after_step, wrong_with
 from megakd.engine.optim import build_optimizer, schedule
 from megakd.errors import UserError
 from megakd.models.checks import LiveTeacher
-from megakd.models.hub import load_model
+from megakd.models.loading import load_model
 from megakd.objectives.build import build
 from megakd.system.dist import World
 from megakd.train import build as assemble

@@ -7,7 +7,7 @@ import torch
 
 from megakd.data.batches import collate
 from megakd.data.records import IGNORED
-from megakd.models.hub import load_model
+from megakd.models.loading import load_model
 from megakd.objectives.build import build
 from megakd.run import Run
 from tests.conftest import in_process, metrics

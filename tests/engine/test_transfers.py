@@ -15,7 +15,7 @@ from megakd.data.batches import collate, to_device
 from megakd.engine.local import LocalEngine
 from megakd.engine.norms import grad_squares, update_squares
 from megakd.engine.optim import build_optimizer
-from megakd.models.hub import load_model
+from megakd.models.loading import load_model
 from megakd.objectives.base import LossReport
 from megakd.objectives.cached import CachedDistillation
 from megakd.objectives.online import OnlineDistillation

@@ -20,7 +20,7 @@ from megakd.evals.attention import attention_overlap, row_overlap
 from megakd.evals.evaluate import named
 from megakd.evals.measure import Meter, numbers
 from megakd.losses.hidden import layer_map
-from megakd.models.hub import load_model
+from megakd.models.loading import load_model
 from megakd.report.tables import quality_table
 from tests.conftest import in_process
 from tests.models.students import FAMILIES, make_model

@@ -16,7 +16,7 @@ from megakd.errors import UserError
 from megakd.evals import holdout as module
 from megakd.evals.holdout import Stopwatch, Tokenizers, batch_sums, evaluate_model
 from megakd.losses.reference import topk_kl
-from megakd.models.hub import load_model
+from megakd.models.loading import load_model
 from megakd.objectives.heads import streamed_head
 
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ import torch
 from megakd.data.batches import collate
 from megakd.data.records import IGNORED
 from megakd.evals.routers import RouterStatistics
-from megakd.models.hub import load_model
+from megakd.models.loading import load_model
 from megakd.models.routing import choices, find_routers
 
 

@@ -21,7 +21,7 @@ from megakd.engine.checkpoint import rotate
 from megakd.evals.attention import attention_overlap
 from megakd.evals.holdout import evaluate_model
 from megakd.evals.measure import Meter, Unusable, set_routers
-from megakd.models.hub import load_model
+from megakd.models.loading import load_model
 from megakd.models.routing import find_routers
 from megakd.models.tiny import train_tokenizer
 from megakd.run import Run

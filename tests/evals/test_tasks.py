@@ -16,7 +16,7 @@ from megakd.config.train import EvalConfig
 from megakd.data.tokenizers import load_tokenizer
 from megakd.errors import UserError
 from megakd.evals.tasks import Harness, flat, metric_value
-from megakd.models.hub import load_model
+from megakd.models.loading import load_model
 from megakd.report import plan
 from tests.conftest import ROOT
 from tests.evals.questions import ARROW, HELLASWAG, PIQA, write_arrow_files

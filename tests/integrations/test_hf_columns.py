@@ -15,7 +15,7 @@ from megakd.errors import UserError
 from megakd.integrations.hf_columns import TopKDataset
 from megakd.integrations.hf_data import Share
 from megakd.integrations.hf_trainer import DistillationTrainer, DistillationTrainingArguments
-from megakd.models.hub import load_model
+from megakd.models.loading import load_model
 from megakd.objectives.cached import CachedDistillation
 
 V, COUNT = 400, 6

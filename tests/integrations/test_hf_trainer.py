@@ -25,7 +25,7 @@ from megakd.integrations.hf_trainer import (
     DistillationTrainer,
     DistillationTrainingArguments,
 )
-from megakd.models.hub import load_model
+from megakd.models.loading import load_model
 from megakd.models.tiny import train_tokenizer
 from megakd.objectives.cached import CachedDistillation
 from tests.conftest import ROOT

@@ -15,7 +15,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from megakd.commands import compress
 from megakd.errors import UserError
-from megakd.models.hub import Checkpoint, load_config, load_model, write_config, write_weights
+from megakd.models.hub import Checkpoint, load_config, write_config, write_weights
+from megakd.models.loading import load_model
 from megakd.models.shared_core import PROJECTIONS, make_form
 from megakd.models.sources import as_stored
 from megakd.models.spec import spec_for

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megakd.commands import compress
-from megakd.models.hub import Checkpoint, load_config, load_model, model_of, write_config, write_weights
+from megakd.models.hub import Checkpoint, load_config, model_of, write_config, write_weights
+from megakd.models.loading import load_model
 from megakd.models.shared_core import PROJECTIONS, SharedCoreExperts, make_form
 from megakd.models.sources import as_stored
 from megakd.models.spec import spec_for

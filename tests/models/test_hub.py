@@ -19,11 +19,11 @@ from megakd.models.hub import (
     check_unquantized,
     copy_side_files,
     load_config,
-    load_model,
     model_of,
     write_config,
     write_weights,
 )
+from megakd.models.loading import load_model
 from megakd.models.shared_core import PROJECTIONS
 from megakd.models.spec import spec_for
 from megakd.models.tiny import tiny_moe_config

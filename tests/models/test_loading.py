@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megakd.errors import UserError
-from megakd.models.hub import load_model, write_config, write_weights
-from megakd.models.loading import fill, hollow_model, placed_on
+from megakd.models.hub import write_config, write_weights
+from megakd.models.loading import fill, hollow_model, load_model, placed_on
 from tests.conftest import for_each
 from tests.models.students import FULL, make_model, make_student
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GraniteMoeConfig, GraniteMoeForCausalLM
 
 from megakd.errors import UserError
-from megakd.models.hub import load_model
+from megakd.models.loading import load_model
 from megakd.models.router_update import TeacherRouters, moved, read_facts, read_update, write_update
 from megakd.system.files import read_json, write_json
 from tests.models.students import EXPERTS, FAMILIES, HIDDEN, make_model

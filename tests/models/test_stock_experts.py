@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from megakd.capture.sharded import load_shared
 from megakd.errors import UserError
 from megakd.models.checks import check_divided
-from megakd.models.hub import load_model
+from megakd.models.loading import load_model
 from megakd.models.stock_experts import SpreadStockExperts, spread_stock_experts, stock_experts
 from megakd.system.deepspeed_internals import join_groups
 from megakd.system.dist import World, close_world, join_world

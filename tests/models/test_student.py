@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from megakd.commands import compress
-from megakd.models.hub import CODE, Checkpoint, cast, exact_names, load_config, load_model, write_config
+from megakd.models.hub import CODE, Checkpoint, cast, exact_names, load_config, write_config
+from megakd.models.loading import load_model
 from megakd.models.shared_core import PROJECTIONS, DenseExperts, Form, SharedCoreExperts, dense_weight
 from megakd.models.student import SharedCoreQwen3MoeForCausalLM, stock_config, student_config
 from megakd.run import Run

@@ -20,7 +20,7 @@ from megakd.errors import UserError
 from megakd.losses.divergence import Divergence
 from megakd.losses.reference import distill_loss, kl_to_targets
 from megakd.losses.signals import Sparse, Stored
-from megakd.models.hub import load_model
+from megakd.models.loading import load_model
 from megakd.models.shared_core import Form
 from megakd.models.student import student_class, student_config
 from megakd.objectives.cached import CachedDistillation, stored_in

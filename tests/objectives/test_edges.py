@@ -16,7 +16,7 @@ from megakd.data.spans import pair
 from megakd.engine.guard import GRADIENT
 from megakd.engine.local import LocalEngine
 from megakd.engine.optim import build_optimizer, schedule
-from megakd.models.hub import load_model
+from megakd.models.loading import load_model
 from megakd.models.tiny import train_tokenizer
 from megakd.objectives.base import Objective
 from megakd.objectives.cached import CachedDistillation

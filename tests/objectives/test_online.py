@@ -10,7 +10,7 @@ from megakd.data.records import IGNORED, Batch
 from megakd.errors import UserError
 from megakd.losses.divergence import Divergence, divergence_terms
 from megakd.losses.hidden import attention_loss, contrastive_loss, feature_loss
-from megakd.models.hub import load_model
+from megakd.models.loading import load_model
 from megakd.objectives.online import OnlineDistillation
 from tests.conftest import VOCABULARY
 from tests.objectives.sar import dense_student

@@ -12,7 +12,7 @@ from megakd.data.records import IGNORED, Batch, Paired, Side
 from megakd.data.spans import pair
 from megakd.losses.hidden import attention_loss, contrastive_loss, feature_loss
 from megakd.losses.spans import span_likelihood_loss
-from megakd.models.hub import load_model
+from megakd.models.loading import load_model
 from megakd.models.tiny import train_tokenizer
 from megakd.objectives.online import OnlineDistillation
 from tests.conftest import VOCABULARY

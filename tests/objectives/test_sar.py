@@ -14,7 +14,7 @@ from megakd.engine.base import saved_buffers
 from megakd.engine.optim import build_optimizer
 from megakd.errors import UserError
 from megakd.losses.divergence import Divergence, divergence_terms
-from megakd.models.hub import load_model
+from megakd.models.loading import load_model
 from megakd.models.offload import offload, offloaded
 from megakd.models.tiny import tiny_moe_config
 from megakd.objectives.sar import SarDistillation

@@ -10,7 +10,7 @@ from torch import Tensor
 from megakd.config.objective import OnlineConfig
 from megakd.data.batches import collate
 from megakd.data.records import IGNORED, Batch, Rows, rows_of
-from megakd.models.hub import load_model
+from megakd.models.loading import load_model
 from megakd.models.routing import Routed, scheduled
 from megakd.objectives import online as online_module
 from megakd.objectives.online import OnlineDistillation

@@ -11,7 +11,7 @@ import torch
 from megakd.config.objective import of_kind
 from megakd.config.parsing import load_recipe
 from megakd.config.run import RunConfig
-from megakd.models.hub import load_model
+from megakd.models.loading import load_model
 from megakd.run import Run
 from tests.conftest import metrics
 from tests.objectives.sar import sar_recipe

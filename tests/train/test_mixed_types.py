@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megakd.config.parsing import parse
-from megakd.models.hub import load_model
+from megakd.models.loading import load_model
 from megakd.models.shared_core import PROJECTIONS, make_form
 from megakd.system.dist import close_world, join_world
 from megakd.train.build import build_engine, build_objective

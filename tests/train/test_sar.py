@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from megakd.api import run_distillation_training
-from megakd.models.hub import load_model
+from megakd.models.loading import load_model
 from megakd.models.tiny import train_tokenizer
 from megakd.run import Run
 from tests.conftest import VOCABULARY, forked_ranks, in_process, kill_when, make_teacher, metrics

@@ -25,7 +25,8 @@ from megakd.config.parsing import parse
 from megakd.config.run import RunConfig
 from megakd.data.records import Batch, TeacherTargets, with_rows
 from megakd.engine.local import LocalEngine
-from megakd.models.hub import load_config, load_model
+from megakd.models.hub import load_config
+from megakd.models.loading import load_model
 from megakd.models.shared_core import PROJECTIONS, Form
 from megakd.models.spec import spec_for
 from megakd.models.student import student_config

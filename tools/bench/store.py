@@ -61,7 +61,7 @@ def real_logits(folder: Path, positions: int) -> Iterator[tuple[Any, Any]]:
     """(logits, next tokens) of a real model on real English: the docstrings of this Python."""
     from megakd.data.documents import python_documents
     from megakd.data.tokenizers import load_tokenizer, vocabulary_size
-    from megakd.models.hub import load_model
+    from megakd.models.loading import load_model
 
     tokenizer, model = load_tokenizer(folder), load_model(folder, torch.bfloat16).eval()  # the dtype of its weights
     ids: list[int] = []

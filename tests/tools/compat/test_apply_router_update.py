@@ -6,7 +6,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megakd.config.objective import SarConfig
-from megakd.models.hub import Checkpoint, load_config, load_model
+from megakd.models.hub import Checkpoint, load_config
+from megakd.models.loading import load_model
 from megakd.models.router_update import TeacherRouters, write_update
 from megakd.objectives.sar import SarDistillation
 from megakd.system.files import read_json, write_json

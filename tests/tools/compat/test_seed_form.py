@@ -3,7 +3,8 @@ import torch
 from torch import Tensor
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from megakd.models.hub import Checkpoint, load_config, load_model, write_config, write_weights
+from megakd.models.hub import Checkpoint, load_config, write_config, write_weights
+from megakd.models.loading import load_model
 from megakd.models.shared_core import PROJECTIONS, Form, dense_weight, make_form
 from megakd.system.files import read_json
 from tests.models.students import COMMON, EXPERTS, FAMILIES, FULL, logits, make_model, make_student, relative

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from megakd.config.parsing import load_recipe, parse
 from megakd.config.run import RunConfig
 from megakd.data.shards import ShardSet
-from megakd.models.hub import load_model
+from megakd.models.loading import load_model
 from megakd.models.tiny import train_tokenizer
 from megakd.run import Run
 from megakd.system.files import read_json, read_json_lines

@@ -11,7 +11,7 @@ from megakd.config.checks import check
 from megakd.config.parsing import parse
 from megakd.config.run import RunConfig
 from megakd.data.shards import read_manifest
-from megakd.models.hub import load_model
+from megakd.models.loading import load_model
 from megakd.models.tiny import train_tokenizer
 from megakd.report.describe import describe_run
 from megakd.report.memory import fits

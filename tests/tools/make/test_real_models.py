@@ -15,7 +15,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from megakd.data.documents import iter_documents
 from megakd.data.tokenizers import load_tokenizer
 from megakd.errors import UserError
-from megakd.models.hub import Checkpoint, load_config, load_model
+from megakd.models.hub import Checkpoint, load_config
+from megakd.models.loading import load_model
 from tests.conftest import ROOT
 from tests.models.students import experts_in
 

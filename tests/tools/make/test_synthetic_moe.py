@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from megakd.models.hub import INDEX, WEIGHTS, Checkpoint, load_config, load_model
+from megakd.models.hub import INDEX, WEIGHTS, Checkpoint, load_config
+from megakd.models.loading import load_model
 from megakd.models.shared_core import PROJECTIONS
 from megakd.models.spec import spec_for
 from tests.conftest import files
