@@ -14,9 +14,9 @@ from megakd.config.data import LogitsConfig
 from megakd.data import codec
 from megakd.data.batches import prefetch
 from megakd.data.codebook import Book, build_book, load_book, save_book
-from megakd.data.records import Sample
+from megakd.data.records import Sample, TeacherTargets
 from megakd.data.shard_writer import finished, known_manifest, summary_of, write_manifest, write_shard
-from megakd.data.shards import ShardSet, layout_of
+from megakd.data.shards import ShardSet, label_masked, layout_of
 from megakd.errors import listed
 from megakd.identity import TeacherIdentity, TokenizerIdentity
 from megakd.measured import Stopwatch
@@ -63,7 +63,7 @@ def logits_facts(part: Part, teacher: TeacherIdentity, seed: int, book: str) -> 
         "tokens": tokens,
         "teacher": teacher.record(),
         "vocab_size": TokenizerIdentity.of(tokens["tokenizer"]).vocab_size,
-        "codec": codec.NAME,
+        "codec": codec.MASKED_NAME if label_masked(tokens) else codec.NAME,
         "book": book,
         "profile": logits.profile,
         "top_k": logits.top_k if logits.profile != "sampled" else 0,
@@ -223,6 +223,8 @@ def make_codebook(capture: Capture, train: Part) -> Book:
         for sample in capture.targets(train.tokens, [Work("book", range(count))], train.config):
             targets = sample.targets
             assert targets is not None
+            if sample.mask is not None:
+                targets = TeacherTargets(*(field[sample.mask] for field in targets))
             ids += [targets.ids[targets.logprobs > -np.inf], targets.draw_ids[targets.draw_shares > 0]]
         book = build_book(np.concatenate(ids), capture.vocab_size)
         if capture.world.first or not sharded:

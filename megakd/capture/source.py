@@ -12,7 +12,7 @@ from megakd.capture.teacher import Teacher, batch_targets
 from megakd.config.data import LogitsConfig
 from megakd.data.batches import collate
 from megakd.data.records import Sample, TeacherTargets
-from megakd.data.shards import MANIFEST, SIDECAR, VERSION, ShardSet
+from megakd.data.shards import MANIFEST, SIDECAR, VERSIONS, ShardSet
 from megakd.errors import UserError
 from megakd.identity import TeacherIdentity, changed_fingerprint, fingerprint
 from megakd.models.checks import check_isolation, model_folders
@@ -129,7 +129,7 @@ def _captured_from(part: Path) -> str | None:
     sidecars = ((path, SIDECAR) for path in sorted(part.glob("*.json")))
     for path, kind in [(part / "manifest.json", MANIFEST), *sidecars]:
         try:
-            weights = TeacherIdentity.of(read_sealed(path, kind, VERSION)["facts"]["teacher"]).weights
+            weights = TeacherIdentity.of(read_sealed(path, kind, *VERSIONS)["facts"]["teacher"]).weights
         except UserError:  # missing, or damaged: it is made again
             continue
         return None if weights == "unknown" else weights  # converted from a file that names no teacher

@@ -29,6 +29,8 @@ def collate(samples: Sequence[Sample], sequence_length: int) -> Batch:
         starts = [s for s in sample.starts if s <= length]
         positions[row] = _positions([*(s for s in starts if s < length), length], sequence_length)
         labels[row, [s - 1 for s in starts if s > 0]] = IGNORED
+        if sample.mask is not None:
+            labels[row, :length][~sample.mask[:length]] = IGNORED
     return Batch(
         torch.from_numpy(tokens),
         torch.from_numpy(labels),
@@ -86,7 +88,7 @@ class Reader:
 
 def valid_tokens(samples: Iterable[Sample]) -> int:
     """How many positions of the samples carry a label: what losses are divided by."""
-    return sum(len(sample.tokens) - len(sample.starts) for sample in samples)
+    return sum(sample.label_count for sample in samples)
 
 
 def prefetch(items: Iterable[Item], depth: int = 2) -> Generator[Item, None, None]:

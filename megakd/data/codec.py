@@ -4,6 +4,8 @@ Record, little-endian:
   header   magic "MKD3", crc32 of all that follows; head and draws there?, temperatures M, positions T, starts S,
            entries of the head, distinct draws, draws of 16 or more, labels not in their row, half of the codebook's
            digest, bytes of the zstd frame
+  mask     with a label mask only: a bit a position, lowest first, 1 where the label counts. The others have no row: T
+           then counts the rows in the planes below, and their labels are among those not in their row, without NLL
   planes   one zstd frame, a block a plane, so that zstd is a Huffman coder with a table a plane:
            tails [M, T]; entropy [T] (draws only); NLL of the label [T] (with a head: of labels not in their row,
            for that of the others is known);
@@ -37,6 +39,7 @@ from megakd.data.codebook import MAX_WIDTH, Book
 from megakd.data.records import Sample, TeacherTargets, by_probability
 
 NAME = "mkd-3"
+MASKED_NAME = "mkd-3-masked"  # the same with a label mask in every record, which readers of mkd-3 alone refuse
 MAGIC = b"MKD3"
 HEADER = struct.Struct("<4sIBBHHIIIHII")
 QUARTERS = 4  # of the rows: each its own table for gaps and values
@@ -60,20 +63,25 @@ class Layout(NamedTuple):
     temperatures: tuple[float, ...]
     sequence_length: int
     book: Book
+    masked: bool = False
 
     @property
     def kind(self) -> int:
-        """The header's byte: 1 for a head, 2 for draws, 3 for both."""
-        return bool(self.top_k) + 2 * bool(self.draws)
+        """The header's byte: 1 for a head, 2 for draws, 3 for both; 4 more with a label mask."""
+        return bool(self.top_k) + 2 * bool(self.draws) + 4 * self.masked
 
 
 def encode(sample: Sample, layout: Layout) -> bytes:
     """Bytes of a sample with targets (see TeacherTargets); every row of head and draws holds an entry."""
     targets, book = sample.targets, layout.book
-    assert targets is not None, sample.key
-    positions, places = len(sample.tokens) - 1, book.places[sample.tokens]
+    assert targets is not None and (sample.mask is not None) == layout.masked, sample.key
+    places, mask = book.places[sample.tokens], np.ones(len(sample.tokens) - 1, bool)
+    if sample.mask is not None:
+        mask = sample.mask
+        targets = TeacherTargets(*(field[mask] for field in targets))
+    rows = len(targets.label_nll)
     sets, entropy = [], _log_bytes(targets.entropy) if layout.draws else np.empty(0, np.uint8)
-    tails = np.zeros((len(layout.temperatures), positions), np.uint8)
+    tails = np.zeros((len(layout.temperatures), rows), np.uint8)
     if layout.top_k:
         roots = np.exp(targets.logprobs * np.float32(0.5))
         values = np.empty(roots.shape, np.uint8)
@@ -84,9 +92,9 @@ def encode(sample: Sample, layout: Layout) -> bytes:
     if layout.draws:
         counts = np.rint(targets.draw_shares * layout.draws).astype(np.uint8)
         sets.append(_Set(*_keys(targets.draw_ids, counts, book), entropy))
-    found = np.empty(positions, np.uint8)
-    kernels.find_labels(sets[0].keys, sets[0].counts, places[1:], found)
-    others = np.concatenate([places[:1], places[1:][found == 255]])
+    found = np.empty(rows, np.uint8)
+    kernels.find_labels(sets[0].keys, sets[0].counts, places[1:][mask], found)
+    others = np.concatenate([places[:1], places[1:][_spread(found, mask, 255) == 255]])
     entries = [int(each.counts.sum()) for each in sets]
     words = np.zeros(MAX_WIDTH * (sum(entries) + len(others)) // 64 + 2, np.uint64)
     buckets, end = kernels.pack_ids(others, book.buckets, book.starts, book.widths, words)
@@ -108,11 +116,12 @@ def encode(sample: Sample, layout: Layout) -> bytes:
     planes += [found, buckets, np.asarray(sample.starts, "<u2")]
     frame = _compress(planes)
     header = HEADER.pack(
-        MAGIC, 0, layout.kind, len(layout.temperatures), positions, len(sample.starts),
+        MAGIC, 0, layout.kind, len(layout.temperatures), len(mask), len(sample.starts),
         entries[0] if layout.top_k else 0, entries[-1] if layout.draws else 0, len(large), len(others) - 1, _tag(book),
         len(frame),
     )  # fmt: skip
-    body = header[8:] + frame + words.astype("<u8").tobytes()[: (int(end) + 7) // 8]
+    bits = np.packbits(mask, bitorder="little").tobytes() if layout.masked else b""
+    body = header[8:] + bits + frame + words.astype("<u8").tobytes()[: (int(end) + 7) // 8]
     return MAGIC + struct.pack("<I", zlib.crc32(body)) + body
 
 
@@ -140,59 +149,88 @@ def _decode(key: str, data: bytes, layout: Layout) -> Sample:
         raise DamagedRecord("was written with another profile or other temperatures than the manifest states")
     if not 0 < positions <= layout.sequence_length or not 0 < starts <= positions + 1 or others > positions:
         raise DamagedRecord(f"has {positions} positions, {starts} documents and {others} labels apart")
-    if head > positions * layout.top_k or drawn > positions * layout.draws or large > drawn:
-        raise DamagedRecord(f"announces {head} and {drawn} entries for {positions} positions")
-    book, size = layout.book, HEADER.size + size
+    mask, begin = _mask(data, positions) if layout.masked else (None, HEADER.size)
+    rows = positions if mask is None else int(np.count_nonzero(mask))
+    if head > rows * layout.top_k or drawn > rows * layout.draws or large > drawn or others < positions - rows:
+        raise DamagedRecord(f"announces {head} and {drawn} entries for {rows} positions")
+    book, size = layout.book, begin + size
     words = _words(memoryview(data)[size:], MAX_WIDTH * max(layout.top_k, layout.draws) // 8)
     end = 8 * max(len(data) - size, 0)
-    untold = others if layout.top_k else positions
-    content = (temperatures + bool(layout.draws) + 1) * positions + untold + 1 + others + 2 * starts
-    content += bool(layout.top_k) * (2 * positions + 2 * head) + drawn + (drawn + 1) // 2 + large
-    planes = _Planes(memoryview(data)[HEADER.size : size], content)
-    tails = planes.take(temperatures * positions).reshape(temperatures, positions)
-    like = planes.take(positions) if layout.draws else np.zeros(0, np.uint8)
+    untold = others - (positions - rows) if layout.top_k else rows
+    content = (temperatures + bool(layout.draws) + 1) * rows + untold + 1 + others + 2 * starts
+    content += bool(layout.top_k) * (2 * rows + 2 * head) + drawn + (drawn + 1) // 2 + large
+    planes = _Planes(memoryview(data)[begin:size], content)
+    tails = planes.take(temperatures * rows).reshape(temperatures, rows)
+    like = planes.take(rows) if layout.draws else np.zeros(0, np.uint8)
     told = _from_log_bytes(planes.take(untold))
-    ids, logprobs = np.empty((positions, layout.top_k), np.int32), np.empty((positions, layout.top_k), np.float32)
-    draw_ids = np.empty((positions, layout.draws), np.int32)
-    shares = np.empty((positions, layout.draws), np.float32)
+    ids, logprobs = np.empty((rows, layout.top_k), np.int32), np.empty((rows, layout.top_k), np.float32)
+    draw_ids = np.empty((rows, layout.draws), np.int32)
+    shares = np.empty((rows, layout.draws), np.float32)
     sets: list[tuple] = []
     if layout.top_k:
-        counts, order = np.empty(positions, np.int32), _order(tails[0])
-        counts[order] = planes.take(positions).astype(np.int32) | planes.take(positions).astype(np.int32) << 8
+        counts, order = np.empty(rows, np.int32), _order(tails[0])
+        counts[order] = planes.take(rows).astype(np.int32) | planes.take(rows).astype(np.int32) << 8
         gaps, values = planes.take(head), planes.take(head)
-        sums_TM = np.empty((positions, temperatures))
-        if tails.max() > 254 or kernels.head_sums(values, counts, order, _powers(layout.temperatures), sums_TM) < 0:
+        sums_TM = np.empty((rows, temperatures))
+        if (
+            tails.max(initial=0) > 254
+            or kernels.head_sums(values, counts, order, _powers(layout.temperatures), sums_TM) < 0
+        ):
             raise DamagedRecord("a row without entries, an entry without value or a tail of everything")
         shifts, log_tails = _scales(tails, np.log(sums_TM, out=sums_TM), layout.temperatures)
         sets.append((counts, order, gaps, values, _LOG_Q, shifts, np.float32(-np.inf), ids, logprobs))
     else:
-        log_tails = np.full((positions, temperatures), -np.inf, np.float32)
+        log_tails = np.full((rows, temperatures), -np.inf, np.float32)
     if layout.draws:
         gaps, pairs, many = planes.take(drawn), planes.take((drawn + 1) // 2), planes.take(large)
-        counts, values, order = np.empty(positions, np.int32), np.empty(drawn, np.uint8), _order(like)
+        counts, values, order = np.empty(rows, np.int32), np.empty(drawn, np.uint8), _order(like)
         if kernels.unpack_draws(pairs, many, layout.draws, order, counts, values) < 0:
             raise DamagedRecord(f"a row whose draws are not {layout.draws}")
         share = np.arange(256, dtype=np.float32) / np.float32(layout.draws)
-        sets.append(
-            (counts, order, gaps, values, share, np.zeros(positions, np.float32), np.float32(0), draw_ids, shares)
-        )
-    found, buckets = planes.take(positions), planes.take(1 + others)
+        sets.append((counts, order, gaps, values, share, np.zeros(rows, np.float32), np.float32(0), draw_ids, shares))
+    found, buckets = planes.take(rows), planes.take(1 + others)
     offsets = planes.take(2 * starts).view("<u2").astype(np.int32)
     apart, tokens = np.empty(1 + others, np.int32), np.empty(positions + 1, np.int32)
     at = int(kernels.unpack_ids(buckets, book.ids, book.starts, book.widths, words, 0, end, apart))
-    for *rows, out, means in sets:
+    for *stored, out, means in sets:
         if at >= 0:
-            at = int(kernels.unpack_rows(*rows, book.ids, book.starts, book.widths, words, at, end, out, means))
+            at = int(kernels.unpack_rows(*stored, book.ids, book.starts, book.widths, words, at, end, out, means))
     if at < 0 or (at + 7) // 8 != len(data) - size:
         raise DamagedRecord("its planes and its bits do not fit together")
+    entropy, lengths = _from_log_bytes(like) if layout.draws else np.zeros(rows, np.float32), sets[0][0]
+    if mask is not None:  # a row without entries for each label that does not count
+        apart_T = _spread(found, mask, 255) == 255
+        told = _spread(told, mask[apart_T] if layout.top_k else mask, 0)
+        found, lengths, ids, draw_ids = (_spread(each, mask, 0) for each in (found, lengths, ids, draw_ids))
+        found[~mask] = 255
+        logprobs, log_tails = _spread(logprobs, mask, -np.inf), _spread(log_tails, mask, -np.inf)
+        shares, entropy = _spread(shares, mask, 0), _spread(entropy, mask, 0)
     nll = np.empty(positions, np.float32) if layout.top_k else told
-    if kernels.put_labels(found, sets[0][0], ids if layout.top_k else draw_ids, logprobs, apart, told, tokens, nll) < 0:
+    among = ids if layout.top_k else draw_ids
+    if kernels.put_labels(found, lengths, among, logprobs, apart, told, tokens, nll) < 0:
         raise DamagedRecord("a label that is not where it should be")
     if offsets[0] != 0 or (offsets[1:] <= offsets[:-1]).any() or offsets[-1] > positions:
         raise DamagedRecord("document starts out of order")
     nll[offsets[1:] - 1] = 0
-    entropy = _from_log_bytes(like) if layout.draws else np.zeros(positions, np.float32)
-    return Sample(key, tokens, offsets, TeacherTargets(ids, logprobs, log_tails, draw_ids, shares, entropy, nll))
+    return Sample(key, tokens, offsets, TeacherTargets(ids, logprobs, log_tails, draw_ids, shares, entropy, nll), mask)
+
+
+def _mask(data: bytes, positions: int) -> tuple[np.ndarray, int]:
+    """The label mask behind the header, [T] bool, and where it ends."""
+    end = HEADER.size + (positions + 7) // 8
+    bits = np.frombuffer(data, np.uint8)[HEADER.size : end]
+    if len(bits) < end - HEADER.size or (positions % 8 and bits[-1] >> positions % 8):
+        raise DamagedRecord("a label mask of other bits than it has positions")
+    return np.unpackbits(bits, count=positions, bitorder="little").astype(bool), end
+
+
+def _spread(values: np.ndarray, mask: np.ndarray, filler: float) -> np.ndarray:
+    """Rows where the mask is true, in order, and `filler` elsewhere; DamagedRecord where they are not as many."""
+    if len(values) != np.count_nonzero(mask):
+        raise DamagedRecord(f"{len(values)} rows for {np.count_nonzero(mask)} places")
+    out = np.full((len(mask), *values.shape[1:]), filler, values.dtype)
+    out[mask] = values
+    return out
 
 
 _SHARE = np.sin(np.arange(256) / 255 * math.pi / 2) ** 2

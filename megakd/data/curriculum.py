@@ -94,7 +94,7 @@ def label_nll(sample: Sample) -> float:
     """The teacher's negative log-likelihood, mean over the labels, in nats."""
     targets = sample.targets
     assert targets is not None, sample.key
-    return float(targets.label_nll.sum(dtype=np.float64)) / max(len(sample.tokens) - len(sample.starts), 1)
+    return float(targets.label_nll.sum(dtype=np.float64)) / max(sample.label_count, 1)
 
 
 def entropy(sample: Sample) -> float:
@@ -104,9 +104,12 @@ def entropy(sample: Sample) -> float:
     """
     targets = sample.targets
     assert targets is not None, sample.key
+    rows = slice(None) if sample.mask is None else sample.mask  # masked labels have no targets
+    if sample.mask is not None and not sample.label_count:
+        return 0.0
     if not targets.ids.shape[1]:
-        return float(targets.entropy.mean(dtype=np.float64))
-    logs = np.concatenate([targets.logprobs, targets.log_tails[:, :1]], 1).astype(np.float64)
+        return float(targets.entropy[rows].mean(dtype=np.float64))
+    logs = np.concatenate([targets.logprobs, targets.log_tails[:, :1]], 1)[rows].astype(np.float64)
     finite = np.where(np.isfinite(logs), logs, 0.0)
     return float(-(np.exp(logs) * finite).sum(1).mean())
 

@@ -45,12 +45,20 @@ class Sample(NamedTuple):
 
     starts: offsets at which a document (or its continuation) begins, the first one 0. Attention, positions and
     labels never cross such an offset. Neighbouring windows share one token, so each token is predicted once.
+    mask: [T] bool, whether the label at t, token t+1, counts; None: all do but those across a start. A position whose
+    label does not count has no targets: no entry of the head, no draw.
     """
 
     key: str
     tokens: np.ndarray
     starts: np.ndarray
     targets: TeacherTargets | None = None
+    mask: np.ndarray | None = None
+
+    @property
+    def label_count(self) -> int:
+        """How many labels count."""
+        return len(self.tokens) - len(self.starts) if self.mask is None else int(np.count_nonzero(self.mask))
 
 
 class Rows(NamedTuple):

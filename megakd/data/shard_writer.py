@@ -14,7 +14,18 @@ import numpy as np
 
 from megakd.data import codec
 from megakd.data.records import Sample
-from megakd.data.shards import BLOCK, MANIFEST, SIDECAR, VERSION, Entry, Members, read_manifest
+from megakd.data.shards import (
+    BLOCK,
+    MANIFEST,
+    MASKED_VERSION,
+    SIDECAR,
+    VERSION,
+    VERSIONS,
+    Entry,
+    Members,
+    label_masked,
+    read_manifest,
+)  # fmt: skip
 from megakd.errors import UserError
 from megakd.system.files import publishing, read_sealed, sha256, write_sealed
 from megakd.system.version import made_with
@@ -69,7 +80,8 @@ def write_stored(
         file.flush()
         size, digest = file.tell(), sha256(temporary)
     summary = {"tokens": tokens, "bytes": size, "sha256": digest, "state": state()}
-    sidecar = {"format": SIDECAR, "version": VERSION, "facts": facts, **summary, "samples": [list(e) for e in entries]}
+    head = {"format": SIDECAR, "version": _version(facts), "facts": facts}
+    sidecar = {**head, **summary, "samples": [list(e) for e in entries]}
     write_sealed(folder / f"{name}.json", sidecar, compact=True)
     return sidecar
 
@@ -83,7 +95,7 @@ def finished(folder: Path, name: str, facts: dict[str, Any], reread: bool = Fals
     if not sidecar.exists() or not tar.exists():
         return None
     try:
-        found = read_sealed(sidecar, SIDECAR, VERSION)
+        found = read_sealed(sidecar, SIDECAR, *VERSIONS)
     except UserError:
         return None
     if found["facts"] != facts or found["bytes"] != tar.stat().st_size:
@@ -98,7 +110,8 @@ def write_manifest(
 
     A complete one also says which MegaKD completed it. It stays as it is where a later one has nothing else to say.
     """
-    value = {"format": MANIFEST, "version": VERSION, "facts": facts, "complete": complete, "shards": shards, **extra}
+    head = {"format": MANIFEST, "version": _version(facts), "facts": facts}
+    value = {**head, "complete": complete, "shards": shards, **extra}
     if complete:
         before = known_manifest(folder, facts)
         if before and {key: before[key] for key in before.keys() - {"megakd"}} == value:
@@ -122,18 +135,24 @@ def summary_of(name: str, sidecar: dict[str, Any]) -> dict[str, Any]:
     return {"name": name, "samples": len(sidecar["samples"]), **own}
 
 
+def _version(facts: dict[str, Any]) -> int:
+    return MASKED_VERSION if label_masked(facts) else VERSION
+
+
 def _stored(sample: Sample, layout: codec.Layout | None) -> Stored:
     if sample.targets is None:
         members: Members = {"tokens.npy": _npy(sample.tokens), "starts.npy": _npy(sample.starts)}
+        if sample.mask is not None:
+            members["mask.npy"] = _npy(sample.mask, "|b1")
     else:
         assert layout is not None, sample.key
         members = {"mkd": codec.encode(sample, layout)}
-    return Stored(sample.key, members, len(sample.tokens), len(sample.tokens) - len(sample.starts))
+    return Stored(sample.key, members, len(sample.tokens), sample.label_count)
 
 
-def _npy(array: np.ndarray) -> bytes:
+def _npy(array: np.ndarray, dtype: str = "<i4") -> bytes:
     buffer = io.BytesIO()
-    np.save(buffer, array.astype("<i4"), allow_pickle=False)
+    np.save(buffer, array.astype(dtype), allow_pickle=False)
     return buffer.getvalue()
 
 

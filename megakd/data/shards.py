@@ -1,7 +1,8 @@
 """WebDataset tar shards: plain ustar, a sidecar index, a manifest; checked when read, written by shard_writer.py.
 
 FOLDER/manifest.json      what the data is (facts) and which shards it consists of
-FOLDER/shard-00000.tar    KEY.tokens.npy KEY.starts.npy of every sample; with teacher targets KEY.mkd, everything in one
+FOLDER/shard-00000.tar    KEY.tokens.npy KEY.starts.npy of every sample, of conversations KEY.mask.npy too; with
+                          teacher targets KEY.mkd, everything in one
 FOLDER/shard-00000.json   the sidecar: facts, sha256 of the tar, and (key, offset, size, crc32, labels) of every sample
 FOLDER/book-DIGEST.npy    with teacher targets: what ids in the records mean
 
@@ -33,6 +34,8 @@ from megakd.system.files import read_sealed, sha256
 BLOCK = tarfile.BLOCKSIZE
 OPEN_FILES = 512  # at once; half of what a process may usually have
 MANIFEST, SIDECAR, VERSION = "megakd-shards", "megakd-shard-index", 2
+MASKED_VERSION = 3  # of shards with a label mask: readers of version 2 alone would train on every label
+VERSIONS = (VERSION, MASKED_VERSION)
 
 Members = dict[str, bytes]  # what a tar holds of a sample, by suffix: mkd, or tokens.npy and starts.npy
 # numpy reads a header by ast.literal_eval, at which Python 3.11 fails now and then when threads do so at once:
@@ -100,7 +103,12 @@ def _without_collector() -> Iterator[None]:
 def read_manifest(folder: Path) -> dict[str, Any]:
     if not (folder / "manifest.json").exists():
         raise UserError(f"{folder}: no manifest.json here; {_maker(folder)}")
-    return read_sealed(folder / "manifest.json", MANIFEST, VERSION)
+    return read_sealed(folder / "manifest.json", MANIFEST, *VERSIONS)
+
+
+def label_masked(facts: dict[str, Any]) -> bool:
+    """Whether the samples of a folder with these facts, of tokens or of logits, have a label mask."""
+    return facts.get("tokens", facts).get("format", "text") != "text"
 
 
 def unfinished(folders: Iterable[Path]) -> str | None:
@@ -132,7 +140,7 @@ class ShardSet:
         if not self.manifest["complete"] and not growing:
             raise UserError(f"{folder}: the capture is not finished; {_maker(folder)}, or set stream.follow=true")
         self.facts: dict[str, Any] = self.manifest["facts"]
-        self.layout = _layout(folder, self.facts)
+        self.layout, self.masked = _layout(folder, self.facts), label_masked(self.facts)
         self.names: list[str] = [shard["name"] for shard in self.manifest["shards"]]
         self.sizes: list[int] = [shard["samples"] for shard in self.manifest["shards"]]
         self._first = np.concatenate([[0], np.cumsum(self.sizes)])
@@ -153,7 +161,7 @@ class ShardSet:
         for path in (sidecar, tar):
             if not path.exists():
                 raise UserError(f"{path}: listed in the manifest but missing; {_maker(self.folder)}")
-        found = read_sealed(sidecar, SIDECAR, VERSION)
+        found = read_sealed(sidecar, SIDECAR, *VERSIONS)
         if found["facts"] != self.facts:
             raise UserError(
                 f"{sidecar}: was written for other data than the manifest next to it; {_maker(self.folder)}"
@@ -197,7 +205,7 @@ class ShardSet:
     def __getitem__(self, index: int) -> Sample:
         key = self.entry(index).key
         try:
-            return _sample(key, self.members(index), self.layout)
+            return _sample(key, self.members(index), self.layout, self.masked)
         except (codec.DamagedRecord, ValueError, KeyError) as error:
             raise DamagedSample(f"{self.place(index)}: {error}; {self._again()}") from error
 
@@ -278,7 +286,7 @@ class ShardSet:
                 )
         for index in range(len(self)):
             sample = self[index]
-            if len(sample.tokens) - len(sample.starts) != self.entry(index).labels:
+            if sample.label_count != self.entry(index).labels:
                 raise DamagedSample(f"{self.place(index)}: has other labels than its index says; {_maker(self.folder)}")
 
     def close(self) -> None:
@@ -309,7 +317,7 @@ def _read(file: _Descriptor, size: int, offset: int, place: str) -> bytes:
 def _layout(folder: Path, facts: dict[str, Any]) -> codec.Layout | None:
     if "codec" not in facts:
         return None
-    if facts["codec"] != codec.NAME:
+    if facts["codec"] not in (codec.NAME, codec.MASKED_NAME):
         raise UserError(f"{folder}: targets of codec {facts['codec']!r}, this MegaKD reads {codec.NAME!r}")
     return layout_of(facts, folder)
 
@@ -320,7 +328,8 @@ def layout_of(facts: dict[str, Any], folder: Path) -> codec.Layout:
     book = load_book(folder, facts["book"])
     if len(book.places) != facts["vocab_size"]:
         raise UserError(f"{folder / book.file_name}: {len(book.places)} ids where the data has {facts['vocab_size']}")
-    return codec.Layout(facts["top_k"], facts["draws"], facts["levels"], tuple(facts["temperatures"]), length, book)
+    temperatures, masked = tuple(facts["temperatures"]), facts["codec"] == codec.MASKED_NAME
+    return codec.Layout(facts["top_k"], facts["draws"], facts["levels"], temperatures, length, book, masked)
 
 
 def _members(key: str, chunk: bytes) -> Members:
@@ -334,12 +343,15 @@ def _members(key: str, chunk: bytes) -> Members:
     return members
 
 
-def _sample(key: str, members: Members, layout: codec.Layout | None) -> Sample:
+def _sample(key: str, members: Members, layout: codec.Layout | None, masked: bool) -> Sample:
     if layout is not None:
         return codec.decode(key, members["mkd"], layout)
     with PARSING:
-        tokens, starts = (np.load(io.BytesIO(members[f"{n}.npy"]), allow_pickle=False) for n in ("tokens", "starts"))
-    return Sample(key, tokens, starts)
+        arrays = {name: np.load(io.BytesIO(data), allow_pickle=False) for name, data in members.items()}
+    tokens, starts, mask = arrays["tokens.npy"], arrays["starts.npy"], arrays.get("mask.npy")
+    if masked and (mask is None or mask.shape != (len(tokens) - 1,) or mask.dtype != bool):
+        raise ValueError("has no label mask of its length")
+    return Sample(key, tokens, starts, mask=mask)
 
 
 def _maker(folder: Path) -> str:

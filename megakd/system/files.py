@@ -225,13 +225,14 @@ def write_sealed(path: Path, value: dict[str, Any], compact: bool = False) -> No
         temporary.write_text(text[:-1] + _sealed_end(text), encoding="utf-8")
 
 
-def read_sealed(path: Path, kind: str, version: int) -> dict[str, Any]:
+def read_sealed(path: Path, kind: str, *versions: int) -> dict[str, Any]:
     """What `write_sealed` wrote; UserError when it is another format or version, or was changed since."""
     value, text = _read_json(path)
     if not isinstance(value, dict) or value.get("format") != kind:
         raise UserError(f"{path}: not a file of format {kind!r}")
-    if value.get("version") != version:
-        raise UserError(f"{path}: version {value.get('version')} of {kind!r}, this MegaKD reads version {version}")
+    if value.get("version") not in versions:
+        known = " and ".join(map(str, versions))
+        raise UserError(f"{path}: version {value.get('version')} of {kind!r}, this MegaKD reads version {known}")
     seal = value.pop("seal", None)
     unsealed = f"{text[: -len(_sealed_end(''))]}}}"
     if text == unsealed[:-1] + _sealed_end(unsealed):

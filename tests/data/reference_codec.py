@@ -49,8 +49,12 @@ class Header(NamedTuple):
 
 
 class Record(NamedTuple):
-    """What is stored, before it means numbers: (id, value) of every entry of every row, bytes of everything else."""
+    """What is stored, before it means numbers: (id, value) of every entry of every row, bytes of everything else.
 
+    counts: of each position, whether its label counts; only those have rows.
+    """
+
+    counts: list[bool]
     tokens: list[int]
     starts: list[int]
     head: Rows
@@ -76,9 +80,9 @@ class Bits:
 def decode(data: bytes, layout: Any) -> tuple[np.ndarray, np.ndarray, Targets]:
     """(tokens, starts, targets) of a record; layout: see codec.Layout."""
     record = parse(data, layout)
-    positions, columns = len(record.tokens) - 1, len(layout.temperatures)
+    rows, columns = sum(record.counts), len(layout.temperatures)
     ids, logprobs, log_tails, draw_ids, shares = [], [], [], [], []
-    for row in range(positions):
+    for row in range(rows):
         if layout.top_k:
             head = head_row(record.head[row], [tail[row] for tail in record.tails], layout)
         else:
@@ -86,22 +90,41 @@ def decode(data: bytes, layout: Any) -> tuple[np.ndarray, np.ndarray, Targets]:
         draws = draws_row(record.draws[row], layout) if layout.draws else ([], [])
         for field, value in zip((ids, logprobs, log_tails, draw_ids, shares), head + draws, strict=True):
             field.append(value)
+    positions, entropy, nll = len(record.counts), from_log_bytes(record.entropy), nlls(record, logprobs, layout)
+
+    def placed(values: list[Any], nothing: Any) -> list[Any]:
+        """A row for every position, that of `nothing` where the label does not count."""
+        left = list(values)
+        return [left.pop(0) if counts else nothing for counts in record.counts]
+
     targets = Targets(
-        array(ids, np.int32, (positions, layout.top_k)),
-        array(logprobs, np.float32, (positions, layout.top_k)),
-        array(log_tails, np.float32, (positions, columns)),
-        array(draw_ids, np.int32, (positions, layout.draws)),
-        array(shares, np.float32, (positions, layout.draws)),
-        array(from_log_bytes(record.entropy) or [0.0] * positions, np.float32, (positions,)),
-        array(nlls(record, logprobs, layout), np.float32, (positions,)),
+        array(placed(ids, [0] * layout.top_k), np.int32, (positions, layout.top_k)),
+        array(placed(logprobs, [-math.inf] * layout.top_k), np.float32, (positions, layout.top_k)),
+        array(placed(log_tails, [-math.inf] * columns), np.float32, (positions, columns)),
+        array(placed(draw_ids, [0] * layout.draws), np.int32, (positions, layout.draws)),
+        array(placed(shares, [0.0] * layout.draws), np.float32, (positions, layout.draws)),
+        array(placed(entropy or [0.0] * rows, 0.0), np.float32, (positions,)),
+        array(nll, np.float32, (positions,)),
     )
     return np.array(record.tokens, np.int32), np.array(record.starts, np.int32), targets
 
 
+def mask(data: bytes) -> list[bool]:
+    """Whether each label counts: all do where the record has no label mask."""
+    header = read_header(data)
+    if not header.kind & 4:
+        return [True] * header.positions
+    bits = Bits(data[HEADER.size : HEADER.size + -(-header.positions // 8)])
+    counts = [bool(bits.number(1)) for _ in range(header.positions)]
+    assert not bits.number(bits.end - bits.at), "bits beyond the positions"
+    return counts
+
+
 def parse(data: bytes, layout: Any) -> Record:
     header, planes, raw = open_record(data, layout)
-    size, columns, bits = header.positions, len(layout.temperatures), Bits(raw)
-    assert header.kind == (1 if layout.top_k else 0) + (2 if layout.draws else 0), header
+    counts = mask(data)
+    size, columns, bits = sum(counts), len(layout.temperatures), Bits(raw)
+    assert header.kind == (1 if layout.top_k else 0) + (2 if layout.draws else 0) + (4 if layout.masked else 0), header
     assert header.temperatures == columns, header
     assert header.book == int(book_digest(layout.book)[:8], 16), header
     tails = [planes["tails"][m * size : (m + 1) * size] for m in range(columns)]
@@ -118,18 +141,25 @@ def parse(data: bytes, layout: Any) -> Record:
     assert -(-bits.at // 8) == len(raw), (bits.at, len(raw))
 
     tokens, stored_nll, label_nll = [apart.pop(0)], from_log_bytes(planes["label_nll"]), []
-    for row, index in zip(head or draws, planes["index_in_row"], strict=True):
+    left = list(zip(head or draws, planes["index_in_row"], strict=True))
+    for counted in counts:
+        if not counted:
+            tokens.append(apart.pop(0))
+            continue
+        row, index = left.pop(0)
         tokens.append(apart.pop(0) if index == 255 else row[index][0])
         label_nll.append(stored_nll.pop(0) if index == 255 or not layout.top_k else -1.0)
     assert not apart and not stored_nll, (apart, stored_nll)
-    return Record(tokens, starts, head, draws, tails, planes["entropy"], planes["index_in_row"], label_nll)
+    return Record(counts, tokens, starts, head, draws, tails, planes["entropy"], planes["index_in_row"], label_nll)
 
 
 def nlls(record: Record, logprobs: list[list[float]], layout: Any) -> list[float]:
-    """Of a label in its row of the head: that entry's; elsewhere as stored; 0 where a document's last token is read."""
-    found = []
-    for row, told in enumerate(record.label_nll):
-        if row + 1 in record.starts:
+    """Of a label in its row of the head: that entry's; elsewhere as stored; 0 where no label counts."""
+    found, row = [], -1
+    for position, counts in enumerate(record.counts):
+        row += counts
+        told = record.label_nll[row] if counts else 0.0
+        if not counts or position + 1 in record.starts:
             found.append(0.0)
         elif layout.top_k and record.index_in_row[row] < 255:
             found.append(-logprobs[row][record.index_in_row[row]])
@@ -148,10 +178,11 @@ def open_record(data: bytes, layout: Any) -> tuple[Header, dict[str, bytes], byt
     """(header, planes, raw bits)."""
     header = read_header(data)
     assert header.magic == b"MKD3" and zlib.crc32(data[8:]) == header.crc32, header
-    frame, raw = data[HEADER.size : HEADER.size + header.frame], data[HEADER.size + header.frame :]
+    begin = HEADER.size + (-(-header.positions // 8) if header.kind & 4 else 0)
+    frame, raw = data[begin : begin + header.frame], data[begin + header.frame :]
     content = zstandard.ZstdDecompressor().decompressobj().decompress(frame)
     planes, at = {}, 0
-    for name, size in plane_sizes(header, layout).items():
+    for name, size in plane_sizes(header, layout, sum(mask(data))).items():
         planes[name] = content[at : at + size]
         at += size
     assert at == len(content), (at, len(content))
@@ -162,13 +193,12 @@ def read_header(data: bytes) -> Header:
     return Header(*HEADER.unpack_from(data))
 
 
-def plane_sizes(header: Header, layout: Any) -> dict[str, int]:
-    """Bytes of each plane, in their order; of entries per row there are two, low bytes and high bytes."""
-    size = header.positions
+def plane_sizes(header: Header, layout: Any, size: int) -> dict[str, int]:
+    """Bytes of each plane, in their order, with `size` rows; of entries per row there are low bytes and high bytes."""
     return {
         "tails": header.temperatures * size,
         "entropy": size if layout.draws else 0,
-        "label_nll": header.others if layout.top_k else size,
+        "label_nll": header.others - (header.positions - size) if layout.top_k else size,
         "counts_low": size if layout.top_k else 0,
         "counts_high": size if layout.top_k else 0,
         "gaps": header.head,

@@ -27,7 +27,7 @@ def test_no_manifest(folder, tmp_path):
         assert str(each) in error_of(each) and f"megakd {verb}" in error_of(each)
 
 
-@pytest.mark.parametrize("change", [{"version": 1}, {"version": 3}, {"format": "other"}, {"format": None}])
+@pytest.mark.parametrize("change", [{"version": 1}, {"version": 4}, {"format": "other"}, {"format": None}])
 @pytest.mark.parametrize("name", ["manifest", "shard-00001"])
 def test_index_of_another_format(folder, name, change):
     path = folder / f"{name}.json"

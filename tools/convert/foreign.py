@@ -166,6 +166,8 @@ def exported(shards: ShardSet) -> dict[str, Any]:
     facts = shards.facts
     if shards.layout is None:
         raise UserError(f"{shards.folder}: holds tokens alone; name a folder that generate-logits made")
+    if shards.layout.masked:
+        raise UserError(f"{shards.folder}: its labels have a mask (data.format), which has no place there")
     if not facts["top_k"]:
         raise UserError(f"{shards.folder}: holds draws alone (profile {facts['profile']}), which have no place there")
     if not facts["draws"]:
