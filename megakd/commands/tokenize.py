@@ -15,6 +15,7 @@ import argparse
 
 from megakd.config.checks import check_batches
 from megakd.data.pipeline import source_commit, tokenize_part
+from megakd.data.templates import template_of
 from megakd.data.tokenizers import bos_of, bos_words, load_tokenizer
 from megakd.models.checks import check_isolation, check_models, model_folders, student_identity
 from megakd.names import resolve
@@ -38,6 +39,9 @@ def main(run: Run, args: argparse.Namespace) -> None:
     check_isolation(model_folders(model), run.config.data.packing)
     data = run.config.data
     commit = source_commit(run)
-    say(f"tokenize: documents begin {bos_words(tokenizer, bos_of(tokenizer, data.bos))} (data.bos={data.bos})")
+    if data.format == "text":
+        say(f"tokenize: documents begin {bos_words(tokenizer, bos_of(tokenizer, data.bos))} (data.bos={data.bos})")
+    else:
+        template_of(tokenizer)
     for part, budget in (("holdout", data.holdout_tokens), ("train", data.tokens)):
         tokenize_part(run, part, budget, tokenizer, folder, commit)

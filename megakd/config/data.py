@@ -22,6 +22,18 @@ class DataConfig(Section):
     subset: str | None = Field(None, description="configuration of a hub data set, like sample-10BT")
     split: str = Field("train", description="split of a hub data set")
     text_field: str = Field("text", description="column or key that holds the text")
+    format: Literal["text", "messages", "prompt_completion"] = Field(
+        "text",
+        description="what a row is: text; messages: a conversation, through the tokenizer's chat template, where only "
+        "the assistant's tokens are labels; prompt_completion: the same of a prompt and its completion, each text or "
+        "messages, where only the completion counts",
+    )
+    messages_field: str = Field("messages", description="column that holds a list of messages")
+    prompt_field: str = Field("prompt", description="column that holds a prompt")
+    completion_field: str = Field("completion", description="column that holds a completion")
+    tools_field: str = Field(
+        "tools", description="column that holds the tools of a conversation, a list of JSON schemas; it may be missing"
+    )
     streaming: bool = Field(True, description="stream a hub data set instead of downloading it first")
     bos: Literal["auto", "always", "never"] = Field(
         "auto",
@@ -33,7 +45,7 @@ class DataConfig(Section):
         description="packed: documents one after another, separated by position_ids (a model that does not separate "
         "them "
         "so is refused); documents: one document, or a piece of one, per sequence, padded in batches: right for every "
-        "model",
+        "model. Conversations are never cut: packed places them whole, as many as fit",
     )
     tokens: Count = Field(int(2e9), ge=1, description="tokens of the training set")
     holdout_fraction: float = Field(

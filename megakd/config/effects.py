@@ -191,6 +191,19 @@ RULES: tuple[Rule, ...] = (
         replaced=True,
     ),
     Rule(
+        ("data.text_field", "data.bos"),
+        lambda c: c.data.format != "text",
+        "data.format reads conversations, whose chat template begins them",
+        replaced=True,
+    ),
+    Rule(("data.messages_field",), lambda c: c.data.format != "messages", "data.format is not messages"),
+    Rule(
+        ("data.prompt_field", "data.completion_field"),
+        lambda c: c.data.format != "prompt_completion",
+        "data.format is not prompt_completion",
+    ),
+    Rule(("data.tools_field",), lambda c: c.data.format == "text", "data.format=text has no tools"),
+    Rule(
         ("model.revision",),
         lambda c: _is_folder(c.model.teacher),
         "the teacher is a folder; hub ids alone have revisions",

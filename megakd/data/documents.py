@@ -181,7 +181,7 @@ def _from_parquet(path: Path, text_field: str) -> Iterator[str]:
         if not _is_text(kind):
             raise UserError(f"{path}: column {text_field!r} holds {kind}, not text")
         for batch in table.iter_batches(batch_size=256, columns=[text_field]):
-            yield from (_encodable(text) for text in batch.column(0).to_pylist() if text)
+            yield from (encodable(text) for text in batch.column(0).to_pylist() if text)
 
 
 def _is_text(kind: pyarrow.DataType) -> bool:
@@ -196,7 +196,7 @@ def _from_text(path: Path) -> Iterator[str]:
     """Paragraphs between two blank lines, the newlines before the next one skipped; never a file at once."""
     lines: list[str] = []
     newlines = 0  # at the end of `lines`
-    with _open_text(path) as file:
+    with open_text(path) as file:
         for line in file:
             line = line.removeprefix(BOM)  # files that were put together have one before each
             lines.append(line)
@@ -213,7 +213,7 @@ def _if_text(document: str) -> Iterator[str]:
 
 
 def _from_jsonl(path: Path, text_field: str) -> Iterator[str]:
-    with _open_text(path) as lines:
+    with open_text(path) as lines:
         for number, line in enumerate(lines, 1):
             line = line.removeprefix(BOM)
             if not line.strip():
@@ -227,15 +227,15 @@ def _from_jsonl(path: Path, text_field: str) -> Iterator[str]:
             if text is not None and not isinstance(text, str):
                 raise UserError(f"{path}:{number}: field {text_field!r} holds {type(text).__name__}, not text")
             if text:
-                yield _encodable(text)
+                yield encodable(text)
 
 
-def _encodable(text: str) -> str:
+def encodable(text: str) -> str:
     """The text with lone surrogates, which JSON may hold and UTF-8 may not, as question marks."""
     return text.encode("utf-8", "replace").decode()
 
 
-def _open_text(path: Path) -> Any:
+def open_text(path: Path) -> Any:
     """A file of text, unpacked; UserError when its first bytes show that it is not UTF-8."""
     if path.name.endswith(".gz"):
         file: Any = gzip.open(path, "rb")  # noqa: SIM115 (its caller closes it)
@@ -296,14 +296,14 @@ def _from_hub(
 ) -> Iterator[str]:
     """The documents of a data set on the hub without the first `skip`; rows without text are none."""
     texts = _hub_texts(source, subset, split, text_field, streaming, revision)
-    return islice((_encodable(text) for text in texts if text), skip, None)
+    return islice((encodable(text) for text in texts if text), skip, None)
 
 
 def _hub_texts(
     source: str, subset: str | None, split: str, text_field: str, streaming: bool, revision: str | None
 ) -> Iterator[str | None]:
     """What each row of a hub data set holds in its text field."""
-    for number, row in enumerate(_hub_rows(source, subset, split, streaming, revision), 1):
+    for number, row in enumerate(hub_rows(source, subset, split, streaming, revision), 1):
         if text_field not in row:
             raise UserError(
                 f"data.source: {source} has no column {text_field!r}; data.text_field may be {listed(row, 30)}"
@@ -316,7 +316,7 @@ def _hub_texts(
         yield text
 
 
-def _hub_rows(
+def hub_rows(
     source: str, subset: str | None, split: str, streaming: bool, revision: str | None
 ) -> Iterator[dict[str, Any]]:
     """The rows of a hub data set in order.

@@ -1,12 +1,9 @@
-"""Pack tokenized documents into sequences of equal length."""
+"""Pack tokenized documents into sequences of equal length, and conversations whole."""
 
 from collections.abc import Generator, Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-
-if TYPE_CHECKING:
-    pass
 
 
 class Cursor(NamedTuple):
@@ -17,11 +14,15 @@ class Cursor(NamedTuple):
 
 
 class Window(NamedTuple):
-    """At most T+1 tokens, the offsets at which documents begin, and where packing goes on after it."""
+    """At most T+1 tokens, the offsets at which documents begin, and where packing goes on after it.
+
+    mask: of conversations, whether the label at each position counts, [T] bool.
+    """
 
     tokens: np.ndarray
     starts: np.ndarray
     after: Cursor
+    mask: np.ndarray | None = None
 
 
 def pack(
@@ -54,3 +55,34 @@ def pack(
             buffer, starts = [], []
     if len(buffer) > 1:
         yield Window(np.array(buffer, np.int32), np.array(starts, np.int32), Cursor(index + 1, 0))
+
+
+def pack_whole(
+    conversations: Iterable[tuple[int, list[int], list[bool]]], sequence_length: int, apart: bool = False
+) -> Generator[Window, None, None]:
+    """Place (index, tokens, spoken) conversations whole into windows of at most `sequence_length` + 1 tokens, in order.
+
+    A window ends before the first conversation that it has no room for, because the rest of a conversation means
+    nothing without what was said before it. apart: a window is one conversation. One without tokens takes no place.
+    The label at a position is the next token; it counts where the assistant speaks that token.
+    """
+    buffer: list[int] = []
+    counted: list[bool] = []
+    starts: list[int] = []
+
+    def window(after: int) -> Window:
+        mask = np.array(counted[1:], bool)
+        return Window(np.array(buffer, np.int32), np.array(starts, np.int32), Cursor(after, 0), mask)
+
+    index = 0
+    for index, tokens, spoken in conversations:
+        assert len(tokens) <= sequence_length + 1, (index, len(tokens))
+        if buffer and tokens and (apart or len(buffer) + len(tokens) > sequence_length + 1):
+            yield window(index)
+            buffer, counted, starts = [], [], []
+        if tokens:
+            starts.append(len(buffer))
+            buffer.extend(tokens)
+            counted.extend([False, *spoken[1:]])  # the first token of a conversation is the label of nothing
+    if buffer:
+        yield window(index + 1)

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from megakd.config.data import DataConfig
+from megakd.data.conversations import Columns, Origin, iter_conversations
 from megakd.data.documents import SUFFIXES, find_files, held_out, hub_commit, iter_documents, source_files
-from megakd.data.packing import pack
+from megakd.data.packing import pack, pack_whole
 from megakd.data.records import Sample
 from megakd.data.shard_writer import finished, known_manifest, shard_name, summary_of, write_manifest, write_shard
-from megakd.data.shards import MANIFEST, SIDECAR, VERSION
+from megakd.data.shards import MANIFEST, SIDECAR, VERSIONS
+from megakd.data.templates import Encoded, template_of
 from megakd.data.tokenizers import bos_of, identify_tokenizer
 from megakd.data.tokenizing import tokenized
 from megakd.errors import UserError
@@ -29,7 +31,11 @@ from megakd.system.version import made_with
 
 @dataclass(frozen=True)
 class State:
-    """Where a pass stands. Counts are those of documents packed to their end (`text_hash`: sum of their sha256)."""
+    """Where a pass stands. Counts are those of documents packed to their end (`text_hash`: sum of their sha256).
+
+    Of conversations: text_bytes and text_tokens are those that the assistant speaks. shortened: their last messages did
+    not fit. too_long, silent: are not used, for their first answer does not fit, or there is none.
+    """
 
     document: int = 0  # the next one to read from the source
     token: int = 0  # and the first of its tokens that is not packed yet
@@ -38,6 +44,14 @@ class State:
     text_bytes: int = 0
     text_tokens: int = 0
     text_hash: str = "0"
+    shortened: int = 0
+    too_long: int = 0
+    silent: int = 0
+
+    def record(self) -> dict[str, Any]:
+        """As sidecars and manifests state it; what is counted of conversations only where there is any."""
+        found = asdict(self)
+        return {key: value for key, value in found.items() if value or key not in ("shortened", "too_long", "silent")}
 
 
 def token_facts(
@@ -49,6 +63,9 @@ def token_facts(
     """
     names = ("source", "subset", "split", "text_field", "sequence_length", "packing", "shard_tokens")
     names += ("holdout_fraction",)
+    if data.format != "text":
+        names = tuple(name for name in names if name != "text_field")
+        names += ("format", *(f"{column}_field" for column in data.format.split("_")), "tools_field")
     facts = {"part": part, "tokenizer": tokenizer.record(), "bos": bos, **{name: getattr(data, name) for name in names}}
     files = source_files(data.source)
     return {**facts, **({"files": files} if files else {}), **({"commit": commit} if commit else {})}
@@ -58,7 +75,7 @@ def recorded_facts(folder: Path) -> dict[str, Any] | None:
     """The facts of the shards that are in a folder; None when there are none that can be read."""
     for name, kind in (("manifest", MANIFEST), (shard_name(0), SIDECAR)):
         with suppress(UserError):  # missing or damaged: it is written again
-            return read_sealed(folder / f"{name}.json", kind, VERSION)["facts"]
+            return read_sealed(folder / f"{name}.json", kind, *VERSIONS)["facts"]
     return None
 
 
@@ -119,8 +136,11 @@ def tokenize_part(
     run: Run, part: str, budget: int, tokenizer: Any, tokenizer_folder: Path, commit: str | None = None
 ) -> None:
     data, folder = run.config.data, run.path("data", "tokens", part)
-    bos = bos_of(tokenizer, data.bos)
-    facts = _agreed(folder, token_facts(data, part, identify_tokenizer(tokenizer), bos, commit))
+    bos, template = bos_of(tokenizer, data.bos), {}
+    if data.format != "text":  # it begins conversations as its template says
+        bos, template = [], {"template": hashlib.sha256(template_of(tokenizer).encode()).hexdigest()[:16]}
+    now = {**token_facts(data, part, identify_tokenizer(tokenizer), bos, commit), **template}
+    facts = _agreed(folder, now)
     if known_manifest(folder, facts):
         say(f"tokenize {part}: finished")
         return
@@ -142,11 +162,13 @@ def tokenize_part(
             if first is None:
                 break
             name = shard_name(len(shards))
-            written = write_shard(folder, name, _chain(first, samples), facts, state=lambda: asdict(windows.state))
+            written = write_shard(folder, name, _chain(first, samples), facts, state=lambda: windows.state.record())
             shards.append(summary_of(name, written))
             done += written["tokens"]
     state = windows.state
     if not shards:
+        if data.format != "text":
+            _say_conversations(part, windows.after, shards)
         raise UserError(
             f"data.source: {data.source} gives no {part} document (data.holdout_fraction is {data.holdout_fraction}, "
             f"{windows.read} documents were read)"
@@ -156,15 +178,19 @@ def tokenize_part(
             f"data.holdout_tokens: {budget:,} tokens end inside the first document of the validation set, which has "
             f"{windows.after.text_tokens:,}; evaluate needs a whole one; set at least as many in a new run"
         )
-    write_manifest(folder, facts, shards, complete=True, **asdict(state))
-    progress.close(f"{state.documents} documents, {short(state.text_bytes)}B of text, {len(shards)} shards")
+    write_manifest(folder, facts, shards, complete=True, **state.record())
+    what = "documents" if data.format == "text" else "conversations"
+    progress.close(f"{state.documents} {what}, {short(state.text_bytes)}B of text, {len(shards)} shards")
+    if data.format != "text":
+        _say_conversations(part, state, shards)
     if done < limit:
         say(f"tokenize {part}: the source ended after {done:,} of {limit:,} tokens")
     seconds = time.perf_counter() - began
     record_rate(run.folder, "tokenize", cpu_name(), done - before, seconds, max(data.workers, 1), part=part)
     padding = padding_share(shards, length)
-    if data.packing == "documents":
-        say(f"tokenize {part}: {state.windows:,} sequences of one document each; {padding:.0%} of a batch is padding")
+    if data.packing == "documents" or data.format != "text":
+        of = "of one document each; " if data.packing == "documents" else "of whole conversations; "
+        say(f"tokenize {part}: {state.windows:,} sequences {of}{padding:.0%} of a batch is padding")
     run.record(
         "tokenize",
         part=part,
@@ -174,6 +200,20 @@ def tokenize_part(
         wanted=limit,
         megakd=made_with(),
     )
+
+
+def _say_conversations(part: str, state: State, shards: Sequence[Mapping[str, Any]]) -> None:
+    """How many labels count, and which conversations were shortened or not used."""
+    tokens = sum(shard["tokens"] for shard in shards)
+    say(f"tokenize {part}: the assistant speaks {state.text_tokens:,} of {tokens:,} tokens, the labels that count")
+    reasons = (
+        (state.shortened, "lost their last messages: they are longer than data.sequence_length"),
+        (state.too_long, "are not used: they are longer than data.sequence_length before the assistant's first answer"),
+        (state.silent, "are not used: nothing in them is spoken by the assistant"),
+    )
+    for count, why in reasons:
+        if count:
+            say(f"tokenize {part}: {count:,} conversations {why}")
 
 
 def padding_share(shards: Sequence[Mapping[str, Any]], length: int) -> float:
@@ -194,7 +234,11 @@ class _Windows:
         self.data, self.facts, self.tokenizer, self.tokenizer_folder = data, facts, tokenizer, tokenizer_folder
         self.begin = self.before = self.after = self.state = state
         self.read = state.document
-        self.windows = pack(self._documents(), data.sequence_length, state.token, data.packing == "documents")
+        apart = data.packing == "documents"
+        if data.format == "text":
+            self.windows = pack(self._documents(), data.sequence_length, state.token, apart)
+        else:
+            self.windows = pack_whole(self._conversations(), data.sequence_length, apart)
 
     def close(self) -> None:
         """End the workers; without it they would end with this process."""
@@ -209,7 +253,7 @@ class _Windows:
             base = self.before if document == self.before.document else self.after
             self.state = replace(base, document=document, token=token, windows=index + 1)
             progress.update(len(window.tokens) - 1)
-            yield Sample(f"{index:09d}", window.tokens, window.starts)
+            yield Sample(f"{index:09d}", window.tokens, window.starts, mask=window.mask)
 
     def _documents(self) -> Iterator[tuple[int, list[int]]]:
         """(index in the source, tokens with BOS and end) of this part's documents; keeps the counts around each."""
@@ -229,16 +273,22 @@ class _Windows:
             )
             yield index, tokens
 
+    def _conversations(self) -> Iterator[tuple[int, list[int], list[bool]]]:
+        """(index in the source, tokens, spoken) of this part's conversations; no tokens for one that is not used."""
+        limit = self.data.sequence_length + 1
+        texts = tokenized(self._texts(), self.tokenizer, self.tokenizer_folder, self.data.workers, limit)
+        for index, text, found in texts:
+            self.before = replace(self.after, document=index)
+            self.after = _counted(self.before, text, found)
+            yield index, found.ids, found.spoken
+
     def _texts(self) -> Iterator[tuple[int, str]]:
         """(index in the source, text) of this part's documents from `begin` on, when those before it are the same."""
         data, begin = self.data, self.begin
         if begin.document:
             say(f"tokenize {self.facts['part']}: reads {begin.document:,} documents again, which are packed already")
         packed = "0"
-        texts = iter_documents(
-            data.source, data.subset, data.split, data.text_field, data.streaming,
-            revision=self.facts.get("commit", data.revision),
-        )  # fmt: skip
+        texts = _source_texts(data, self.facts.get("commit", data.revision))
         index = -1
         for index, text in enumerate(texts):
             mine = held_out(text, data.holdout_fraction) == (self.facts["part"] == "holdout")
@@ -260,6 +310,29 @@ class _Windows:
                 f"data.source: {self.data.source} has changed: its first {self.begin.document:,} documents are not "
                 "those that the finished shards hold; restore it, or delete RUN/data/tokens and run this again"
             )
+
+
+def _source_texts(data: DataConfig, revision: str | None) -> Iterator[str]:
+    """The documents of the source, or its conversations."""
+    if data.format == "text":
+        return iter_documents(data.source, data.subset, data.split, data.text_field, data.streaming, revision=revision)
+    columns = Columns(data.format, data.messages_field, data.prompt_field, data.completion_field, data.tools_field)
+    return iter_conversations(Origin(data.source, data.subset, data.split, data.streaming, revision), columns)
+
+
+def _counted(state: State, text: str, found: Encoded) -> State:
+    """The state after one more conversation."""
+    return replace(
+        state,
+        document=state.document + 1,
+        documents=state.documents + bool(found.ids),
+        text_bytes=state.text_bytes + found.text_bytes,
+        text_tokens=state.text_tokens + sum(found.spoken[1:]),
+        text_hash=_add_hashes(state.text_hash, hashlib.sha256(text.encode()).hexdigest()),
+        shortened=state.shortened + (found.shortened and bool(found.ids)),
+        too_long=state.too_long + (not found.ids and not found.silent),
+        silent=state.silent + found.silent,
+    )
 
 
 def _add_hashes(total: str, more: str) -> str:

@@ -58,8 +58,13 @@ def bos_of(tokenizer: "PreTrainedTokenizerBase", rule: str = "auto") -> list[int
 def pair_bos(facts: dict[str, Any], teacher: "PreTrainedTokenizerBase", rule: str) -> tuple[list[int], list[int]]:
     """What documents begin with on the student's side, as its token shards state, and on another tokenizer's.
 
-    Shards from before BOS was a fact have none, and then neither has the other side.
+    Shards from before BOS was a fact have none, and then neither has the other side. UserError for conversations.
     """
+    if facts.get("format", "text") != "text":
+        raise UserError(
+            f"data.format={facts['format']}: {teacher.name_or_path} has another tokenizer than the conversations were "
+            "tokenized with, and another tokenizer's chat template makes another text; use models of one tokenizer"
+        )
     return facts.get("bos", []), bos_of(teacher, rule) if "bos" in facts else []
 
 
@@ -68,6 +73,8 @@ def check_bos(facts: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", rule:
 
     UserError when shards that state `bos` do not: the tokenizer is not what it was.
     """
+    if facts.get("format", "text") != "text":
+        return None  # a chat template begins them
     own, made = bos_of(tokenizer, rule), facts.get("bos", [])
     if own == made:
         return None

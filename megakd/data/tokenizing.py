@@ -17,8 +17,9 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from megakd.data.templates import encode_conversation
 from megakd.data.tokenizers import load_tokenizer
 from megakd.errors import UserError
 from megakd.system.signals import STOP_SIGNALS
@@ -33,16 +34,23 @@ Documents = list[tuple[int, str]]
 
 
 def tokenized(
-    documents: Iterable[tuple[int, str]], tokenizer: "PreTrainedTokenizerBase", folder: Path, workers: int
-) -> Iterator[tuple[int, str, list[int]]]:
+    documents: Iterable[tuple[int, str]],
+    tokenizer: "PreTrainedTokenizerBase",
+    folder: Path,
+    workers: int,
+    chat_limit: int | None = None,
+) -> Iterator[tuple[int, str, Any]]:
     """(index, text, ids) of every (index, text), in their order and the same for any number of workers.
 
+    chat_limit: documents are conversations of at most so many tokens, and in the place of ids is an Encoded.
     workers: processes that load the tokenizer of `folder`; 0: `tokenizer` in this one. What reading `documents`
     raises comes after the batches read before it, so workers, who are given text ahead, do not meet it sooner.
     """
     batches = _batches(iter(documents))
     encoded = (
-        _in_workers(batches, folder, workers) if workers else ((b, _encode(tokenizer, _texts(b))) for b in batches)
+        _in_workers(batches, folder, workers, chat_limit)
+        if workers
+        else ((b, _encode(tokenizer, _texts(b), chat_limit)) for b in batches)
     )
     for batch, ids in encoded:
         yield from ((index, text, found) for (index, text), found in zip(batch, ids, strict=True))
@@ -57,16 +65,20 @@ def _texts(batch: Documents) -> list[str]:
     return [text for _, text in batch]
 
 
-def _encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:
+def _encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str], chat_limit: int | None) -> list[Any]:
+    if chat_limit is not None:
+        return [encode_conversation(tokenizer, text, chat_limit) for text in texts]
     # without attention masks it takes a fifth less time
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]  # type: ignore[return-value]
 
 
-def _in_workers(batches: Iterator[Documents], folder: Path, count: int) -> Iterator[tuple[Documents, list[list[int]]]]:
+def _in_workers(
+    batches: Iterator[Documents], folder: Path, count: int, chat_limit: int | None
+) -> Iterator[tuple[Documents, list[Any]]]:
     pending: deque[tuple[_Worker, Documents]] = deque()
     failure: Exception | None = None
     with ExitStack() as stack:
-        turns = cycle([stack.enter_context(_worker(folder, f"{i + 1} of {count}")) for i in range(count)])
+        turns = cycle([stack.enter_context(_worker(folder, f"{i + 1} of {count}", chat_limit)) for i in range(count)])
         while True:
             batch: Documents = []
             try:
@@ -95,14 +107,16 @@ class _Failure(NamedTuple):
 
 # neither torch's threads nor those of the fast tokenizers survive a fork; multiprocessing's spawn would run the user's
 # script again in every worker, unless its calls are under `if __name__ == "__main__"`
-WORKER = "import sys; sys.path[:] = {path!r}; from megakd.data.tokenizing import work; work({pipe}, {folder!r})"
+WORKER = (
+    "import sys; sys.path[:] = {path!r}; from megakd.data.tokenizing import work; work({pipe}, {folder!r}, {limit})"
+)
 
 
 @contextmanager
-def _worker(folder: Path, name: str) -> "Iterator[_Worker]":
+def _worker(folder: Path, name: str, chat_limit: int | None) -> "Iterator[_Worker]":
     ours, theirs = Pipe()
     number = theirs.fileno()
-    code = WORKER.format(path=sys.path, pipe=number, folder=str(folder))
+    code = WORKER.format(path=sys.path, pipe=number, folder=str(folder), limit=chat_limit)
     try:
         process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.DEVNULL, pass_fds=[number])
     except OSError as error:
@@ -129,7 +143,7 @@ class _Worker(NamedTuple):
         except OSError:
             raise self._death() from None
 
-    def answer(self) -> list[list[int]]:
+    def answer(self) -> list[Any]:
         try:
             answer = self.pipe.recv()
         except (EOFError, OSError):
@@ -147,7 +161,7 @@ class _Worker(NamedTuple):
         )
 
 
-def work(pipe_number: int, folder: str) -> None:
+def work(pipe_number: int, folder: str, chat_limit: int | None) -> None:
     """The life of a worker: ids for every batch of texts, until the pipe is closed at the other end."""
     pipe = Connection(pipe_number)
     # Ctrl-C reaches the whole group, Slurm's signals all processes of a job step; the parent ends its workers
@@ -160,7 +174,7 @@ def work(pipe_number: int, folder: str) -> None:
     try:
         tokenizer = load_tokenizer(Path(folder))
         while True:
-            pipe.send(_encode(tokenizer, inbox.get()))
+            pipe.send(_encode(tokenizer, inbox.get(), chat_limit))
     except Exception as error:
         mendable = isinstance(error, UserError)
         with suppress(OSError):

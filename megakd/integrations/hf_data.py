@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from megakd.data.batches import collate
 from megakd.data.records import Sample, with_rows
-from megakd.data.shards import ShardSet
+from megakd.data.shards import ShardSet, label_masked
 from megakd.data.tokenizers import bos_of, bos_words, identify_tokenizer, vocabulary_size
 from megakd.errors import UserError, foreign
 from megakd.identity import DataIdentity, TokenizerIdentity, packing_of
@@ -113,7 +113,7 @@ def check_data(student: Any, train: DistillationDataset | TopKDataset, evaluatio
                 f"{train.folder}: made with a tokenizer of {theirs}, but processing_class has one of {mine}"
             )
         own, made = bos_of(tokenizer), facts["tokens"].get("bos", [])
-        if own != made:
+        if own != made and not label_masked(facts):  # a chat template begins conversations
             say(
                 f"{train.folder}: documents begin {bos_words(tokenizer, made)}, texts of processing_class "
                 f"{bos_words(tokenizer, own)}; read by it, texts begin otherwise than those that are trained on"

@@ -173,6 +173,8 @@ def packing(run: Run) -> list[list[str]]:
 def beginnings(run: Run) -> list[list[str]]:
     """What documents begin with, by `data.bos`, as they are tokenized and as a live teacher reads them."""
     config, rule = run.config, run.config.data.bos
+    if config.data.format != "text":
+        return [["conversations begin", f"as the chat template says (data.format={config.data.format})"]]
     folders = [("documents begin", resolve(config.model.teacher, config.model.revision, weights=False))]
     if config.objective.live and config.model.student:
         folders = [("documents begin", run.student_folder), ("  for the teacher", folders[0][1])]

@@ -240,6 +240,7 @@ def stage(config: RunConfig) -> Any:
 VERB = "read by a verb that does not know the kind"
 COMPRESS, TOKENIZE = "read by compress alone", "read by tokenize alone"
 T = "tests/"
+CHAT_COLUMNS = "tests/data/test_conversations.py::test_columns_have_the_names_that_are_given"
 
 FIELDS: dict[str, Seen | Listed] = {
     "name": Listed(
@@ -300,6 +301,15 @@ FIELDS: dict[str, Seen | Listed] = {
     "data.text_field": Listed(
         "body", TOKENIZE, T + "data/test_documents.py::test_other_columns_and_fields_can_be_the_text"
     ),
+    "data.format": Listed(
+        "messages",
+        TOKENIZE,
+        T + "commands/test_chat.py::test_every_conversation_has_the_labels_of_the_templates_own_mask",
+    ),
+    "data.messages_field": Listed("chat", TOKENIZE, CHAT_COLUMNS, {"data.format": "messages"}),
+    "data.prompt_field": Listed("question", TOKENIZE, CHAT_COLUMNS, {"data.format": "prompt_completion"}),
+    "data.completion_field": Listed("answer", TOKENIZE, CHAT_COLUMNS, {"data.format": "prompt_completion"}),
+    "data.tools_field": Listed("functions", TOKENIZE, CHAT_COLUMNS, {"data.format": "messages"}),
     "data.streaming": Listed(False, TOKENIZE, T + "data/test_documents.py::test_hub_data_sets_stream_through_datasets"),
     "data.bos": Listed(
         "never", TOKENIZE, T + "commands/test_tokenize.py::test_the_rule_of_bos_is_stated_in_the_manifest"

@@ -39,7 +39,7 @@ class WorkerHere:
 @pytest.fixture
 def workers_here(monkeypatch):
     @contextmanager
-    def worker(folder: Path, name: str) -> Iterator[WorkerHere]:
+    def worker(folder: Path, name: str, chat_limit: None) -> Iterator[WorkerHere]:
         yield WorkerHere()
 
     monkeypatch.setattr(tokenizing, "_worker", worker)

@@ -1,0 +1,158 @@
+"""Rows of messages, or of prompt and completion, → conversations: one JSON string each.
+
+A conversation is {"messages": [...], "tools": [...] or null, "counted_from": n}: the assistant's messages before the
+n-th are context, as those of a prompt are. As a string it is a document like any other: the validation set, the hash of
+what is packed and the worker processes treat it as text.
+"""
+
+import json
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import pyarrow.parquet
+
+from megakd.data.documents import BOM, encodable, find_files, hub_rows, open_text
+from megakd.errors import UserError, foreign, listed
+
+
+class Columns(NamedTuple):
+    """Which columns of a row hold a conversation; format: `messages` alone, or `prompt` and `completion`."""
+
+    format: Literal["messages", "prompt_completion"]
+    messages: str
+    prompt: str
+    completion: str
+    tools: str
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        return (self.messages,) if self.format == "messages" else (self.prompt, self.completion)
+
+
+class Origin(NamedTuple):
+    """A source as the configuration names it; see documents.iter_documents."""
+
+    source: str
+    subset: str | None = None
+    split: str = "train"
+    streaming: bool = True
+    revision: str | None = None
+
+
+def iter_conversations(origin: Origin, columns: Columns, skip: int = 0) -> Iterator[str]:
+    """The conversations of a source in a fixed order, without the first `skip`; rows without messages are none.
+
+    UserError names the file, the line or row, and the column that is wrong.
+    """
+    found = (conversation_of(row, columns, place) for row, place in _rows(origin, columns))
+    return islice((each for each in found if each is not None), skip, None)
+
+
+def conversation_of(row: dict[str, Any], columns: Columns, place: str) -> str | None:
+    """The conversation of a row; None where its messages, or its completion, are empty."""
+    if missing := [name for name in columns.needed if name not in row]:
+        raise UserError(
+            f"{place}: no column {listed(map(repr, missing))} for data.format={columns.format}; it has "
+            f"{listed(row, 30)}; data.{columns.format.split('_')[0]}_field gives another name"
+        )
+    prompt: list[Any] = []
+    if columns.format == "prompt_completion":
+        prompt = _messages(row[columns.prompt], "user", f"{place}, {columns.prompt}")
+        messages = _messages(row[columns.completion], "assistant", f"{place}, {columns.completion}")
+    else:
+        messages = _messages(row[columns.messages], None, f"{place}, {columns.messages}")
+    if not messages:
+        return None
+    tools = _parsed(row.get(columns.tools), f"{place}, {columns.tools}")
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise UserError(f"{place}, {columns.tools}: expected a list of JSON schemas, one per tool")
+    value = {"messages": [*prompt, *messages], "tools": tools or None, "counted_from": len(prompt)}
+    try:
+        return encodable(json.dumps(value, ensure_ascii=False))
+    except TypeError as error:
+        raise UserError(f"{place}: a value that JSON has no form for ({error})") from error
+
+
+def _messages(value: Any, role: str | None, place: str) -> list[dict[str, Any]]:
+    """Messages of a column. role: of a column that may be plain text; None: it may not."""
+    if role is not None and isinstance(value, str):
+        return [{"role": role, "content": value}] if value else []
+    messages = _parsed(value, place)
+    if messages is None:
+        return []
+    if not isinstance(messages, list):
+        raise UserError(f"{place}: {type(messages).__name__}, expected a list of messages")
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            keys = f"; it has {listed(message)}" if isinstance(message, dict) else ""
+            raise UserError(f'{place}: message {number} is no {{"role": …, "content": …}}{keys}')
+    return messages
+
+
+def _parsed(value: Any, place: str) -> Any:
+    """The value, or what it is in JSON where a column stores it as text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value) if value.strip() else None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place}: text that is no JSON ({error})") from error
+
+
+def _rows(origin: Origin, columns: Columns) -> Iterator[tuple[dict[str, Any], str]]:
+    """(row, where it is) of every row of a source."""
+    files = [] if origin.source == "python-docs" else find_files(origin.source).taken
+    if origin.source == "python-docs" or any(file.name.endswith(".txt") for file in files):
+        raise UserError(f"data.format={columns.format}: {origin.source} is plain text; set data.format=text")
+    for path in files:
+        with foreign(f"{path}: cannot be read to its end"):
+            yield from _parquet_rows(path, columns) if path.name.endswith(".parquet") else _json_rows(path)
+    if not files:
+        rows = hub_rows(origin.source, origin.subset, origin.split, origin.streaming, origin.revision)
+        for number, row in enumerate(rows, 1):
+            yield _without_nulls(row), f"data.source: {origin.source}: row {number}"
+
+
+def _parquet_rows(path: Path, columns: Columns) -> Iterator[tuple[dict[str, Any], str]]:
+    with pyarrow.parquet.ParquetFile(path) as table:
+        names, number = table.schema_arrow.names, 0
+        wanted = [name for name in (*columns.needed, columns.tools) if name in names]
+        if len(wanted) < len(columns.needed):
+            wanted = names  # conversation_of says what is missing
+        for batch in table.iter_batches(batch_size=256, columns=wanted):
+            for row in batch.to_pylist():
+                number += 1
+                yield _without_nulls(row), f"{path}: row {number}"
+
+
+def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of Arrow, in which every struct has the keys of all others, without the keys that hold nothing.
+
+    `content` stays: templates tell an answer without text (null) from a message without content.
+    """
+
+    def bare(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: bare(inner) for key, inner in value.items() if inner is not None or key == "content"}
+        return [bare(inner) for inner in value] if isinstance(value, list) else value
+
+    return {key: bare(value) for key, value in row.items()}
+
+
+def _json_rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    with open_text(path) as lines:
+        for number, line in enumerate(lines, 1):
+            line = line.removeprefix(BOM)
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except RecursionError as error:
+                raise UserError(f"{path}:{number}: a JSON value nested too deeply") from error
+            except ValueError as error:
+                raise UserError(f"{path}:{number}: not JSON ({error})") from error
+            if not isinstance(row, dict):
+                raise UserError(f"{path}:{number}: {type(row).__name__}, expected a JSON object")
+            yield row, f"{path}:{number}"

@@ -1,0 +1,227 @@
+"""Conversations from jsonl to training: labels where the assistant speaks, targets there alone."""
+
+import json
+import shutil
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megakd.commands import tokenize
+from megakd.data import pipeline
+from megakd.data.batches import collate
+from megakd.data.documents import held_out
+from megakd.data.records import IGNORED
+from megakd.data.shards import MASKED_VERSION, ShardSet
+from megakd.data.tokenizers import load_tokenizer
+from megakd.run import Run
+from megakd.system.files import read_json
+from tests.commands.test_tokenize import interrupted
+from tests.conftest import files, in_process, metrics
+from tests.data.chats import document, said
+from tests.tools.examples import refused, tool
+
+# the tiny tokenizer has one special token: it closes every message
+TEMPLATE = """{%- for m in messages -%}
+{{ '[' + m.role + ']\\n' }}{%- if m.role == 'assistant' -%}G[{{ m.content + eos_token }}]G
+{%- else -%}{{ m.content + eos_token }}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '[assistant]\\n' }}{%- endif -%}"""
+LENGTH = 128
+
+
+def plain(template: str = TEMPLATE) -> str:
+    return template.replace("G[", "").replace("]G", "")
+
+
+def marked(folder: Path) -> Any:
+    found = load_tokenizer(folder)
+    found.chat_template = TEMPLATE.replace("G[", "{% generation %}").replace("]G", "{% endgeneration %}")
+    return found
+
+
+@pytest.fixture(scope="module")
+def chats(documents: list[str]) -> list[list[dict[str, Any]]]:
+    """Conversations of real English, about a third of it the user's; some of them too long for a sequence."""
+    words, found = " ".join(documents).split()[:6000], []
+    while len(words) > 60:
+        turns = []
+        for turn in range(2 * (1 + len(found) % 3)):
+            size = (3, 7 + len(found) % 5)[turn % 2]
+            turns.append(" ".join(words[:size]))
+            words = words[size:]
+        found.append(said(*turns))
+    return found
+
+
+@pytest.fixture(scope="module")
+def chat_recipe(tmp_path_factory: pytest.TempPathFactory, recipe: Path, teacher: Path, chats) -> Path:
+    folder = tmp_path_factory.mktemp("chat")
+    shutil.copytree(teacher, folder / "teacher")
+    tokenizer = load_tokenizer(teacher)
+    tokenizer.chat_template = plain()
+    tokenizer.save_pretrained(folder / "teacher")
+    rows = [{"messages": chat} for chat in chats]
+    extra = [{"messages": said("nobody answers")}, {"messages": said("why " * 200, "because")}]
+    (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows[:9], *extra, *rows[9:]]))
+    value = json.loads(recipe.read_text())
+    value["model"]["teacher"] = str(folder / "teacher")
+    value["data"] |= {"source": str(folder / "chats.jsonl"), "format": "messages", "sequence_length": LENGTH}
+    value["data"] |= {"tokens": 10**6, "holdout_tokens": 10**5, "shard_tokens": 8 * LENGTH, "holdout_fraction": 0.1}
+    value["optim"]["batch_tokens"] = 8 * LENGTH
+    value["stages"] = [{"name": "all", "tokens": 4 * 8 * LENGTH}]
+    (folder / "recipe.json").write_text(json.dumps(value))
+    return folder / "recipe.json"
+
+
+@pytest.fixture(scope="module")
+def captured(tmp_path_factory: pytest.TempPathFactory, chat_recipe: Path) -> tuple[Run, str]:
+    """A run with student, tokens and logits, and what tokenize said."""
+    run = Run.create(chat_recipe, [], tmp_path_factory.mktemp("runs") / "chat")
+    said = in_process("tokenize", run.folder)
+    in_process("compress", run.folder)
+    in_process("generate-logits", run.folder)
+    return run, said
+
+
+def expected(run: Run, chats, part: str, room: int = LENGTH + 1) -> list[tuple[list[int], list[bool]]]:
+    """Tokens and mask of every conversation of a part, by the template's own marks; cut after the answer that fits."""
+    tokenizer, found = marked(Path(run.config.model.teacher)), []
+    for chat in chats:
+        if held_out(document(chat), run.config.data.holdout_fraction) != (part == "holdout"):
+            continue
+        for end in range(len(chat), 0, -2):
+            rendered = tokenizer.apply_chat_template(chat[:end], return_dict=True, return_assistant_tokens_mask=True)
+            if len(rendered["input_ids"]) <= room:
+                found.append((rendered["input_ids"], [bool(said) for said in rendered["assistant_masks"]]))
+                break
+    return found
+
+
+def found_in(shards: ShardSet) -> list[tuple[list[int], list[bool]]]:
+    """Tokens and mask of every conversation of a folder; nothing is said of a conversation's first token."""
+    found = []
+    for index in range(len(shards)):
+        sample = shards[index]
+        assert sample.mask is not None
+        spoken, ends = [False, *sample.mask.tolist()], [*sample.starts[1:].tolist(), len(sample.tokens)]
+        for start, end in zip(sample.starts.tolist(), ends, strict=True):
+            found.append((sample.tokens[start:end].tolist(), spoken[start:end]))
+    return found
+
+
+@pytest.mark.parametrize("part", ["train", "holdout"])
+@pytest.mark.parametrize("kind", ["tokens", "logits"])
+def test_every_conversation_has_the_labels_of_the_templates_own_mask(captured, chats, kind, part):
+    run, _ = captured
+    found = found_in(ShardSet(run.path("data", kind, part)))
+    assert found == expected(run, chats, part)
+    assert len(found) > (40 if part == "train" else 1)
+
+
+def test_what_is_not_used_is_counted_and_said(captured, chats):
+    run, said = captured
+    both = [read_json(run.path("data", "tokens", part, "manifest.json")) for part in ("train", "holdout")]
+    assert [sum(made.get(count, 0) for made in both) for count in ("silent", "too_long")] == [1, 1]
+    for part, made in zip(("train", "holdout"), both, strict=True):
+        whole = expected(run, chats, part, 10**6)
+        shortened = sum(len(tokens) > LENGTH + 1 for tokens, _ in whole)
+        assert made["shortened"] == shortened and shortened
+        assert made["documents"] == len(whole)
+        assert made["text_tokens"] == sum(sum(spoken) for _, spoken in expected(run, chats, part))
+        assert f"tokenize {part}: {shortened:,} conversations lost their last messages" in said
+    assert "1 conversations are not used: nothing in them is spoken by the assistant" in said
+    assert "of whole conversations" in said and "the assistant speaks" in said
+
+
+@pytest.mark.parametrize("packing", ["packed", "documents"])
+def test_workers_and_a_resume_make_no_difference(captured, chat_recipe, tmp_path, monkeypatch, packing):
+    whole = Run.create(chat_recipe, [f"data.packing={packing}"], tmp_path / "whole")
+    tokenize.main(whole, Namespace())
+    again = Run.create(chat_recipe, [f"data.packing={packing}"], tmp_path / "again")
+    interrupted(monkeypatch, again, "shard-00002")
+    in_process("tokenize", again.folder, "data.workers=2")
+    assert files(again.path("data", "tokens")) == files(whole.path("data", "tokens"))
+    shards = ShardSet(whole.path("data", "tokens", "train"))
+    if packing == "documents":
+        assert all(len(shards[index].starts) == 1 for index in range(len(shards)))
+
+
+def test_masked_labels_have_no_targets_and_cost_few_bytes(captured, chat_recipe, tmp_path, monkeypatch):
+    run, _ = captured
+    masked = ShardSet(run.path("data", "logits", "train"))
+    pack_whole = pipeline.pack_whole
+
+    def all_spoken(conversations: Any, *rest: Any) -> Any:
+        return pack_whole(((index, ids, [True] * len(ids)) for index, ids, _ in conversations), *rest)
+
+    monkeypatch.setattr(pipeline, "pack_whole", all_spoken)
+    every = Run.create(chat_recipe, [], tmp_path / "every")
+    in_process("tokenize", every.folder)
+    in_process("generate-logits", every.folder)
+    whole = ShardSet(every.path("data", "logits", "train"))
+    assert len(whole) == len(masked)
+    labels = [sum(shards[i].label_count for i in range(len(shards))) for shards in (masked, whole)]
+    records = [sum(len(shards.members(i)["mkd"]) for i in range(len(shards))) for shards in (masked, whole)]
+    print(f"{labels[0] / labels[1]:.1%} of the labels count and take {records[0] / records[1]:.1%} of the bytes")
+    assert records[0] / records[1] < labels[0] / labels[1] + 0.12
+    for index in range(len(masked)):
+        ours, theirs = masked[index], whole[index]
+        assert ours.mask is not None and ours.targets is not None and theirs.targets is not None
+        assert np.isneginf(ours.targets.logprobs[~ours.mask]).all()
+        kept = [np.sort(each.targets.ids[ours.mask], 1) for each in (ours, theirs)]
+        assert kept[0].shape == kept[1].shape
+
+
+def test_batches_ignore_what_the_assistant_does_not_speak(captured):
+    shards = ShardSet(captured[0].path("data", "logits", "train"))
+    samples = [shards[index] for index in range(4)]
+    labels = collate(samples, LENGTH).labels.numpy()
+    for sample, row in zip(samples, labels, strict=True):
+        count = len(sample.tokens) - 1
+        assert sample.mask is not None
+        assert np.array_equal(row[:count] != IGNORED, sample.mask) and (row[count:] == IGNORED).all()
+        assert np.array_equal(row[:count][sample.mask], sample.tokens[1:][sample.mask])
+
+
+def test_training_and_evaluation_count_the_spoken_labels_alone(captured):
+    run, _ = captured
+    in_process("train", run.folder)
+    steps = metrics(run.folder)
+    assert len(steps) == 4 and all(np.isfinite(step["loss"]) for step in steps)
+    said = in_process("inspect", run.path("data", "logits", "train"), "--verify")
+    assert "labels count" in said and "the teacher's NLL of the labels" in said
+
+
+@pytest.mark.parametrize("name", ["hdf5", "parquet"])
+def test_converters_refuse_a_label_mask(captured, tmp_path, capsys, name):
+    module = tool(f"convert/convert_{name}")
+    error = refused(module, capsys, "to", captured[0].path("data", "logits", "train"), tmp_path / "out")
+    assert "its labels have a mask" in error and not (tmp_path / "out").exists()
+
+
+def test_reshard_keeps_the_mask(captured, tmp_path):
+    source = captured[0].path("data", "logits", "train")
+    tool("convert/reshard").main([str(source), str(tmp_path / "out"), "--samples", "7"])
+    assert found_in(ShardSet(tmp_path / "out")) == found_in(ShardSet(source))
+
+
+def test_an_old_reader_refuses_the_shards(captured):
+    run, _ = captured
+    for kind, codec in (("tokens", None), ("logits", "mkd-3-masked")):
+        manifest = read_json(run.path("data", kind, "train", "manifest.json"))
+        assert manifest["version"] == MASKED_VERSION and manifest["facts"].get("codec") == codec
+
+
+def test_text_shards_keep_the_version_that_old_readers_know(prepared):
+    manifest = read_json(prepared / "data" / "tokens" / "train" / "manifest.json")
+    assert manifest["version"] == 2 and "format" not in manifest["facts"]
+    assert not {"silent", "too_long", "shortened"} & manifest.keys()
+
+
+def test_a_tokenizer_without_a_template_is_one_line(recipe, tmp_path):
+    run = Run.create(recipe, ["data.format=messages"], tmp_path / "run")
+    said = in_process("tokenize", run.folder, code=2)
+    assert "has no chat template" in said

@@ -1,0 +1,110 @@
+"""Rows of messages, prompts and completions → conversations, whatever file they lie in."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from megakd.data.conversations import Columns, Origin, iter_conversations
+from megakd.errors import UserError
+from tests.data.chats import CHATS, TOOL, WITH_TOOLS, document, said
+
+MESSAGES = Columns("messages", "messages", "prompt", "completion", "tools")
+PROMPTS = MESSAGES._replace(format="prompt_completion")
+
+
+def read(source: Path, columns: Columns = MESSAGES, skip: int = 0) -> list[str]:
+    return list(iter_conversations(Origin(str(source)), columns, skip))
+
+
+def lines(folder: Path, *rows: Any, name: str = "some.jsonl") -> Path:
+    path, text = folder / name, "".join(json.dumps(row) + "\n" for row in rows)
+    path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    return path
+
+
+def error_of(source: Path, columns: Columns = MESSAGES) -> str:
+    with pytest.raises(UserError) as caught:
+        read(source, columns)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["some.jsonl", "some.jsonl.gz"])
+def test_messages_of_jsonl(tmp_path, name):
+    rows = [{"messages": chat} for chat in CHATS.values()]
+    path = lines(tmp_path, *rows, {"messages": []}, {"messages": None}, name=name)
+    assert read(path) == [document(chat) for chat in CHATS.values()]
+    assert read(path, skip=2) == [document(chat) for chat in CHATS.values()][2:]
+
+
+def test_messages_and_tools_of_parquet_are_those_that_were_written(tmp_path):
+    """Arrow gives every message the keys of all others; only those that hold something come back."""
+    tool = {"type": "function", "function": {"name": "weather", "description": "of a city"}}
+    table = pyarrow.table({"messages": [WITH_TOOLS, said("Hi", "Hello")], "tools": [[tool], None]})
+    pyarrow.parquet.write_table(table, tmp_path / "some.parquet")
+    first, second = map(json.loads, read(tmp_path / "some.parquet"))
+    assert (first["messages"], first["tools"]) == (WITH_TOOLS, [tool])
+    assert (second["messages"], second["tools"]) == (said("Hi", "Hello"), None)
+
+
+def test_an_answer_without_text_keeps_its_content(tmp_path):
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
+    pyarrow.parquet.write_table(pyarrow.table({"messages": [[*said("Hi"), call]]}), tmp_path / "some.parquet")
+    assert json.loads(read(tmp_path / "some.parquet")[0])["messages"] == [*said("Hi"), call]
+
+
+def test_columns_that_store_json_as_text(tmp_path):
+    path = lines(tmp_path, {"messages": json.dumps(WITH_TOOLS), "tools": json.dumps([TOOL])})
+    assert read(path) == [document(WITH_TOOLS, [TOOL])]
+
+
+def test_prompts_and_completions_are_text_or_messages(tmp_path):
+    before = said("Hi", "Hello", "More")
+    rows = [
+        {"prompt": "Hi", "completion": "Hello"},
+        {"prompt": before, "completion": [{"role": "assistant", "content": "again"}]},
+        {"prompt": "Hi", "completion": ""},
+    ]
+    path = lines(tmp_path, *rows)
+    last = [*before, {"role": "assistant", "content": "again"}]
+    assert read(path, PROMPTS) == [document(said("Hi", "Hello"), None, 1), document(last, None, 3)]
+
+
+def test_columns_have_the_names_that_are_given(tmp_path):
+    path = lines(tmp_path, {"chat": said("Hi", "Hello"), "functions": [TOOL], "question": "Hi", "answer": "Hello"})
+    assert read(path, MESSAGES._replace(messages="chat", tools="functions")) == [document(said("Hi", "Hello"), [TOOL])]
+    named = PROMPTS._replace(prompt="question", completion="answer")
+    assert read(path, named) == [document(said("Hi", "Hello"), None, 1)]
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"text": "Hi"}, "no column 'messages' for data.format=messages; it has text; data.messages_field"),
+        ({"messages": 3}, "messages: int, expected a list of messages"),
+        ({"messages": ["Hi"]}, "message 0 is no {"),
+        ({"messages": [{"from": "human", "value": "Hi"}]}, "it has from, value"),
+        ({"messages": "no JSON"}, "text that is no JSON"),
+        ({"messages": said("Hi"), "tools": {"name": "f"}}, "expected a list of JSON schemas"),
+        (3, "int, expected a JSON object"),
+    ],
+)
+def test_bad_rows_are_named(tmp_path, row, message):
+    error = error_of(lines(tmp_path, {"messages": said("Hi")}, row))
+    assert f"{tmp_path / 'some.jsonl'}:2" in error and message in error, error
+
+
+def test_text_is_refused(tmp_path):
+    (tmp_path / "some.txt").write_text("Hi")
+    assert "is plain text; set data.format=text" in error_of(tmp_path / "some.txt")
+    assert "is plain text" in error_of(Path("python-docs"))
+
+
+def test_a_parquet_file_without_the_column_names_those_that_it_has(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["Hi"], "id": [1]}), tmp_path / "some.parquet")
+    assert "some.parquet: row 1: no column 'messages'" in error_of(tmp_path / "some.parquet")

