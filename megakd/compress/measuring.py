@@ -114,8 +114,9 @@ def _runner(job: Job, tokens: int) -> LayerRunner:
     shards = ShardSet(job.tokens)
     packing = job.run.config.data.packing
     check_packing(shards.facts, packing, shards.folder)
-    # sequences of one document are shorter than `length`
-    count = min(-(-tokens // (length if packing == "packed" else max(shards.tokens // len(shards), 1))), len(shards))
+    # sequences of one document, or of whole conversations, are shorter than `length`
+    short = packing == "documents" or shards.masked
+    count = min(-(-tokens // (max(shards.tokens // len(shards), 1) if short else length)), len(shards))
     samples = [shards[len(shards) * i // count] for i in range(count)]
     batch = collate(samples, length)
     shards.close()

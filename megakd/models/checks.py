@@ -124,10 +124,16 @@ def check_models(config: RunConfig) -> None:
     if model.student:
         student = resolve(model.student, model.student_revision, weights=False)
         mine = identify_tokenizer(load_tokenizer(student))
-        if cached and (different := theirs.difference(mine)):
+        different = theirs.difference(mine)
+        if cached and different:
             raise UserError(
                 f"{student}: its tokenizer is not that of {folder} ({different}); cached targets "
                 "need one tokenizer: set objective.kind=online or sar, or take another student"
+            )
+        if different and config.data.format != "text":
+            raise UserError(
+                f"{student}: its tokenizer is not that of {folder} ({different}), and the two make different texts of "
+                f"a conversation; data.format={config.data.format} needs one tokenizer for both"
             )
         check_unquantized(student, load_config(student), "training")
         check_tables(empty_model(student), student, mine.vocab_size, length)

@@ -201,11 +201,16 @@ def lengths(run: Run) -> list[list[str]]:
     data, logits = config.data, config.logits
     tokens = windows * data.sequence_length if windows else data.tokens
     shards = len(made["shards"]) if made else -(-data.tokens // data.shard_tokens)
-    stored = tokens + data.holdout_tokens
+    # of conversations, labels that do not count store their token alone
+    counted = made["text_tokens"] if made and data.format != "text" else tokens
+    stored = counted + data.holdout_tokens
     upper = cached_bytes(logits)
     cached = not config.objective.live
     trained = f"{short(tokens)} in {shards} shards of {short(data.shard_tokens)}"
     rows = [["tokens to cache" if cached else "tokens", f"{trained}, and {short(data.holdout_tokens)} to validate"]]
+    if data.format != "text":
+        known = f"{short(counted)} tokens that the assistant speaks" if made else "tokenize counts them"
+        rows.append(["labels that count", known])
     if cached:
         rows.append(["cache on disk", f"at most about {short(stored * upper)}B ({upper:.0f} bytes per token)"])
     for stage in config.stages:

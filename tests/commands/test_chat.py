@@ -15,9 +15,15 @@ from megakd.data.batches import collate
 from megakd.data.documents import held_out
 from megakd.data.records import IGNORED
 from megakd.data.shards import MASKED_VERSION, ShardSet
-from megakd.data.tokenizers import load_tokenizer
+from megakd.data.tokenizers import load_tokenizer, pair_bos
+from megakd.errors import UserError
+from megakd.models.checks import find_live_teacher
+from megakd.models.tiny import train_tokenizer
+from megakd.report.samples import chat_prompt
 from megakd.run import Run
 from megakd.system.files import read_json
+from megakd.system.text import short
+from megakd.train.build import build_objective
 from tests.commands.test_tokenize import interrupted
 from tests.conftest import files, in_process, metrics
 from tests.data.chats import document, said
@@ -84,6 +90,11 @@ def captured(tmp_path_factory: pytest.TempPathFactory, chat_recipe: Path) -> tup
     in_process("compress", run.folder)
     in_process("generate-logits", run.folder)
     return run, said
+
+
+def chats_of(run: Run) -> list[list[dict[str, Any]]]:
+    rows = map(json.loads, Path(run.config.data.source).read_text().splitlines())
+    return [row["messages"] for row in rows]
 
 
 def expected(run: Run, chats, part: str, room: int = LENGTH + 1) -> list[tuple[list[int], list[bool]]]:
@@ -193,6 +204,68 @@ def test_training_and_evaluation_count_the_spoken_labels_alone(captured):
     assert len(steps) == 4 and all(np.isfinite(step["loss"]) for step in steps)
     said = in_process("inspect", run.path("data", "logits", "train"), "--verify")
     assert "labels count" in said and "the teacher's NLL of the labels" in said
+    in_process("evaluate", run.folder)
+    spoken = sum(sum(said) for _, said in expected(run, chats_of(run), "holdout"))
+    found = {row["model"]: row for row in map(json.loads, run.path("evals.jsonl").read_text().splitlines())}
+    assert {row["positions"] for row in found.values()} == {spoken}
+    assert found["teacher"]["kl"] < 1e-3 < found["student-0"]["kl"], found
+
+
+OBJECTIVES: dict[str, list[str]] = {
+    "topk": [],
+    "online": ["objective.kind=online"],
+    "sar": ["objective.kind=sar"],
+}
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_an_objective_is_the_sum_over_the_labels_that_count(captured, tmp_path, kind):
+    """Of two halves of a mask and their union: what is masked adds nothing, and nothing counts twice."""
+    run, _ = captured
+    config = Run.create(run.folder, OBJECTIVES[kind], tmp_path / "run").config
+    shards = ShardSet(run.path("data", "logits" if kind == "topk" else "tokens", "train"))
+    live = find_live_teacher(config, shards.facts)
+    objective = build_objective(config.at(config.stages[0]), run.student_folder, shards.facts, live)
+    samples = [shards[index] for index in range(3)]
+    assert all(sample.mask is not None for sample in samples)
+    first = [sample._replace(mask=sample.mask & (np.arange(len(sample.mask)) % 2 == 0)) for sample in samples]
+    second = [sample._replace(mask=sample.mask & (np.arange(len(sample.mask)) % 2 == 1)) for sample in samples]
+    whole, *halves = [objective(collate(part, LENGTH)) for part in (samples, first, second)]
+    assert whole.terms.keys() >= {"ce", "kl"}
+    for name in ("ce", "kl"):
+        assert whole.terms[name].item() == pytest.approx(sum(half.terms[name].item() for half in halves), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["online", "sar"])
+def test_a_live_teacher_of_another_tokenizer_is_refused(captured, documents, tmp_path, kind):
+    """The template of its tokenizer writes another text of a conversation."""
+    run, _ = captured
+    student = Path(shutil.copytree(run.config.model.teacher, tmp_path / "student"))
+    train_tokenizer(documents, 300).save_pretrained(student)
+    other = Run.create(run.folder, [f"objective.kind={kind}", f"model.student={student}"], tmp_path / "other")
+    for verb in ("plan", "tokenize"):
+        said = in_process(verb, other.folder, code=2)
+        assert "data.format=messages needs one tokenizer for both" in said
+    with pytest.raises(UserError, match="makes another text"):
+        pair_bos(ShardSet(run.path("data", "tokens", "train")).facts, load_tokenizer(student), "auto")
+
+
+def test_a_report_asks_models_for_the_first_answer(captured):
+    run, _ = captured
+    holdout = ShardSet(run.path("data", "tokens", "holdout"))
+    own = load_tokenizer(run.student_folder)
+    tokens, spoken = expected(run, chats_of(run), "holdout")[0]
+    prompt = chat_prompt(own, holdout[0])
+    assert prompt.ids == tokens[: spoken.index(True)] and prompt.text.endswith("[assistant]\n")
+    assert prompt.closing == own.eos_token_id
+    assert "2 text samples of teacher" in in_process("report", run.folder, "--samples", 2)
+
+
+def test_plan_counts_the_labels_that_the_cache_holds(captured, chat_recipe, tmp_path):
+    run, _ = captured
+    spoken = short(read_json(run.path("data", "tokens", "train", "manifest.json"))["text_tokens"])
+    assert f"{spoken} tokens that the assistant speaks" in in_process("plan", run.folder)
+    assert "tokenize counts them" in in_process("plan", Run.create(chat_recipe, [], tmp_path / "new").folder)
 
 
 @pytest.mark.parametrize("name", ["hdf5", "parquet"])
