@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaForCausalLM, Qwen3MoeConfig
+from transformers import LlamaForCausalLM, Qwen3Config, Qwen3MoeConfig
 
 from megakd.config.parsing import load_recipe
 from megakd.errors import UserError
@@ -19,7 +19,7 @@ from megakd.report import duration, layouts
 from megakd.report.gpus import GIB, KNOWN, Gpu, find_gpu
 from megakd.report.layouts import Division, Fleet, Step, advice, choose, divisions, micro_batches, open_step, pair_of
 from megakd.report.memory import MASTERS_OF
-from megakd.report.plan import expert_flops
+from megakd.report.plan import cached_bytes, expert_flops
 from megakd.run import Run
 from megakd.train.memory import GRADIENTS, LOSS, MOMENTS_OF, STUDENT, UPDATE, WEIGHTS
 from megakd.train.states import Layout, model_states, parameters_of
@@ -215,6 +215,25 @@ def test_states_of_the_30b_tables_are_what_plan_computes():
         for file, size, *cells in rows[:8]:
             states = model_states(parameters, Layout(int(file[-1]), gpus, int(size)))
             assert [float(cell) for cell in cells[:4]] == pytest.approx([part / GIB for part in states], abs=0.006)
+
+
+def test_states_of_the_dense_4b_table_are_what_plan_computes():
+    """The same of a dense student, at the published sizes of Qwen3-4B."""
+    config = load_recipe(ROOT / "launch" / "recipes" / "qwen3-4b-from-30b-a3b.json")
+    student = Qwen3Config(
+        vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
+    )  # fmt: skip
+    parameters = parameters_of(model_of(student, "test"), config.stages[-1].lr_multipliers)
+    assert sum(each.numel for each in parameters) == pytest.approx(4.02e9, rel=0.005)
+    assert config.steps_of(config.stages[0]) == 1336 and round(cached_bytes(config.logits)) == 113
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    table = page.partition("### A dense Qwen3-4B")[2].partition("\n## ")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if "| zero" in line]
+    assert len(rows) == 3
+    for file, size, *cells in rows[:2]:
+        states = model_states(parameters, Layout(int(file[-1]), 8, int(size)))
+        assert [float(cell) for cell in cells[:4]] == pytest.approx([part / GIB for part in states], abs=0.006)
 
 
 def test_memory_is_predicted_at_a_micro_batch_that_a_step_has(prepared):
