@@ -2,6 +2,8 @@
 
 import hashlib
 from collections.abc import Iterator
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +13,7 @@ import torch
 from megakd.capture.teacher import Teacher, batch_targets
 from megakd.config.data import LogitsConfig
 from megakd.data.batches import collate
+from megakd.data.lengths import longest_first
 from megakd.data.records import Sample, TeacherTargets
 from megakd.data.shards import MANIFEST, SIDECAR, VERSIONS, ShardSet
 from megakd.errors import UserError
@@ -28,6 +31,9 @@ class Work(NamedTuple):
 
     name: str
     indices: range
+
+
+SORTED_BATCHES = 16  # are sorted by length together; targets wait in memory for those of the samples before them
 
 
 class Capture:
@@ -52,36 +58,53 @@ class Capture:
         if not works and not self.sharded(config):
             return
         teacher = self._teacher(config)
-        size = config.batch_size
-        batches = (indices[i : i + size] for _, indices in works for i in range(0, len(indices), size))
+        batches = self._batches(tokens, works, config.batch_size)
         if self.sharded(config):
-            for indices in self._in_step(batches):
-                yield from self._answer(teacher, tokens, indices, size)
+            answers = map(partial(self._answer, teacher, tokens, size=config.batch_size), self._in_step(batches))
         else:
-            for indices in batches:
-                yield from self._answer(teacher, tokens, indices, None)
+            answers = map(partial(self._answer, teacher, tokens), batches)
+        waiting: dict[int, Sample] = {}
+        for index in chain.from_iterable(indices for _, indices in works):
+            while index not in waiting:
+                waiting |= next(answers)
+            yield waiting.pop(index)
+        for _ in answers:
+            pass  # of a rank that is done before the others
 
-    def _in_step(self, batches: Iterator[range]) -> Iterator[range]:
+    def _batches(self, tokens: ShardSet, works: list[Work], size: int) -> Iterator[list[int]]:
+        """`size` samples of about one length each, of the samples of a shard as they come, SORTED_BATCHES at a time."""
+        for _, indices in works:
+            for start in range(0, len(indices), SORTED_BATCHES * size):
+                order = longest_first(tokens, indices[start : start + SORTED_BATCHES * size])
+                yield from (order[first : first + size] for first in range(0, len(order), size))
+
+    def _in_step(self, batches: Iterator[list[int]]) -> Iterator[list[int]]:
         """The batches of this rank, then empty ones until no rank has any: all call the teacher equally often."""
         while True:
-            indices = next(batches, range(0))
+            indices = next(batches, [])
             if not sum_over_ranks([float(len(indices) > 0)], self.world.device)[0]:
                 return
             yield indices
 
-    def _answer(self, teacher: Any, tokens: ShardSet, indices: range, size: int | None) -> Iterator[Sample]:
-        """The samples of `indices` with targets. size: samples in every batch, filled up, for a sharded teacher."""
+    def _answer(self, teacher: Any, tokens: ShardSet, indices: list[int], size: int | None = None) -> dict[int, Sample]:
+        """The samples of `indices` with targets, by index.
+
+        size: samples in every batch of a sharded teacher, filled up and padded to all positions, for equal shapes are
+        equal numbers of calls on all ranks.
+        """
         length = tokens.facts["sequence_length"]
         samples = [tokens[i] for i in indices or range(1)]  # a rank without work keeps step with the others
-        offsets = torch.stack([_offsets(self.seed, sample.key, length) for sample in samples])
-        if size is not None and len(samples) < size:  # equal shapes: equal numbers of calls on all ranks
+        if size is not None:
             samples += samples[:1] * (size - len(samples))
-            offsets = torch.cat([offsets, offsets[:1].repeat(len(samples) - len(offsets), 1)])
-        targets = batch_targets(teacher, collate(samples, length), offsets, self.world.device)
-        for row, sample in enumerate(samples[: len(indices)]):
+        offsets = torch.stack([_offsets(self.seed, sample.key, length) for sample in samples])
+        batch = collate(samples, length, whole=size is not None)
+        targets = batch_targets(teacher, batch, offsets[:, : batch.tokens.shape[1]], self.world.device)
+        found = {}
+        for row, (index, sample) in enumerate(zip(indices, samples, strict=False)):
             _check_finite(targets, row, sample, self.folder)
             count = len(sample.tokens) - 1
-            yield sample._replace(targets=TeacherTargets(*(field[row, :count].numpy() for field in targets)))
+            found[index] = sample._replace(targets=TeacherTargets(*(field[row, :count].numpy() for field in targets)))
+        return found
 
     def _teacher(self, config: LogitsConfig) -> Any:
         if self.model is None:

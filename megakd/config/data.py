@@ -112,6 +112,13 @@ class StreamConfig(Section):
     curriculum_epochs: float = Field(
         1.0, gt=0, description="passes over the data until it draws from all sequences; the share grows as a root"
     )
+    group_by_length: int = Field(
+        0,
+        ge=0,
+        description="with data.packing=documents: so many sequences in a row are of about one length, for less "
+        "padding where a step has few micro-batches; a step's, batch_tokens / sequence_length, is a good number. 0: "
+        "any order",
+    )
     follow: bool = mutable(
         False, description="train while the capture still runs, waiting for shards; needs stream.lanes"
     )
@@ -125,4 +132,7 @@ class StreamConfig(Section):
     def _one_order(self) -> "StreamConfig":
         if self.curriculum != "off" and self.lanes:
             raise ValueError(f"curriculum={self.curriculum} draws from all shards at once: set stream.lanes=0")
+        if self.group_by_length and (self.lanes or self.curriculum != "off"):
+            other = "stream.lanes=0" if self.lanes else "stream.curriculum=off"
+            raise ValueError(f"group_by_length={self.group_by_length} is an order of its own: set {other}")
         return self

@@ -104,6 +104,11 @@ RULES: tuple[Rule, ...] = (
         lambda c: c.stream.curriculum == "off",
         "it needs stream.curriculum=nll or entropy",
     ),
+    Rule(
+        ("stream.group_by_length",),
+        lambda c: c.data.packing == "packed",
+        "packed sequences are of about one length; data.packing=documents makes others",
+    ),
     Rule(("stream.follow", "stream.scratch"), lambda c: not c.stream.lanes, "it needs stream.lanes, like 8"),
     Rule(
         ("compress",),

@@ -14,10 +14,17 @@ from megakd.data.records import IGNORED, Batch, Sample, TeacherTargets, with_row
 from megakd.data.shards import DamagedSample, ShardSet
 
 Item = TypeVar("Item")
+WIDTH = 8  # batches have a multiple of so many positions
 
 
-def collate(samples: Sequence[Sample], sequence_length: int) -> Batch:
-    """Pad samples to `sequence_length` positions and shift them once; padding is a document without labels."""
+def collate(samples: Sequence[Sample], sequence_length: int, whole: bool = False) -> Batch:
+    """Pad samples to the longest of them and shift them once; padding is a document without labels.
+
+    A batch has at most `sequence_length` positions, where longer samples are cut; less is a multiple of 8, as matrix
+    products want it. whole: it has `sequence_length`.
+    """
+    if not whole:
+        sequence_length = batch_width((len(sample.tokens) - 1 for sample in samples), sequence_length)
     shape = (len(samples), sequence_length)
     tokens, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     labels = np.full(shape, IGNORED, np.int64)
@@ -37,6 +44,11 @@ def collate(samples: Sequence[Sample], sequence_length: int) -> Batch:
         torch.from_numpy(positions),
         _collate_targets([s.targets for s in samples], sequence_length),
     )
+
+
+def batch_width(lengths: Iterable[int], sequence_length: int) -> int:
+    """How many positions a batch of samples of so many positions has."""
+    return min(-(-max(lengths) // WIDTH) * WIDTH, sequence_length)
 
 
 def _positions(starts: list[int], length: int) -> np.ndarray:

@@ -187,10 +187,10 @@ def tokenize_part(
         say(f"tokenize {part}: the source ended after {done:,} of {limit:,} tokens")
     seconds = time.perf_counter() - began
     record_rate(run.folder, "tokenize", cpu_name(), done - before, seconds, max(data.workers, 1), part=part)
-    padding = padding_share(shards, length)
     if data.packing == "documents" or data.format != "text":
-        of = "of one document each; " if data.packing == "documents" else "of whole conversations; "
-        say(f"tokenize {part}: {state.windows:,} sequences {of}{padding:.0%} of a batch is padding")
+        of = "of one document each" if data.packing == "documents" else "of whole conversations"
+        mean = done / state.windows
+        say(f"tokenize {part}: {state.windows:,} sequences {of}, of {mean:,.0f} tokens on average")
     run.record(
         "tokenize",
         part=part,
@@ -214,12 +214,6 @@ def _say_conversations(part: str, state: State, shards: Sequence[Mapping[str, An
     for count, why in reasons:
         if count:
             say(f"tokenize {part}: {count:,} conversations {why}")
-
-
-def padding_share(shards: Sequence[Mapping[str, Any]], length: int) -> float:
-    """The share of a batch's positions without a token: 1 - tokens / (sequences * length), of a manifest's shards."""
-    tokens, windows = (sum(shard[key] for shard in shards) for key in ("tokens", "samples"))
-    return 1 - tokens / max(windows * length, 1)
 
 
 def _chain(first: Sample, rest: Iterator[Sample]) -> Iterator[Sample]:

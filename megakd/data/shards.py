@@ -195,6 +195,17 @@ class ShardSet:
         number = self._shard(index)
         return self._entries[number].entry(index - self._first[number])
 
+    def length(self, index: int) -> int:
+        """What orders samples by length: the positions of one document, T of a packed window.
+
+        Of a sample with a label mask it is its bytes.
+        """
+        entry = self.entry(index)
+        if self.masked:
+            return entry.size
+        facts = self.facts.get("tokens", self.facts)
+        return entry.labels if facts.get("packing") == "documents" else facts["sequence_length"]
+
     def place(self, index: int) -> str:
         """Which shard and sample an index is, in words."""
         return f"{self.folder / self.names[self._shard(index)]}.tar: sample {self.entry(index).key}"

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from megakd.data.curriculum import Curriculum
+from megakd.data.lengths import Groups
 from megakd.system.files import digest
 
 
@@ -19,14 +20,23 @@ class Stream:
     one sample of each in turn, each shard in random order: what remote shards and a capture that still runs need. The
     first epoch then takes shards in the order of the manifest, later ones in a random order.
     curriculum: epochs that begin with a competence below 1 take easy samples first, still each once.
+    groups: samples in a row are of about one length. At most one of the three is given.
     """
 
-    def __init__(self, sizes: Sequence[int], seed: int, lanes: int = 0, curriculum: Curriculum | None = None):
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        seed: int,
+        lanes: int = 0,
+        curriculum: Curriculum | None = None,
+        groups: Groups | None = None,
+    ):
         self.sizes, self.seed, self.lanes = np.asarray(sizes, np.int64), seed, lanes
         self.size = int(self.sizes.sum())
-        self.curriculum = curriculum
+        self.curriculum, self.groups = curriculum, groups
         assert self.size > 0, sizes
-        assert curriculum is None or (len(curriculum.easiest) == self.size and not lanes), (sizes, lanes)
+        assert bool(lanes) + bool(curriculum) + bool(groups) <= 1, (lanes, curriculum, groups)
+        assert curriculum is None or len(curriculum.easiest) == self.size, sizes
         self._epoch = -1
         self._order = np.empty(0, np.int64)
 
@@ -44,7 +54,11 @@ class Stream:
     def _epoch_order(self, epoch: int) -> np.ndarray:
         if self.curriculum and self.curriculum.competence(epoch * self.size) < 1:
             return self.curriculum.order(epoch, self._generator(epoch))
-        return self._lanes(epoch) if self.lanes else self._generator(epoch).permutation(self.size)
+        if self.lanes:
+            return self._lanes(epoch)
+        generator = self._generator(epoch)
+        order = generator.permutation(self.size)
+        return self.groups.order(order, generator) if self.groups else order
 
     def _generator(self, *name: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, *name])
@@ -73,7 +87,7 @@ def shards_digest(names: Sequence[str], sizes: Sequence[int], curriculum: Curric
 
 
 def share(indices: list[int], rank: int, world: int, micro_batch: int) -> list[list[int]]:
-    """The micro-batches of one rank: samples rank, rank + world, … in groups of `micro_batch`."""
-    mine = indices[rank::world]
+    """The micro-batches of one rank, made of neighbours in `indices`: number rank, rank + world, …"""
     assert len(indices) % (world * micro_batch) == 0, (len(indices), world, micro_batch)
-    return [mine[i : i + micro_batch] for i in range(0, len(mine), micro_batch)]
+    batches = [indices[i : i + micro_batch] for i in range(0, len(indices), micro_batch)]
+    return batches[rank::world]

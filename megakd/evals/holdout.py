@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megakd.data.batches import collate, prefetch
+from megakd.data.lengths import longest_first
 from megakd.data.records import IGNORED, Batch
 from megakd.data.shards import ShardSet
 from megakd.data.spans import pair
@@ -143,8 +144,9 @@ def _batches(
     holdout: ShardSet, batch_size: int, length: int, tokenizers: Tokenizers | None
 ) -> Iterator[tuple[Batch, int]]:
     """What the model reads, and how many labels the validation set itself has for the same text."""
-    for start in range(0, len(holdout), batch_size):
-        samples = [holdout[i] for i in range(start, min(start + batch_size, len(holdout)))]
+    order = longest_first(holdout, range(len(holdout)))
+    for start in range(0, len(order), batch_size):
+        samples = [holdout[i] for i in order[start : start + batch_size]]
         if tokenizers is None:
             batch = labels = collate(samples, length)
         else:

@@ -10,8 +10,7 @@ from megakd.config.checks import check_evaluation
 from megakd.config.data import LogitsConfig
 from megakd.config.model import CompressConfig
 from megakd.config.run import RunConfig
-from megakd.data.pipeline import padding_share
-from megakd.data.shards import read_manifest
+from megakd.data.shards import ShardSet, read_manifest
 from megakd.data.tokenizers import bos_of, bos_words, load_tokenizer
 from megakd.errors import UserError
 from megakd.models.checks import check_isolation, model_folders
@@ -22,13 +21,13 @@ from megakd.names import resolve
 from megakd.report.memory import predictable
 from megakd.run import Run
 from megakd.system.text import short
+from megakd.train.data import padding_share
 
 # Measured (docs/experiments/2026-11-22-expert-fit.md): a sweep over one matrix at rank 64, its time taken as
 # proportional to size and rank; a process's memory with Qwen3-30B-A3B's 128 matrices a projection, and with the demo's,
 # which hardly count.
 SWEEP_SECONDS, MATRIX, RANK = 0.05, 768 * 2048, 64
-
-
+PADDED = 0.1  # of the positions: more is worth a word
 LEAST_BYTES, PROJECTION_BYTES, EXPERTS = 0.5e9, 2.5e9, 128
 
 
@@ -155,19 +154,24 @@ def fit_costs(
 
 
 def packing(run: Run) -> list[list[str]]:
-    """How sequences are made, whether that is right for teacher and student, and how much of a batch is padding."""
-    if run.config.data.packing == "packed":
+    """How sequences are made, whether that is right for teacher and student, and how much of training is padding."""
+    config, rows = run.config, []
+    apart = config.data.packing == "documents"
+    if not apart:
         try:
-            check_isolation(model_folders(run.config.model), run.config.data.packing)
+            check_isolation(model_folders(config.model), config.data.packing)
         except UserError as error:
             return [["packing", f"refused: {error}"]]
-        return [["packing", "packed: teacher and student separate the documents of a sequence"]]
-    made = tokenized(run)
-    padding = "tokenize says how much of a batch is padding"
-    if made is not None:
-        share = padding_share(made["shards"], run.config.data.sequence_length)
-        padding = f"{share:.0%} of a batch is padding, which is computed and counts for nothing"
-    return [["packing", f"one document per sequence; {padding}"]]
+        rows.append(["packing", "packed: teacher and student separate the documents of a sequence"])
+        if config.data.format == "text":
+            return rows
+    words = "once they are tokenized, plan says how much is padding"
+    if tokenized(run) is not None:
+        dataset = ShardSet(run.path("data", "tokens", "train"))
+        share = max(padding_share(config, stage, dataset) for stage in config.stages)
+        remedy = "; optim.micro_batch and stream.group_by_length reduce it" if apart and share > PADDED else ""
+        words = f"{share:.1%} of the positions that are computed is padding{remedy}"
+    return [*rows, ["packing", f"one document per sequence; {words}"] if apart else ["padding", words]]
 
 
 def beginnings(run: Run) -> list[list[str]]:

@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 import torch
 
 from megakd.config.run import RunConfig
-from megakd.data.batches import Reader, collate
+from megakd.config.train import StageConfig
+from megakd.data.batches import Reader, batch_width, collate
 from megakd.data.curriculum import Curriculum
+from megakd.data.lengths import longest_first, open_groups
 from megakd.data.records import IGNORED, Batch, Paired, Sample
 from megakd.data.shards import BLANK, ShardSet
 from megakd.data.spans import pair, unaligned_labels
@@ -27,6 +29,7 @@ from megakd.system.dist import World
 from megakd.system.logging import say
 from megakd.system.signals import StopSignals
 
+LOOKED_AT = 50  # steps
 Pairing = Callable[[Sequence[Sample]], Paired]
 
 
@@ -56,7 +59,7 @@ def stage_data(
     curriculum: Curriculum | None = None,
 ) -> Iterator[Step | None]:
     """The remaining steps of a stage, in the order of the data, whatever the number of ranks; None while they wait."""
-    stream = Stream(dataset.sizes, config.seed, config.stream.lanes, curriculum)
+    stream = Stream(dataset.sizes, config.seed, config.stream.lanes, curriculum, open_groups(config.stream, dataset))
     reader = Reader(dataset, config.stream.workers, config.stream.on_damage == "skip")
     pairing = find_pairing(config, dataset.facts, teacher)
     windows = config.windows_per_step
@@ -64,6 +67,7 @@ def stage_data(
         for step in range(steps - progress.stage_step):
             indices = stream.take(progress.samples + step * windows, windows)
             yield from wait_for(dataset, indices, world)
+            indices = longest_first(dataset, indices)
             mine = share(indices, world.rank, world.size, config.optim.micro_batch)
             yield read_step(reader, mine, count_labels(dataset, indices), config.data.sequence_length, pairing)
     finally:
@@ -110,6 +114,23 @@ def read_step(reader: Reader, micro: list[list[int]], tokens: int, length: int, 
 def count_labels(dataset: ShardSet, indices: Sequence[int]) -> int:
     """Labels of the samples at `indices`, from the shards' sidecars: damaged samples count too."""
     return sum(dataset.entry(index).labels for index in indices)
+
+
+def padding_share(config: RunConfig, stage: StageConfig, dataset: ShardSet) -> float:
+    """The share of positions without a token in the batches of a stage, of LOOKED_AT steps at most.
+
+    As from the beginning of the data, without a curriculum; the same for any number of ranks. dataset: the tokens.
+    """
+    stream = Stream(dataset.sizes, config.seed, config.stream.lanes, groups=open_groups(config.stream, dataset))
+    staged, length = config.at(stage), config.data.sequence_length
+    step, tokens, positions = staged.windows_per_step, 0, 0
+    for number in range(min(config.steps_of(stage, len(dataset)), LOOKED_AT)):
+        indices = longest_first(dataset, stream.take(number * step, step))
+        for batch in share(indices, 0, 1, staged.optim.micro_batch):
+            lengths = [len(dataset[index].tokens) - 1 for index in batch]
+            tokens += sum(lengths)
+            positions += len(batch) * batch_width(lengths, length)
+    return 1 - tokens / positions
 
 
 def find_pairing(config: RunConfig, facts: dict[str, Any], live: LiveTeacher | None) -> Pairing | None:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from megakd.config.run import RunConfig
 from megakd.data.batches import collate, to_device
+from megakd.data.lengths import longest_first
 from megakd.data.records import Batch
 from megakd.data.shards import ShardSet
 from megakd.engine.base import Engine
@@ -34,13 +35,14 @@ def open_holdout(run: Run) -> ShardSet | None:
 def read_holdout(run: Run, world: World) -> list[Batch]:
     """This rank's share of the validation set; no batches where it is not measured.
 
-    Batches of optim.micro_batch sequences, for which training has the memory. Every rank has as many of the same shape,
-    blank sequences at the end where others have more: those without labels count for nothing.
+    Batches of optim.micro_batch sequences, for which training has the memory. Every rank has as many, blank sequences
+    at the end where others have more: those without labels count for nothing.
     """
     holdout = open_holdout(run)
     if holdout is None:
         return []
-    config, samples = run.config, [holdout[index] for index in range(len(holdout))]
+    config = run.config
+    samples = [holdout[index] for index in longest_first(holdout, range(len(holdout)))]
     holdout.close()
     size = config.optim.micro_batch
     samples += [holdout.blank()] * (-len(samples) % (size * world.size))

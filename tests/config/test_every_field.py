@@ -28,6 +28,7 @@ from megakd.config.run import RunConfig
 from megakd.config.train import StageConfig
 from megakd.data.batches import collate
 from megakd.data.curriculum import Curriculum
+from megakd.data.lengths import Groups
 from megakd.data.records import IGNORED
 from megakd.data.stream import Stream, share
 from megakd.engine.guard import GRADIENT, Health, after_step, wrong_with
@@ -159,7 +160,9 @@ def order(config: RunConfig) -> list[int]:
     curriculum = None
     if config.stream.curriculum != "off":
         curriculum = Curriculum(np.arange(60), config.stream.curriculum_start, config.stream.curriculum_epochs)
-    return Stream([30, 30], config.seed, config.stream.lanes, curriculum).take(0, 60)
+    size = config.stream.group_by_length
+    groups = Groups(np.arange(60) % 7, size) if size else None
+    return Stream([30, 30], config.seed, config.stream.lanes, curriculum, groups).take(0, 60)
 
 
 def world(config: RunConfig) -> str:
@@ -350,6 +353,7 @@ FIELDS: dict[str, Seen | Listed] = {
     "stream.curriculum": Seen("nll", order),
     "stream.curriculum_start": Seen(0.5, order, {"stream.curriculum": "nll"}),
     "stream.curriculum_epochs": Seen(2.0, order, {"stream.curriculum": "nll"}),
+    "stream.group_by_length": Seen(4, order, {"data.packing": "documents"}),
     "stream.follow": Listed(
         True,
         "how shards are opened",

@@ -88,10 +88,17 @@ def test_collate_matches_reference(seed, sequence_length):
 
 def test_samples_pad_to_more_positions_than_they_have():
     samples = random_samples(0, 5)
-    batch = collate(samples, 9)
+    batch = collate(samples, 9, whole=True)
     assert batch.tokens.shape == (len(samples), 9)
     assert (batch.labels[:, 5:] == IGNORED).all() and (batch.labels != IGNORED).sum() == valid_tokens(samples)
     assert (batch.position_ids[:-1, 5:] == torch.arange(4)).all()
+
+
+def test_a_batch_is_as_wide_as_its_longest_sample():
+    """A multiple of 8 for the sake of matrix products, but never more than a sequence may have."""
+    short, long = sample(list(range(1, 4)), [0]), sample(list(range(1, 22)), [0])
+    assert [collate([short, short], limit).tokens.shape for limit in (2, 5, 8, 40)] == [(2, 2), (2, 5), (2, 8), (2, 8)]
+    assert [collate([short, long], limit).tokens.shape[1] for limit in (20, 22, 24, 40)] == [20, 22, 24, 24]
 
 
 @pytest.mark.parametrize("entries, draws", [(3, 4), (3, 0), (0, 4)])

@@ -115,8 +115,7 @@ def steps(stream: Stream, position: int, count: int, world: int, micro_batch: in
         ranks = [share(indices, rank, world, micro_batch) for rank in range(world)]
         assert {len(group) for rank in ranks for group in rank} == {micro_batch}
         assert {len(rank) for rank in ranks} == {batch // world // micro_batch}
-        flat = [[index for group in rank for index in group] for rank in ranks]
-        seen.append([index for column in zip(*flat, strict=True) for index in column])
+        seen.append([index for turn in zip(*ranks, strict=True) for group in turn for index in group])
     return seen
 
 

@@ -303,6 +303,9 @@ class Windows:
         tokens = {"sequence_length": 32, "tokenizer": {"vocab_size": 400}}
         self.facts = {"vocab_size": 400, "tokens": tokens} if stored else tokens
 
+    def length(self, index: int) -> int:
+        return len(self[index].tokens) - 1
+
     def __len__(self) -> int:
         return len(self.samples)
 

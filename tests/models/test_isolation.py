@@ -257,7 +257,7 @@ def test_calibration_is_refused_where_the_teacher_leaks(given, teacher, monkeypa
 def test_leaking_student_trains_on_one_document_a_sequence(run_of, leaking):
     run = run_of(student=leaking, packing="documents")
     output = in_process("tokenize", run.folder)
-    assert "% of a batch is padding" in output
+    assert "sequences of one document each, of 31 tokens on average" in output
     tokens = ShardSet(run.path("data", "tokens", "train"))
     assert tokens.facts["packing"] == "documents"
     samples = [tokens[i] for i in range(len(tokens))]
@@ -308,9 +308,9 @@ def test_trainer_refuses_a_student_that_leaks(prepared, leaking, tmp_path):
 def test_plan_says_what_packing_does(run_of, leaking):
     assert "refused: " in in_process_output("plan", run_of(student=leaking))
     run = run_of(student=leaking, packing="documents")
-    assert "tokenize says how much" in in_process_output("plan", run)
+    assert "once they are tokenized, plan says how much is padding" in in_process_output("plan", run)
     in_process("tokenize", run.folder)
-    assert re.search(r"one document per sequence; \d+% of a batch is padding", in_process_output("plan", run))
+    assert re.search(r"one document per sequence; \d+\.\d% of the positions", in_process_output("plan", run))
 
 
 def in_process_output(verb: str, run: Run) -> str:

@@ -49,6 +49,9 @@ class Windows:
         generator = np.random.default_rng(0)
         self.samples = [random_sample(generator, case.length) for _ in range(case.windows)]
 
+    def length(self, index: int) -> int:
+        return len(self[index].tokens) - 1
+
     def __len__(self) -> int:
         return len(self.samples)
 
