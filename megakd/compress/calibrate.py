@@ -8,12 +8,12 @@ W windows, T positions, N = W*T tokens, D hidden, F expert hidden, E experts, A 
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from megakd.compress.one_layer import OneLayer, without_parameters
 from megakd.errors import UserError, reason
 from megakd.models.sources import Sources
 from megakd.models.spec import MoESpec
@@ -85,11 +85,11 @@ class LayerRunner:
             self.held_N = (held[real] if len(tokens) > 1 else held[0]).to(self.device)
         self.act_fn = spec.activation
         with self._one_layer_at_a_time():
-            self.model = _skeleton(config, self.device)
-        self.layers = list(self.model.layers)  # on the meta device but while they run
+            self.model = OneLayer(config, self.device)
+        self.layers = self.model.layers
         self.blocks: dict[int, Any] = {index: expert_block(self.layers[index]) for index in spec.layers}
-        self.model.layers = nn.ModuleList(_Pass() for _ in self.layers)
 
+    @torch.no_grad()
     def embed(self) -> Tensor:
         """Hidden states before the first layer, [W, T, D] float32."""
         name = "model.embed_tokens.weight"
@@ -97,7 +97,11 @@ class LayerRunner:
         table = self.sources.checkpoint.tensor(stored)  # mapped: only the rows that are looked up are read
         if int(self.tokens.max()) >= len(table):
             raise UserError(f"{self.sources.place(name)} has {len(table)} rows, the tokens go to {self.tokens.max()}")
-        return table[self.tokens.cpu()].to(self.device, torch.float32)
+        used, ids = self.tokens.cpu().unique(return_inverse=True)
+        rows_VD, ids = table[used].to(self.device, torch.float32), ids.to(self.device)
+        with self._one_layer_at_a_time():
+            batches = zip(ids.split(self.batch), self.position_ids.split(self.batch), strict=True)
+            return torch.cat([self.model.embed(rows_VD, *batch) for batch in batches])
 
     @torch.no_grad()
     def layer(
@@ -132,20 +136,17 @@ class LayerRunner:
         return out, found
 
     def _through(self, index: int, hidden: Tensor) -> Tensor:
-        """The family's forward over one layer, all others passing their input on; [W, T, D]."""
+        """The family's forward over one layer, [W, T, D]."""
         layer = self.layers[index]
         layer.load_state_dict(self._weights(index), assign=True)
-        self.model.layers[index] = layer
         out = torch.empty_like(hidden)
         for start in range(0, len(hidden), self.batch):
             rows = slice(start, min(start + self.batch, len(hidden)))
-            embeds, positions = hidden[rows].to(self.device), self.position_ids[rows]
             with self._one_layer_at_a_time():
-                out[rows] = self.model(inputs_embeds=embeds, position_ids=positions, use_cache=False).last_hidden_state
-        self.model.layers[index] = _Pass()
+                out[rows] = self.model.run(index, hidden[rows].to(self.device), self.position_ids[rows])
         if index in self.blocks:
             self.blocks[index].experts = None
-        layer.to("meta")
+        layer.load_state_dict(without_parameters(layer), assign=True)
         return out
 
     def _adds(self, index: int, hidden: Tensor) -> bool:
@@ -348,24 +349,3 @@ class _Delegate(nn.Module):
 
     def forward(self, x_ND: Tensor, expert_NA: Tensor, weight_NA: Tensor) -> Tensor:
         return self.called[0](x_ND, expert_NA, weight_NA)
-
-
-class _Pass(nn.Module):
-    """A decoder layer that changes nothing; the layer that runs keeps its place, by which families pick its mask."""
-
-    def forward(self, hidden_states: Tensor, **_: Any) -> Tensor:
-        return hidden_states
-
-
-def _skeleton(config: Any, device: torch.device) -> Any:
-    """The family's model without lm_head on the meta device; its norm does nothing, its rotary embedding is real."""
-    from transformers import AutoModel
-
-    config = deepcopy(config)
-    config.output_router_logits = config.output_hidden_states = config.output_attentions = False
-    with torch.device("meta"):
-        model: Any = AutoModel.from_config(config, trust_remote_code=False, dtype=torch.float32).eval()
-    model.embed_tokens, model.norm = None, nn.Identity()
-    with torch.device(device):
-        model.rotary_emb = type(model.rotary_emb)(config=model.config)
-    return model

@@ -221,7 +221,7 @@ FIFTH = "model.layers.1.mlp.experts.4.up_proj.weight"
         (lambda t: t.update({NAME: t[NAME].T.contiguous()}), [NAME, "shape (32, 24)", "(24, 32)", "model.safetensors"]),
         (lambda t: t[NAME].view(-1).__setitem__(7, torch.nan), [f"model.safetensors: {NAME} holds NaN"]),
         (lambda t: t[NAME].view(-1).__setitem__(7, torch.inf), [f"model.safetensors: {NAME} holds NaN or infinite"]),
-        (lambda t: t.update({NAME: t[NAME].to(torch.float8_e4m3fn)}), [NAME, "float8_e4m3fn", "convert"]),
+        (lambda t: t.update({NAME: t[NAME].to(torch.float8_e4m3fn)}), [NAME, "F8_E4M3", "convert"]),
         (lambda t: t.update({FIFTH: t[NAME].clone()}), [FIFTH, "says 4 experts"]),
     ],
     ids=["missing", "transposed", "nan", "inf", "float8", "too many"],

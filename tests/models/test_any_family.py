@@ -42,15 +42,16 @@ SMALL = {
     "enable_moe_block": True, "shared_intermediate_size": 32, "expert_ffn_hidden_size": 32, "ffn_hidden_size": 64,
     "num_layers": 2, "zero_expert_num": 2, "router_hidden_size": 16, "moe_shared_expert_intermediate_size": 32,
     "moe_latent_size": None, "block_ff_dim": 64, "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 128,
-    "num_kv_shared_layers": 0, "mtp_num_hidden_layers": 0,
+    "num_kv_shared_layers": 0, "mtp_num_hidden_layers": 0, "linear_head_dim": 8, "linear_num_heads": 2,
 }  # fmt: skip
 MORE: dict[str, dict[str, Any]] = {
+    "granitemoe": {"embedding_multiplier": 3.0, "residual_multiplier": 0.5},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "longcat_flash": {"head_dim": 16},
     "zaya": {"num_experts_per_tok": 1, "num_experts": 8},
-    "bailing_hybrid": {"num_hidden_layers": 8},
+    "bailing_hybrid": {"num_hidden_layers": 8, "head_dim": 16},
     "kimi_linear": {"num_hidden_layers": 8},
     "hunyuan_v1_moe": {"head_dim": 16},
     "gemma4_text": {"layer_types": ["sliding_attention", "full_attention"] * 2},
