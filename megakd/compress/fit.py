@@ -161,11 +161,12 @@ def _fit_basis(task: _Task, metric: Metric, whitened: Tensor) -> tuple[Basis, in
     if task.settings.solver == "adam":
         raise UserError("compress.solver=adam fits wrappers alone; a basis needs compress.solver=als")
     threads, size = task.threads, free_and_core_rank(task.form, task.projection)[1]
-    z, group, rounds = fit_basis(whitened, metric, size, task.form.groups, task.settings.sweeps, threads, task.progress)
+    z, group = fit_basis(whitened, metric, size, task.form.groups, threads)
+    task.progress()
     # the rows of Z are orthonormal where they were found, so that A = W Z^T is a projection: the best for any M
     a = unwhiten_left(projected(whitened, z, group, threads), metric, threads)
     a = a * (metric.importance > 0).to(a)[:, None, None]
-    return balance_basis(Basis(unwhiten_right(z, metric), a, group)), rounds
+    return balance_basis(Basis(unwhiten_right(z, metric), a, group)), 0
 
 
 def _fit_wrappers(task: _Task, metric: Metric, whitened: Tensor) -> tuple[Wrappers, int]:

@@ -13,7 +13,7 @@ from megakd.data.tokenizers import identify_tokenizer, load_tokenizer
 from megakd.errors import UserError
 from megakd.identity import DataIdentity, changed_fingerprint, fingerprint
 from megakd.models.checks import check_isolation, model_folders
-from megakd.models.hub import check_folder, check_unquantized, load_config, model_of
+from megakd.models.hub import check_folder, check_readable, load_config, model_of
 from megakd.models.shared_core import PROJECTIONS
 from megakd.models.sources import Sources
 from megakd.models.spec import MoESpec, spec_for
@@ -88,7 +88,7 @@ def open_job(run: Run, folder: Path, describe: Callable[[Path, dict[str, Any]], 
     """The teacher in `folder` and what is to be done with it; UserError when it cannot be."""
     config = load_config(folder)
     check_folder(folder, config)
-    check_unquantized(folder, config, "compress")
+    check_readable(folder, config, "compress")
     spec = spec_for(config, str(folder))
     settings, smallest = run.config.compress, min(spec.sizes)
     if settings.budget is None and settings.rank > smallest:

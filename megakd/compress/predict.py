@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megakd.compress.als import fit_wrappers
 from megakd.compress.forms import GROUPS, MOST, Candidate, Sizes, candidate, candidates
+from megakd.compress.groups import find_groups, sketch
 from megakd.compress.metric import Metric, Statistics, make_metric, times, times_transposed, whiten
 from megakd.compress.threads import Threads, threads_over
 from megakd.models.shared_core import SHAPES, Form, free_and_core_rank
@@ -44,11 +45,11 @@ def measure(
 
     weights: [E, d_out, d_in] of any floating type. statistics: what calibration measured; the energy is then that of
     sqrt(p_e) M_e W_e N (metric.py), to which experts in `exempt` add nothing.
-    basis: exact, the eigenvalues of sum_e W_e^T W_e behind the k-th. additive: singular values of W_e - mean behind the
-    r-th for a sample of experts, times what a few fits gain over the mean as core. wrappers: a rank of the one on the
-    core is worth so many ranks of the free one; how many, a few fits say. These fits see 8 experts and 4, and a core
-    shared by fewer fits better: the relative error, the root of what is lost, is continued linearly in 1/E. With groups
-    the experts are dealt in turn; how the fit groups them changed errors by less than 2 % in all that was measured.
+    basis: exact, the eigenvalues of sum_e W_e^T W_e behind the k-th, with the groups of the fit. additive: singular
+    values of W_e - mean behind the r-th for a sample of experts, times what a few fits gain over the mean as core.
+    wrappers: a rank of the one on the core is worth so many ranks of the free one; how many, a few fits say. These fits
+    see 8 experts and 4, and a core shared by fewer fits better: the relative error, the root of what is lost, is
+    continued linearly in 1/E.
     forms: instead of all candidates. progress: called with the share of the work that is done.
     """
     frame = weights.mT if projection == "down" else weights
@@ -94,40 +95,43 @@ def spread(count: int, wanted: int) -> list[int]:
 def basis_curves(frame: Tensor, counts: Collection[int], threads: Threads) -> dict[int, np.ndarray]:
     """What is lost of the energy of [E, F, D] with a basis of 0 … D in each of so many groups, [D + 1] by their count.
 
-    The eigenvalues of sum W_e^T W_e over a group behind the k-th. Expert e is in group e modulo the count: groups of a
-    count are unions of those of its multiples, so that the products are made once.
+    The eigenvalues of sum W_e^T W_e behind the k-th, over the groups that a fit would take. Experts that are together
+    whatever the count are multiplied together, so that each is multiplied once.
     """
     if not counts:
         return {}
-    columns, parts = frame.shape[2], math.lcm(*counts)
+    experts, _, columns = frame.shape
     dtype = torch.promote_types(frame.dtype, torch.float32)
-    grams = torch.empty(parts, columns, columns, dtype=dtype, device=frame.device)
-    for part in range(parts):
-        grams[part] = _gram(frame, part, parts, threads)
+    known = sketch(frame, torch.ones(experts), threads)
+    group = torch.stack([find_groups(known, count) for count in counts], 1)
+    grams = [torch.zeros(count, columns, columns, dtype=dtype, device=frame.device) for count in counts]
+    for together in torch.unique(group, dim=0):
+        gram = _gram(frame, (group == together).all(1).tolist(), threads)
+        for place, own in enumerate(together.tolist()):
+            grams[place][own] += gram
     lost = {}
-    for count in counts:
-        tails = (_tails(torch.linalg.eigvalsh(grams[group::count].sum(0))) for group in range(count))
-        lost[count] = sum(tails, np.zeros(columns + 1))
+    for count, of_groups in zip(counts, grams, strict=True):
+        lost[count] = sum((_tails(torch.linalg.eigvalsh(gram)) for gram in of_groups), np.zeros(columns + 1))
     return lost
 
 
-def _gram(frame: Tensor, part: int, parts: int, threads: Threads) -> Tensor:
-    """sum W_e^T W_e over the experts e = part modulo parts, [D, D]."""
+def _gram(frame: Tensor, members: Sequence[bool], threads: Threads) -> Tensor:
+    """sum W_e^T W_e over the members, at least one, [D, D]."""
     columns = frame.shape[2]
     dtype = torch.promote_types(frame.dtype, torch.float32)
 
-    def work(chunks: list[slice]) -> Tensor:
-        total = torch.zeros(columns, columns, dtype=dtype, device=frame.device)
+    def work(chunks: list[slice]) -> Tensor | None:
+        total = None
         for chunk in chunks:
             for e in range(chunk.start, chunk.stop):
-                if e % parts == part:
+                if members[e]:
+                    if total is None:
+                        total = torch.zeros(columns, columns, dtype=dtype, device=frame.device)
                     exact = frame[e].to(dtype)
                     total.addmm_(exact.mT, exact)
         return total
 
-    if part >= len(frame):
-        return torch.zeros(columns, columns, dtype=dtype, device=frame.device)
-    first, *others = threads.map(work)
+    first, *others = (part for part in threads.map(work) if part is not None)
     for other in others:
         first += other
     return first

@@ -11,7 +11,7 @@ from megakd.config.run import RunConfig
 from megakd.data.tokenizers import identify_tokenizer, load_tokenizer, vocabulary_size
 from megakd.errors import UserError
 from megakd.identity import ModelIdentity, TokenizerIdentity, changed_fingerprint, identify
-from megakd.models.hub import check_unquantized, empty_model, load_config
+from megakd.models.hub import check_readable, empty_model, load_config
 from megakd.models.isolation import Packing, check_config
 from megakd.models.tables import check_tables
 from megakd.names import resolve
@@ -135,10 +135,10 @@ def check_models(config: RunConfig) -> None:
                 f"{student}: its tokenizer is not that of {folder} ({different}), and the two make different texts of "
                 f"a conversation; data.format={config.data.format} needs one tokenizer for both"
             )
-        check_unquantized(student, load_config(student), "training")
+        check_readable(student, load_config(student), "training")
         check_tables(empty_model(student), student, mine.vocab_size, length)
     else:
-        check_unquantized(folder, skeleton.config, "compress")
+        check_readable(folder, skeleton.config, "compress")
     check_tables(skeleton, folder, theirs.vocab_size, length if mine == theirs else length + length // 4)
     if cached:
         check_divided(skeleton, config.logits.parallel, 1)
@@ -149,7 +149,7 @@ def check_divided(model: Any, parallel: str, ranks: int) -> None:
     if parallel == "replica":
         return
     require("deepspeed", f"logits.parallel={parallel}")
-    check_unquantized(Path(model.config.name_or_path), model.config, f"logits.parallel={parallel}")
+    check_readable(Path(model.config.name_or_path), model.config, f"logits.parallel={parallel}")
     if parallel == "autoep":
         from megakd.models.stock_experts import stock_experts
 

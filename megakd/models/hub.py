@@ -4,7 +4,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megakd.errors import UserError, foreign
-from megakd.identity import INDEX, WEIGHTS, stored_tensors, tensor_hash
+from megakd.identity import INDEX, WEIGHTS, StoredTensor, stored_tensors, tensor_hash
+from megakd.models.dequantize import Quantized, read_weight
+from megakd.models.quantized import quantized_weights, unknown
+from megakd.models.stored import read_stored
 from megakd.outputs import MARKER
 from megakd.system.dist import read_world
-from megakd.system.files import write_json
+from megakd.system.files import read_json, write_json
 from megakd.system.logging import say
 
 SHARD_BYTES = 2 * 2**30
@@ -31,13 +34,18 @@ def check_complete(folder: Path, missing: list[str]) -> None:
 
 
 def load_config(folder: Path) -> Any:
-    """The Hugging Face config of a folder."""
+    """The Hugging Face config of a folder, without quantization_config where weights are dequantised on read."""
     from transformers import AutoConfig
 
     import megakd.models.student  # noqa: F401  (makes students known to transformers)
 
     with foreign(f"{folder}: no config.json that transformers can load"):
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config: Any = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        settings = getattr(part, "quantization_config", None)
+        if settings is not None and unknown(settings, config.model_type) is None:
+            del part.quantization_config
+    return config
 
 
 def empty_model(folder: Path) -> Any:
@@ -71,16 +79,15 @@ def check_folder(folder: Path, config: Any) -> None:
             )
 
 
-def check_unquantized(folder: Path, config: Any, purpose: str) -> None:
-    """UserError when config.json says that the weights are quantized: raw tensors are then not what the model uses."""
+def check_readable(folder: Path, config: Any, purpose: str) -> None:
+    """UserError when weights are quantised in a way that only transformers reads, if any; config: of `load_config`."""
     settings = getattr(config, "quantization_config", None)
-    if settings is None:
-        return
-    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
-    raise UserError(
-        f"{folder}: config.json has a quantization_config ({getattr(method, 'value', method)}); {purpose} needs float "
-        "weights: save the model in bfloat16, or delete that entry if the weights are not quantized"
-    )
+    if settings is not None:
+        why = unknown(settings if isinstance(settings, dict) else settings.to_dict(), config.model_type)
+        raise UserError(
+            f"{folder}: config.json has a quantization_config ({why}) that MegaKD cannot dequantise; {purpose} needs "
+            "float weights: save the model in bfloat16, or delete that entry if the weights are not quantized"
+        )
 
 
 def say_unused(folder: Path, names: list[str]) -> None:
@@ -93,16 +100,30 @@ def say_unused(folder: Path, names: list[str]) -> None:
 
 
 class Checkpoint:
-    """The tensors of a folder of safetensors by name, one file or many, read when asked for."""
+    """The tensors of a folder of safetensors by name, one file or many, read when asked for.
+
+    Quantised weights have the names, shapes and types that they have once dequantised (`models/quantized.py`).
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.stored = stored_tensors(folder)
+        self.raw = stored_tensors(folder)
+        config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+        self.quantized = quantized_weights(folder, config, self.raw)
+        self.stored = _as_if_dequantized(self.raw, self.quantized)
         self.files = {name: tensor.file for name, tensor in self.stored.items()}
 
     def tensor(self, name: str, rows: slice | None = None) -> Tensor:
         """A tensor; rows: of the second dimension, the others are not read."""
+        if name in self.quantized:
+            return read_weight(self.folder, self.raw, self.quantized[name], inner=rows)
         return self._read(name, lambda file: file.get_tensor(name) if rows is None else file.get_slice(name)[:, rows])
+
+    def rows(self, name: str, rows: slice | None = None) -> Tensor:
+        """A tensor, or rows of its first dimension, without mapping its file into memory."""
+        if name in self.quantized:
+            return read_weight(self.folder, self.raw, self.quantized[name], rows)
+        return read_stored(self.folder, name, self.stored[name], rows)
 
     def shape(self, name: str) -> tuple[int, ...]:
         if name not in self.stored:
@@ -136,6 +157,17 @@ class Checkpoint:
             return safe_open(str(self.folder / file), framework="pt")
         except (OSError, SafetensorError) as error:
             raise UserError(f"{self.folder / file}: cannot be read as safetensors ({error})") from error
+
+
+def _as_if_dequantized(raw: Mapping[str, StoredTensor], quantized: Mapping[str, Quantized]) -> dict[str, StoredTensor]:
+    """Tensors by name, each quantised weight in place of its codes; as many bytes as its tensors together."""
+    used = {part for weight in quantized.values() for part in weight.names}
+    stored = {name: tensor for name, tensor in raw.items() if name not in used}
+    for name, weight in quantized.items():
+        codes = raw[weight.codes]
+        size = sum(raw[part].stop - raw[part].start for part in weight.names)
+        stored[name] = StoredTensor(codes.file, weight.dtype, weight.shape, codes.start, codes.start + size)
+    return stored
 
 
 def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> None:

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from megakd.errors import foreign
-from megakd.models.hub import check_complete, check_folder, check_unquantized, load_config, say_unused
+from megakd.models.hub import check_complete, check_folder, check_readable, load_config, say_unused
+from megakd.models.quantized import settings_of
 from megakd.models.sources import Sources
+from megakd.system.files import read_json
 
 # rows [first, last) of a parameter; None: all
 Read = Callable[[slice | None], Tensor]
@@ -40,7 +42,10 @@ def load_model(folder: Path, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    check_folder(folder, load_config(folder))
+    config = load_config(folder)
+    check_folder(folder, config)
+    if settings_of(read_json(folder / "config.json")) and not hasattr(config, "quantization_config"):
+        return _dequantized(folder, dtype)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     with foreign(f"{folder}: not a model that transformers can load"):
@@ -58,6 +63,18 @@ def load_model(folder: Path, dtype: torch.dtype) -> Any:
     return model
 
 
+def _dequantized(folder: Path, dtype: torch.dtype) -> Any:
+    """The same of quantised weights, in parts: transformers' own reader refuses blocks that are not full."""
+    from transformers import GenerationConfig
+
+    model, sources = hollow_model(folder, dtype)
+    fill(model, sources, placed_on(torch.device("cpu")))
+    if (folder / "generation_config.json").exists():
+        with foreign(f"{folder}: no generation_config.json that transformers can load"):
+            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return model.eval()
+
+
 def hollow_model(folder: Path, dtype: torch.dtype) -> tuple[Any, Sources]:
     """The causal LM of a folder with parameters on the meta device and buffers as they are, and where to read it.
 
@@ -68,7 +85,7 @@ def hollow_model(folder: Path, dtype: torch.dtype) -> tuple[Any, Sources]:
 
     config = load_config(folder)
     check_folder(folder, config)
-    check_unquantized(folder, config, "reading a model in parts")
+    check_readable(folder, config, "reading a model in parts")
     with foreign(f"{folder}: not a model that transformers can load"), init_empty_weights(include_buffers=False):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     model.tie_weights()

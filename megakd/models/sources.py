@@ -19,18 +19,7 @@ from megakd.identity import StoredTensor
 from megakd.models.hub import Checkpoint, check_complete, say_unused
 from megakd.models.spec import MoESpec
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+FLOATING = ("F64", "F32", "F16", "BF16")
 
 
 class Sources:
@@ -57,6 +46,8 @@ class Sources:
                     expected = tuple(self.expected[name].shape)
                     raise UserError(f"{recipe.place(self.stored, folder)} {what}, config.json says {expected}")
                 else:
+                    if self.expected[name].is_floating_point():
+                        self._check_types(recipe)
                     self.made_by[name] = recipe
         tied = model.all_tied_weights_keys
         missing = [name for name in self.expected if name not in self.made_by and tied.get(name) not in self.made_by]
@@ -76,7 +67,7 @@ class Sources:
 
     def raw(self, name: str) -> Tensor:
         """A tensor of the model in the type stored."""
-        return self.recipe(name).make(name, None, partial(_read_named, self.folder, self.stored))
+        return self.recipe(name).make(name, None, self.checkpoint.rows)
 
     def experts(self, spec: MoESpec, layer: int, projection: str) -> Tensor:
         """All experts' matrices of one projection, [E, d_out, d_in], in the type stored, whatever the layout.
@@ -130,8 +121,17 @@ class Sources:
                 if shape != expected:
                     raise UserError(f"{place} has shape {shape}, config.json says {expected}")
 
+    def _check_types(self, recipe: "_Recipe") -> None:
+        """UserError, naming file and tensor, where weights are stored as codes whose scales are not known."""
+        for name in recipe.names:
+            if (kind := self.stored[name].dtype) not in FLOATING:
+                raise UserError(
+                    f"{self.folder / self.stored[name].file}: {name} is stored as {kind}, and no scales for it are "
+                    "known; convert the checkpoint to bfloat16 first"
+                )
+
     def _stored(self, name: str, rows: slice | None, dtype: torch.dtype) -> Tensor:
-        return _read_named(self.folder, self.stored, name, rows).to(dtype)
+        return self.checkpoint.rows(name, rows).to(dtype)
 
     def _recipes(self, unused: list[str]) -> Iterator["_Recipe"]:
         """How transformers makes tensors of the model from what is stored, each from as few as it can."""
@@ -245,35 +245,6 @@ class _Recipe(NamedTuple):
 def _expert(name: str) -> int:
     """The last number in a tensor's name."""
     return int([part for part in name.split(".") if part.isdigit()][-1])
-
-
-def _read_named(folder: Path, stored: Mapping[str, StoredTensor], name: str, rows: slice | None) -> Tensor:
-    return _read(folder, name, stored[name], rows)
-
-
-def _read(folder: Path, name: str, tensor: StoredTensor, rows: slice | None) -> Tensor:
-    """A stored tensor, or rows of it, without mapping its file into memory."""
-    if tensor.dtype not in DTYPES:
-        raise UserError(
-            f"{folder / tensor.file}: {name} is stored as {tensor.dtype}, which cannot be read in parts; save the "
-            "model in bfloat16"
-        )
-    shape, start = list(tensor.shape), tensor.start
-    if rows is not None and shape:
-        first, last, _ = rows.indices(shape[0])
-        start += first * ((tensor.stop - tensor.start) // max(shape[0], 1))
-        shape[0] = max(last - first, 0)
-    found = torch.empty(shape, dtype=DTYPES[tensor.dtype])
-    if found.numel():
-        bytes_left = found.flatten().view(torch.uint8).numpy().data
-        with (folder / tensor.file).open("rb", buffering=0) as file:
-            file.seek(start)
-            while bytes_left:
-                count = file.readinto(bytes_left)
-                if not count:
-                    raise UserError(f"{folder / tensor.file}: ends within {name}")
-                bytes_left = bytes_left[count:]
-    return found
 
 
 def _wanted(names: list[str], ignored: Any) -> list[str]:

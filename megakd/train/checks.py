@@ -24,7 +24,7 @@ from megakd.models.checks import (
     find_live_teacher,
     model_folders,
 )
-from megakd.models.hub import check_unquantized, empty_model, load_config
+from megakd.models.hub import check_readable, empty_model, load_config
 from megakd.models.isolation import check_packing
 from megakd.models.tables import check_tables
 from megakd.names import expand, resolve
@@ -56,7 +56,7 @@ def check(run: Run) -> ShardSet:
     dataset = open_dataset(run)
     _check_data(run, dataset)
     open_holdout(run)
-    check_unquantized(student, load_config(student), "training")
+    check_readable(student, load_config(student), "training")
     if read_world().first:
         check_isolation(model_folders(config.model), config.data.packing)
     live = find_live_teacher(config, dataset.facts)
