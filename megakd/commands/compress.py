@@ -48,8 +48,8 @@ def main(run: Run, args: argparse.Namespace) -> None:
     started = time.perf_counter()
     teacher = resolve(run.config.model.teacher, run.config.model.revision)
     job = open_job(run, teacher, partial(_describe, run.config.name, teacher))
-    own = run_tasks("compress", tasks(job), finished, job.parts / "locks")
-    discard(job.parts)  # begun by this process when another had just finished
+    own = run_tasks("compress", tasks(job), finished, job.root.parts / "locks")
+    discard(job.root.parts)  # begun by this process when another had just finished
     report = read_json(finished)
     say(error_table(report))
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -22,6 +22,7 @@ from megakd.models.student import expert_block
 BATCH_TOKENS = 4096  # through attention at a time; 4096 queries of 32 heads are 64 MB
 ROWS = 4096  # of one expert at a time
 HELD_OUT = 4  # every fourth window is held out
+SAMPLED = 256  # training tokens that are given to all experts, to compare what they answer
 EARLY, PERCENTILE, OF_LARGEST, OF_MEDIAN = 0.75, 0.995, 0.1, 50.0  # see find_super_experts
 
 Experts = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x [N, D], expert [N, A], weight [N, A]) -> [N, D]
@@ -48,6 +49,11 @@ class Measured(NamedTuple):
     counts_held: Tensor  # [E] int64, routed rows of held-out tokens
     power: Tensor  # [] mean over tokens of the sum of its experts' w^2
     stream: Tensor  # [] median over tokens of the squared norm of the hidden state behind the layer
+    # [E] mean over an expert's training rows of w ||down h||, 0 without: its saliency (REAP: Lasby et al. 2025)
+    saliency: Tensor
+    # [E, E] mean of y_i . y_j, y = down h, over SAMPLED training tokens that all experts get; 0 where not asked for
+    likeness: Tensor
+    answers: Tensor  # [H, D] what the experts add for each held-out token: the sum of w down h
 
 
 class LayerRunner:
@@ -105,11 +111,17 @@ class LayerRunner:
 
     @torch.no_grad()
     def layer(
-        self, index: int, hidden: Tensor, experts: Experts | None = None, measure: bool = False
+        self,
+        index: int,
+        hidden: Tensor,
+        experts: Experts | None = None,
+        measure: bool = False,
+        compare: bool = False,
     ) -> tuple[Tensor, Measured | None]:
         """Hidden states behind layer `index`, a new [W, T, D]; and the measurements, None where nothing is measured.
 
         experts: stands for the family's, called as those are, a batch at a time; None: the checkpoint's own.
+        compare: measure `likeness` too.
         A layer without experts passes through its dense MLP.
         """
         assert experts is None or not measure, "what is measured are the checkpoint's own experts"
@@ -123,7 +135,7 @@ class LayerRunner:
         if sparse and experts is None:
             adds = self._adds(index, hidden)
             answers = out if adds else torch.zeros_like(out)
-            found = self._add_experts(index, recorder, answers.view(-1, out.shape[-1]), measure)
+            found = self._add_experts(index, recorder, answers.view(-1, out.shape[-1]), measure, compare)
             if not adds:  # a norm, a scale, or something else lies between the experts and the residual stream
                 self.blocks[index].experts = _Replay(answers.view(-1, out.shape[-1]))
                 out = self._through(index, hidden)
@@ -134,6 +146,20 @@ class LayerRunner:
         if not torch.isfinite(out.sum()) and not torch.isfinite(out).all():
             raise UserError(f"{self.sources.folder}: layer {index} answers NaN or infinite numbers: damaged weights?")
         return out, found
+
+    @torch.no_grad()
+    def answers(self, index: int, hidden: Tensor, experts: Experts | None = None) -> Tensor:
+        """What the experts of a layer add for each token but padding, [N, D]: the sum of w down h."""
+        recorder = _Recorder(self.tokens.numel())
+        self.blocks[index].experts = recorder
+        self._through(index, hidden)
+        if experts is None:
+            found = torch.zeros_like(recorder.noted[0])
+            self._add_experts(index, recorder, found, measure=False, compare=False)
+        else:
+            batches = zip(*(part.split(BATCH_TOKENS) for part in recorder.noted), strict=True)
+            found = torch.cat([experts(*batch) for batch in batches])
+        return found if self.real_N is None else found[self.real_N]
 
     def _through(self, index: int, hidden: Tensor) -> Tensor:
         """The family's forward over one layer, [W, T, D]."""
@@ -184,10 +210,13 @@ class LayerRunner:
             found[name] = tensor.to(self.device, torch.float32)
         return found
 
-    def _add_experts(self, index: int, called: "_Recorder", out_ND: Tensor, measure: bool) -> Measured | None:
+    def _add_experts(
+        self, index: int, called: "_Recorder", out_ND: Tensor, measure: bool, compare: bool
+    ) -> Measured | None:
         """Add the experts' answers to what they were called with, in place; the measurements."""
         x_ND, expert_NA, weight_NA = (part if self.real_N is None else part[self.real_N] for part in called.noted)
         found = self._measured(x_ND, expert_NA, weight_NA) if measure else None
+        place_N = self.held_N.cumsum(0) - 1  # of a held-out token among those
         weights = [self.sources.experts(self.spec, index, p) for p in ("gate", "up", "down")]
         for expert, (token, weight) in enumerate(routed(expert_NA, weight_NA, self.spec.experts)):
             if len(token) == 0:
@@ -197,10 +226,26 @@ class LayerRunner:
                 rows = self._through_expert(x_ND[row], w, gate, up, down)
                 out_ND.index_add_(0, row if self.real_N is None else self.real_N[row], rows.y * w)
                 if found is not None:
-                    self._add_rows(found, expert, rows, self.held_N[row])
+                    held = self.held_N[row]
+                    self._add_rows(found, expert, rows, held)
+                    found.answers.index_add_(0, place_N[row[held]], (rows.y * w)[held])
             if found is not None:
                 _divide(found, expert, weight, self.held_N[token], down)
+        if found is not None and compare:
+            self._compare(found, x_ND, weights)
         return found
+
+    def _compare(self, found: Measured, x_ND: Tensor, weights: list[Tensor]) -> None:
+        """Give training tokens to all experts, and add up the inner products of their answers."""
+        training = (~self.held_N).nonzero()[:, 0]
+        some = training[torch.linspace(0, len(training) - 1, min(SAMPLED, len(training))).round().long()]
+        experts = self.spec.experts
+        y_END = x_ND.new_empty(experts, len(some), x_ND.shape[1])
+        for expert in range(experts):
+            gate, up, down = (w[expert].to(self.device, torch.float32) for w in weights)
+            y_END[expert] = self._through_expert(x_ND[some], x_ND.new_ones(len(some), 1), gate, up, down).y
+        flat = y_END.flatten(1)
+        found.likeness.copy_(flat @ flat.T / len(some))
 
     def _through_expert(self, x: Tensor, w: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> "_Rows":
         g, u = x @ gate.T, x @ up.T
@@ -212,6 +257,7 @@ class LayerRunner:
         """Add an expert's rows to its sums; those of held-out tokens to the held-out second moment alone."""
         w, g, u, activated, h, y = rows
         found.peaks[expert] = torch.maximum(found.peaks[expert], y.abs().max())
+        found.saliency[expert] += (w[:, 0] * torch.linalg.vector_norm(y, dim=1))[~held].sum()
         weighted = h * w
         for total, part in ((found.hidden, weighted[~held]), (found.hidden_held, weighted[held])):
             total[expert].addmm_(part.T, part)
@@ -238,8 +284,23 @@ class LayerRunner:
             torch.bincount(chosen.flatten(), minlength=experts) for chosen in (expert_NA, expert_NA[self.held_N])
         )
         share, mean_power = (power / power.sum()).float(), (power.sum() / len(x_ND)).float()
-        peaks, stream = x_ND.new_zeros(experts), x_ND.new_zeros(())
-        return Measured(share, counts, inputs[0], inputs[1], *hidden, *rows, peaks, counts_held, mean_power, stream)
+        peaks, saliency = x_ND.new_zeros(2, experts)
+        stream, likeness, answers = (x_ND.new_zeros(shape) for shape in ((), (experts, experts), (count_held, d)))
+        return Measured(
+            share,
+            counts,
+            inputs[0],
+            inputs[1],
+            *hidden,
+            *rows,
+            peaks,
+            counts_held,
+            mean_power,
+            stream,
+            saliency,
+            likeness,
+            answers,
+        )
 
 
 class _Rows(NamedTuple):
@@ -257,6 +318,7 @@ def _divide(found: Measured, expert: int, weight: Tensor, held: Tensor, down: Te
     """An expert's sums by the sums of its squared routing weights, in float64: they are of all its rows."""
     squares = weight[:, 0].double().square()
     own, other = (float(squares[side].sum()) or 1.0 for side in (~held, held))
+    found.saliency[expert].div_(max(int((~held).sum()), 1))
     found.hidden[expert].div_(own)
     found.hidden_held[expert].div_(other)
     for rows in (found.gate_rows, found.up_rows):

@@ -17,6 +17,7 @@ from megakd.compress.metric import Statistics
 from megakd.compress.planner import allocate
 from megakd.compress.predict import measure, reach
 from megakd.models.shared_core import PROJECTIONS, Form, factor_shapes
+from megakd.models.spec import active_experts
 from megakd.system.files import publishing, read_json, write_json
 
 SAMPLE = 8  # experts that a split of ranks is tried on
@@ -27,7 +28,7 @@ def predict_errors(job: Job, layer: int, output: Path) -> None:
 
     Layers normalise the stream they read: an error counts by what it is of the squared norm behind the layer.
     """
-    settings, active, exempt = job.settings, job.config.num_experts_per_tok, job.exempt(layer)
+    settings, active, exempt = job.settings, active_experts(job.config), job.exempt(layer)
     found: dict[str, Any] = {}
     for projection in PROJECTIONS:
         weights, order = in_order(job, layer, projection)
@@ -47,13 +48,13 @@ def predict_errors(job: Job, layer: int, output: Path) -> None:
 
 def choose_forms(job: Job, tables: list[Path], output: Path) -> None:
     """Spend the budget over all layers."""
-    settings, active, found = job.settings, job.config.num_experts_per_tok, {}
+    settings, active, found = job.settings, active_experts(job.config), {}
     for layer, path in zip(job.layers, tables, strict=True):
         for projection, rows in read_json(path).items():
             found[layer, projection] = [Candidate(**{**row, "form": Form(*row["form"])}) for row in rows]
     elements = len(job.layers) * sum(rows * columns for rows, columns in job.spec.shapes.values())
     assert settings.budget is not None
-    chosen = allocate(found, elements * job.experts, settings.budget, 2 * elements * active, settings.flops)
+    chosen = allocate(found, elements * job.root.experts, settings.budget, 2 * elements * active, settings.flops)
     write_json(output, {f"{layer}.{projection}": form._asdict() for (layer, projection), form in chosen.items()})
 
 

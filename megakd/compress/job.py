@@ -1,6 +1,7 @@
 """What every task of a compression shares: the teacher, the run's settings, and where tasks leave what they made."""
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,27 +14,44 @@ from megakd.data.tokenizers import identify_tokenizer, load_tokenizer
 from megakd.errors import UserError
 from megakd.identity import DataIdentity, changed_fingerprint, fingerprint
 from megakd.models.checks import check_isolation, model_folders
+from megakd.models.cut import Cut, cut_to, groups_of, possible_counts
 from megakd.models.hub import check_folder, check_readable, load_config, model_of
 from megakd.models.shared_core import PROJECTIONS
 from megakd.models.sources import Sources
-from megakd.models.spec import MoESpec, spec_for
+from megakd.models.spec import MoESpec, active_experts, spec_for
 from megakd.run import Run
 from megakd.system.dist import read_world, take_device
 from megakd.system.files import read_json, write_json
 
 
 class Job(NamedTuple):
-    """What every task needs to know; `parts` is where tasks leave what they made."""
+    """What every task needs to know; `parts` is where tasks leave what they made.
+
+    folder: of the model whose experts are compressed, read by open_sources once it is there. cut: that model with as
+    many experts as shall be kept; None where all are. teacher: where the model is itself a pruned one, which this work
+    makes first, the job of its teacher.
+    """
 
     run: Run
     folder: Path
     config: Any
-    sources: Sources
+    open_sources: Callable[[], Sources]
     spec: MoESpec
     layers: list[int]
     parts: Path
     device: torch.device
     describe: Callable[[Path, dict[str, Any]], None]  # adds a model card and a plot to the finished student's folder
+    cut: Cut | None = None
+    teacher: "Job | None" = None
+
+    @property
+    def sources(self) -> Sources:
+        return self.open_sources()
+
+    @property
+    def root(self) -> "Job":
+        """The job of the teacher itself."""
+        return self.teacher or self
 
     @property
     def settings(self) -> CompressConfig:
@@ -56,6 +74,28 @@ class Job(NamedTuple):
     def part(self, layer: int, kind: str) -> Path:
         """What a task makes of a layer; kind: a projection, or inputs, or order."""
         return self.parts / f"layer-{layer:03d}-{kind}.safetensors"
+
+    @property
+    def sequential(self) -> bool:
+        """Whether a layer is measured behind those that are compressed already."""
+        return self.settings.sequential and self.cut is None
+
+    def results(self, layer: int) -> list[Path]:
+        """What is made of a layer's measurements; nobody reads them afterwards."""
+        return [self.part(layer, kind) for kind in (("plan",) if self.cut else PROJECTIONS)]
+
+    def answers(self, layer: int) -> Path:
+        """What the teacher's experts answer to held-out tokens, and the windows that those are in."""
+        return self.root.part(layer, "answers")
+
+    def error(self, layer: int) -> Path:
+        """The error of a layer's answers."""
+        return self.parts / f"layer-{layer:03d}-error.json"
+
+    @property
+    def pruned(self) -> Path:
+        """The folder of the model with fewer experts, before it is a student or what a student is made of."""
+        return self.root.parts / "pruned"
 
     def candidates(self, layer: int) -> Path:
         return self.parts / f"layer-{layer:03d}-candidates.json"
@@ -93,14 +133,70 @@ def open_job(run: Run, folder: Path, describe: Callable[[Path, dict[str, Any]], 
     settings, smallest = run.config.compress, min(spec.sizes)
     if settings.budget is None and settings.rank > smallest:
         raise UserError(f"{run.folder}: compress.rank={settings.rank} exceeds the experts' smaller side, {smallest}")
-    sources = Sources(folder, model_of(config, str(folder)))
-    device = take_device(read_world()).device
-    job = Job(run, folder, config, sources, spec, list(spec.layers), run.path("compress"), device, describe)
+    count = kept_experts(settings, config, spec, run.folder)
+    cut = None if count is None else cut_to(config, spec, count, str(folder))
+    device, layers, parts = take_device(read_world()).device, list(spec.layers), run.path("compress")
+    job = Job(run, folder, config, open_sources(folder, config), spec, layers, parts, device, describe, cut)
+    _ = job.sources  # read now: what is wrong with the folder is said before anything is done
     if settings.calibration_tokens:
         _check_tokens(job)
         check_isolation(model_folders(run.config.model), run.config.data.packing)
     begun_with(job)
-    return job
+    if cut is None or settings.method != "shared_core":
+        return job
+    opener = open_sources(job.pruned, cut.config)
+    return job._replace(
+        folder=job.pruned,
+        config=cut.config,
+        open_sources=opener,
+        spec=cut.spec,
+        parts=job.parts / "shared",
+        cut=None,
+        teacher=job,
+    )
+
+
+def open_sources(folder: Path, config: Any) -> Callable[[], Sources]:
+    """The tensors of a model's folder, opened when they are asked for the first time."""
+    return cache(lambda: Sources(folder, model_of(config, str(folder))))
+
+
+def kept_experts(settings: CompressConfig, config: Any, spec: MoESpec, place: Path | str) -> int | None:
+    """How many experts of each layer a student keeps, None where no method takes any away; UserError where it cannot.
+
+    A budget keeps the largest possible number within it.
+    """
+    experts, active = spec.experts, active_experts(config)
+    counts = possible_counts(config, spec)
+    among = f" in {groups_of(config)} groups" if groups_of(config) > 1 else ""
+    why = f"a token uses {active} of {experts} experts{among}"
+    if settings.experts is not None:
+        if settings.experts not in counts:
+            raise UserError(f"{place}: compress.experts={settings.experts}: {why}; possible are {_spans(counts)}")
+        if settings.method == "shared_core" and settings.budget and settings.budget >= settings.experts / experts:
+            raise UserError(
+                f"{place}: compress.experts={settings.experts} keeps {settings.experts / experts:.3g} of the experts' "
+                f"parameters, compress.budget={settings.budget:g} must be below it"
+            )
+        return settings.experts
+    if settings.method == "shared_core":
+        return None
+    assert settings.budget is not None
+    fitting = [count for count in counts if count <= settings.budget * experts]
+    if not fitting:
+        raise UserError(
+            f"{place}: compress.budget={settings.budget:g} keeps {int(settings.budget * experts)} experts, but {why}; "
+            f"set it to {counts[0] / experts:.4g} at least"
+        )
+    return fitting[-1]
+
+
+def _spans(counts: list[int]) -> str:
+    """2 … 16, or 4, 8, … 16 where they are further apart."""
+    if len(counts) < 4:
+        return ", ".join(map(str, counts))
+    first = f"{counts[0]}" if counts[1] - counts[0] == 1 else f"{counts[0]}, {counts[1]}"
+    return f"{first} … {counts[-1]}"
 
 
 def _check_tokens(job: Job) -> None:

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from megakd.compress.calibrate import LayerRunner, find_super_experts
+from megakd.compress.calibrate import HELD_OUT, LayerRunner, find_super_experts
 from megakd.compress.job import Job
 from megakd.compress.metric import Statistics
 from megakd.compress.permute import alignment
@@ -16,6 +17,8 @@ from megakd.data.batches import collate
 from megakd.data.shards import ShardSet
 from megakd.models.isolation import check_packing
 from megakd.models.shared_core import PROJECTIONS, DenseExperts, Form, SharedCoreExperts
+from megakd.models.sources import Sources
+from megakd.models.spec import MoESpec
 from megakd.system.files import publishing, read_json, write_json
 from megakd.system.logging import say
 
@@ -56,16 +59,21 @@ def measure_inputs(job: Job, layer: int, output: Path) -> None:
     else:
         with safe_open(job.part(previous, "inputs"), "pt") as file:
             hidden, first = file.get_tensor("tokens").to(job.device), previous
-        if settings.sequential:
-            replaced = _compressed(job, previous)
+        if job.sequential:
+            replaced = compressed(job, previous)
         else:
             first += 1
     for index in range(first, layer):
         hidden, _ = runner.layer(index, hidden, experts=replaced if index == previous else None)
-    after, measured = runner.layer(layer, hidden, measure=True)
+    after, measured = runner.layer(layer, hidden, measure=True, compare=settings.method == "merge")
     assert measured is not None, layer
+    if job.teacher is None:
+        with publishing(job.answers(layer)) as temporary:
+            windows = hidden[::HELD_OUT]
+            save_file({"hidden": windows.cpu().clone(), "answers": measured.answers.cpu()}, temporary)
     # with `sequential` the next layer begins again before this one, which is compressed by then
-    tensors = {"tokens": hidden if settings.sequential else after, **measured._asdict()}
+    tensors = {**measured._asdict(), "tokens": hidden if job.sequential else after}
+    del tensors["answers"]
     with publishing(output) as temporary:
         save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, temporary)
     if previous is not None:
@@ -76,12 +84,12 @@ def drop_inputs(job: Job, layer: int) -> None:
     """Empty a layer's measurements once nobody wants them: at Qwen3-30B-A3B's sizes they are 0.9 GB a layer."""
     index = job.layers.index(layer) + 1
     after = [job.part(following, "inputs") for following in job.layers[index : index + 1]]
-    if all(path.exists() for path in (*after, *(job.part(layer, p) for p in PROJECTIONS))):
+    if all(path.exists() for path in (*after, *job.results(layer))):
         with publishing(job.part(layer, "inputs")) as temporary:
             save_file({}, temporary)
 
 
-def _compressed(job: Job, layer: int) -> Callable[..., Tensor]:
+def compressed(job: Job, layer: int) -> Callable[..., Tensor]:
     """The experts of a layer that is fitted already, to be run in the place of the teacher's."""
     hidden, expert_hidden = job.spec.sizes
     tensors, forms = {}, {}
@@ -110,6 +118,14 @@ def _compressed(job: Job, layer: int) -> Callable[..., Tensor]:
 
 def _runner(job: Job, tokens: int) -> LayerRunner:
     """Over windows spread evenly through the run's training tokens."""
+    return runner_over(job, job.sources, job.spec, job.config, tokens)
+
+
+def runner_over(
+    job: Job, sources: Sources, spec: MoESpec, config: Any, tokens: int | None = None, held_out: bool = False
+) -> LayerRunner:
+    """A model over the same windows; held_out: over those of calibration that are held out."""
+    tokens = tokens or job.settings.calibration_tokens
     length = job.run.config.data.sequence_length
     shards = ShardSet(job.tokens)
     packing = job.run.config.data.packing
@@ -118,13 +134,14 @@ def _runner(job: Job, tokens: int) -> LayerRunner:
     short = packing == "documents" or shards.masked
     count = min(-(-tokens // (max(shards.tokens // len(shards), 1) if short else length)), len(shards))
     samples = [shards[len(shards) * i // count] for i in range(count)]
+    samples = samples[::HELD_OUT] if held_out else samples
     batch = collate(samples, length)
     shards.close()
     lengths = torch.tensor([len(sample.tokens) - 1 for sample in samples])
     return LayerRunner(
-        job.sources,
-        job.spec,
-        job.config,
+        sources,
+        spec,
+        config,
         batch.tokens,
         batch.position_ids,
         device=job.device,

@@ -5,6 +5,7 @@ that were copied from one MLP and shuffled ("upcycled") become nearly equal agai
 be matched. E experts, D hidden, F expert hidden; a unit is its row of gate, of up and its column of down, [3D].
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -61,6 +62,11 @@ def alignment(gate: Tensor, up: Tensor, down: Tensor) -> Tensor | None:
         if not again:  # where each unit's best match is its own, a better mean would not change it
             break
     return None if bool((found == torch.arange(units)).all()) else found
+
+
+def match_units(first: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
+    """The order [F] in which the units of another expert match those of the first best; each (gate, up, down)."""
+    return _assign(_units(*first) @ _units(*other).T)[0]
 
 
 def likeness(gate: Tensor, up: Tensor, down: Tensor) -> Likeness:

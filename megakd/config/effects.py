@@ -48,6 +48,11 @@ def _of(config: RunConfig, field: str) -> Any:
     return getattr(config.objective, field, None)
 
 
+def _keeps_matrices(config: RunConfig) -> bool:
+    """Whether the experts of the student are whole matrices."""
+    return config.compress.method != "shared_core"
+
+
 def _is_folder(model: str) -> bool:
     return model == "demo" or (Path(model) / "config.json").exists()
 
@@ -115,6 +120,32 @@ RULES: tuple[Rule, ...] = (
         lambda c: c.model.student is not None,
         "model.student names the student, so that compress makes none",
         replaced=True,
+    ),
+    Rule(
+        ("compress.rank", "compress.sweeps", "compress.damping"),
+        _keeps_matrices,
+        "compress.method=prune and merge fit no factors",
+        replaced=True,  # recipes set them
+    ),
+    Rule(
+        tuple(f"compress.{field}" for field in ("split", "flops", "shapes", "solver", "tolerance", "steps", "lr")),
+        _keeps_matrices,
+        "compress.method=prune and merge fit no factors",
+    ),
+    Rule(
+        ("compress.sequential", "compress.super_experts"),
+        _keeps_matrices,
+        "compress.method=prune and merge choose experts in the teacher as it is",
+    ),
+    Rule(
+        ("compress.align",),
+        lambda c: c.compress.method == "prune",
+        "compress.method=prune changes no expert",
+    ),
+    Rule(
+        ("compress.criterion",),
+        lambda c: c.compress.method == "merge" or (c.compress.method == "shared_core" and not c.compress.experts),
+        "compress.method=prune, and shared_core with compress.experts, alone prune",
     ),
     Rule(("compress.rank",), lambda c: c.compress.budget is not None, "compress.budget chooses ranks", replaced=True),
     Rule(("compress.shapes",), lambda c: c.compress.budget is None, "compress.budget alone chooses among shapes"),

@@ -24,8 +24,13 @@ class ModelConfig(Section):
 
 
 class CompressConfig(Section):
-    """How the teacher's experts become shared cores and low-rank factors (docs/compression.md)."""
+    """How the teacher's experts become fewer parameters (docs/compression.md)."""
 
+    method: Literal["shared_core", "prune", "merge"] = Field(
+        "shared_core",
+        description="shared_core: experts become shared cores and low-rank factors; prune: keep the best experts; "
+        "merge: put similar experts together; students of prune and merge are stock architectures",
+    )
     rank: int = Field(64, ge=1, description="rank of the input and of the output wrapper of every expert")
     split: Literal["equal", "free"] = Field(
         "equal", description="free: divide a matrix's rank unequally between its two wrappers where that fits better"
@@ -34,8 +39,19 @@ class CompressConfig(Section):
         None,
         gt=0,
         lt=1,
-        description="instead of rank: share of the teacher's expert parameters to keep, spent by the planner over all "
-        "layers and any of `shapes`",
+        description="share of the teacher's expert parameters to keep; shared_core: instead of rank, spent by the "
+        "planner over all layers and any of `shapes`; prune and merge: that share of each layer's experts",
+    )
+    experts: int | None = Field(
+        None,
+        ge=1,
+        description="prune and merge, instead of budget: experts kept in each layer; shared_core: prune to so many "
+        "first",
+    )
+    criterion: Literal["reap", "frequency"] = Field(
+        "reap",
+        description="which experts pruning keeps; reap: those with the largest mean routing weight times norm of the "
+        "output; frequency: those with the most tokens",
     )
     flops: float | None = Field(
         None, gt=0, le=1, description="with budget: at most this share of the experts' FLOPs per token"
@@ -73,6 +89,11 @@ class CompressConfig(Section):
 
     @model_validator(mode="after")
     def _needs(self) -> "CompressConfig":
+        if (self.method != "shared_core" or self.experts) and not self.calibration_tokens:
+            what = f"method={self.method}" if self.method != "shared_core" else f"experts={self.experts}"
+            raise ValueError(f"{what} chooses experts by running tokens: set calibration_tokens, like 32768")
+        if self.method != "shared_core" and (self.budget is None) == (self.experts is None):
+            raise ValueError(f"method={self.method} needs either budget, like 0.5, or experts, a number per layer")
         if self.super_experts == "auto" and not self.calibration_tokens:
             raise ValueError("super_experts=auto finds them by running tokens: set calibration_tokens, like 32768")
         if self.sequential and self.budget is not None:

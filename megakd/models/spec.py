@@ -104,6 +104,12 @@ def _find(config: Any, place: str) -> "MoESpec | str":
     return MoESpec(family, layers, (places[0] or "")[2] or "", count, hidden, inner, activation_of(modules[0]))
 
 
+def active_experts(config: Any) -> int:
+    """How many experts a token uses."""
+    names = ("num_experts_per_tok", "top_k_experts", "moe_k", "moe_topk")
+    return next(getattr(config, name) for name in names if getattr(config, name, None) is not None)
+
+
 def experts_of(module: Any) -> Any:
     """The experts of a block, whatever they are; None where it has none."""
     return module._modules.get("experts")

@@ -139,6 +139,11 @@ def stock_config(student: Any) -> Any:
     return CONFIG_MAPPING[family](**fields, architectures=[student_class(family).__mro__[2].__name__])
 
 
+def stock_with(config: Any, changes: Mapping[str, Any]) -> Any:
+    """A stock model's config with other values of some fields."""
+    return CONFIG_MAPPING[config.model_type](**_fields(config) | dict(changes), architectures=config.architectures)
+
+
 def _fields(config: Any) -> dict[str, Any]:
     fields = config.to_dict()
     for name in ("model_type", "architectures", "transformers_version", "auto_map"):

@@ -22,7 +22,7 @@ from megakd.identity import TeacherIdentity, changed_fingerprint
 from megakd.models.checks import find_live_teacher
 from megakd.models.hub import Checkpoint, empty_model, is_student, load_config
 from megakd.models.loading import load_model
-from megakd.models.spec import MoESpec, find_experts
+from megakd.models.spec import MoESpec, active_experts, find_experts
 from megakd.names import resolve
 from megakd.objectives.build import build
 from megakd.report.stored import stored_shards, training_windows
@@ -204,7 +204,7 @@ def describe_model(folder: Path) -> str:
     if isinstance(spec, MoESpec):
         (hidden, inner), experts = spec.sizes, spec.experts
         count = len(spec.layers) * experts * 3 * hidden * inner
-        text += f"\n\n{len(spec.layers)} layers of {experts} experts, {config.num_experts_per_tok} active, "
+        text += f"\n\n{len(spec.layers)} layers of {experts} experts, {active_experts(config)} active, "
         text += f"hidden {hidden} → {inner}: {count / total[1]:.1%} of the parameters"
         text += f"\nwhat they are like: megakd inspect {folder} --experts"
     return text

@@ -110,7 +110,7 @@ def other_times(config: RunConfig, teacher: Any, rates: list[dict[str, Any]]) ->
         spec = spec_for(teacher, "the teacher")
         layers, experts = len(spec.layers), spec.experts
         seconds, _ = fit_costs(config.compress, layers, experts, *spec.sizes)
-        if seconds is not None:
+        if seconds is not None and config.compress.method == "shared_core":
             fits = layers * len(PROJECTIONS)
             hours = f"{seconds / 3600:.2g} core-hours (estimate)"
             yield f"compress: up to {hours} in {fits} fits, for any number of processes"

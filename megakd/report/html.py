@@ -9,6 +9,7 @@ from typing import Any
 from megakd.evals.tasks import flat
 from megakd.report.figures import figure, label, plain, timeline
 from megakd.report.series import (
+    OF_OUTPUT,
     RELATIVE,
     STRETCHES,
     Chart,
@@ -22,7 +23,7 @@ from megakd.report.series import (
     with_names,
 )
 from megakd.report.summary import facts, shared_words, tiles
-from megakd.report.tables import COLUMNS, TEACHER_COLUMNS, quality_cells, quality_columns
+from megakd.report.tables import COLUMNS, TEACHER_COLUMNS, quality_cells, quality_columns, stored_text
 from megakd.system.machine import why_shared
 from megakd.system.text import cell
 
@@ -198,20 +199,18 @@ def _compression(run: Recorded, figures: Figures) -> str:
         return _note("The student was not made by compress.")
     charts = compression_charts(run.compress, run.sizes)
     tables = [chart for chart in charts if chart.unit == RELATIVE]
-    names = list(dict.fromkeys(line.name for chart in tables for line in chart.lines))
-    several = len(tables) > 1
-    headers = [
-        f"{'weighted ' if chart is tables[0] else 'weights '}{name}" if several else name
-        for chart in tables
-        for name in names
-    ]
-    found = [{line.name: dict(zip(line.x, line.y, strict=True)) for line in chart.lines} for chart in tables]
-    layers = sorted({x for chart in tables for line in chart.lines for x in line.x})
+    kinds = ("weighted ", "weights ") if len(tables) > 1 else ("",)
+    columns = dict(zip(("MoE output",), [c.lines[0] for c in charts if c.unit == OF_OUTPUT], strict=False))
+    for kind, chart in zip(kinds, tables, strict=False):
+        columns |= {f"{kind}{line.name}": line for line in chart.lines}
+    layers = sorted({x for line in columns.values() for x in line.x})
+    found = [dict(zip(line.x, line.y, strict=True)) for line in columns.values()]
     rows = []
     for layer in layers:
-        values = [lines.get(name, {}).get(layer) for lines in found for name in names]
+        values = [numbers.get(layer) for numbers in found]
         rows.append([f"{layer:g}", *("-" if value is None else f"{value:.4f}" for value in values)])
-    return figures.grid(charts) + _fold(f"Errors of {len(layers)} layers", _table(["layer", *headers], rows))
+    stored = _note(stored_text(run.compress)) if "expert_parameters" in run.compress else ""
+    return figures.grid(charts) + stored + _fold(f"Errors of {len(layers)} layers", _table(["layer", *columns], rows))
 
 
 def _samples(samples: Sequence[dict[str, Any]]) -> str:

@@ -3,9 +3,11 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from megakd.compress.job import kept_experts
 from megakd.config.run import RunConfig
 from megakd.data.tokenizers import identify_tokenizer, load_tokenizer
 from megakd.errors import UserError
+from megakd.models.cut import cut_to
 from megakd.models.hub import load_config, model_of
 from megakd.models.memory import Peak
 from megakd.models.shared_core import PROJECTIONS, Form, SharedCoreExperts
@@ -98,13 +100,19 @@ def pair_of(run: Run) -> tuple[Pair, str]:
     folder = resolve(model.teacher, model.revision, weights=False)
     teacher = load_config(folder)
     spec = spec_for(teacher, str(folder))
-    rank, note = settings.rank, ""
-    if settings.budget is not None:
-        hidden, inner = spec.sizes
-        rank = max(1, round(settings.budget * hidden * inner / (hidden + 3 * inner)))
-        note = f"the planner has not chosen shapes yet; taken as wrappers of rank {rank}, which have as many parameters"
-    forms = {str(projection): Form("wrappers", rank, rank) for projection in PROJECTIONS}
-    student = student_config(teacher, dict.fromkeys(spec.layers, forms))
+    student, kept, note = teacher, spec, ""
+    count = kept_experts(settings, teacher, spec, run.folder)
+    if count is not None:
+        student, kept, _ = cut_to(teacher, spec, count, str(folder))
+    if settings.method == "shared_core":
+        rank = settings.rank
+        if settings.budget is not None:
+            hidden, inner = spec.sizes
+            numbers = settings.budget * hidden * inner * spec.experts / kept.experts
+            rank = max(1, round(numbers / (hidden + 3 * inner)))
+            note = f"the planner has not chosen shapes yet; taken as wrappers of rank {rank} with as many parameters"
+        forms = {str(projection): Form("wrappers", rank, rank) for projection in PROJECTIONS}
+        student = student_config(student, dict.fromkeys(kept.layers, forms))
     vocab_size = identify_tokenizer(load_tokenizer(folder)).vocab_size
     return Pair(student, teacher if run.config.objective.live else None, vocab_size), note
 

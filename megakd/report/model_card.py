@@ -48,18 +48,23 @@ def model_card(
     teacher = (report or {}).get("teacher", {}).get("id") or ""
     teacher = teacher if HUB_ID.fullmatch(teacher) else None
     parts = [
-        _header(config, teacher, license or {}),
+        _header(config, teacher, license or {}, (report or {}).get("method") in FEWER),
         f"# {name}",
         _summary(config, teacher, report),
         "## Size",
         _sizes(folder, config, report),
         "## Quality",
-        _quality(evals, measured, expanded=report is not None and "shared_core" not in config),
+        _quality(evals, measured, expanded=_expanded(config, report)),
     ]
     if report is not None:
         parts += ["## Error of compressing", _errors(report)]
     parts += ["## Loading", _loading(config)]
     return "\n\n".join(parts) + "\n"
+
+
+def _expanded(config: dict[str, Any], report: dict[str, Any] | None) -> bool:
+    """Whether shared cores were multiplied out again."""
+    return report is not None and report.get("method", "shared_core") == "shared_core" and "shared_core" not in config
 
 
 def license_of(folder: Path) -> dict[str, str]:
@@ -74,7 +79,7 @@ def license_of(folder: Path) -> dict[str, str]:
     return {key: value.strip("'\"") for key, value in found}
 
 
-def _header(config: dict[str, Any], teacher: str | None, license: dict[str, str]) -> str:
+def _header(config: dict[str, Any], teacher: str | None, license: dict[str, str], fewer: bool) -> str:
     lines = [f"{key}: {value}" for key, value in license.items()]
     lines.append("library_name: transformers")
     if teacher:
@@ -82,6 +87,8 @@ def _header(config: dict[str, Any], teacher: str | None, license: dict[str, str]
     lines += ["pipeline_tag: text-generation", "tags:", "- mixture-of-experts", "- distillation", "- megakd"]
     if "shared_core" in config:
         lines += ["- compression", "- custom_code"]
+    elif fewer:
+        lines += ["- compression"]
     return "\n".join(["---", *lines, "---"])
 
 
@@ -97,9 +104,17 @@ def _summary(config: dict[str, Any], teacher: str | None, report: dict[str, Any]
         )
         kept = sum(map(len, config["shared_core"].get("dense_experts", {}).values()))
         return text + (f" {kept} experts are kept as they were." if kept else "") + f" {made}"
-    if report is not None:
+    if report is not None and report.get("method", "shared_core") == "shared_core":
         return f"{kind}: a student of{origin} whose compressed experts were multiplied out again. {made}"
+    if report is not None:
+        return f"{kind}: a student of{origin}. {FEWER[report['method']].format(**report)} {made}"
     return f"{kind}: a student of{origin}. {made}"
+
+
+FEWER = {
+    "prune": "In each layer {experts} of its {teacher_experts} experts were kept.",
+    "merge": "In each layer its {teacher_experts} experts were merged into {experts}.",
+}
 
 
 def _forms(layers: dict[str, dict[str, dict[str, Any]]]) -> str:
@@ -133,8 +148,10 @@ def _sizes(folder: Path, config: dict[str, Any], report: dict[str, Any] | None) 
         ["bytes", f"{sum(path.stat().st_size for path in files):,}"],
         ["type", str(config.get("dtype") or config.get("torch_dtype"))],
     ]
-    if report is not None and "expert_parameters" in report and "shared_core" in config:
+    if report is not None and "expert_parameters" in report and not _expanded(config, report):
         rows.append(["of the parameters, the compressed experts'", f"{report['expert_parameters']:,}"])
+        if "expert_share" in report:
+            rows.append(["of the teacher's experts", f"{report['expert_share']:.1%}"])
     return _table(["", ""], rows)
 
 
@@ -176,8 +193,23 @@ def _quality(evals: list[dict[str, Any]], measured: str | None, expanded: bool) 
 
 
 def _errors(report: dict[str, Any]) -> str:
-    """Means over experts and layers, and the worst matrix, for each projection."""
-    parts, rows = report["parts"], []
+    """Of each layer's output, and for fitted matrices means over experts and layers, and the worst."""
+    texts = []
+    measured = {layer["layer"]: layer["output_error"] for layer in report.get("layers", []) if "output_error" in layer}
+    if measured:
+        worst = max(measured, key=lambda layer: measured[layer])
+        texts.append(
+            "The sum of a layer's routed experts on held-out tokens has a relative error of "
+            f"{sum(measured.values()) / len(measured):.4f} (mean over layers; worst: {measured[worst]:.4f} in layer "
+            f"{worst}), measured against the teacher's before training, with the student's own router."
+        )
+    if parts := report.get("parts"):
+        texts.append(_matrix_errors(parts))
+    return "\n\n".join(texts) or "Not measured."
+
+
+def _matrix_errors(parts: list[dict[str, Any]]) -> str:
+    rows = []
     weighted = all("weighted_errors" in part for part in parts)
     kinds = [("errors", "weights")] + ([("weighted_errors", "outputs on held-out tokens")] if weighted else [])
     for projection in dict.fromkeys(part["projection"] for part in parts):

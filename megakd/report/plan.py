@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from megakd.compress.forms import dense_flops, form_flops
+from megakd.compress.job import kept_experts
 from megakd.config.checks import check_evaluation
 from megakd.config.data import LogitsConfig
 from megakd.config.model import CompressConfig
@@ -14,9 +15,10 @@ from megakd.data.shards import ShardSet, read_manifest
 from megakd.data.tokenizers import bos_of, bos_words, load_tokenizer
 from megakd.errors import UserError
 from megakd.models.checks import check_isolation, model_folders
+from megakd.models.cut import cut_to
 from megakd.models.hub import empty_model, load_config
 from megakd.models.shared_core import PROJECTIONS, Form, stored_parameters
-from megakd.models.spec import spec_for
+from megakd.models.spec import active_experts, spec_for
 from megakd.names import resolve
 from megakd.report.memory import predictable
 from megakd.run import Run
@@ -37,12 +39,11 @@ def sizes(run: Run) -> list[list[str]]:
     if run.config.model.student:
         return given_sizes(run.config, folder)
     config = load_config(folder)
-    dense, compact = expert_parameters(config, run.config.compress.rank, str(folder))
+    dense, compact, kept = expert_parameters(config, run.config.compress, str(folder))
     teachers, students = expert_flops(config, run.config.compress, str(folder))
-    bound = "at most " if run.config.compress.budget is not None else ""
+    planned = run.config.compress.method == "shared_core" and run.config.compress.budget is not None
+    bound = "at most " if planned else ""
     answer = "what the planner chooses" if students is None else f"{bound}{short(students)} ({students / teachers:.1%})"
-    if run.config.compress.budget is not None:
-        compact = int(dense * run.config.compress.budget)
     rest = sum(p.numel() for p in empty_model(folder).parameters()) - dense
     width = getattr(torch, run.config.model.dtype).itemsize
     student = compact + rest
@@ -50,7 +51,7 @@ def sizes(run: Run) -> list[list[str]]:
         ["teacher", f"{short(dense + rest)} parameters, {short(dense)} in experts"],
         [
             "student",
-            f"{short(student)} parameters, {short(compact)} in experts ({compact / dense:.1%} of the teacher's)",
+            f"{short(student)} parameters, {short(compact)} in experts ({compact / dense:.1%} of the teacher's){kept}",
         ],
         ["experts' FLOPs", f"{short(teachers)} a token and layer in the teacher, {answer} in the student"],
         ["student weights", f"{short(student * width)}B in {run.config.model.dtype}"],
@@ -85,21 +86,33 @@ def given_sizes(config: RunConfig, teacher: Path) -> list[list[str]]:
     return [*rows, ["training state", state]]
 
 
-def expert_parameters(config: Any, rank: int, place: str) -> tuple[int, int]:
-    """Parameters in the teacher's experts, and in the student's with wrappers of `rank`."""
+def expert_parameters(config: Any, settings: CompressConfig, place: str) -> tuple[int, int, str]:
+    """Parameters in the teacher's experts, and in the student's; how many experts are kept, in words.
+
+    UserError where the student cannot have so few.
+    """
     spec = spec_for(config, place)
-    layers, experts = len(spec.layers), spec.experts
-    dense = compact = 0
-    for projection, (rows, columns) in spec.shapes.items():
-        dense += layers * experts * rows * columns
-        compact += layers * stored_parameters(Form("wrappers", rank, rank), projection, experts, *spec.sizes)
-    return dense, compact
+    layers, count = len(spec.layers), kept_experts(settings, config, spec, place)
+    dense = layers * spec.experts * sum(rows * columns for rows, columns in spec.shapes.values())
+    words = "" if count is None else f", {count} of {spec.experts} experts in each layer"
+    if count is not None:
+        cut_to(config, spec, count, place)
+    if settings.method != "shared_core":
+        assert count is not None
+        return dense, dense * count // spec.experts, words
+    if settings.budget is not None:
+        return dense, int(dense * settings.budget), words
+    form, experts = Form("wrappers", settings.rank, settings.rank), count or spec.experts
+    compact = layers * sum(stored_parameters(form, p, experts, *spec.sizes) for p in PROJECTIONS)
+    return dense, compact, words
 
 
 def expert_flops(config: Any, settings: CompressConfig, place: str) -> tuple[float, float | None]:
     """FLOPs per token of one layer's experts, teacher's and student's; with a budget the student's bound, or None."""
-    active, (hidden, inner) = config.num_experts_per_tok, spec_for(config, place).sizes
+    active, (hidden, inner) = active_experts(config), spec_for(config, place).sizes
     dense = len(PROJECTIONS) * dense_flops(active, hidden, inner)
+    if settings.method != "shared_core":
+        return dense, dense
     if settings.budget is not None:
         return dense, None if settings.flops is None else settings.flops * dense
     form = Form("wrappers", settings.rank, settings.rank)
@@ -116,14 +129,21 @@ def compression(run: Run) -> list[list[str]]:
     layers, experts = len(spec.layers), spec.experts
     tokens = settings.calibration_tokens
     calibration = f"{tokens:,} tokens of calibration" if tokens else "no calibration"
-    seconds, memory = fit_costs(settings, layers, experts, *spec.sizes)
+    count = kept_experts(settings, config, spec, str(folder)) or experts
+    seconds, memory = fit_costs(settings, layers, count, *spec.sizes)
     fits = layers * len(PROJECTIONS)
+    tasks = f"{compress_tasks(settings, layers)} tasks"
+    if settings.method != "shared_core":
+        takes = (
+            f"about {short(memory)}B per process (an estimate), and the time of calibration, which depends on the CPU"
+        )
+        return [
+            ["compress", f"{settings.method}: {tasks} for any number of processes, {calibration}"],
+            ["compress takes", takes],
+        ]
     lasts = "unknown time with solver=adam" if seconds is None else f"up to {seconds / 3600:.2g} core-hours of fits"
     return [
-        [
-            "compress",
-            f"{compress_tasks(settings, layers)} tasks ({fits} fits) for any number of processes, {calibration}",
-        ],
+        ["compress", f"{tasks} ({fits} fits) for any number of processes, {calibration}"],
         [
             "compress takes",
             f"about {short(memory)}B a process, {lasts} (an estimate); calibration and planning add to it",
@@ -133,9 +153,19 @@ def compression(run: Run) -> list[list[str]]:
 
 def compress_tasks(settings: CompressConfig, layers: int) -> int:
     """As many as compress.tasks makes."""
-    each = len(PROJECTIONS) + (settings.align == "auto") + (settings.calibration_tokens > 0)
+    pruning = 2 * layers + 1  # inputs and the choice of each layer, and the model
+    if settings.method != "shared_core":
+        return pruning + layers + 1
+    # a layer's inputs, and the error of its output
+    each = len(PROJECTIONS) + (settings.align == "auto") + 2 * (settings.calibration_tokens > 0)
     each += settings.budget is not None
-    return layers * each + (settings.super_experts == "auto") + (settings.budget is not None) + 1
+    return (
+        (settings.experts is not None) * pruning
+        + layers * each
+        + (settings.super_experts == "auto")
+        + (settings.budget is not None)
+        + 1
+    )
 
 
 def fit_costs(

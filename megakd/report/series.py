@@ -37,6 +37,7 @@ class Term(NamedTuple):
 
 OPTIMIZER, SYSTEM, OTHER = "Optimizer", "Speed and memory", "Other measures"
 NATS, RELATIVE = "nats per token", "relative, mean over experts"
+OF_OUTPUT = "relative, on held-out tokens"
 # Of metrics.jsonl, in the order of the page. A name that is missing here is drawn under its own name, behind these.
 TERMS = {
     "loss": Term("loss", NATS),
@@ -358,13 +359,21 @@ def _measured(
 
 
 def compression_charts(compress: dict[str, Any] | None, sizes: tuple[int, int] | None) -> list[Chart]:
-    """By layer: the error that the fit minimised next to that of the weights, ranks and stored parameters.
+    """By layer: the errors of the output, of the metric that the fit minimised and of the weights, ranks, parameters.
 
     sizes: hidden size and that of an expert; None: parameters are not known.
     """
     if compress is None:
         return []
-    parts = {(part["layer"], part["projection"]): part for part in compress["parts"]}
+    parts = {(part["layer"], part["projection"]): part for part in compress.get("parts", [])}
+    measured = [layer for layer in compress.get("layers", []) if "output_error" in layer]
+    output = Line(
+        compress.get("method", "shared_core"),
+        [layer["layer"] for layer in measured],
+        None,
+        [layer["output_error"] for layer in measured],
+        "points",
+    )
     layers = sorted({layer for layer, _ in parts})
     projections = list(dict.fromkeys(projection for _, projection in parts))
     rank = f", rank {compress['rank']}" if compress.get("rank") else ""
@@ -396,6 +405,7 @@ def compression_charts(compress: dict[str, Any] | None, sizes: tuple[int, int] |
         return {projection: stored_parameters(Form(**part["form"]), projection, len(part["errors"]), *sizes)}
 
     charts = [
+        Chart("error of the MoE layers' output", OF_OUTPUT, [output] if measured else [], False, "layer"),
         chart(f"weighted error, which the fit minimised{rank}", RELATIVE, mean("weighted_errors")),
         chart(f"error of the weights{rank}", RELATIVE, mean("errors")),
         chart("ranks of the wrappers", "rank", ranks),

@@ -131,8 +131,12 @@ def facts(run: Recorded) -> list[tuple[str, str]]:
         found.append(("student", _model(model["student"], model.get("student_revision"))))
     elif made is not None:
         rank = f", rank {made['rank']}" if made.get("rank") else ""
-        layers = len({part["layer"] for part in made["parts"]})
-        found.append(("student", f"compressed from the teacher: {layers} MoE layers{rank}"))
+        layers = len({part["layer"] for part in made.get("layers", made.get("parts", []))})
+        method = made.get("method", "shared_core")
+        left = ""
+        if made.get("experts", 0) < made.get("teacher_experts", 0):
+            left = f", {made['experts']} of {made['teacher_experts']} experts in each"
+        found.append(("student", f"compressed from the teacher ({method}): {layers} MoE layers{left}{rank}"))
     objective = config["objective"]
     named = [f"{key} {objective[key]}" for key in ("alpha", "temperature", "divergence") if key in objective]
     found.append(("objective", ", ".join([objective["kind"], *named])))

@@ -4,9 +4,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from megakd.evals.tasks import flat
-from megakd.models.shared_core import (
-    PROJECTIONS,
-)
 from megakd.system.text import cell, finite, table
 
 
@@ -42,13 +39,39 @@ TEACHER_COLUMNS = (
 
 
 def error_table(report: dict[str, Any]) -> str:
-    """Relative error of each layer and projection, mean over experts: of the weights, or of what they give."""
-    key = "weighted_errors" if "weighted_errors" in report["parts"][0] else "errors"
-    errors = {(p["layer"], p["projection"]): p[key] for p in report["parts"]}
-    rows = []
-    for layer in sorted({layer for layer, _ in errors}):
-        rows.append([f"layer {layer}", *(f"{sum(e) / len(e):.4f}" for e in (errors[layer, p] for p in PROJECTIONS))])
-    return table(["relative error" if key == "errors" else "error of outputs", *PROJECTIONS], rows)
+    """What compress.json says of each layer, whatever the method: the error of its experts' output, and of matrices.
+
+    Of matrices the mean over experts is shown: of the weights, or where inputs were measured of what they give.
+    """
+    parts, layers = report.get("parts", []), report.get("layers", [])
+    columns: dict[str, dict[int, str]] = {}
+    if any("output_error" in layer for layer in layers):
+        columns["MoE output"] = {each["layer"]: f"{each['output_error']:.4f}" for each in layers}
+    key = "weighted_errors" if parts and "weighted_errors" in parts[0] else "errors"
+    for part in parts:
+        errors = part[key]
+        columns.setdefault(part["projection"], {})[part["layer"]] = f"{sum(errors) / len(errors):.4f}"
+    numbers = sorted({number for column in columns.values() for number in column})
+    what = "error of outputs" if key == "weighted_errors" else "relative error"
+    rows = [[f"layer {number}", *(column.get(number, "-") for column in columns.values())] for number in numbers]
+    return table([what, *columns], rows) + "\n" + stored_text(report)
+
+
+def method_of(report: dict[str, Any]) -> str:
+    """The method of compress.json; of versions before there were several, shared_core."""
+    return report.get("method", "shared_core")
+
+
+def stored_text(report: dict[str, Any]) -> str:
+    """What the student's experts are, in numbers."""
+    if "expert_share" not in report:
+        return f"{method_of(report)}: {report['expert_parameters']:,} parameters in experts"
+    left = f"{report['experts']} of {report['teacher_experts']} experts in each layer, "
+    return (
+        f"{method_of(report)}: {left if report['experts'] < report['teacher_experts'] else ''}"
+        f"{report['expert_parameters']:,} parameters in experts, {report['expert_bytes'] / 1e6:,.1f} MB, "
+        f"{report['expert_share']:.1%} of the teacher's"
+    )
 
 
 def task_table(rows: list[dict[str, Any]]) -> str:

@@ -148,8 +148,17 @@ def reference(model: Any, index: int, tokens: Tensor, positions: Tensor) -> Meas
     power, peaks = torch.zeros(experts).double(), torch.zeros(experts).double()
     rows = torch.zeros(2, experts, dtype=torch.int64)
     inputs, hidden = torch.zeros(2, d, d).double(), torch.zeros(2, experts, f, f).double()
+    saliency, answers = torch.zeros(experts).double(), torch.zeros(held.count(True), d).double()
+    everything = torch.zeros(held.count(False), experts, d).double()
     squares, costs, step = torch.zeros(2, experts).double(), torch.zeros(2, experts, f).double(), 1e-6
-    for x, chosen, weights, side in zip(x_ND.double(), expert_NA, weight_NA.double(), held, strict=True):
+    for n, (x, chosen, weights, side) in enumerate(
+        zip(x_ND.double(), expert_NA, weight_NA.double(), held, strict=True)
+    ):
+        if not side:
+            for e in range(experts):
+                gate, up = block.gate_up_proj[e].double().chunk(2)
+                y = block.down_proj[e].double() @ (block.act_fn(gate @ x) * (up @ x))
+                everything[held[:n].count(False), e] = y
         inputs[int(side)] += torch.outer(x, x) / held.count(side)
         for e, w in zip(chosen.tolist(), weights, strict=True):
             gate, up = block.gate_up_proj[e].double().chunk(2)
@@ -159,6 +168,10 @@ def reference(model: Any, index: int, tokens: Tensor, positions: Tensor) -> Meas
             if not side:  # by finite differences, all units at once: each has its own column of down
                 for cost, nudged in zip(costs, (block.act_fn(g + step) * u, block.act_fn(g) * (u + step)), strict=True):
                     cost[e] += w**2 * ((nudged - h) / step).square() * down.square().sum(0)
+            if side:
+                answers[held[:n].count(True)] += w * (down @ h)
+            else:
+                saliency[e] += w * (down @ h).norm()
             power[e] += w**2
             peaks[e] = max(peaks[e], (down @ h).abs().max())
             hidden[int(side), e] += w**2 * torch.outer(h, h)
@@ -168,7 +181,10 @@ def reference(model: Any, index: int, tokens: Tensor, positions: Tensor) -> Meas
     mean_power, stream = power.sum() / len(x_ND), torch.zeros(())
     if index + 1 < len(model.model.layers):
         stream = states[index + 1].double().square().sum(-1).flatten().sort().values[(len(x_ND) - 1) // 2]
-    return Measured(power / power.sum(), rows.sum(0), *inputs, *hidden, *costs, peaks, rows[1], mean_power, stream)
+    saliency /= rows[0].clamp(min=1)
+    likeness = torch.einsum("ned,nfd->ef", everything, everything) / len(everything)
+    measured = power / power.sum(), rows.sum(0), *inputs, *hidden, *costs, peaks, rows[1], mean_power, stream
+    return Measured(*measured, saliency, likeness, answers)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -179,7 +195,7 @@ def test_measurements_are_those_of_a_slow_reference(folder, family, monkeypatch)
     run = runner(folder(family), tokens, positions, batch=2)
     hidden = run.embed()
     for index in range(3):
-        out, found = run.layer(index, hidden, measure=True)
+        out, found = run.layer(index, hidden, measure=True, compare=True)
         assert torch.equal(out, run.layer(index, hidden)[0])
         hidden = out
         assert (found is not None) == (index in run.spec.layers)

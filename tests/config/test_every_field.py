@@ -270,6 +270,21 @@ FIELDS: dict[str, Seen | Listed] = {
     "compress.budget": Listed(
         0.3, COMPRESS, T + "commands/test_compress.py::test_a_budget_is_kept_and_spent_better_than_evenly"
     ),
+    "compress.method": Listed(
+        "prune",
+        COMPRESS,
+        T + "commands/test_compress_methods.py::test_students_are_stock_and_say_what_they_store",
+        {"compress.budget": 0.5},
+    ),
+    "compress.experts": Listed(
+        2, COMPRESS, T + "commands/test_compress_methods.py::test_pruning_before_sharing_is_pruning_at_full_rank"
+    ),
+    "compress.criterion": Listed(
+        "frequency",
+        COMPRESS,
+        T + "commands/test_compress_methods.py::test_the_experts_kept_are_those_of_a_brute_force",
+        {"compress.experts": 2},
+    ),
     "compress.flops": Listed(
         0.3, COMPRESS, T + "compress/test_planner.py::test_flops_are_kept_to", {"compress.budget": 0.3}
     ),

@@ -211,7 +211,7 @@ def test_summary_says_what_came_out_and_of_what_the_run_was_made():
     facts = text["dd"]
     assert "NVIDIA H200, 139.8 GiB, 8 of them per host, 96 CPU cores, 8 ranks" in facts and "torch 2.13.0" in facts
     assert "0.1.0 (abc1234)" in facts and "2026-11-01 10:00:00 UTC to 2026-11-01 10:09:00 UTC" in facts
-    assert "shared" not in facts
+    assert "machine shared" not in facts
 
 
 def test_speed_is_marked_where_the_machine_was_shared():
