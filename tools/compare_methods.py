@@ -8,7 +8,7 @@ RECIPE is a recipe, or the name of a shipped one. Methods:
   wrappers  a shared core for each projection and low-rank wrappers for each expert, ranks by the planner
   basis     a basis that experts share, in groups
   planner   whichever of both is predicted to lose least, for each layer and projection
-  prune     experts with the least activation weighted by the router (REAP) are left out
+  prune     experts with the least activation weighted by the router (REAP) are dropped
   merge     alike experts become one (HC-SMoE)
   prune+core  half of the experts are pruned, then the others share cores within the same budget
 
