@@ -41,7 +41,9 @@ def spread_experts(student: nn.Module, size: int, rank: int) -> None:
         if isinstance(getattr(module, "experts", None), SharedCoreExperts)
     ]
     if not blocks:
-        raise UserError(f"engine.expert_parallel: {size}, but the student has no shared-core experts to spread")
+        raise UserError(
+            f"engine.expert_parallel: {size}, but the student has no shared-core experts to spread; set it to 1"
+        )
     for name, block in blocks:
         experts: Any = block.experts
         if experts.num_experts % size:

@@ -58,9 +58,7 @@ def export(run: Run, source: Path, out: Path | None, dense: bool, force: bool) -
             write_weights(temporary, finite(dense_tensors(Checkpoint(source), config, dtype), source))
             config = stock_config(config)
         else:
-            checkpoint = Checkpoint(source)
-            exact = exact_names(model_of(config, str(source)))
-            tensors = ((name, cast(name, checkpoint.tensor(name), dtype, exact)) for name in checkpoint.files)
+            tensors = own_tensors(Checkpoint(source), model_of(config, str(source)), dtype)
             write_weights(temporary, finite(tensors, source))
         config.dtype = dtype
         write_config(temporary, config)
@@ -163,6 +161,20 @@ def router_tensors(auxiliary: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.replace(SEPARATOR, "."): tensor for (kind, name), tensor in parts if kind == "routers"}
 
 
+def own_tensors(checkpoint: Checkpoint, model: Any, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """A model's tensors as hubs store them. Training names a stock model's as its modules do: experts stacked."""
+    exact, known = exact_names(model), model.state_dict()
+
+    def read(name: str) -> Tensor:
+        return cast(name, checkpoint.tensor(name), dtype, exact)
+
+    if is_student(model.config) or any(name not in known for name in checkpoint.files):
+        yield from ((name, read(name)) for name in checkpoint.files)
+        return
+    for names in _by_layer(checkpoint.files):
+        yield from as_stored(model, {name: read(name) for name in names}).items()
+
+
 def dense_tensors(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """The stock model's tensors as hubs store them, experts one by one where those do; a layer is in memory at a time.
 
@@ -173,10 +185,7 @@ def dense_tensors(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> It
     exact = exact_names(model)
     blocks = {layer: f"{spec.place(layer)}." for layer in spec.layers if config.forms(layer)}
     inside = ("experts.", "shared_core.", "dense_experts.")
-    parts: dict[str, list[str]] = {}
-    for name in checkpoint.files:
-        parts.setdefault(".".join(name.split(".")[:3]), []).append(name)
-    for names in parts.values():
+    for names in _by_layer(checkpoint.files):
         whole = {}
         for name in names:
             block = next((each for each in blocks.values() if name.startswith(each)), None)
@@ -188,6 +197,14 @@ def dense_tensors(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> It
             factors = {n.removeprefix(block): checkpoint.tensor(n) for n in names if n.startswith(block)}
             whole |= _dense_experts(factors, spec, layer, config.dense_experts(layer), dtype)
         yield from as_stored(model, whole).items()
+
+
+def _by_layer(names: Iterable[str]) -> list[list[str]]:
+    """Names of a model's tensors, those of a layer together."""
+    parts: dict[str, list[str]] = {}
+    for name in names:
+        parts.setdefault(".".join(name.split(".")[:3]), []).append(name)
+    return list(parts.values())
 
 
 def _dense_experts(

@@ -1,5 +1,6 @@
 """compress.method=prune and merge end to end, and pruning before cores are shared."""
 
+import json
 import shutil
 from argparse import Namespace
 from pathlib import Path
@@ -16,7 +17,7 @@ from megakd.errors import UserError
 from megakd.models.hub import Checkpoint, load_config
 from megakd.run import Run
 from tests.commands.test_compress import CALIBRATED, load, real_tokens, report, student_of
-from tests.conftest import files, kill_when
+from tests.conftest import files, in_process, kill_when
 from tests.forks import Forked
 from tests.models.students import expert_name, logits, relative
 
@@ -183,3 +184,24 @@ def test_a_finished_student_of_fewer_experts_is_left_alone(recipe, prepared, tmp
     compress.main(run, Namespace())
     assert files(run.path("student-0")) == before
     assert len(Checkpoint(run.path("student-0")).files) > 0
+
+
+def test_a_stock_student_goes_through_the_whole_stack(prepared, tmp_path):
+    """Trained with cached logits on, evaluated, exported in the hub's names, shown in the report."""
+    rule = {"pattern": r"shared_core|\.experts\.", "lr_multiplier": 2.0}
+    stages = json.dumps([{"name": "all", "tokens": 2048, "lr_multipliers": [rule]}])
+    run = tmp_path / "run"
+    in_process("new", run, "--from", prepared, *PRUNE, "compress.experts=2", f"stages={stages}")
+    assert "2 of 4 experts in each layer" in in_process("plan", run)
+    for verb in ("compress", "train", "evaluate", "export", "report"):
+        in_process(verb, run)
+    lines = [json.loads(line) for line in (run / "evals.jsonl").read_text().splitlines()]
+    assert lines[-1]["kl"] < next(line for line in lines if line["model"] == "student-0")["kl"]
+    stored = [Checkpoint(run / place).files.keys() for place in ("student-0", "export")]
+    assert stored[0] == stored[1] and any(".experts.1.up_proj" in name for name in stored[0])
+    weights = next((run / "checkpoints" / "all").glob("step-*/weights"))
+    tokens = torch.randint(1, 60, (2, 9))
+    assert relative(*(logits(load(folder), tokens) for folder in (weights, run / "export"))) == 0
+    page = (run / "report.html").read_text()
+    assert "compressed from the teacher (prune): 2 MoE layers, 2 of 4 experts in each" in page and "MoE output" in page
+    assert "is stock already" in in_process("export", run, "--dense", code=2)
