@@ -6,7 +6,7 @@ B sequences, T positions, D hidden.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
@@ -53,8 +53,14 @@ class OneLayer:
         return found[0]
 
     def _forward(self, embeds_BTD: Tensor, positions_BT: Tensor) -> None:
-        with suppress(_Stop):
+        try:
             self.model(inputs_embeds=embeds_BTD, position_ids=positions_BT, use_cache=False)
+        except _Stop:
+            return
+        except (RuntimeError, NotImplementedError) as error:
+            if "meta" in str(error):
+                raise ValueError("its model computes with weights that are in none of its layers") from error
+            raise
 
     @contextmanager
     def _stops(self, index: int, hidden_BTD: Tensor | None) -> Iterator[list[Tensor]]:

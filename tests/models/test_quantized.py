@@ -18,9 +18,9 @@ from megakd.models.loading import load_model
 from megakd.models.spec import spec_for
 from megakd.run import Run
 from megakd.system.files import read_json, write_json
+from tests.models.families import small_model
 from tests.models.quantizing import E2M1, SCHEMES, compressed, fp8, quantize
 from tests.models.students import expert_name, logits, make_model, sources_of
-from tests.models.test_any_family import small_model
 
 TOKENS = torch.randint(1, 61, (2, 13), generator=torch.Generator().manual_seed(0))
 

@@ -17,8 +17,8 @@ from megakd.system.dist import close_world, join_world
 from megakd.train.build import build_engine, build_objective
 from megakd.train.memory import full_batch, full_targets
 from tests.conftest import run_to_end
+from tests.models.families import small_model
 from tests.models.students import make_student
-from tests.models.test_any_family import small_model
 
 LENGTH, STAGES = 12, (2, 3)
 FACTS = {"tokenizer": {"vocab_size": 128}, "vocab_size": 128, "top_k": 8, "temperatures": [1.0, 2.0]}
