@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megakd.config.objective import OnlineConfig
 from megakd.data.records import IGNORED, Batch, Paired, Rows, Side, labelled, scored_spans
+from megakd.errors import UserError
 from megakd.losses.head import FusedHead
 from megakd.losses.hidden import attention_loss, contrastive_loss, feature_loss, gap_weights, layer_map
 from megakd.losses.per_token import kl_each
@@ -225,7 +226,13 @@ class OnlineDistillation(Objective):
 
     def _ask(self, model: Any, batch: Batch | Side) -> Any:
         wanted = {"output_hidden_states": self.online.layers > 0, "output_attentions": self.online.attention > 0}
-        return model.get_decoder()(batch.tokens, position_ids=batch.position_ids, use_cache=False, **wanted)
+        out = model.get_decoder()(batch.tokens, position_ids=batch.position_ids, use_cache=False, **wanted)
+        if self.online.attention and (maps := len(out.attentions)) < (layers := model.config.num_hidden_layers):
+            raise UserError(
+                f"{model.name_or_path or model.config.model_type}: only {maps} of its {layers} layers give attention "
+                "maps; set objective.attention=0 in a new run"
+            )
+        return out
 
     def _expect(self, hidden_BTD: Tensor, batch: Batch) -> Estimates:
         """What the heads expect of each position, or of each span from the states that predict its tokens."""
