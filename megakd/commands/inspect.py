@@ -1,8 +1,9 @@
 """Explain what lies at a path: a run (its stages, and which rule each parameter gets), shards, a checkpoint, a model.
 
 With --experts, what the experts of a Mixture-of-Experts model are like, before anything about compressing them is
-decided: how alike they are, their spectra, and the relative error that every shape would have at shares of their
-parameters. Read from safetensors one projection at a time; half a minute each at Qwen3-30B-A3B's sizes on one core.
+decided: how alike they are, their spectra, and the relative error that every shape of shared cores, pruning and
+merging would have at shares of their parameters. Read from safetensors one projection at a time; half a minute each at
+Qwen3-30B-A3B's sizes on one core.
 
 examples:
   megakd inspect runs/a                            which parameters train at which rate, stage by stage

@@ -182,7 +182,7 @@ def kept_experts(settings: CompressConfig, config: Any, spec: MoESpec, place: Pa
     if settings.method == "shared_core":
         return None
     assert settings.budget is not None
-    fitting = [count for count in counts if count <= settings.budget * experts]
+    fitting = [count for count in counts if count <= settings.budget * experts + 1e-9]
     if not fitting:
         raise UserError(
             f"{place}: compress.budget={settings.budget:g} keeps {int(settings.budget * experts)} experts, but {why}; "

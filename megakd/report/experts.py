@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megakd.compress.fewer import METHODS, fewer_experts_error
 from megakd.compress.forms import Candidate
 from megakd.compress.permute import likeness
 from megakd.compress.predict import measure, spread
@@ -20,7 +21,7 @@ from megakd.errors import UserError
 from megakd.models.hub import is_student, load_config, model_of
 from megakd.models.shared_core import PROJECTIONS, SHAPES
 from megakd.models.sources import Sources
-from megakd.models.spec import MoESpec, spec_for
+from megakd.models.spec import MoESpec, active_experts, spec_for
 from megakd.names import holds_model
 from megakd.outputs import check_file
 from megakd.system.files import publishing, write_json
@@ -57,7 +58,7 @@ def survey(
         "model_type": config.model_type,
         "moe_layers": len(spec.layers),
         "experts": spec.experts,
-        "active": config.num_experts_per_tok,
+        "active": active_experts(config),
         "hidden": hidden,
         "expert_hidden": inner,
         "layers": [],
@@ -71,7 +72,7 @@ def survey(
             # likeness compares the first expert with the second and the last
             few.append(weights[[0, min(1, len(weights) - 1), -1]].clone())
             found[projection] = measure_projection(
-                weights, projection, config.num_experts_per_tok, shares, _steps(progress, f"layer {layer} {projection}")
+                weights, projection, active_experts(config), shares, _steps(progress, f"layer {layer} {projection}")
             )
             del weights  # before the next one is read
         if spec.experts > 1:
@@ -112,6 +113,13 @@ def measure_projection(
             fitting = [c for c in candidates if c.form.shape == shape and c.parameters <= share * dense]
             best_of = min(fitting, key=lambda c: (c.error, c.parameters), default=None)
             errors.append({"shape": shape, "share": label, **({} if best_of is None else _plain(best_of, dense))})
+    for method in METHODS:
+        for label, share in shares.items():
+            left = int(share * experts + 1e-9)
+            kept = {"experts": left, "parameters": left / experts} if left >= active else None
+            if kept is not None:
+                kept["relative_error"] = fewer_experts_error(method, norms, cosines, left)
+            errors.append({"shape": method, "share": label, **(kept or {})})
     return {
         "norms": _rounded(norms.tolist()),
         "outliers": torch.nonzero(outlying).flatten().tolist(),
@@ -202,7 +210,8 @@ def experts_text(result: dict[str, Any]) -> str:
                 row += [f"{one['stable_rank']:.1f}", *(f"{share:.1%}" for share in one["top"].values())]
             spectra.append([*row, f"{p['mean_expert']['energy']:.1%}"])
             by = {(e["shape"], e["share"]): e for e in p["errors"]}
-            errors += [[place, label, *(_error_cell(by[shape, label]) for shape in SHAPES)] for label in labels]
+            shown = (*SHAPES, *METHODS)
+            errors += [[place, label, *(_error_cell(by[shape, label]) for shape in shown)] for label in labels]
     top = [f"top 1/{part}" for part in TOP]
     parts = [
         head,
@@ -211,7 +220,9 @@ def experts_text(result: dict[str, Any]) -> str:
         "\nspectra: stable rank, and energy in the largest singular values, of single experts and of their mean",
         table(["", "stable rank", *top, "mean: stable rank", *top, "its energy"], spectra),
         "\nrelative error of the weights at shares of the parameters, predicted, at the best ranks (input + output)",
-        table(["", "share", *SHAPES], errors),
+        table(["", "share", *SHAPES, *METHODS], errors),
+        "prune: the experts of the largest norms stay, dropped ones count whole; merge: means of experts that are "
+        "close as stored\ncompress chooses by tokens instead, and tells the error of each layer's output",
     ]
     return "\n".join(parts)
 
@@ -219,6 +230,8 @@ def experts_text(result: dict[str, Any]) -> str:
 def _error_cell(error: dict[str, Any]) -> str:
     if "relative_error" not in error:
         return "too small"
+    if "experts" in error:
+        return f"{error['relative_error']:.3f} ({error['experts']} experts)"
     ranks = [str(r) for r in (error["input_rank"], error["output_rank"]) if r]
     groups = f" x {error['groups']} groups" if error["groups"] > 1 else ""
     return f"{error['relative_error']:.3f} (r {'+'.join(ranks)}{groups})"

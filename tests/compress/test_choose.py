@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from megakd.compress.choose import Plan, best_experts, cluster, clusters, distances_of, merged, put_in_order
+from megakd.compress.fewer import fewer_experts_error
 
 F, D = 6, 5
 NONE = torch.empty(0, dtype=torch.int64)
@@ -70,6 +71,23 @@ def test_permuted_copies_become_the_leading_one():
     for whole, expected, axis in zip(stacks, (gate, up, down), (0, 0, 1), strict=True):
         assert torch.allclose(merged(whole, ordered, axis)[0], expected, atol=1e-6)
         assert not torch.allclose(merged(whole, plan, axis)[0], expected, atol=1e-2)
+
+
+def test_errors_without_tokens_are_those_of_a_brute_force():
+    weights = torch.randn(6, F, D, dtype=torch.float64) * torch.arange(1, 7)[:, None, None]
+    weights[4] = weights[1] + 0.01
+    flat = weights.flatten(1)
+    norms, energy = flat.norm(dim=1), flat.square().sum()
+    cosines = flat @ flat.T / norms[:, None] / norms
+    kept = norms.argsort(descending=True)[:4]
+    expected = ((energy - flat[kept].square().sum()) / energy).sqrt()
+    assert fewer_experts_error("prune", norms, cosines, 4) == pytest.approx(float(expected))
+    replaced = flat.clone()
+    for mine in reference_clusters((flat[:, None] - flat).norm(dim=2).numpy(), 4):
+        replaced[list(mine)] = flat[list(mine)].mean(0)
+    expected = ((flat - replaced).square().sum() / energy).sqrt()
+    assert fewer_experts_error("merge", norms, cosines, 4) == pytest.approx(float(expected))
+    assert fewer_experts_error("merge", norms, cosines, 6) == pytest.approx(0, abs=1e-7)
 
 
 def test_merged_matrices_are_means_by_weight_in_the_type_stored():
