@@ -14,8 +14,9 @@ examples:
 import argparse
 
 from megakd.config.checks import check_batches
-from megakd.data.pipeline import source_commit, tokenize_part
-from megakd.data.templates import template_of
+from megakd.data.facts import source_commits
+from megakd.data.pipeline import tokenize_part
+from megakd.data.templates import set_template, template_of
 from megakd.data.tokenizers import bos_of, bos_words, load_tokenizer
 from megakd.models.checks import check_isolation, check_models, model_folders, student_identity
 from megakd.names import resolve
@@ -38,10 +39,11 @@ def main(run: Run, args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(folder)
     check_isolation(model_folders(model), run.config.data.packing)
     data = run.config.data
-    commit = source_commit(run)
-    if data.format == "text":
-        say(f"tokenize: documents begin {bos_words(tokenizer, bos_of(tokenizer, data.bos))} (data.bos={data.bos})")
-    else:
+    commits = source_commits(run)
+    if data.has_chats:
+        set_template(tokenizer, data.chat_template)
         template_of(tokenizer)
+    if any(origin.format == "text" for origin in data.origins):
+        say(f"tokenize: documents begin {bos_words(tokenizer, bos_of(tokenizer, data.bos))} (data.bos={data.bos})")
     for part, budget in (("holdout", data.holdout_tokens), ("train", data.tokens)):
-        tokenize_part(run, part, budget, tokenizer, folder, commit)
+        tokenize_part(run, part, budget, tokenizer, folder, commits)

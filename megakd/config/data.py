@@ -8,19 +8,19 @@ from megakd.config.base import Count, Section, mutable
 from megakd.config.tails import DEFAULT
 
 
-class DataConfig(Section):
-    """Where text comes from and how it is packed into sequences."""
+class SourceFields(Section):
+    """Where rows come from, and what in them is text or a conversation."""
 
     source: str = Field(
         "HuggingFaceFW/fineweb",
-        description="a data set of the hub, a file or folder (parquet, jsonl, txt), or python-docs, which needs no "
-        "network",
+        description="a data set of the hub, a file or folder (parquet, arrow, jsonl, txt, or saved by `datasets`), or "
+        "python-docs, which needs no network",
     )
     revision: str | None = Field(
         None, description="branch, tag or commit of a source on the hub; tokenize records the commit and stays at it"
     )
     subset: str | None = Field(None, description="configuration of a hub data set, like sample-10BT")
-    split: str = Field("train", description="split of a hub data set")
+    split: str = Field("train", description="split of a hub data set, or of one that `datasets` saved to a folder")
     text_field: str = Field("text", description="column or key that holds the text")
     format: Literal["text", "messages", "prompt_completion"] = Field(
         "text",
@@ -33,6 +33,33 @@ class DataConfig(Section):
     completion_field: str = Field("completion", description="column that holds a completion")
     tools_field: str = Field(
         "tools", description="column that holds the tools of a conversation, a list of JSON schemas; it may be missing"
+    )
+
+
+class SourceConfig(SourceFields):
+    """One source of several: its own fields, and how much of the data comes from it."""
+
+    source: str = Field(description="a data set of the hub, a file or folder, or python-docs")
+    weight: float = Field(1.0, gt=0, description="its share of the tokens, in proportion to the other weights")
+    passes: int = Field(
+        1, ge=1, description="how often it may be read; the set ends where a source has been read so often"
+    )
+
+
+class DataConfig(SourceFields):
+    """Where text comes from and how it is packed into sequences."""
+
+    sources: tuple[SourceConfig, ...] = Field(
+        (),
+        description="several sources in the place of data.source, mixed by weight: "
+        '[{"source": "a.jsonl", "weight": 0.7}, {"source": "b", "weight": 0.3, "text_field": "body"}]',
+    )
+    chat_template: str | None = Field(
+        None, description="a file with a Jinja chat template, in the place of the tokenizer's own"
+    )
+    on_bad_line: Literal["raise", "skip"] = mutable(
+        "raise",
+        description="a line, row or conversation that cannot be read ends tokenize, or is skipped, counted and named",
     )
     streaming: bool = Field(True, description="stream a hub data set instead of downloading it first")
     bos: Literal["auto", "always", "never"] = Field(
@@ -54,6 +81,17 @@ class DataConfig(Section):
     holdout_tokens: Count = Field(int(1e6), ge=1, description="tokens of the validation set, from those documents")
     shard_tokens: Count = Field(int(4e6), ge=1, description="tokens per shard")
     workers: int = mutable(0, ge=0, description="processes that tokenize; 0: the one that reads")
+
+    @property
+    def origins(self) -> tuple[SourceConfig, ...]:
+        """All sources: those of `sources`, else the one of `source`."""
+        single = {name: getattr(self, name) for name in SourceFields.model_fields}
+        return self.sources or (SourceConfig(**single),)
+
+    @property
+    def has_chats(self) -> bool:
+        """Whether rows of a source are conversations: samples then have a label mask."""
+        return any(origin.format != "text" for origin in self.origins)
 
 
 class LogitsConfig(Section):

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 from pydantic.fields import FieldInfo
 
 from megakd.config.base import Section
+from megakd.config.data import SourceConfig
 from megakd.config.objective import KINDS
 from megakd.config.run import RunConfig, kinds_of
 from megakd.config.train import LrRule, StageConfig
@@ -62,6 +63,8 @@ def _parts(name: str) -> Iterator[Part]:
         yield _part("stages[].lr_multipliers", "stages[].lr_multipliers[]", LrRule)
     else:
         yield from (_part(name, name, section) for section in kinds_of(name))
+        if name == "data":
+            yield _part("data.sources", "data.sources[]", SourceConfig)
 
 
 def _part(title: str, path: str, section: type[Section]) -> Part:
@@ -117,6 +120,7 @@ def _type(annotation: Any) -> str:
     if kind is tuple:
         return f"[{', '.join(map(_type, inside))}]"
     names = {type(None): "null", bool: "true | false", str: "text", int: "integer", float: "number", LrRule: "rules"}
+    names |= {SourceConfig: "sources"}
     return names.get(annotation, "object")
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megakd.config.base import Section
+from megakd.config.data import SourceFields
 from megakd.config.run import RunConfig
 
 
@@ -55,6 +56,10 @@ def _keeps_matrices(config: RunConfig) -> bool:
 
 def _is_folder(model: str) -> bool:
     return model == "demo" or (Path(model) / "config.json").exists()
+
+
+def _names_files(source: SourceFields) -> bool:
+    return source.source == "python-docs" or Path(source.source).expanduser().exists()
 
 
 RULES: tuple[Rule, ...] = (
@@ -210,14 +215,32 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(("log.wandb_project",), lambda c: c.log.wandb == "disabled", "log.wandb=disabled", replaced=True),
     Rule(
-        ("data.subset", "data.split", "data.streaming"),
-        lambda c: c.data.source == "python-docs" or Path(c.data.source).expanduser().exists(),
+        tuple(f"data.{name}" for name in SourceFields.model_fields),
+        lambda c: bool(c.data.sources),
+        "data.sources has fields of its own for each source",
+        replaced=True,
+    ),
+    Rule(
+        ("data.subset",),
+        lambda c: _names_files(c.data),
         "data.source names files; data sets of the hub alone have it",
         replaced=True,
     ),
     Rule(
+        ("data.split",),
+        lambda c: _names_files(c.data) and not (Path(c.data.source).expanduser() / "dataset_dict.json").exists(),
+        "data.source names files; data sets of the hub, and those saved by `datasets`, alone have it",
+        replaced=True,
+    ),
+    Rule(
+        ("data.streaming",),
+        lambda c: all(_names_files(origin) for origin in c.data.origins),
+        "data.source names files; data sets of the hub alone are streamed",
+        replaced=True,
+    ),
+    Rule(
         ("data.revision",),
-        lambda c: c.data.source == "python-docs" or Path(c.data.source).expanduser().exists(),
+        lambda c: not c.data.sources and _names_files(c.data),
         "data.source names files; data sets of the hub alone have revisions",
     ),
     Rule(
@@ -227,18 +250,33 @@ RULES: tuple[Rule, ...] = (
         replaced=True,
     ),
     Rule(
-        ("data.text_field", "data.bos"),
+        ("data.text_field",),
         lambda c: c.data.format != "text",
+        "data.format reads conversations",
+        replaced=True,
+    ),
+    Rule(
+        ("data.bos",),
+        lambda c: all(origin.format != "text" for origin in c.data.origins),
         "data.format reads conversations, whose chat template begins them",
         replaced=True,
     ),
-    Rule(("data.messages_field",), lambda c: c.data.format != "messages", "data.format is not messages"),
+    Rule(("data.chat_template",), lambda c: not c.data.has_chats, "data.format=text has no conversations"),
+    Rule(
+        ("data.messages_field",),
+        lambda c: not c.data.sources and c.data.format != "messages",
+        "data.format is not messages",
+    ),
     Rule(
         ("data.prompt_field", "data.completion_field"),
-        lambda c: c.data.format != "prompt_completion",
+        lambda c: not c.data.sources and c.data.format != "prompt_completion",
         "data.format is not prompt_completion",
     ),
-    Rule(("data.tools_field",), lambda c: c.data.format == "text", "data.format=text has no tools"),
+    Rule(
+        ("data.tools_field",),
+        lambda c: not c.data.sources and c.data.format == "text",
+        "data.format=text has no tools",
+    ),
     Rule(
         ("model.revision",),
         lambda c: _is_folder(c.model.teacher),

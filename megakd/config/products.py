@@ -31,7 +31,7 @@ def _student_tokenizes(config: RunConfig) -> bool:
 DEPENDS: tuple[Rule, ...] = (
     Rule(TOKENS, ("data.source", "data.revision", "data.subset", "data.split", "data.text_field", "data.bos")),
     Rule(TOKENS, ("data.format", "data.messages_field", "data.prompt_field", "data.completion_field")),
-    Rule(TOKENS, ("data.tools_field",)),
+    Rule(TOKENS, ("data.tools_field", "data.chat_template", "data.sources")),
     Rule(TOKENS, ("data.sequence_length", "data.packing", "data.tokens", "data.shard_tokens")),
     Rule(TOKENS, ("data.holdout_fraction", "data.holdout_tokens")),
     Rule(TOKENS, ("model.teacher", "model.revision"), lambda config: not _student_tokenizes(config)),

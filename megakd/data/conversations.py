@@ -7,13 +7,13 @@ what is packed and the worker processes treat it as text.
 
 import json
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import pyarrow.parquet
-
-from megakd.data.documents import BOM, encodable, find_files, hub_rows, open_text
+from megakd.data.documents import encodable, find_files
+from megakd.data.hub import hub_rows
+from megakd.data.lines import OnBad, json_lines, refuse
+from megakd.data.tables import open_table
 from megakd.errors import UserError, foreign, listed
 
 
@@ -30,6 +30,11 @@ class Columns(NamedTuple):
     def needed(self) -> tuple[str, ...]:
         return (self.messages,) if self.format == "messages" else (self.prompt, self.completion)
 
+    @property
+    def advice(self) -> str:
+        """What to say before the columns that there are, where a needed one is not."""
+        return f"data.{self.format.split('_')[0]}_field of data.format={self.format} may be"
+
 
 class Origin(NamedTuple):
     """A source as the configuration names it; see documents.iter_documents."""
@@ -41,22 +46,26 @@ class Origin(NamedTuple):
     revision: str | None = None
 
 
-def iter_conversations(origin: Origin, columns: Columns, skip: int = 0) -> Iterator[str]:
-    """The conversations of a source in a fixed order, without the first `skip`; rows without messages are none.
+def iter_conversations(origin: Origin, columns: Columns, on_bad: OnBad = refuse) -> Iterator[tuple[str, str]]:
+    """(conversation, where it is) of a source in a fixed order; rows without messages are none.
 
-    UserError names the file, the line or row, and the column that is wrong.
+    UserError names the file, the line or row, and the column that is wrong. on_bad: is told of a single line or row
+    that is wrong; where it returns, that is no conversation.
     """
-    found = (conversation_of(row, columns, place) for row, place in _rows(origin, columns))
-    return islice((each for each in found if each is not None), skip, None)
+    for row, place in _rows(origin, columns, on_bad):
+        try:
+            found = conversation_of(row, columns, place)
+        except UserError as error:
+            on_bad(error)
+        else:
+            if found is not None:
+                yield found, place
 
 
 def conversation_of(row: dict[str, Any], columns: Columns, place: str) -> str | None:
     """The conversation of a row; None where its messages, or its completion, are empty."""
     if missing := [name for name in columns.needed if name not in row]:
-        raise UserError(
-            f"{place}: no column {listed(map(repr, missing))} for data.format={columns.format}; it has "
-            f"{listed(row, 30)}; data.{columns.format.split('_')[0]}_field gives another name"
-        )
+        raise UserError(f"{place}: no column {listed(map(repr, missing))}; {columns.advice} {listed(row, 30)}")
     prompt: list[Any] = []
     if columns.format == "prompt_completion":
         prompt = _messages(row[columns.prompt], "user", f"{place}, {columns.prompt}")
@@ -86,9 +95,20 @@ def _messages(value: Any, role: str | None, place: str) -> list[dict[str, Any]]:
         raise UserError(f"{place}: {type(messages).__name__}, expected a list of messages")
     for number, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            keys = f"; it has {listed(message)}" if isinstance(message, dict) else ""
-            raise UserError(f'{place}: message {number} is no {{"role": …, "content": …}}{keys}')
+            raise UserError(f'{place}: message {number} is no {{"role": …, "content": …}}{_other_keys(message)}')
     return messages
+
+
+def _other_keys(message: Any) -> str:
+    """What a message has instead, and what to do about it where it is of ShareGPT's form."""
+    if not isinstance(message, dict):
+        return ""
+    if {"from", "value"} <= message.keys():
+        return (
+            "; it has ShareGPT's from and value: rename them to role and content, and their human to user, gpt to "
+            "assistant"
+        )
+    return f"; it has {listed(message)}"
 
 
 def _parsed(value: Any, place: str) -> Any:
@@ -101,27 +121,28 @@ def _parsed(value: Any, place: str) -> Any:
         raise UserError(f"{place}: text that is no JSON ({error})") from error
 
 
-def _rows(origin: Origin, columns: Columns) -> Iterator[tuple[dict[str, Any], str]]:
+def _rows(origin: Origin, columns: Columns, on_bad: OnBad) -> Iterator[tuple[dict[str, Any], str]]:
     """(row, where it is) of every row of a source."""
-    files = [] if origin.source == "python-docs" else find_files(origin.source).taken
+    files = [] if origin.source == "python-docs" else find_files(origin.source, origin.split).taken
     if origin.source == "python-docs" or any(file.name.endswith(".txt") for file in files):
         raise UserError(f"data.format={columns.format}: {origin.source} is plain text; set data.format=text")
     for path in files:
         with foreign(f"{path}: cannot be read to its end"):
-            yield from _parquet_rows(path, columns) if path.name.endswith(".parquet") else _json_rows(path)
+            if ".jsonl" in path.suffixes[-2:] and not path.is_dir():
+                yield from _json_rows(path, on_bad)
+            else:
+                yield from _table_rows(path, columns)
     if not files:
         rows = hub_rows(origin.source, origin.subset, origin.split, origin.streaming, origin.revision)
         for number, row in enumerate(rows, 1):
             yield _without_nulls(row), f"data.source: {origin.source}: row {number}"
 
 
-def _parquet_rows(path: Path, columns: Columns) -> Iterator[tuple[dict[str, Any], str]]:
-    with pyarrow.parquet.ParquetFile(path) as table:
-        names, number = table.schema_arrow.names, 0
-        wanted = [name for name in (*columns.needed, columns.tools) if name in names]
-        if len(wanted) < len(columns.needed):
-            wanted = names  # conversation_of says what is missing
-        for batch in table.iter_batches(batch_size=256, columns=wanted):
+def _table_rows(path: Path, columns: Columns) -> Iterator[tuple[dict[str, Any], str]]:
+    with open_table(path) as table:
+        table.check_columns(columns.needed, columns.advice)
+        number = 0
+        for batch in table.batches([n for n in (*columns.needed, columns.tools) if n in table.schema.names]):
             for row in batch.to_pylist():
                 number += 1
                 yield _without_nulls(row), f"{path}: row {number}"
@@ -141,18 +162,9 @@ def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
     return {key: bare(value) for key, value in row.items()}
 
 
-def _json_rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    with open_text(path) as lines:
-        for number, line in enumerate(lines, 1):
-            line = line.removeprefix(BOM)
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except RecursionError as error:
-                raise UserError(f"{path}:{number}: a JSON value nested too deeply") from error
-            except ValueError as error:
-                raise UserError(f"{path}:{number}: not JSON ({error})") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{path}:{number}: {type(row).__name__}, expected a JSON object")
+def _json_rows(path: Path, on_bad: OnBad) -> Iterator[tuple[dict[str, Any], str]]:
+    for number, row in json_lines(path, on_bad):
+        if isinstance(row, dict):
             yield row, f"{path}:{number}"
+        else:
+            on_bad(UserError(f"{path}:{number}: {type(row).__name__}, expected a JSON object"))

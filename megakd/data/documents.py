@@ -1,39 +1,30 @@
 """Documents, one string each, from the hub, parquet, jsonl, txt, or the text that every CPython carries."""
 
 import ast
-import codecs
 import glob
-import gzip
 import hashlib
-import io
-import json
 import os
-import re
 import sysconfig
-import time
 from collections.abc import Iterator
 from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
-import zstandard
-
 from megakd.data.folders import Listing, data_files, sort_out
-from megakd.errors import UserError, foreign, listed, reason
+from megakd.data.hub import hub_rows
+from megakd.data.lines import BOM, OnBad, json_lines, open_text, refuse
+from megakd.data.tables import is_text, open_table, saved_set
+from megakd.errors import UserError, foreign, listed
 from megakd.system.files import digest
-from megakd.system.logging import say
 
-SUFFIXES = (".parquet", ".jsonl.gz", ".jsonl.zst", ".jsonl", ".txt")  # of one file in several, the first is read
-BOM = "\ufeff"
-OTHER_ENCODINGS = {  # the longer marks first: that of UTF-16 begins that of UTF-32
-    codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32",
-    codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16",
-}  # fmt: skip
-WAITS = (1, 2, 4, 8, 16)  # seconds before each new attempt to go on with rows of the hub
-# what another attempt would meet again: the data is like that, or nobody may read it
-LASTING = (ValueError, TypeError, LookupError, ArithmeticError, NotImplementedError, FileNotFoundError, PermissionError)
+SUFFIXES = (
+    ".parquet",
+    ".arrow",
+    ".jsonl.gz",
+    ".jsonl.zst",
+    ".jsonl",
+    ".txt",
+)  # of one file in several, the first is read
 
 
 def iter_documents(
@@ -44,31 +35,36 @@ def iter_documents(
     streaming: bool = True,
     skip: int = 0,
     revision: str | None = None,
+    on_bad: OnBad = refuse,
 ) -> Iterator[str]:
     """The documents of `source` in a fixed order, without the first `skip`.
 
-    source: `python-docs` (no network), a file, folder or glob of parquet / jsonl[.gz|.zst] / txt files
-    (a txt file is one document a paragraph separated by two blank lines), else a data set on the hub at `revision`,
-    streamed (`HuggingFaceFW/fineweb`). Rows, lines and paragraphs without text are no documents: `skip` does not count
-    them. Raises UserError naming the file, line or field that is wrong.
+    source: `python-docs` (no network), a file, folder or glob of parquet / arrow / jsonl[.gz|.zst] / txt files
+    (a txt file is one document a paragraph separated by two blank lines), a folder to which `datasets` saved a data
+    set, else a data set on the hub at `revision`, streamed (`HuggingFaceFW/fineweb`). Rows, lines and paragraphs
+    without text are no documents: `skip` does not count them. Raises UserError naming the file, line or field that is
+    wrong. on_bad: is told of a single line or row that is wrong; where it returns, that is no document.
     """
     if source == "python-docs":
         return islice(python_documents(), skip, None)
-    files = find_files(source).taken
+    files = find_files(source, split).taken
     if files:
-        return islice(_from_files(files, text_field), skip, None)
-    return _from_hub(source, subset, split, text_field, streaming, skip, revision)
+        return islice(_from_files(files, text_field, on_bad), skip, None)
+    return _from_hub(source, subset, split, text_field, streaming, skip, revision, on_bad)
 
 
-def find_files(source: str) -> Listing:
+def find_files(source: str, split: str = "train") -> Listing:
     """The files that a source consists of, in the order in which they are read, and those that were passed over.
 
-    None at all: the source is no path. UserError when it is one and names no file that can be read.
+    Of a data set that `datasets` saved, or of its `split`, the folder stands for its files. None at all: the source is
+    no path. UserError when it is one and names no file that can be read.
     """
     if source == "python-docs":
         return Listing([], {})
     path = Path(source).expanduser()
     if path.is_dir():
+        if saved := saved_set(path, split):
+            return Listing([saved], {})
         found = data_files(path, SUFFIXES)
         if not found.taken:
             raise UserError(
@@ -80,7 +76,7 @@ def find_files(source: str) -> Listing:
         return Listing([path], {})
     matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
     if not matches and (
-        path.suffix in (".parquet", ".jsonl", ".txt", ".gz", ".zst") or source.startswith(("/", ".", "~"))
+        path.suffix in (".parquet", ".arrow", ".jsonl", ".txt", ".gz", ".zst") or source.startswith(("/", ".", "~"))
     ):
         raise UserError(f"data.source: no file at {source}")
     _check_suffixes(matches)
@@ -99,17 +95,19 @@ def _check_suffixes(files: list[Path]) -> None:
             raise UserError(f"data.source: {file} is none of {', '.join(SUFFIXES)}")
 
 
-def source_files(source: str) -> dict[str, Any] | None:
+def source_files(source: str, split: str = "train") -> dict[str, Any] | None:
     """How many files a source has, their bytes, and a digest of their names and sizes in order.
 
     None: it is given by name, or nothing is there (any more). Names are those below the folder that holds all files.
     """
     try:
-        files = find_files(source).taken
+        files = find_files(source, split).taken
     except UserError:  # iter_documents says it when it is asked for them
         files = []
     if not files:
         return None
+    if files[0].is_dir():
+        files = sorted(file for file in files[0].rglob("*") if file.is_file())
     root = os.path.commonpath([file.parent for file in files])
     try:
         sizes = [[os.path.relpath(file, root), file.stat().st_size] for file in files]
@@ -156,40 +154,25 @@ def _new_docstrings(path: Path, seen: set[str]) -> Iterator[str]:
                 yield docstring
 
 
-def _from_files(files: list[Path], text_field: str) -> Iterator[str]:
+def _from_files(files: list[Path], text_field: str, on_bad: OnBad) -> Iterator[str]:
     for path in files:
         with foreign(f"{path}: cannot be read to its end"):
-            yield from _from_file(path, text_field)
+            if path.name.endswith(".txt"):
+                yield from _from_text(path)
+            elif ".jsonl" in path.suffixes[-2:] and not path.is_dir():
+                yield from _from_jsonl(path, text_field, on_bad)
+            else:
+                yield from _from_table(path, text_field)
 
 
-def _from_file(path: Path, text_field: str) -> Iterator[str]:
-    if path.name.endswith(".parquet"):
-        return _from_parquet(path, text_field)
-    if path.name.endswith(".txt"):
-        return _from_text(path)
-    return _from_jsonl(path, text_field)
-
-
-def _from_parquet(path: Path, text_field: str) -> Iterator[str]:
-    with pyarrow.parquet.ParquetFile(path) as table:
-        names = table.schema_arrow.names
-        if text_field not in names:
-            raise UserError(f"{path}: no column {text_field!r}; data.text_field may be {listed(names, 30)}")
-        if names.count(text_field) > 1:
-            raise UserError(f"{path}: {names.count(text_field)} columns are named {text_field!r}; rename all but one")
-        kind = table.schema_arrow.field(text_field).type
-        if not _is_text(kind):
+def _from_table(path: Path, text_field: str) -> Iterator[str]:
+    with open_table(path) as table:
+        table.check_columns([text_field], "data.text_field may be")
+        kind = table.schema.field(text_field).type
+        if not is_text(kind):
             raise UserError(f"{path}: column {text_field!r} holds {kind}, not text")
-        for batch in table.iter_batches(batch_size=256, columns=[text_field]):
+        for batch in table.batches([text_field]):
             yield from (encodable(text) for text in batch.column(0).to_pylist() if text)
-
-
-def _is_text(kind: pyarrow.DataType) -> bool:
-    """Whether a column's values are strings, however it stores them."""
-    types = pyarrow.types
-    if types.is_dictionary(kind):
-        kind = kind.value_type  # type: ignore[attr-defined]
-    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
 
 
 def _from_text(path: Path) -> Iterator[str]:
@@ -212,77 +195,21 @@ def _if_text(document: str) -> Iterator[str]:
         yield document
 
 
-def _from_jsonl(path: Path, text_field: str) -> Iterator[str]:
-    with open_text(path) as lines:
-        for number, line in enumerate(lines, 1):
-            line = line.removeprefix(BOM)
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)[text_field]
-            except RecursionError as error:
-                raise UserError(f"{path}:{number}: a JSON value nested too deeply") from error
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{path}:{number}: not a JSON object with a field {text_field!r}") from error
-            if text is not None and not isinstance(text, str):
-                raise UserError(f"{path}:{number}: field {text_field!r} holds {type(text).__name__}, not text")
-            if text:
-                yield encodable(text)
+def _from_jsonl(path: Path, text_field: str, on_bad: OnBad) -> Iterator[str]:
+    for number, row in json_lines(path, on_bad):
+        if not isinstance(row, dict) or text_field not in row:
+            on_bad(UserError(f"{path}:{number}: not a JSON object with a field {text_field!r}"))
+            continue
+        text = row[text_field]
+        if text is not None and not isinstance(text, str):
+            on_bad(UserError(f"{path}:{number}: field {text_field!r} holds {type(text).__name__}, not text"))
+        elif text:
+            yield encodable(text)
 
 
 def encodable(text: str) -> str:
     """The text with lone surrogates, which JSON may hold and UTF-8 may not, as question marks."""
     return text.encode("utf-8", "replace").decode()
-
-
-def open_text(path: Path) -> Any:
-    """A file of text, unpacked; UserError when its first bytes show that it is not UTF-8."""
-    if path.name.endswith(".gz"):
-        file: Any = gzip.open(path, "rb")  # noqa: SIM115 (its caller closes it)
-    elif path.name.endswith(".zst"):
-        file = io.BufferedReader(_WholeZstd(path))
-    else:
-        file = path.open("rb")
-    head = file.peek(4096)[:4096]
-    mark = next((mark for mark in OTHER_ENCODINGS if head.startswith(mark)), None)
-    if mark or b"\0" in head:
-        file.close()
-        what = f"text in {OTHER_ENCODINGS[mark]}" if mark else "no text, or text in UTF-16: it has bytes of value 0"
-        raise UserError(f"{path}: {what}; convert it to UTF-8")
-    return io.TextIOWrapper(file, encoding="utf-8")
-
-
-class _WholeZstd(io.RawIOBase):
-    """A zstd file as a stream that refuses to end inside a frame: zstandard's own reader ends there in silence."""
-
-    def __init__(self, path: Path):
-        self.file = path.open("rb")
-        self.decoder = zstandard.ZstdDecompressor().decompressobj()
-        self.ready = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self.ready:
-            data = self.decoder.unused_data if self.decoder.eof else b""
-            if self.decoder.eof:
-                data = data or self.file.read(1 << 20)
-                if not data:
-                    return 0
-                self.decoder = zstandard.ZstdDecompressor().decompressobj()
-            else:
-                data = self.file.read(1 << 20)
-                if not data:
-                    raise EOFError("the compressed data ends before its end marker")
-            self.ready = self.decoder.decompress(data)
-        count = min(len(buffer), len(self.ready))
-        buffer[:count], self.ready = self.ready[:count], self.ready[count:]
-        return count
-
-    def close(self) -> None:
-        self.file.close()
-        super().close()
 
 
 def _from_hub(
@@ -293,80 +220,22 @@ def _from_hub(
     streaming: bool,
     skip: int,
     revision: str | None = None,
+    on_bad: OnBad = refuse,
 ) -> Iterator[str]:
     """The documents of a data set on the hub without the first `skip`; rows without text are none."""
-    texts = _hub_texts(source, subset, split, text_field, streaming, revision)
-    return islice((encodable(text) for text in texts if text), skip, None)
+    rows = hub_rows(source, subset, split, streaming, revision)
+    return islice(_hub_texts(source, rows, text_field, on_bad), skip, None)
 
 
-def _hub_texts(
-    source: str, subset: str | None, split: str, text_field: str, streaming: bool, revision: str | None
-) -> Iterator[str | None]:
-    """What each row of a hub data set holds in its text field."""
-    for number, row in enumerate(hub_rows(source, subset, split, streaming, revision), 1):
+def _hub_texts(source: str, rows: Iterator[dict[str, Any]], text_field: str, on_bad: OnBad) -> Iterator[str]:
+    for number, row in enumerate(rows, 1):
         if text_field not in row:
             raise UserError(
                 f"data.source: {source} has no column {text_field!r}; data.text_field may be {listed(row, 30)}"
             )
         text = row[text_field]
         if text is not None and not isinstance(text, str):
-            raise UserError(
-                f"data.source: {source}: row {number}: column {text_field!r} holds {type(text).__name__}, not text"
-            )
-        yield text
-
-
-def hub_rows(
-    source: str, subset: str | None, split: str, streaming: bool, revision: str | None
-) -> Iterator[dict[str, Any]]:
-    """The rows of a hub data set in order.
-
-    When reading fails, it begins again behind the last row that it gave, after 1, 2, 4, 8 and 16 seconds; the fifth
-    attempt in a row without a new row is the last one. UserError then, or when another attempt cannot help.
-    """
-    import datasets
-
-    place = f"data.source: cannot open {source!r} as a file or a hub data set"
-    with foreign(place):
-        try:
-            rows = datasets.load_dataset(source, subset, split=split, streaming=streaming, revision=revision)
-        except ConnectionError as error:
-            files = "without a network: the path of a .parquet, .jsonl or .txt file, or of a folder of them"
-            raise UserError(f"{place}: {reason(error)}; {files}") from error
-        except RuntimeError as error:
-            if "scripts" not in str(error):
-                raise
-            raise UserError(
-                f"data.source: {source} comes with a script, which is not run; where the hub has its rows as Parquet: "
-                "data.revision=refs/convert/parquet"
-            ) from error
-    given = attempts = 0
-    while True:
-        try:
-            for row in rows.skip(given) if given else rows:
-                given, attempts = given + 1, 0
-                yield dict(row)
-            return
-        except Exception as error:
-            place = f"data.source: {source}: reading broke off after {given:,} rows: {reason(error)}"
-            if isinstance(error, LASTING) or attempts == len(WAITS):
-                again = "" if isinstance(error, LASTING) else "; the same command goes on after the last finished shard"
-                raise UserError(place + again) from error
-            say(f"{place}; trying again in {WAITS[attempts]} s")
-        time.sleep(WAITS[attempts])
-        attempts += 1
-
-
-def hub_commit(source: str, revision: str | None) -> str | None:
-    """The commit at which a branch or tag of a hub data set is (None: its main branch).
-
-    None when the hub cannot be asked, for there is no network or no such data set; reading it says which.
-    """
-    if revision and re.fullmatch("[0-9a-f]{40}", revision):
-        return revision
-    from huggingface_hub import HfApi
-
-    try:
-        return HfApi().dataset_info(source, revision=revision, timeout=30).sha
-    except Exception:  # every class of error there means the same here
-        return None
+            place = f"data.source: {source}: row {number}"
+            on_bad(UserError(f"{place}: column {text_field!r} holds {type(text).__name__}, not text"))
+        elif text:
+            yield encodable(text)

@@ -46,8 +46,10 @@ def pack(
             buffer.extend(taken)
             position += len(taken)
             if len(buffer) == sequence_length + 1:
-                position -= position < len(tokens)
-                yield Window(np.array(buffer, np.int32), np.array(starts, np.int32), Cursor(index, position))
+                whole = position == len(tokens)
+                position -= not whole
+                after = Cursor(index + 1, 0) if whole else Cursor(index, position)
+                yield Window(np.array(buffer, np.int32), np.array(starts, np.int32), after)
                 buffer, starts = [], []
         if apart:
             if len(buffer) > 1:

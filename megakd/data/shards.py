@@ -108,7 +108,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def label_masked(facts: dict[str, Any]) -> bool:
     """Whether the samples of a folder with these facts, of tokens or of logits, have a label mask."""
-    return facts.get("tokens", facts).get("format", "text") != "text"
+    tokens = facts.get("tokens", facts)
+    return any(source.get("format", "text") != "text" for source in tokens.get("sources", [tokens]))
 
 
 def unfinished(folders: Iterable[Path]) -> str | None:

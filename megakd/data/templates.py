@@ -11,9 +11,10 @@ Where a template's text does not follow these rules, the conversation is refused
 
 import json
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from megakd.errors import UserError, reason
+from megakd.errors import UserError, foreign, reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,7 +26,8 @@ class Encoded(NamedTuple):
     """A conversation in tokens; spoken: which of them the assistant speaks. No tokens: it cannot be trained on.
 
     text_bytes: of what the assistant speaks, without special tokens. shortened: its last messages did not fit.
-    silent: nothing in it is spoken by the assistant. (Neither, and no tokens: its first answer does not fit.)
+    silent: nothing in it is spoken by the assistant. refused: why the template cannot be used for it. (None of them,
+    and no tokens: its first answer does not fit.)
     """
 
     ids: list[int]
@@ -33,6 +35,7 @@ class Encoded(NamedTuple):
     text_bytes: int = 0
     shortened: bool = False
     silent: bool = False
+    refused: str = ""
 
 
 def template_of(tokenizer: "PreTrainedTokenizerBase", tools: Any = None) -> str:
@@ -42,12 +45,28 @@ def template_of(tokenizer: "PreTrainedTokenizerBase", tools: Any = None) -> str:
     except ValueError as error:
         raise UserError(
             f"data.format: the tokenizer of {tokenizer.name_or_path} has no chat template ({reason(error)}); "
-            "take an instruct model's tokenizer, or set data.format=text"
+            "take an instruct model's tokenizer, set data.chat_template, or set data.format=text"
         ) from error
+
+
+def set_template(tokenizer: "PreTrainedTokenizerBase", file: str | None) -> None:
+    """Give a tokenizer the chat template of a file, where there is one, in the place of its own."""
+    if file is None:
+        return
+    path = Path(file).expanduser()
+    with foreign(f"data.chat_template: {path}"):
+        tokenizer.chat_template = path.read_text(encoding="utf-8")
 
 
 def encode_conversation(tokenizer: "PreTrainedTokenizerBase", document: str, limit: int) -> Encoded:
     """A conversation of at most `limit` tokens; a longer one ends after the last message of the assistant that fits."""
+    try:
+        return _encoded(tokenizer, document, limit)
+    except UserError as error:
+        return Encoded([], [], refused=str(error))
+
+
+def _encoded(tokenizer: "PreTrainedTokenizerBase", document: str, limit: int) -> Encoded:
     found = json.loads(document)
     chat = _Chat(tokenizer, found["messages"], found["tools"], found["counted_from"])
     answers = chat.answers
@@ -175,7 +194,7 @@ class _Chat:
 
     def __str__(self) -> str:
         text = " ".join(str(self.messages[0].get("content")).split())
-        return f"data.format: the conversation of {len(self.messages)} messages that begins with {text[:60]!r}"
+        return f"the conversation of {len(self.messages)} messages that begins with {text[:60]!r}"
 
 
 def _special(tokenizer: Any) -> dict[int, str]:

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megakd.data.shards import label_masked
 from megakd.errors import UserError
 from megakd.identity import TokenizerIdentity
 
@@ -60,9 +61,9 @@ def pair_bos(facts: dict[str, Any], teacher: "PreTrainedTokenizerBase", rule: st
 
     Shards from before BOS was a fact have none, and then neither has the other side. UserError for conversations.
     """
-    if facts.get("format", "text") != "text":
+    if label_masked(facts):
         raise UserError(
-            f"data.format={facts['format']}: {teacher.name_or_path} has another tokenizer than the conversations were "
+            f"data.format: {teacher.name_or_path} has another tokenizer than the conversations were "
             "tokenized with, and another tokenizer's chat template makes another text; use models of one tokenizer"
         )
     return facts.get("bos", []), bos_of(teacher, rule) if "bos" in facts else []
@@ -73,7 +74,7 @@ def check_bos(facts: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", rule:
 
     UserError when shards that state `bos` do not: the tokenizer is not what it was.
     """
-    if facts.get("format", "text") != "text":
+    if label_masked(facts):
         return None  # a chat template begins them
     own, made = bos_of(tokenizer, rule), facts.get("bos", [])
     if own == made:

@@ -130,10 +130,10 @@ def check_models(config: RunConfig) -> None:
                 f"{student}: its tokenizer is not that of {folder} ({different}); cached targets "
                 "need one tokenizer: set objective.kind=online or sar, or take another student"
             )
-        if different and config.data.format != "text":
+        if different and config.data.has_chats:
             raise UserError(
                 f"{student}: its tokenizer is not that of {folder} ({different}), and the two make different texts of "
-                f"a conversation; data.format={config.data.format} needs one tokenizer for both"
+                "a conversation; data.format=messages and prompt_completion need one tokenizer for both"
             )
         check_readable(student, load_config(student), "training")
         check_tables(empty_model(student), student, mine.vocab_size, length)

@@ -79,10 +79,25 @@ def _tokenizer_facts(run: Run) -> dict[str, Any]:
 
 def describe_shards(shards: ShardSet) -> str:
     """What a folder of shards is, and its first sample in words."""
-    rows = [[key, str(value)] for key, value in flatten(shards.facts)]
+    rows = [[key, str(value)] for key, value in flatten(shards.facts) if key != "sources"]
+    rows += _describe_sources(shards)
     rows += [["shards", str(len(shards.names))], ["samples", f"{len(shards):,}"], ["tokens", f"{shards.tokens:,}"]]
     rows += [["bytes per token", f"{shards.bytes / shards.tokens:.1f}"]]
     return table([str(shards.folder), ""], rows, left=True) + "\n\n" + _describe_sample(shards)
+
+
+def _describe_sources(shards: ShardSet) -> list[list[str]]:
+    """What each of several sources gave, and how many lines were skipped."""
+    rows = [
+        [
+            f"source {each['source']}",
+            f"{each['tokens']:,} tokens, {each['share']:.2%} (asked for: {each['weight']:.2%}), "
+            f"{each['documents']:,} documents",
+        ]
+        for each in shards.manifest.get("sources", [])
+    ]
+    skipped = [name for name in ("bad_lines", "refused") if name in shards.manifest]
+    return rows + [[f"{name} (skipped)", f"{shards.manifest[name]:,}"] for name in skipped]
 
 
 def describe_shard(tar: Path) -> str:

@@ -193,7 +193,7 @@ def packing(run: Run) -> list[list[str]]:
         except UserError as error:
             return [["packing", f"refused: {error}"]]
         rows.append(["packing", "packed: teacher and student separate the documents of a sequence"])
-        if config.data.format == "text":
+        if not config.data.has_chats:
             return rows
     words = "once they are tokenized, plan says how much is padding"
     if tokenized(run) is not None:
@@ -207,8 +207,8 @@ def packing(run: Run) -> list[list[str]]:
 def beginnings(run: Run) -> list[list[str]]:
     """What documents begin with, by `data.bos`, as they are tokenized and as a live teacher reads them."""
     config, rule = run.config, run.config.data.bos
-    if config.data.format != "text":
-        return [["conversations begin", f"as the chat template says (data.format={config.data.format})"]]
+    if config.data.has_chats:
+        return [["conversations begin", "as the chat template says"]]
     folders = [("documents begin", resolve(config.model.teacher, config.model.revision, weights=False))]
     if config.objective.live and config.model.student:
         folders = [("documents begin", run.student_folder), ("  for the teacher", folders[0][1])]
@@ -236,13 +236,13 @@ def lengths(run: Run) -> list[list[str]]:
     tokens = windows * data.sequence_length if windows else data.tokens
     shards = len(made["shards"]) if made else -(-data.tokens // data.shard_tokens)
     # of conversations, labels that do not count store their token alone
-    counted = made["text_tokens"] if made and data.format != "text" else tokens
+    counted = made["text_tokens"] if made and data.has_chats else tokens
     stored = counted + data.holdout_tokens
     upper = cached_bytes(logits)
     cached = not config.objective.live
     trained = f"{short(tokens)} in {shards} shards of {short(data.shard_tokens)}"
     rows = [["tokens to cache" if cached else "tokens", f"{trained}, and {short(data.holdout_tokens)} to validate"]]
-    if data.format != "text":
+    if data.has_chats:
         known = f"{short(counted)} tokens that the assistant speaks" if made else "tokenize counts them"
         rows.append(["labels that count", known])
     if cached:

@@ -140,8 +140,9 @@ def facts(run: Recorded) -> list[tuple[str, str]]:
     objective = config["objective"]
     named = [f"{key} {objective[key]}" for key in ("alpha", "temperature", "divergence") if key in objective]
     found.append(("objective", ", ".join([objective["kind"], *named])))
-    source = [config["data"]["source"], config["data"].get("subset")]
-    found.append(("data", " / ".join(part for part in source if part)))
+    sources = config["data"].get("sources") or [config["data"]]
+    names = [" / ".join(part for part in (each["source"], each.get("subset")) if part) for each in sources]
+    found.append(("data", ", ".join(names)))
     trainings = [event for event in run.history if event["event"] == "train"]
     hardware = [_machine(event) for event in trainings if isinstance(event.get("machine"), dict)]
     found += [("hardware", text) for text in dict.fromkeys(hardware)]

@@ -155,7 +155,7 @@ def _check_data(run: Run, dataset: ShardSet) -> None:
     check_packing(tokens, config.data.packing, dataset.folder)
     if older := check_bos(tokens, tokenizer, config.data.bos, dataset.folder):
         say(f"train: {older}")
-    elif config.objective.live and config.data.format == "text":
+    elif config.objective.live and not config.data.has_chats:
         teacher = load_tokenizer(resolve(config.model.teacher, config.model.revision, weights=False))
         own, bos = bos_of(teacher, config.data.bos), tokens.get("bos", [])
         if own != bos and not made.tokenizer.difference(identify_tokenizer(teacher)):  # another reads in its own way

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megakd.commands import tokenize
-from megakd.data import pipeline
+from megakd.data import windows
 from megakd.data.batches import collate
 from megakd.data.documents import held_out
 from megakd.data.records import IGNORED
@@ -163,12 +163,12 @@ def test_workers_and_a_resume_make_no_difference(captured, chat_recipe, tmp_path
 def test_masked_labels_have_no_targets_and_cost_few_bytes(captured, chat_recipe, tmp_path, monkeypatch):
     run, _ = captured
     masked = ShardSet(run.path("data", "logits", "train"))
-    pack_whole = pipeline.pack_whole
+    pack_whole = windows.pack_whole
 
     def all_spoken(conversations: Any, *rest: Any) -> Any:
         return pack_whole(((index, ids, [True] * len(ids)) for index, ids, _ in conversations), *rest)
 
-    monkeypatch.setattr(pipeline, "pack_whole", all_spoken)
+    monkeypatch.setattr(windows, "pack_whole", all_spoken)
     every = Run.create(chat_recipe, [], tmp_path / "every")
     in_process("tokenize", every.folder)
     in_process("generate-logits", every.folder)
@@ -245,7 +245,7 @@ def test_a_live_teacher_of_another_tokenizer_is_refused(captured, documents, tmp
     other = Run.create(run.folder, [f"objective.kind={kind}", f"model.student={student}"], tmp_path / "other")
     for verb in ("plan", "tokenize"):
         said = in_process(verb, other.folder, code=2)
-        assert "data.format=messages needs one tokenizer for both" in said
+        assert "data.format=messages and prompt_completion need one tokenizer" in said
     with pytest.raises(UserError, match="makes another text"):
         pair_bos(ShardSet(run.path("data", "tokens", "train")).facts, load_tokenizer(student), "auto")
 
@@ -292,6 +292,28 @@ def test_text_shards_keep_the_version_that_old_readers_know(prepared):
     manifest = read_json(prepared / "data" / "tokens" / "train" / "manifest.json")
     assert manifest["version"] == 2 and "format" not in manifest["facts"]
     assert not {"silent", "too_long", "shortened"} & manifest.keys()
+
+
+def test_a_template_of_a_file_takes_the_place_of_the_tokenizers(captured, recipe, tmp_path, monkeypatch):
+    """Of a tokenizer that has none; in workers too. One that changes meanwhile, or later, is refused."""
+    run, _ = captured
+    template = tmp_path / "chat.jinja"
+    template.write_text(plain())
+    data = {name: getattr(run.config.data, name) for name in ("source", "format", "sequence_length", "shard_tokens")}
+    data |= {"holdout_fraction": 0.1, "holdout_tokens": 10**5, "tokens": 10**6, "chat_template": str(template)}
+    overrides = [f"data.{name}={json.dumps(value)}" for name, value in data.items()]
+    other = Run.create(recipe, overrides, tmp_path / "other")
+    interrupted(monkeypatch, other, "shard-00002")
+    template.write_text(plain().replace("[assistant]", "[model]"))
+    error = in_process("tokenize", other.folder, code=2)
+    assert "was made with the chat template" in error and "data.chat_template" in error
+    template.write_text(plain())
+    in_process("tokenize", other.folder, "data.workers=1")
+    for part in ("train", "holdout"):
+        kinds = [ShardSet(each.path("data", "tokens", part)) for each in (other, run)]
+        assert found_in(kinds[0]) == found_in(kinds[1]) and kinds[0].facts["template"] == kinds[1].facts["template"]
+    missing = Run.create(recipe, [*overrides[:-1], "data.chat_template=nowhere.jinja"], tmp_path / "missing")
+    assert "data.chat_template: nowhere.jinja: No such file" in in_process("tokenize", missing.folder, code=2)
 
 
 def test_a_tokenizer_without_a_template_is_one_line(recipe, tmp_path):

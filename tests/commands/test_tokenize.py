@@ -16,6 +16,7 @@ import pyarrow.parquet
 import pytest
 
 from megakd.commands import tokenize
+from megakd.data import facts
 from megakd.data import pipeline as token_pipeline
 from megakd.data.batches import collate
 from megakd.data.documents import held_out, python_documents
@@ -321,7 +322,7 @@ def test_a_hub_set_with_empty_rows_is_resumed_at_its_commit(recipe_of_text, text
 
     commits = iter(["a" * 40, "a" * 40, "b" * 40])
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(token_pipeline, "hub_commit", lambda source, revision: next(commits))
+    monkeypatch.setattr(facts, "hub_commit", lambda source, revision: next(commits))
     whole = Run.create(recipe_of_text, ["data.source=some/set"], tmp_path / "whole")
     tokenize.main(whole, Namespace())
     run = Run.create(recipe_of_text, ["data.source=some/set"], tmp_path / "run")

@@ -349,6 +349,20 @@ FIELDS: dict[str, Seen | Listed] = {
         TOKENIZE,
         T + "capture/test_pipeline.py::test_six_workers_killed_at_random_then_any_number_give_the_bytes_of_one",
     ),
+    "data.sources": Listed(
+        [{"source": "a.jsonl"}],
+        TOKENIZE,
+        T + "commands/test_mixture.py::test_shares_are_those_asked_for_in_every_stretch",
+    ),
+    "data.chat_template": Listed(
+        "chat.jinja",
+        TOKENIZE,
+        T + "commands/test_chat.py::test_a_template_of_a_file_takes_the_place_of_the_tokenizers",
+        {"data.format": "messages"},
+    ),
+    "data.on_bad_line": Listed(
+        "skip", TOKENIZE, T + "commands/test_bad_lines.py::test_bad_lines_are_refused_or_counted_and_named"
+    ),
     "data.workers": Listed(2, TOKENIZE, T + "commands/test_tokenize.py::test_workers_end_with_a_killed_parent"),
     "logits.profile": Seen("sampled", captured, {"objective.tail": "sampled", "objective.temperature": 1.0}),
     "logits.top_k": Seen(5, captured),

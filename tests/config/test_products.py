@@ -6,7 +6,7 @@ from megakd.capture.pipeline import Part, logits_facts
 from megakd.config.parsing import parse
 from megakd.config.products import LOGITS, PRODUCTS, STUDENT, TOKENS, differences
 from megakd.config.run import RunConfig, is_mutable
-from megakd.data.pipeline import token_facts
+from megakd.data.facts import token_facts
 from megakd.identity import TeacherIdentity, TokenizerIdentity
 from tests.config.test_every_field import FIELDS
 
@@ -30,7 +30,7 @@ def expected(path: str) -> set[str]:
     section = path.partition(".")[0]
     if path in ("model.teacher", "model.revision"):
         return {TOKENS, LOGITS, STUDENT}
-    if section == "data" and path not in ("data.streaming", "data.workers"):
+    if section == "data" and path not in ("data.streaming", "data.workers", "data.on_bad_line"):
         return {TOKENS, LOGITS, STUDENT}
     if section == "logits" and path not in ("logits.batch_size", "logits.parallel"):
         return {LOGITS}

@@ -74,6 +74,33 @@ WITH_TOOLS = [
 ]
 
 
+def call(name: str, **arguments: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+MANY_TOOLS = [
+    TOOL,
+    {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}},
+]
+MANY_CALLS = [
+    {"role": "user", "content": "Weather in Bern and Rome, and the sum?"},
+    {"role": "assistant", "content": "", "tool_calls": [call("weather", city="Bern"), call("weather", city="Rome")]},
+    {"role": "tool", "content": "12"},
+    {"role": "tool", "content": "21"},
+    {"role": "assistant", "content": "Now the sum.", "tool_calls": [call("add", a=12, b=21)]},
+    {"role": "tool", "content": "33"},
+    {"role": "assistant", "content": "33 in all."},
+    {"role": "user", "content": "And half?"},
+    {"role": "assistant", "content": "16.5"},
+]
+SPOKEN_OF_MANY_CALLS = [
+    '[call]weather{"city": "Bern"}[call]weather{"city": "Rome"}<|eot|>',
+    'Now the sum.[call]add{"a": 12, "b": 21}<|eot|>',
+    "33 in all.<|eot|>",
+    "16.5<|eot|>",
+]
+
+
 def tokenizer(template: str, marks: bool = False) -> Any:
     """The demo's tokenizer with a chat template of TEMPLATES."""
     found = load_tokenizer(DEMO)

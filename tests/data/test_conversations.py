@@ -17,8 +17,8 @@ MESSAGES = Columns("messages", "messages", "prompt", "completion", "tools")
 PROMPTS = MESSAGES._replace(format="prompt_completion")
 
 
-def read(source: Path, columns: Columns = MESSAGES, skip: int = 0) -> list[str]:
-    return list(iter_conversations(Origin(str(source)), columns, skip))
+def read(source: Path, columns: Columns = MESSAGES) -> list[str]:
+    return [found for found, _ in iter_conversations(Origin(str(source)), columns)]
 
 
 def lines(folder: Path, *rows: Any, name: str = "some.jsonl") -> Path:
@@ -39,7 +39,6 @@ def test_messages_of_jsonl(tmp_path, name):
     rows = [{"messages": chat} for chat in CHATS.values()]
     path = lines(tmp_path, *rows, {"messages": []}, {"messages": None}, name=name)
     assert read(path) == [document(chat) for chat in CHATS.values()]
-    assert read(path, skip=2) == [document(chat) for chat in CHATS.values()][2:]
 
 
 def test_messages_and_tools_of_parquet_are_those_that_were_written(tmp_path):
@@ -85,10 +84,11 @@ def test_columns_have_the_names_that_are_given(tmp_path):
 @pytest.mark.parametrize(
     "row, message",
     [
-        ({"text": "Hi"}, "no column 'messages' for data.format=messages; it has text; data.messages_field"),
+        ({"text": "Hi"}, "no column 'messages'; data.messages_field of data.format=messages may be text"),
         ({"messages": 3}, "messages: int, expected a list of messages"),
         ({"messages": ["Hi"]}, "message 0 is no {"),
-        ({"messages": [{"from": "human", "value": "Hi"}]}, "it has from, value"),
+        ({"messages": [{"from": "human", "value": "Hi"}]}, "rename them to role and content, and their human to user"),
+        ({"messages": [{"speaker": "human", "text": "Hi"}]}, "it has speaker, text"),
         ({"messages": "no JSON"}, "text that is no JSON"),
         ({"messages": said("Hi"), "tools": {"name": "f"}}, "expected a list of JSON schemas"),
         (3, "int, expected a JSON object"),
@@ -107,4 +107,4 @@ def test_text_is_refused(tmp_path):
 
 def test_a_parquet_file_without_the_column_names_those_that_it_has(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"text": ["Hi"], "id": [1]}), tmp_path / "some.parquet")
-    assert "some.parquet: row 1: no column 'messages'" in error_of(tmp_path / "some.parquet")
+    assert "some.parquet: no column 'messages'" in error_of(tmp_path / "some.parquet")

@@ -13,7 +13,18 @@ from transformers import AutoTokenizer
 
 from megakd.data.templates import encode_conversation, template_of
 from megakd.errors import UserError
-from tests.data.chats import CHATS, TEMPLATES, TOOL, WITH_TOOLS, document, said, tokenizer
+from tests.data.chats import (
+    CHATS,
+    MANY_CALLS,
+    MANY_TOOLS,
+    SPOKEN_OF_MANY_CALLS,
+    TEMPLATES,
+    TOOL,
+    WITH_TOOLS,
+    document,
+    said,
+    tokenizer,
+)
 
 
 def own_mask(marked: Any, messages: list[dict[str, Any]], tools: Any = None) -> tuple[list[int], list[bool]]:
@@ -39,6 +50,25 @@ def test_calls_are_spoken_and_results_are_not(marks):
     assert (found.ids, found.spoken) == own_mask(tokenizer("calls", marks=True), WITH_TOOLS, [TOOL])
     spoken = chosen.decode([i for i, said in zip(found.ids, found.spoken, strict=True) if said])
     assert spoken == 'I look.[call]weather{"city": "Bern"}<|eot|>It is 12 degrees.<|eot|>Welcome.<|eot|>'
+
+
+@pytest.mark.parametrize("marks", [False, True])
+def test_of_many_tools_and_turns_no_result_is_spoken(marks):
+    """Two tools, two calls at once, results one after the other, a call after a result, and a second question."""
+    chosen = tokenizer("calls", marks)
+    found = encode_conversation(chosen, document(MANY_CALLS, MANY_TOOLS), 10_000)
+    assert (found.ids, found.spoken) == own_mask(tokenizer("calls", marks=True), MANY_CALLS, MANY_TOOLS)
+    runs, text = [], ""
+    for token, said_by_assistant in zip(found.ids, found.spoken, strict=True):
+        if said_by_assistant:
+            text += chosen.decode([token])
+        elif text:
+            runs, text = [*runs, text], ""
+    assert [*runs, text] == SPOKEN_OF_MANY_CALLS
+    for end in range(2, len(MANY_CALLS)):  # cut short, it ends after what the assistant said last
+        kept = encode_conversation(chosen, document(MANY_CALLS[:end], MANY_TOOLS), 10_000)
+        cut = encode_conversation(chosen, document(MANY_CALLS, MANY_TOOLS), len(kept.ids))
+        assert cut.spoken[-1] and cut.ids == found.ids[: len(cut.ids)] and cut.spoken == found.spoken[: len(cut.ids)]
 
 
 @pytest.mark.parametrize("marks", [False, True])
@@ -73,6 +103,13 @@ def test_a_conversation_without_an_answer_is_silent(messages):
     assert (found.ids, found.silent) == ([], True)
 
 
+def refusal(chosen: Any, messages: list[dict[str, Any]], tools: Any = None) -> str:
+    """Why a conversation is refused; then nothing of it is used."""
+    found = encode_conversation(chosen, document(messages, tools), 10_000)
+    assert found.refused and not found.ids and not found.silent
+    return found.refused
+
+
 REFUSED = {
     "another prompt": (
         "{%- if add_generation_prompt -%}",
@@ -94,29 +131,25 @@ def test_a_template_that_is_no_prefix_is_refused(name):
     chosen = tokenizer("chatml")
     assert old in chosen.chat_template
     chosen.chat_template = chosen.chat_template.replace(old, new)
-    with pytest.raises(UserError, match=message) as error:
-        encode_conversation(chosen, document(said("Hi", "e end of it", "So?", "Yes")), 10_000)
-    assert "begins with 'Hi'" in str(error.value) and "\n" not in str(error.value)
+    refused = refusal(chosen, said("Hi", "e end of it", "So?", "Yes"))
+    assert message in refused and "begins with 'Hi'" in refused and "\n" not in refused
 
 
 def test_a_closing_token_inside_an_answer_does_not_end_it_unnoticed():
     messages = said("Hi", "<think>a</think>one<|im_end|>two", "So?", "Yes")
-    with pytest.raises(UserError, match="is another one"):
-        encode_conversation(tokenizer("reasoning"), document(messages), 10_000)
+    assert "is another one" in refusal(tokenizer("reasoning"), messages)
 
 
 def test_a_template_without_tools_is_refused():
-    with pytest.raises(UserError, match="no place for the tool weather"):
-        encode_conversation(tokenizer("chatml"), document(said("Hi", "Hello"), [TOOL]), 10_000)
-    with pytest.raises(UserError, match="no place for the call of weather"):
-        encode_conversation(tokenizer("chatml"), document(WITH_TOOLS), 10_000)
+    assert "no place for the tool weather" in refusal(tokenizer("chatml"), said("Hi", "Hello"), [TOOL])
+    assert "no place for the call of weather" in refusal(tokenizer("chatml"), WITH_TOOLS)
 
 
 def test_a_template_that_fails_is_named():
     chosen = tokenizer("chatml")
     chosen.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(UserError, match="begins with 'Hi': the chat template fails: roles must alternate"):
-        encode_conversation(chosen, document(said("Hi", "Hello")), 10_000)
+    refused = refusal(chosen, said("Hi", "Hello"))
+    assert "begins with 'Hi': the chat template fails: roles must alternate" in refused
 
 
 def test_a_tokenizer_without_a_template_is_named():
@@ -181,7 +214,7 @@ def test_real_templates(name):
         assert old in marked.chat_template, old
         marked.chat_template = marked.chat_template.replace(old, new)
     chats: list[tuple[Any, Any]] = [(messages, None) for messages in CHATS.values()]
-    chats += [(WITH_TOOLS, [TOOL])] if name == "qwen3" else []
+    chats += [(WITH_TOOLS, [TOOL]), (MANY_CALLS, MANY_TOOLS)] if name == "qwen3" else []
     for messages, tools in chats:
         found = encode_conversation(plain, document(messages, tools), 10_000)
         assert (found.ids, found.spoken) == own_mask(marked, messages, tools), messages

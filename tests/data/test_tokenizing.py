@@ -1,16 +1,18 @@
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import psutil
 import pytest
 
 from megakd.data import tokenizing
 from megakd.data.tokenizers import load_tokenizer
-from megakd.data.tokenizing import AHEAD, BATCH, tokenized
+from megakd.data.tokenizing import AHEAD, BATCH, Document, tokenizers
 from megakd.errors import UserError
 from tests.data.test_tokenizers import sentencepiece_folder
 
@@ -28,7 +30,8 @@ class WorkerHere:
     def __init__(self) -> None:
         self.given: deque[list[str]] = deque()
 
-    def give(self, texts: list[str]) -> None:
+    def give(self, task: tuple[list[str], None]) -> None:
+        texts, _ = task
         self.given.append(texts)
         assert len(texts) <= BATCH and len(self.given) <= AHEAD
 
@@ -39,10 +42,18 @@ class WorkerHere:
 @pytest.fixture
 def workers_here(monkeypatch):
     @contextmanager
-    def worker(folder: Path, name: str, chat_limit: None) -> Iterator[WorkerHere]:
+    def worker(folder: Path, name: str, template: None) -> Iterator[WorkerHere]:
         yield WorkerHere()
 
     monkeypatch.setattr(tokenizing, "_worker", worker)
+
+
+def tokenized(
+    documents: Iterable[tuple[int, str]], tokenizer: Any, folder: Path, workers: int
+) -> Generator[tuple[int, str, list[int]], None, None]:
+    with tokenizers(tokenizer, folder, workers) as made:
+        for document, ids in made.encode(Document(*each) for each in documents):
+            yield document.number, document.text, ids
 
 
 def outcome(documents: Iterator[tuple[int, str]], workers: int) -> tuple[list[tuple[int, str, list[int]]], str]:
@@ -62,6 +73,22 @@ def test_every_document_comes_once_and_in_order(workers_here, count, workers):
     documents = [(3 * i, f"text {i}") for i in range(count)]
     expected = [(index, text, [ord(letter) for letter in text]) for index, text in documents]
     assert outcome(iter(documents), workers) == (expected, "")
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2, 5])
+def test_sources_share_workers_and_each_keeps_its_order(workers_here, workers):
+    """Documents are taken from three sources in an irregular order, as a mixture does."""
+    sizes, found = (5 * BATCH + 3, 40, 2 * BATCH), [[], [], []]
+    with tokenizers(LetterTokenizer(), Path("nowhere"), workers, len(sizes)) as made:  # type: ignore[arg-type]
+        texts = [[Document(i, f"{name} {i}") for i in range(size)] for name, size in enumerate(sizes)]
+        sources = [made.encode(each) for each in texts]
+        for turn in range(3 * max(sizes)):
+            which = turn * turn % 3 if turn % 7 else 2
+            found[which] += [(each.text, ids) for each, ids in islice(sources[which], 1 + turn % 5)]
+        for which in range(3):
+            found[which] += [(each.text, ids) for each, ids in sources[which]]
+    for name, size in enumerate(sizes):
+        assert found[name] == [(t, [ord(letter) for letter in t]) for t in (f"{name} {i}" for i in range(size))]
 
 
 @pytest.mark.parametrize("count", [0, BATCH, 7 * BATCH + 5])
@@ -141,5 +168,5 @@ def test_workers_end_when_their_tokens_are_no_longer_wanted(tokenizer, teacher, 
     endless = ((i, documents[i % len(documents)]) for i in range(10**9))
     taken = tokenized(endless, tokenizer, teacher, 1)
     next(taken)
-    taken.close()  # type: ignore[attr-defined]
+    taken.close()
     assert workers() == []
