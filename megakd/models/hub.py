@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,18 +35,35 @@ def check_complete(folder: Path, missing: list[str]) -> None:
 
 
 def load_config(folder: Path) -> Any:
-    """The Hugging Face config of a folder, without quantization_config where weights are dequantised on read."""
+    """The Hugging Face config of a folder's causal LM: of the text part where transformers would load that alone.
+
+    Without quantization_config where weights are dequantised on read.
+    """
     from transformers import AutoConfig
 
     import megakd.models.student  # noqa: F401  (makes students known to transformers)
 
     with foreign(f"{folder}: no config.json that transformers can load"):
         config: Any = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    for part in {id(part): part for part in (config, config.get_text_config())}.values():
-        settings = getattr(part, "quantization_config", None)
-        if settings is not None and unknown(settings, config.model_type) is None:
-            del part.quantization_config
+    whole, config = config, _of_text(config)
+    settings = getattr(whole, "quantization_config", None) or getattr(config, "quantization_config", None)
+    if config is not whole:
+        config.name_or_path = whole.name_or_path
+    vars(config).pop("quantization_config", None)
+    if settings is not None and unknown(settings, whole.model_type):
+        config.quantization_config = settings
     return config
+
+
+def _of_text(config: Any) -> Any:
+    """The config that AutoModelForCausalLM would take: of the text part of a model for images, or the same."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    text = getattr(config, "sub_configs", {}).get("text_config")
+    if text is None or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return config
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return config.get_text_config() if getattr(model, "config_class", None) == text else config
 
 
 def empty_model(folder: Path) -> Any:
@@ -91,11 +109,13 @@ def check_readable(folder: Path, config: Any, purpose: str) -> None:
 
 
 def say_unused(folder: Path, names: list[str]) -> None:
-    """Say how many tensors of a folder the model has no place for."""
+    """Say how many tensors of a folder the model has no place for, and of which parts."""
     if names and read_world().first:
+        parts = Counter(re.findall(r"^(model\.layers\.\d+|model\.\w+|\w+)", name)[0] for name in names)
+        said = ", ".join(f"{count} of {part}" for part, count in parts.most_common(4))
         say(
             f"{folder}: {len(names)} tensors of its files are skipped, for the model of config.json has none of those "
-            f"names; the first is {names[0]}"
+            f"names: {said}{', …' if len(parts) > 4 else ''}; the first is {names[0]}"
         )
 
 
@@ -218,7 +238,9 @@ def copy_side_files(source: Path, target: Path) -> None:
     """Copy tokenizer and generation files (everything small but config and weights) into a model folder."""
     skipped = ("config.json", INDEX, "training.json", "compress.json", MARKER)
     for path in sorted(source.iterdir()):
-        if path.is_file() and path.suffix in (".json", ".txt", ".model", ".jinja") and path.name not in skipped:
+        if path.name in skipped or path.name.endswith("processor_config.json"):  # the latter: of images
+            continue
+        if path.is_file() and path.suffix in (".json", ".txt", ".model", ".jinja"):
             shutil.copyfile(path, target / path.name)
 
 
