@@ -15,7 +15,7 @@ from megakd.identity import TeacherIdentity
 from megakd.models.hub import cast, copy_code, copy_side_files, exact_names, write_config, write_weights
 from megakd.models.shared_core import PROJECTIONS, Form, stored_parameters
 from megakd.models.student import student_config
-from megakd.system.files import discard, publishing, read_json, write_json
+from megakd.system.files import discard, link_file, publishing, read_json, write_json
 from megakd.system.version import made_with
 
 SHARD_BYTES = 2**30  # a file of the student, held in memory while it is written
@@ -49,7 +49,9 @@ def assemble_stock(job: Job) -> None:
     """Make the model of fewer experts the student."""
     report = _report(job, len(job.layers) * cut_of(job).spec.experts * 3 * prod(job.spec.sizes))
     with publishing(job.run.path("student-0")) as temporary:
-        job.pruned.rename(temporary)
+        temporary.mkdir()
+        for file in job.pruned.iterdir():  # not moved: another process would find it missing, and make it again
+            link_file(file, temporary / file.name)
         _finish(job, temporary, report)
     discard(job.parts)
 

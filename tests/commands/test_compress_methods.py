@@ -147,6 +147,7 @@ def test_pruning_before_sharing_is_pruning_at_full_rank(recipe, prepared, tmp_pa
 @pytest.mark.parametrize("overrides", [[*MERGE, "compress.budget=0.5"], [*CALIBRATED, "compress.experts=3"]], ids=str)
 def test_any_processes_and_kills_give_the_same_bytes(recipe, prepared, tmp_path, overrides):
     """One process left alone; one killed, then two at once."""
+    overrides = [*overrides, "compress.calibration_tokens=7000"]  # seconds, so that the kill is in time
     alone = student_of(recipe, tmp_path / "alone", *overrides, data=prepared)
     killed = Run.create(recipe, overrides, tmp_path / "killed")
     killed.path("data").mkdir()
