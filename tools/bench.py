@@ -2,6 +2,8 @@
 
   store    the teacher-target store against HDF5 + gzip, tar of npy, parquet: bytes, fidelity, speed on one core
   fit      the solvers of megakd compress: ALS against Adam, forms at equal numbers stored, a sweep at real size
+  planner  what compress.budget predicts for every shape against fits, on proxies of experts
+  mixture  a shape that is not offered, mixtures of bases, against those that are, at equal numbers stored
   experts  a layer of shared-core experts against the naive form and the dense experts, Qwen3-30B-A3B's sizes, one core
   loss     the loss behind the student's head against three matrix products, dense forms, TRL and Liger; V 151,936
   live     a step next to a live teacher, against the loop one writes by hand
@@ -43,7 +45,9 @@ from bench.experts import bench_experts
 from bench.fit import bench_fit
 from bench.live import bench_live
 from bench.loss import bench_loss
+from bench.mixture import bench_mixture
 from bench.offline import bench_offline
+from bench.planner import bench_planner
 from bench.rows import show
 from bench.step import bench_step
 from bench.store import bench_store
@@ -60,7 +64,11 @@ def main() -> None:
     accept_any_encoding()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "bench", choices=["store", "evaluate", "experts", "fit", "live", "loss", "offline", "step", "temperatures"]
+        "bench",
+        choices=[
+            *("store", "evaluate", "experts", "fit", "live", "loss", "mixture", "offline", "planner", "step"),
+            "temperatures",
+        ],
     )
     parser.add_argument("--quick", action="store_true", help="less of everything: within a minute on 2 cores")
     parser.add_argument(
@@ -95,6 +103,7 @@ def main() -> None:
             raise UserError(f"--device {args.device}: torch sees no GPU here")
         rows_file = args.json and check_file(args.json, '"bench": ')
         benches = {"store": lambda quick: bench_store(quick, args.real), "fit": bench_fit}
+        benches |= {"planner": bench_planner, "mixture": bench_mixture}
         benches["experts"] = lambda quick: bench_experts(quick, args.device)
         benches["evaluate"] = lambda quick: bench_evaluate(quick, args.device)
         benches["live"] = lambda quick: bench_live(quick, args.device)

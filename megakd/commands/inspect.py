@@ -2,7 +2,7 @@
 
 With --experts, what the experts of a Mixture-of-Experts model are like, before anything about compressing them is
 decided: how alike they are, their spectra, and the relative error that every shape of shared cores, pruning and
-merging would have at shares of their parameters. Read from safetensors one projection at a time; half a minute each at
+merging would have at shares of their parameters. Read from safetensors one projection at a time; some minutes each at
 Qwen3-30B-A3B's sizes on one core.
 
 examples:

@@ -4,27 +4,21 @@ In the frame of the fit every projection is E matrices W_e [F, D] (down is trans
 sum_e ||W_e - fit_e||^2 / sum_e ||W_e||^2, the lost share of the energy.
 """
 
-import math
 from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megakd.compress.als import fit_wrappers
-from megakd.compress.forms import GROUPS, MOST, Candidate, Sizes, candidate, candidates
+from megakd.compress.forms import GROUPS, Candidate, Sizes, candidate, candidates
 from megakd.compress.groups import find_groups, sketch
 from megakd.compress.metric import Metric, Statistics, make_metric, times, times_transposed, whiten
 from megakd.compress.threads import Threads, threads_over
-from megakd.models.shared_core import SHAPES, Form, free_and_core_rank
+from megakd.compress.trials import ALL, Trials, WrapperErrors, learn, sample
+from megakd.models.shared_core import SHAPES, Form, free_and_core_rank, stored_parameters
 
-# where fits are tried: of the parameters, and of the ranks on the core
-ADDITIVE_SHARES, WRAPPER_POINTS = (0.3, 0.7), ((0.12, 1 / 2), (0.45, 1 / 3), (0.45, 2 / 3))
-MANY = 64  # experts, from which on a core that is fitted gains at most 2 % over the mean for additive
-FITTED_EXPERTS = 8  # the fits behind a prediction see this many
-FULL_SWEEPS, FEW_SWEEPS = 20, 3  # of fits that see all experts, and of others; three leave 1 to 4 % of the error
-SMALL = 2**24  # numbers of a projection, beyond which even fits of all experts are broken off early
-TOLERANCE = 1e-4  # of these fits
+CURVES = 16  # experts whose singular values are computed, of a projection that is not fitted whole
+FIRST = 0.2  # of the work, which comes before the fits
 
 
 def measure(
@@ -33,7 +27,6 @@ def measure(
     active: int,
     *,
     shapes: Sequence[str] = SHAPES,
-    sample: int = 16,
     groups: int = GROUPS,
     forms: Sequence[Form] | None = None,
     statistics: Statistics | None = None,
@@ -46,10 +39,9 @@ def measure(
     weights: [E, d_out, d_in] of any floating type. statistics: what calibration measured; the energy is then that of
     sqrt(p_e) M_e W_e N (metric.py), to which experts in `exempt` add nothing.
     basis: exact, the eigenvalues of sum_e W_e^T W_e behind the k-th, with the groups of the fit. additive: singular
-    values of W_e - mean behind the r-th for a sample of experts, times what a few fits gain over the mean as core.
-    wrappers: a rank of the one on the core is worth so many ranks of the free one; how many, a few fits say. These fits
-    see 8 experts and 4, and a core shared by fewer fits better: the relative error, the root of what is lost, is
-    continued linearly in 1/E.
+    values of W_e - core behind the r-th, times what a few fits gain over the best core alone. wrappers: a rank of the
+    one on the core is worth so many ranks of the free one; how many, a few fits say. Beyond 4 million numbers, these
+    are of a sample of experts (trials.py).
     forms: instead of all candidates. progress: called with the share of the work that is done.
     """
     frame = weights.mT if projection == "down" else weights
@@ -57,9 +49,6 @@ def measure(
     sizes = Sizes(experts, active, d, f)
     if forms is None:
         forms = candidates(projection, sizes, shapes, groups)
-    wanted = {form.shape for form in forms}
-    points = _fit_points(f, d, experts, wanted)
-    work = 1.0 + len(points)
     left, curve = None, np.zeros(0)
     with threads_over(frame) as threads:
         if statistics is not None:
@@ -71,25 +60,20 @@ def measure(
             return [candidate(form, projection, sizes, 0.0) for form in forms]
         counts = {form.groups for form in forms if form.shape == "basis"}
         bases = {count: lost / energy for count, lost in basis_curves(frame, counts, threads).items()}
-        if wanted & {"additive", "wrappers"}:
-            curve = _additive_curve(frame, left, core, norms, spread(experts, sample))
-    progress(1 / work)
-    wrappers = _WrapperErrors(curve)
-    for number, (free, inner) in enumerate(points):
-        wrappers.learn(free, inner, predicted_fit(frame, norms, free, inner, left))
-        progress((2 + number) / work)
+        ranks = {free_and_core_rank(form, projection): form for form in forms if form.shape != "basis"}
+        if ranks:
+            chosen = sample(norms, experts if frame.numel() <= ALL else CURVES)
+            curve = _additive_curve(frame, left, core, norms, chosen)
+    progress(FIRST)
+    shares = {pair: stored_parameters(form, projection, experts, d, f) / frame.numel() for pair, form in ranks.items()}
+    wrappers = WrapperErrors(curve)
+    learn(wrappers, Trials(frame, norms, left), shares, lambda share: progress(FIRST + (1 - FIRST) * share))
 
     def error(form: Form) -> float:
         free, inner = free_and_core_rank(form, projection)
         return float(bases[form.groups][inner]) if form.shape == "basis" else wrappers.error(free, inner)
 
     return [candidate(form, projection, sizes, error(form)) for form in forms]
-
-
-def spread(count: int, wanted: int) -> list[int]:
-    """`wanted` of `count` numbers, evenly spaced, the first one among them."""
-    wanted = min(count, wanted)
-    return [i * count // wanted for i in range(wanted)]
 
 
 def basis_curves(frame: Tensor, counts: Collection[int], threads: Threads) -> dict[int, np.ndarray]:
@@ -135,90 +119,6 @@ def _gram(frame: Tensor, members: Sequence[bool], threads: Threads) -> Tensor:
     for other in others:
         first += other
     return first
-
-
-def predicted_fit(frame: Tensor, norms: Tensor, free: int, inner: int, left: Tensor | None = None) -> float:
-    """What wrappers of all experts M_e W_e [E, F, D] would lose, from fits of a few; norms: squared; left: M_e^T."""
-
-    def lost(chosen: list[int], sweeps: int, among: slice = slice(None)) -> float:
-        """What the fit of the chosen loses of some of them."""
-        matrices = frame[chosen].to(torch.promote_types(frame.dtype, torch.float32))
-        own = None if left is None else left[chosen]
-        even = torch.full((len(chosen),), 1 / len(chosen), dtype=torch.float64, device=frame.device)
-        with threads_over(matrices) as threads:
-            metric = Metric(even, own, None)
-            fit, *_ = fit_wrappers(matrices, metric, free, inner, threads, sweeps=sweeps, tolerance=TOLERANCE)
-        shared = times(own, fit.core)
-        rest = matrices - shared - fit.u @ (fit.s.mT @ fit.core) - fit.q @ fit.v.mT
-        missed = rest[among].square().sum(dtype=torch.float64)
-        return float(missed / norms[chosen][among].sum().clamp(min=1e-300))
-
-    experts = len(frame)
-    if experts <= FITTED_EXPERTS:
-        return lost(list(range(experts)), FULL_SWEEPS if frame.numel() <= SMALL else FEW_SWEEPS)
-    chosen = spread(experts, FITTED_EXPERTS)
-    # the same four experts, their core shared by eight and by four
-    many = math.sqrt(lost(chosen, FEW_SWEEPS, slice(0, None, 2)))
-    few = math.sqrt(lost(chosen[::2], FEW_SWEEPS))
-    return min(1.0, (many + (many - few) * (1 - len(chosen) / experts)) ** 2)
-
-
-class _WrapperErrors:
-    """Lost energy for any two ranks, from that of free wrappers alone around the mean and some fits.
-
-    curve: [F + 1], lost with free rank r and the mean as core. A fit of (r, 0) gives the logarithm of its ratio to the
-    curve, linear in r between fits; one of (r, c) the rank r + worth * c at which free wrappers alone lose as much, and
-    the worth of a core rank is a plane over (r + c) / F and c / (r + c).
-    """
-
-    def __init__(self, curve: np.ndarray):
-        self.curve = curve
-        self.ratios = [(0.0, 0.0)]
-        self.worths: list[tuple[int, int, float]] = []
-
-    def learn(self, free: int, core: int, lost: float) -> None:
-        if core == 0:
-            ratio = math.log(max(lost, 1e-30) / self.curve[free]) if self.curve[free] > 0 else 0.0
-            self.ratios.append((free, min(ratio, 0.0)))
-        else:
-            ranks = range(len(self.curve))
-            equal = float(np.interp(-lost, [-self.additive(rank) for rank in ranks], ranks))
-            self.worths.append((free, core, (equal - free) / core))
-
-    def error(self, free: int, core: int) -> float:
-        return self.additive(free + self._worth(free, core) * core if core else free)
-
-    def additive(self, rank: float) -> float:
-        rank = min(max(rank, 0.0), len(self.curve) - 1)
-        at, logs = zip(*self.ratios, strict=True)
-        ratio = float(np.interp(rank, at, logs))
-        if rank > at[-1] and len(at) > 1:  # on with the last slope
-            ratio += (rank - at[-1]) * (logs[-1] - logs[-2]) / (at[-1] - at[-2])
-        return float(np.interp(rank, np.arange(len(self.curve)), self.curve)) * math.exp(ratio)
-
-    def _worth(self, free: int, core: int) -> float:
-        def place(free: int, core: int) -> list[float]:
-            return [1.0, (free + core) / (len(self.curve) - 1), core / (free + core)]
-
-        known = np.array([place(*pair) for *pair, _ in self.worths])
-        plane = np.linalg.lstsq(known, np.array([worth for *_, worth in self.worths]))[0]
-        return float(np.clip(plane @ place(free, core), 0.0, 1.2))
-
-
-def _fit_points(f: int, d: int, experts: int, wanted: set[str]) -> list[tuple[int, int]]:
-    """(free rank, core rank) of the fits, free wrappers alone first: the others are compared with them."""
-    short = min(f, d)
-    room = (MOST - 1 / experts) * f * d  # numbers per expert may have besides the core
-    points = []
-    if wanted & {"additive", "wrappers"} and experts < MANY:
-        points += [(share * room / (f + d), 0.0) for share in ADDITIVE_SHARES]
-    if "wrappers" in wanted:
-        for share, split in WRAPPER_POINTS:
-            per_rank = (1 - split) * (f + d) + split * 2 * f  # a free rank stores F + D numbers, one on the core 2F
-            total = min(share * room / per_rank, short)
-            points.append(((1 - split) * total, split * total))
-    rounded = [(min(round(free), short), round(core)) for free, core in points]
-    return list(dict.fromkeys(pair for pair in rounded if pair[0] > 0))
 
 
 def reach(weights: Tensor, projection: str, statistics: Statistics, exempt: tuple[int, ...] = ()) -> float:

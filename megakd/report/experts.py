@@ -16,7 +16,7 @@ from torch import Tensor
 from megakd.compress.fewer import METHODS, fewer_experts_error
 from megakd.compress.forms import Candidate
 from megakd.compress.permute import likeness
-from megakd.compress.predict import measure, spread
+from megakd.compress.predict import measure
 from megakd.errors import UserError
 from megakd.models.hub import is_student, load_config, model_of
 from megakd.models.shared_core import PROJECTIONS, SHAPES
@@ -136,6 +136,12 @@ def measure_projection(
         "errors": errors,
         "curves": {shape: _envelope([c for c in candidates if c.form.shape == shape], dense) for shape in SHAPES},
     }
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """`wanted` of `count` numbers, evenly spaced, the first one among them."""
+    wanted = min(count, wanted)
+    return [i * count // wanted for i in range(wanted)]
 
 
 def norms_and_cosines(weights: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,10 +10,10 @@ from megakd.compress.fit import Settings, fit_projection
 from megakd.compress.forms import Candidate, Sizes, candidates, dense_flops, form_flops
 from megakd.compress.groups import find_groups, sketch
 from megakd.compress.planner import allocate
-from megakd.compress.predict import _fit_points, basis_curves, measure, predicted_fit, spread
+from megakd.compress.predict import basis_curves, measure
 from megakd.compress.threads import threads_over
 from megakd.errors import UserError
-from megakd.models.shared_core import PROJECTIONS, SHAPES, Form, free_and_core_rank, make_form, stored_parameters
+from megakd.models.shared_core import PROJECTIONS, SHAPES, Form, make_form, stored_parameters
 from megakd.names import resolve
 from tests.conftest import for_each
 from tests.models.students import experts_in
@@ -47,27 +47,12 @@ def whole_fit(weights: torch.Tensor, projection: str, form: Form) -> float:
 @for_each("projection, layer", [("gate", 1), ("down", 2)])
 def test_predictions_on_a_trained_model_are_those_of_whole_fits(projection, layer):
     weights = demo_experts(layer, projection)
-    forms = [make_form("additive", projection, r, 0) for r in (16, 56)]
-    forms += [make_form("wrappers", projection, *ranks) for ranks in ((8, 8), (32, 8), (24, 40))]
-    forms += [make_form("basis", projection, 0, k) for k in (24, 96)]
+    forms = [make_form("additive", projection, 16, 0), make_form("basis", projection, 0, 24)]
+    forms += [make_form("wrappers", projection, *ranks) for ranks in ((32, 8), (24, 40))]
     for found in measure(weights, projection, 2, forms=forms):
         exact = whole_fit(weights, projection, found.form)
-        tolerance = 1e-3 if found.form.shape == "basis" else 0.08
+        tolerance = 1e-3 if found.form.shape == "basis" else 0.02
         assert found.error**0.5 == pytest.approx(exact, rel=tolerance), found.form
-
-
-@for_each("experts", [24, 80])
-def test_predictions_from_a_sample_are_those_of_whole_fits(experts):
-    """8 of the experts are fitted: their core flatters, by up to 25 % here, unless that is accounted for."""
-    weights = related(experts, 40, 100)
-    flattered = False
-    for found in measure(
-        weights, "up", 2, forms=[Form("additive", 12, 0), Form("wrappers", 8, 8), Form("wrappers", 12, 16)]
-    ):
-        exact = whole_fit(weights, "up", found.form)
-        assert found.error**0.5 == pytest.approx(exact, rel=0.08), found.form
-        flattered |= whole_fit(weights[spread(experts, 8)], "up", found.form) < 0.85 * exact
-    assert flattered
 
 
 def test_down_is_the_mirror_of_gate():
@@ -75,7 +60,7 @@ def test_down_is_the_mirror_of_gate():
     gate = measure(weights, "gate", 2, groups=2)
     down = measure(weights.mT.contiguous(), "down", 2, groups=2)
     assert [(c.parameters, c.flops) for c in gate] == [(c.parameters, c.flops) for c in down]
-    assert [c.error for c in gate] == pytest.approx([c.error for c in down], abs=1e-6)
+    assert [c.error for c in gate] == pytest.approx([c.error for c in down], abs=1e-4)
     assert gate[0].form.input_rank == down[0].form.output_rank > 0
 
 
@@ -133,12 +118,6 @@ def test_basis_curves_are_those_of_singular_value_decompositions(counts):
             assert curves[groups][k] == pytest.approx(lost, abs=1e-9)
 
 
-def test_a_prediction_where_all_experts_are_fitted_is_the_fit():
-    weights, form = related(6, 12, 18), Form("wrappers", 3, 2)
-    found = predicted_fit(weights, weights.square().sum((1, 2)).double(), *free_and_core_rank(form, "gate"))
-    assert found**0.5 == pytest.approx(whole_fit(weights, "gate", form), rel=1e-5)
-
-
 @for_each("sizes", [(128, 2048, 768), (8, 192, 192), (8, 4096, 14336), (4, 32, 24), (256, 7168, 2048)])
 @for_each("projection", PROJECTIONS)
 def test_candidates_span_the_shares(sizes, projection):
@@ -158,6 +137,7 @@ def test_candidates_span_the_shares(sizes, projection):
     for form in found:
         affordable = form_flops(form, projection, active, hidden, expert_hidden)
         assert form.groups == 1 or affordable <= dense_flops(active, hidden, expert_hidden)
+    assert any(form.input_rank != form.output_rank for form in found if form.shape == "wrappers")
     assert {1, 2} <= {form.groups for form in found if form.shape == "basis"} <= {1, 2, 4}
 
 
@@ -290,10 +270,3 @@ def test_budgets_that_nothing_fits_name_one_that_works():
     with pytest.raises(UserError, match=r"flops=0.001: with compress.budget=0.5 the experts need at least") as caught:
         allocate(tables, dense, 0.5, 2 * dense_flops(2, 24, 16), 0.001)
     allocate(tables, dense, 0.5, 2 * dense_flops(2, 24, 16), float(str(caught.value).split()[-1]))
-
-
-def test_fits_are_few_and_within_the_ranks():
-    for f, d, experts in ((768, 2048, 128), (192, 192, 8), (24, 32, 4), (2, 3, 2), (14336, 4096, 8)):
-        points = _fit_points(f, d, experts, set(SHAPES))
-        assert len(points) <= 5 and all(0 < free <= min(f, d) and core <= f for free, core in points)
-    assert _fit_points(768, 2048, 128, {"basis"}) == []
