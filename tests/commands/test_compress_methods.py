@@ -19,6 +19,7 @@ from megakd.run import Run
 from tests.commands.test_compress import CALIBRATED, load, real_tokens, report, student_of
 from tests.conftest import files, in_process, kill_when
 from tests.forks import Forked
+from tests.models.quantizing import fp8, quantize
 from tests.models.students import expert_name, logits, relative
 
 PRUNE, MERGE = ["compress.method=prune", *CALIBRATED], ["compress.method=merge", *CALIBRATED]
@@ -206,3 +207,16 @@ def test_a_stock_student_goes_through_the_whole_stack(prepared, tmp_path):
     page = (run / "report.html").read_text()
     assert "compressed from the teacher (prune): 2 MoE layers, 2 of 4 experts in each" in page and "MoE output" in page
     assert "is stock already" in in_process("export", run, "--dense", code=2)
+
+
+@pytest.mark.parametrize("overrides", [[*PRUNE, "compress.budget=0.5"], [*CALIBRATED, "compress.experts=3"]], ids=str)
+def test_a_quantised_teacher_gives_the_student_of_its_plain_twin(recipe, teacher, prepared, tmp_path, overrides):
+    folders = tmp_path / "quantized", tmp_path / "twin"
+    quantize(teacher, *folders, fp8((8, 8)))
+    students = []
+    for folder in folders:
+        run = student_of(recipe, tmp_path / f"{folder.name}-run", f"model.teacher={folder}", *overrides, data=prepared)
+        students.append(run.path("student-0"))
+    assert "quantization_config" not in (students[0] / "config.json").read_text()
+    own, expected = (load_file(folder / "model.safetensors") for folder in students)
+    assert own.keys() == expected.keys() and all(torch.equal(own[name], expected[name]) for name in own)
