@@ -15,9 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from megakd.errors import foreign
-from megakd.models.hub import check_complete, check_folder, check_readable, load_config, say_unused
+from megakd.models.hub import (
+    Checkpoint,
+    check_complete,
+    check_folder,
+    check_readable,
+    load_config,
+    model_of,
+    say_unused,
+)
 from megakd.models.quantized import settings_of
-from megakd.models.sources import Sources
+from megakd.models.sources import Sources, module_names
 from megakd.system.files import read_json
 
 # rows [first, last) of a parameter; None: all
@@ -96,6 +104,24 @@ def hollow_model(folder: Path, dtype: torch.dtype) -> tuple[Any, Sources]:
         if buffer.device.type != "meta":
             buffer.copy_(sources.read(name))
     return model, sources
+
+
+def keep_exact(model: Any, folder: Path) -> None:
+    """Make buffers of the parameters that a family itself never trains, as they are stored: routing biases of some.
+
+    An engine that trains in 16 bits rounds every parameter, and a rounded bias sends tokens to other experts.
+    """
+    # of a model that is not loaded: transformers lets all that it loads train
+    fixed = [name for name, each in model_of(model.config, str(folder)).named_parameters() if not each.requires_grad]
+    if not fixed:
+        return
+    checkpoint = Checkpoint(folder)
+    stored = {name: file for file, name in module_names(model, checkpoint.files).items()}
+    for name in fixed:
+        place, _, child = name.rpartition(".")
+        module = model.get_submodule(place)
+        del module._parameters[child]
+        module.register_buffer(child, checkpoint.tensor(stored[name]))
 
 
 def fill(model: nn.Module, sources: Sources, place: Place, *others: nn.Module) -> None:

@@ -13,7 +13,7 @@ from megakd.engine.optim import RULE_HEADERS, assign_rules, build_optimizer, rul
 from megakd.errors import UserError
 from megakd.models.checks import LiveTeacher, check_objective
 from megakd.models.isolation import check_config, check_model
-from megakd.models.loading import Place, fill, hollow_model, load_model, placed_in_pieces, placed_on
+from megakd.models.loading import Place, fill, hollow_model, keep_exact, load_model, placed_in_pieces, placed_on
 from megakd.models.offload import offload
 from megakd.models.sources import Sources
 from megakd.objectives.base import Objective
@@ -108,8 +108,10 @@ def _student(config: RunConfig, folder: Path, dtype: torch.dtype) -> tuple[Any, 
     """The student, whole, or without weights and where to read them."""
     spread = config.engine.expert_parallel
     if not divided(config):
-        return load_model(folder, dtype), None
-    student, sources = hollow_model(folder, dtype)
+        student, sources = load_model(folder, dtype), None
+    else:
+        student, sources = hollow_model(folder, dtype)
+    keep_exact(student, folder)
     if spread > 1:
         from megakd.models.expert_parallel import spread_experts
         from megakd.system.deepspeed_internals import join_groups
