@@ -47,7 +47,7 @@ def made(teacher):
 
 def test_a_token_a_span_is_position_by_position(made, samples):
     """With the student's own tokenizer in both places, every part but the KL is what it is without spans."""
-    plain = collate(samples, LENGTH)._replace(targets=None)
+    plain = collate(samples, LENGTH, whole=True)._replace(targets=None)
     document = plain.position_ids.eq(0).cumsum(1)
     real = torch.stack([document[b] < document[b, -1] + (plain.labels[b, -1] != IGNORED) for b in range(3)])
     counted = plain.labels != IGNORED

@@ -28,7 +28,7 @@ LENGTH = 37  # longer than the windows, so that every row ends in padding
 @pytest.fixture(scope="module")
 def batch(dataset) -> Batch:
     packed = [i for i in range(len(dataset)) if len(dataset[i].starts) > 1]
-    return collate([dataset[i] for i in (packed[0], 1, packed[1])], LENGTH)._replace(targets=None)
+    return collate([dataset[i] for i in (packed[0], 1, packed[1])], LENGTH, whole=True)._replace(targets=None)
 
 
 @pytest.fixture

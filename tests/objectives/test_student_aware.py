@@ -24,7 +24,7 @@ LEARNED: dict[str, Any] = {"routing": "learned", "gap": 1.0, "importance": 1.0}
 @pytest.fixture(scope="module")
 def batch(dataset) -> Batch:
     packed = [i for i in range(len(dataset)) if len(dataset[i].starts) > 1]
-    return collate([dataset[i] for i in (packed[0], 1, packed[1])], 37)._replace(targets=None)
+    return collate([dataset[i] for i in (packed[0], 1, packed[1])], 37, whole=True)._replace(targets=None)
 
 
 @pytest.fixture
