@@ -57,9 +57,10 @@ THINGS = {
 
 
 def pytest_configure() -> None:
-    """Ctrl-C is not ignored, as it is in what a script starts in the background; nor in what tests start."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Ctrl-C and hang-ups are not ignored, as below nohup and in what a script starts in the background."""
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def pytest_collection_finish() -> None:

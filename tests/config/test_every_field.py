@@ -213,7 +213,7 @@ def ranks(config: RunConfig) -> Any:
 
 def teacher_place(config: RunConfig) -> Any:
     """Whether the teacher's layers go to CPU memory, and whether it is read in parts."""
-    names = ("load_model", "build", "offload", "fill", "_check_packing", "_place")
+    names = ("load_model", "build", "offload", "fill", "keep_exact", "_check_packing", "_place")
     teacher = LiveTeacher(Path("teacher"), None) if config.objective.live else None
     with (
         mock.patch.multiple(assemble, **dict.fromkeys(names, mock.DEFAULT)),

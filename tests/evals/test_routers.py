@@ -17,7 +17,7 @@ def test_they_are_what_a_count_by_hand_says(teacher, dataset):
     routers = find_routers(model, "teacher")
     with torch.no_grad():
         routers[1].module.weight[2] = -10 * routers[1].module.weight.abs().sum()  # an expert that few choose
-    batches = [collate([dataset[i] for i in part], 70) for part in ((0, 1), (2,))]
+    batches = [collate([dataset[i] for i in part], 70, whole=True) for part in ((0, 1), (2,))]
     assert any((batch.labels == IGNORED)[:, -1].any() for batch in batches)  # padded
     entropies, counts = [[], []], torch.zeros(2, 4)
     with choices(routers) as chosen, torch.no_grad():

@@ -22,6 +22,7 @@ import installed  # noqa: F401
 from megakd.errors import UserError, foreign, reason
 from megakd.names import expand
 from megakd.system.files import publishing
+from megakd.system.terminal import accept_any_encoding
 
 VERSION = "3.7.2"
 NAMES = ("qwen3", "llama3_1", "deepseek_v3", "gemma3")
@@ -29,6 +30,7 @@ SECONDS = 300  # for one package
 
 
 def main(argv: list[str] | None = None) -> None:
+    accept_any_encoding()
     lines = (__doc__ or "").splitlines()
     parser = argparse.ArgumentParser(
         description=lines[0],
