@@ -120,7 +120,7 @@ def _locked_file(staging: Path) -> BinaryIO:
     file = (staging / LOCK).open("ab")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.fstat(file.fileno()).st_nlink:
+        if not os.path.samestat(os.fstat(file.fileno()), (staging / LOCK).stat()):
             raise FileNotFoundError(errno.ENOENT, "deleted before it was locked", str(staging))
     except BaseException:
         file.close()
@@ -134,8 +134,15 @@ def _clear(staging: Path, path: Path, lock: BinaryIO) -> None:
     if os.path.lexists(old) and os.path.lexists(new) and not os.path.lexists(path):
         os.replace(old, path)
         sync(path.parent)
+    for entry in (new, old):
+        with suppress(OSError):  # `settle` deletes what cannot be deleted now
+            remove(entry)
+    # before it is let go: a writer that waits for a moment between its folder and its lock must see that it came late
+    with suppress(OSError):
+        (staging / LOCK).unlink()
     lock.close()  # on NFS a folder with an open file cannot be deleted
-    shutil.rmtree(staging, ignore_errors=True)  # `settle` deletes what cannot be deleted now
+    with suppress(OSError):  # a writer came after the lock was gone: the folder is its own
+        staging.rmdir()
 
 
 @contextmanager

@@ -19,6 +19,7 @@ import pytest
 from megakd.errors import UserError
 from megakd.names import shipped
 from megakd.system.files import (
+    _locked_file,
     append_json,
     digest,
     discard,
@@ -450,6 +451,33 @@ def test_a_living_writer_is_not_settled_whatever_its_process_id_and_host_are(tmp
         assert first.read_text() == "first"
         second.write_text("second")
     assert files(tmp_path) == {"x": "first"}  # the last to finish
+
+
+@pytest.mark.parametrize("moment", ["unlink", "rmdir"])
+def test_a_writer_between_its_folder_and_its_lock_loses_both_or_neither(tmp_path, monkeypatch, moment):
+    """Settled at that moment, it went on with the lock of a folder that was being deleted, and lost what it wrote."""
+    staging = tmp_path / "x.tmp-0123456789ab"
+    staging.mkdir()
+    mine: list[Any] = []
+
+    def interrupted(real: Callable, *args: Any, **more: Any) -> Any:
+        """The writer's turn: the lock that it opened before, or a new one; then what it writes."""
+        if not mine:
+            mine.append(None)
+            with suppress(FileNotFoundError, BlockingIOError):
+                mine[0] = _locked_file(staging)
+                (staging / "new").write_text("mine")
+        return real(*args, **more)
+
+    monkeypatch.setattr(os, moment, partial(interrupted, getattr(os, moment)))
+    settle(tmp_path)
+    monkeypatch.undo()
+    assert mine
+    if mine[0] is None:
+        assert not staging.exists()
+    else:
+        assert (staging / "new").read_text() == "mine" and held(staging / "lock")
+        mine[0].close()
 
 
 def test_settle_deletes_what_writers_left_and_no_foreign_names(tmp_path):
