@@ -11,6 +11,7 @@ Where a template's text does not follow these rules, the conversation is refused
 
 import json
 import re
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -72,7 +73,7 @@ def _encoded(tokenizer: "PreTrainedTokenizerBase", document: str, limit: int) ->
     answers = chat.answers
     if not answers:
         return Encoded([], [], silent=True)
-    chat.check_tools()
+    chat.check_rendered()
     ids, shortened = chat.ids(), False
     while len(ids) > limit and answers:
         shortened = True
@@ -109,13 +110,28 @@ class _Chat:
         except Exception as error:  # a template is a program: it fails in any way, raise_exception in its own
             raise UserError(f"{self}: the chat template fails: {reason(error)}") from error
 
-    def ids(self) -> list[int]:
-        return self._tokens(self.text())
+    @cached_property
+    def whole(self) -> str:
+        return self.text()
 
-    def check_tools(self) -> None:
-        """UserError where the template has no place for a tool or for its call: it would be skipped in silence."""
-        calls = [call for message in self.messages for call in message.get("tool_calls") or []]
-        text = self.text() if calls or self.tools else ""
+    def ids(self) -> list[int]:
+        return self._tokens(self.whole)
+
+    def check_rendered(self) -> None:
+        """UserError where the template has no place for a message's text, a tool or a call: it would skip them unsaid.
+
+        Line breaks and spaces may differ, and what comes before `</think>`, which templates drop from earlier answers.
+        """
+        calls, text = [call for message in self.messages for call in message.get("tool_calls") or []], self.whole
+        bare = _bare(text)
+        for index, message in enumerate(self.messages):
+            content = message.get("content")
+            said = content.rpartition("</think>")[2] if isinstance(content, str) else ""
+            if _bare(said) not in bare and _bare(json.dumps(said)[1:-1]) not in bare:
+                raise UserError(
+                    f"{self}: the chat template has no place for the text of message {index}, of the role "
+                    f"{message['role']}; give it one that has"
+                )
         for kind, each in [("tool", tool) for tool in self.tools or []] + [("call of", call) for call in calls]:
             name = each.get("function", each).get("name")
             if name is not None and name not in text:
@@ -142,7 +158,7 @@ class _Chat:
         return [bool(said) for said in found["assistant_masks"]]
 
     def _by_prefix(self, ids: list[int]) -> list[bool]:
-        spoken, whole = [False] * len(ids), self.text()
+        spoken, whole = [False] * len(ids), self.whole
         for index in self.answers:
             before, through = self.text(index, prompt=True), self.text(index + 1)
             if not through.startswith(before):
@@ -195,6 +211,11 @@ class _Chat:
     def __str__(self) -> str:
         text = " ".join(str(self.messages[0].get("content")).split())
         return f"the conversation of {len(self.messages)} messages that begins with {text[:60]!r}"
+
+
+def _bare(text: str) -> str:
+    """The text without white space."""
+    return "".join(text.split())
 
 
 def _special(tokenizer: Any) -> dict[int, str]:

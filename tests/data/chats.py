@@ -27,6 +27,7 @@ HEADERS = """{{ '<s>' }}{%- for m in messages -%}
 CALLS = """{{ '<s>' }}{%- for t in tools or [] -%}{{ t.function.name }};{%- endfor -%}
 {%- for m in messages -%}
 {%- if m.role == 'user' -%}{{ '<|User|>' + m.content }}
+{%- elif m.role == 'system' -%}{{ m.content }}
 {%- elif m.role == 'tool' -%}{{ '[result]' + m.content + '[/result]' }}
 {%- elif m.role == 'assistant' -%}
 {%- if loop.index0 == 0 or messages[loop.index0 - 1].role != 'tool' -%}{{ '<|Assistant|>' }}{%- endif -%}
@@ -92,6 +93,12 @@ MANY_CALLS = [
     {"role": "assistant", "content": "33 in all."},
     {"role": "user", "content": "And half?"},
     {"role": "assistant", "content": "16.5"},
+]
+ONE_CALL = [  # as templates want it that take one call at a time, without text beside it, with an id of nine characters
+    *said("Weather in Bern?"),
+    {"role": "assistant", "content": "", "tool_calls": [{**CALL, "id": "abcdefghi"}]},
+    {"role": "tool", "content": "12 degrees", "tool_call_id": "abcdefghi"},
+    *said("", "It is 12 degrees.")[1:],
 ]
 SPOKEN_OF_MANY_CALLS = [
     '[call]weather{"city": "Bern"}[call]weather{"city": "Rome"}<|eot|>',

@@ -17,6 +17,7 @@ from tests.data.chats import (
     CHATS,
     MANY_CALLS,
     MANY_TOOLS,
+    ONE_CALL,
     SPOKEN_OF_MANY_CALLS,
     TEMPLATES,
     TOOL,
@@ -119,6 +120,11 @@ REFUSED = {
     "words replaced": (
         "{{ m.content }}{{ '<|im_end|>' }}",
         "{{ m.content if loop.last else 'It said something.' }}{{ '<|im_end|>' }}",
+        "no place for the text of message 1, of the role assistant",
+    ),
+    "words added": (
+        "{{ m.content }}{{ '<|im_end|>' }}",
+        "{{ m.content if loop.last else m.content ~ ', it said' }}{{ '<|im_end|>' }}",
         "is another one once later messages follow",
     ),
     "cut inside a token": ("<|im_start|>assistant\\n", "assistant: th", "change with what follows"),
@@ -143,6 +149,25 @@ def test_a_closing_token_inside_an_answer_does_not_end_it_unnoticed():
 def test_a_template_without_tools_is_refused():
     assert "no place for the tool weather" in refusal(tokenizer("chatml"), said("Hi", "Hello"), [TOOL])
     assert "no place for the call of weather" in refusal(tokenizer("chatml"), WITH_TOOLS)
+
+
+# role: (the piece of the template, what stays of it, the message that is named)
+SKIPPED = {
+    "system": ("{{ m.content }}", "", 0),
+    "tool": ("+ m.content +", "+", 4),  # the first result stands in the answer behind it too
+    "assistant": ("{{ m.content or '' }}", "", 2),
+}
+
+
+@pytest.mark.parametrize("role", SKIPPED)
+def test_a_template_that_skips_a_messages_text_is_refused(role):
+    """Mistral's skips the system prompt where an answer comes last, Llama's the text beside a call."""
+    old, new, number = SKIPPED[role]
+    chosen = tokenizer("calls")
+    assert old in chosen.chat_template
+    chosen.chat_template = chosen.chat_template.replace(old, new)
+    refused = refusal(chosen, [{"role": "system", "content": "Be brief."}, *WITH_TOOLS], [TOOL])
+    assert f"no place for the text of message {number}, of the role {role}; give it one" in refused
 
 
 def test_a_template_that_fails_is_named():
@@ -205,6 +230,65 @@ MARKED: dict[str, list[tuple[str, str]]] = {  # where marks go into the real tem
 }
 
 
+MARKED |= {
+    "qwen2_5": [
+        (
+            "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}",
+            "{{- '<|im_start|>' + message.role + '\\n' }}{%- if message.role == 'assistant' %}{% generation %}"
+            "{{- message.content + '<|im_end|>' }}{% endgeneration %}{%- else %}{{- message.content + '<|im_end|>' }}"
+            "{%- endif %}{{- '\\n' }}",
+        ),
+        (
+            "{{- '<|im_start|>' + message.role }}\n        {%- if message.content %}\n            "
+            "{{- '\\n' + message.content }}",
+            "{{- '<|im_start|>' + message.role + '\\n' }}{% generation %}\n        {%- if message.content %}\n"
+            "            {{- message.content }}",
+        ),
+        (
+            '{{- \'\\n<tool_call>\\n{"name": "\' }}',
+            "{{- ('' if loop.first and not message.content else '\\n') + '<tool_call>\\n{\"name\": \"' }}",
+        ),
+        (
+            "{{- '<|im_end|>\\n' }}\n    {%- elif message.role == \"tool\" %}",
+            "{{- '<|im_end|>' }}{% endgeneration %}{{- '\\n' }}\n    {%- elif message.role == \"tool\" %}",
+        ),
+    ],
+    "llama3_2": [
+        (
+            "+ '<|end_header_id|>\\n\\n'+ message['content'] | trim + '<|eot_id|>' }}",
+            "+ '<|end_header_id|>\\n\\n' }}{%- if message['role'] == 'assistant' %}{% generation %}"
+            "{{- message['content'] | trim + '<|eot_id|>' }}{% endgeneration %}{%- else %}"
+            "{{- message['content'] | trim + '<|eot_id|>' }}{%- endif %}",
+        ),
+        ('{{- \'{"name": "\' + tool_call.name', '{% generation %}{{- \'{"name": "\' + tool_call.name'),
+        (
+            '{{- "<|eot_id|>" }}\n    {%- elif message.role == "tool"',
+            '{{- "<|eot_id|>" }}{% endgeneration %}\n    {%- elif message.role == "tool"',
+        ),
+    ],
+    "mistral_nemo": [
+        ('{{- "[TOOL_CALLS][" }}', '{% generation %}{{- "[TOOL_CALLS][" }}'),
+        (
+            '{%- endfor %}\n    {%- elif message["role"] == "assistant" %}\n'
+            '        {{- message["content"] + eos_token}}',
+            '{%- endfor %}{% endgeneration %}\n    {%- elif message["role"] == "assistant" %}\n'
+            '{% generation %}{{- message["content"] + eos_token}}{% endgeneration %}',
+        ),
+    ],
+}
+MANY: list[tuple[Any, Any]] = [(WITH_TOOLS, [TOOL]), (MANY_CALLS, MANY_TOOLS)]
+WITH_CALLS = {"qwen3": MANY, "qwen2_5": MANY, "llama3_2": [(ONE_CALL, [TOOL])], "mistral_nemo": [(ONE_CALL, [TOOL])]}
+NOT_THESE = {  # what real templates refuse
+    ("qwen2_5", "three answers"): "change with what follows them",  # an answer begins with a line break
+    ("mistral_nemo", "system"): "no place for the text of message 0, of the role system",  # unless a question is last
+    ("llama3_1", "other calls"): "no place for the tool weather",
+    ("llama3_2", "other calls"): "no place for the text of message 1, of the role assistant",
+    ("mistral_nemo", "other calls"): "Tool call IDs",
+    ("deepseek_v3", "other calls"): "no place for the tool weather",
+    ("gemma3", "other calls"): "roles must alternate",
+}
+
+
 @pytest.mark.skipif("MEGAKD_CHAT_TOKENIZERS" not in os.environ, reason="MEGAKD_CHAT_TOKENIZERS names no folder")
 @pytest.mark.parametrize("name", MARKED)
 def test_real_templates(name):
@@ -213,11 +297,12 @@ def test_real_templates(name):
     for old, new in MARKED[name]:
         assert old in marked.chat_template, old
         marked.chat_template = marked.chat_template.replace(old, new)
-    chats: list[tuple[Any, Any]] = [(messages, None) for messages in CHATS.values()]
-    chats += [(WITH_TOOLS, [TOOL]), (MANY_CALLS, MANY_TOOLS)] if name == "qwen3" else []
-    for messages, tools in chats:
+    chats = [(chat, messages, None) for chat, messages in CHATS.items()]
+    for chat, messages, tools in [*chats, *(("calls", *each) for each in WITH_CALLS.get(name, []))]:
+        if reason := NOT_THESE.get((name, chat)):
+            assert reason in refusal(plain, messages, tools)
+            continue
         found = encode_conversation(plain, document(messages, tools), 10_000)
         assert (found.ids, found.spoken) == own_mask(marked, messages, tools), messages
-    if name != "qwen3":  # these templates render no tools, or not these calls
-        refused = refusal(plain, WITH_TOOLS, [TOOL])
-        assert "no place for the tool weather" in refused or "roles must alternate" in refused
+    if reason := NOT_THESE.get((name, "other calls")):
+        assert reason in refusal(plain, WITH_TOOLS, [TOOL])

@@ -1,4 +1,4 @@
-"""Get the tokenizers and chat templates of four instruct models, for the test that compares label masks with theirs.
+"""Get the tokenizers and chat templates of seven instruct models, for the test that compares label masks with theirs.
 
     python tools/make/chat_tokenizers.py chat-tokenizers
     MEGAKD_CHAT_TOKENIZERS=chat-tokenizers pytest tests/data/test_templates.py
@@ -25,7 +25,7 @@ from megakd.system.files import publishing
 from megakd.system.terminal import accept_any_encoding
 
 VERSION = "3.7.2"
-NAMES = ("qwen3", "llama3_1", "deepseek_v3", "gemma3")
+NAMES = ("qwen3", "llama3_1", "deepseek_v3", "gemma3", "qwen2_5", "llama3_2", "mistral_nemo")
 SECONDS = 300  # for one package
 
 
