@@ -195,7 +195,8 @@ class LayerRunner:
         except Exception as error:  # a family's code, with layers that it was not made for: any kind may come
             raise UserError(
                 f"{self.sources.folder}: {self.config.model_type} cannot be run one layer at a time, as calibration "
-                f"does ({reason(error)}); set compress.calibration_tokens=0 in a new run"
+                f"does ({reason(error)}); set compress.calibration_tokens=0 in a new run, with "
+                "compress.method=shared_core"
             ) from error
 
     def _weights(self, index: int) -> dict[str, Tensor]:

@@ -245,11 +245,16 @@ def copy_side_files(source: Path, target: Path) -> None:
 
 
 def write_config(folder: Path, config: Any) -> None:
-    """Write a Hugging Face config as config.json; a student's with the code that reads it (`copy_code`)."""
+    """Write a Hugging Face config as config.json; a student's with the code that reads it (`copy_code`).
+
+    Without the folder that it was read from: that is a path of this machine.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if is_student(config):
         copy_code(folder, config)
-    write_json(folder / "config.json", json.loads(config.to_json_string(use_diff=False)))
+    value = json.loads(config.to_json_string(use_diff=False))
+    value.pop("_name_or_path", None)
+    write_json(folder / "config.json", value)
 
 
 def is_student(config: Any) -> bool:

@@ -312,6 +312,7 @@ def test_load_model_refuses_missing_tensors(teacher, tmp_path, missing):
 
 def test_config_is_written_whole(teacher, tmp_path):
     write_config(tmp_path / "new", load_config(teacher))
+    assert "_name_or_path" not in (tmp_path / "new" / "config.json").read_text()
     theirs, mine = ({**load_config(folder).to_dict(), "_name_or_path": ""} for folder in (teacher, tmp_path / "new"))
     assert mine == theirs
 
