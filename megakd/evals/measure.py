@@ -31,7 +31,8 @@ from megakd.measured import record_rate
 from megakd.models.flops import forward_flops
 from megakd.models.isolation import check_config, check_model
 from megakd.models.loading import load_model
-from megakd.models.routing import Router, choices, copies, find_routers, in_place_of
+from megakd.models.routers import Router, find_routers
+from megakd.models.routing import choices, copies, in_place_of
 from megakd.models.tables import check_tables
 from megakd.names import resolve
 from megakd.objectives.heads import OtherLogits

@@ -9,7 +9,8 @@ import torch
 
 from megakd.data.records import IGNORED, Batch
 from megakd.losses.router import routing_entropy
-from megakd.models.routing import Choice, Router
+from megakd.models.routers import Router
+from megakd.models.routing import Choice
 
 
 class RouterStatistics:

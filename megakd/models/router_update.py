@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megakd.errors import UserError
 from megakd.models.hub import Checkpoint, empty_model
-from megakd.models.routing import find_routers
+from megakd.models.routers import find_routers
 from megakd.models.sources import module_names
 from megakd.system.files import read_json, write_json
 

@@ -16,6 +16,9 @@ COMMON = {
     "has_post_expert_norm": (False, "a norm behind each expert"),
 }
 
+# names of the field that says how many experts a token uses
+ACTIVE = ("num_experts_per_tok", "top_k_experts", "moe_k", "moe_topk")
+
 
 class MoESpec(NamedTuple):
     """One model's experts, E of them with D hidden and F inner sizes in each of `layers`.
@@ -106,8 +109,7 @@ def _find(config: Any, place: str) -> "MoESpec | str":
 
 def active_experts(config: Any) -> int:
     """How many experts a token uses."""
-    names = ("num_experts_per_tok", "top_k_experts", "moe_k", "moe_topk")
-    return next(getattr(config, name) for name in names if getattr(config, name, None) is not None)
+    return next(getattr(config, name) for name in ACTIVE if getattr(config, name, None) is not None)
 
 
 def experts_of(module: Any) -> Any:

@@ -1,5 +1,7 @@
 """Distillation from cached teacher targets: the student's forward and the loss, inside one module."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -66,7 +68,8 @@ def fused_head(student: Any, vocab_size: int, check: bool = True) -> FusedHead:
         f"{config.model_type}: logits are not the output embeddings times the decoder's last hidden state; this family "
         "cannot be distilled yet"
     )
-    if getattr(embeddings, "bias", None) is not None or student.get_decoder() is not _decoder(student):
+    path = decoder_path(student)
+    if getattr(embeddings, "bias", None) is not None or not path or "." in path:
         raise refused
     if check and not _same_logits(*_with_weights(student, head)):
         raise refused
@@ -84,36 +87,51 @@ def _with_weights(student: Any, head: FusedHead) -> tuple[Any, FusedHead]:
     return twin, FusedHead(twin.get_output_embeddings().weight, len(rows), head.scale, head.softcap)
 
 
-def _decoder(student: Any) -> Any:
-    return getattr(student, student.base_model_prefix)
-
-
 @torch.no_grad()
 def _same_logits(student: Any, head: FusedHead) -> bool:
     """Whether the student makes of random hidden states the logits that `head` does; its decoder is not run."""
-    weight, decoder = head.weight, _decoder(student)
+    weight = head.weight
     generator = torch.Generator().manual_seed(0)  # on the CPU, so that every device is asked the same
     hidden = torch.randn(1, 2, weight.shape[1], generator=generator, dtype=weight.dtype).to(weight.device)
     tokens = torch.zeros(1, 2, dtype=torch.int64, device=weight.device)
-    setattr(student, student.base_model_prefix, _Answer(hidden))
-    try:
+    with answering(student, hidden):
         theirs = student(tokens, use_cache=False).logits[..., : head.vocab_size].float()
-    finally:
-        setattr(student, student.base_model_prefix, decoder)
     return torch.allclose(theirs, head.logits(hidden).float(), atol=1e-2 * float(theirs.abs().max()), rtol=0)
 
 
-class _Answer(nn.Module):
-    """A decoder that always says the same."""
+def decoder_path(model: Any) -> str:
+    """The name of a causal LM's decoder among its modules; empty where it is the model itself."""
+    decoder = model.get_decoder()
+    return next(name for name, module in model.named_modules() if module is decoder)
 
+
+@contextmanager
+def answering(model: Any, hidden_BTD: Tensor) -> Iterator[None]:
+    """`model` with a decoder that returns these hidden states whatever it reads."""
+    path, decoder = decoder_path(model), model.get_decoder()
+    parent, _, child = path.rpartition(".")
+    setattr(model.get_submodule(parent), child, _Answer(hidden_BTD))
+    try:
+        yield
+    finally:
+        setattr(model.get_submodule(parent), child, decoder)
+
+
+class _Answer(nn.Module):
     def __init__(self, hidden: Tensor):
         super().__init__()
         self.hidden = hidden
 
     def forward(self, *args: Any, **kwargs: Any) -> MoeModelOutputWithPast:
-        output: Any = MoeModelOutputWithPast(last_hidden_state=self.hidden)  # type: ignore[arg-type]
-        output.cross_attentions = None  # GPT-2 and its relatives read it
-        return output
+        return _OnlyHidden(last_hidden_state=self.hidden)  # type: ignore[arg-type]
+
+
+class _OnlyHidden(MoeModelOutputWithPast):
+    """Hidden states; None for all else that a family reads, such as Gemma 4's shared_kv_states."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
 
 
 def stored_in(facts: dict[str, Any]) -> Stored:

@@ -3,16 +3,14 @@
 B sequences, T positions, n tokens of a chunk, D hidden size, V real vocabulary.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from transformers.modeling_outputs import MoeModelOutputWithPast
+from torch import Tensor
 
 from megakd.errors import UserError
-from megakd.objectives.cached import fused_head
+from megakd.objectives.cached import answering, fused_head
 
 FIRST = 8  # tokens on which the logits of the parts are compared with those of the whole model
 
@@ -79,34 +77,10 @@ def _fused_logits(model: Any, vocab_size: int) -> Callable[[Tensor], Tensor] | N
 def _own_logits(model: Any, vocab_size: int) -> Callable[[Tensor], Tensor]:
     def logits(hidden_nD: Tensor) -> Tensor:
         tokens = torch.zeros(1, len(hidden_nD), dtype=torch.int64, device=hidden_nD.device)
-        with _answering(model, hidden_nD[None]):
+        with answering(model, hidden_nD[None]):
             return model(tokens, use_cache=False).logits[0, :, :vocab_size]
 
     return logits
-
-
-@contextmanager
-def _answering(model: Any, hidden_1nD: Tensor) -> Iterator[None]:
-    """`model` with a decoder that returns these hidden states."""
-    decoder = model.get_decoder()
-    path = next(name for name, module in model.named_modules() if module is decoder)
-    parent = model.get_submodule(path.rpartition(".")[0])
-    setattr(parent, path.rpartition(".")[2], _Returns(hidden_1nD))
-    try:
-        yield
-    finally:
-        setattr(parent, path.rpartition(".")[2], decoder)
-
-
-class _Returns(nn.Module):
-    """A decoder that returns the same hidden states whatever it reads."""
-
-    def __init__(self, hidden_BTD: Tensor):
-        super().__init__()
-        self.hidden_BTD = hidden_BTD
-
-    def forward(self, *args: Any, **kwargs: Any) -> MoeModelOutputWithPast:
-        return MoeModelOutputWithPast(last_hidden_state=self.hidden_BTD)  # type: ignore[arg-type]
 
 
 def _same(theirs_nV: Tensor, ours_nV: Tensor) -> bool:

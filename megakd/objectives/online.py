@@ -21,7 +21,8 @@ from megakd.losses.per_token import kl_each
 from megakd.losses.reference import DistillTerms
 from megakd.losses.signals import Dense
 from megakd.losses.spans import span_likelihoods, span_means, span_sizes
-from megakd.models.routing import Counts, Routed, Router, experts_for, find_routers, scheduled, weighed
+from megakd.models.routers import Router, find_routers
+from megakd.models.routing import Counts, Routed, choices, experts_for, scheduled, weighed
 from megakd.objectives.across import of_tokens, per_token, span_scores, units_of
 from megakd.objectives.base import LossReport, Objective, check_spans, projection
 from megakd.objectives.cached import fused_head
@@ -153,7 +154,12 @@ class OnlineDistillation(Objective):
         expected = self._expect(own.last_hidden_state, batch) if self.learned else None
         counts = self._counts(expected, batch) if expected else None
         changed = self.found if online.importance or self.learned else []
-        with torch.no_grad(), weighed(changed, self._factors(batch.tokens.device, expected), counts) as routed:
+        # choices refuses routers that take another number of experts than they were told
+        with (
+            torch.no_grad(),
+            choices(self.found),
+            weighed(changed, self._factors(batch.tokens.device, expected), counts) as routed,
+        ):
             theirs = self._ask(teacher, batch if batch.paired is None else batch.paired.teacher)
         states = own.last_hidden_state, theirs.last_hidden_state
         if batch.paired is None:
@@ -192,7 +198,7 @@ class OnlineDistillation(Objective):
         if online.routing == "capacity":
             named["capacity"] = tokens * self.memory["capacity"][0]
         if online.routing in ("capacity", "top_m"):
-            named["experts"] = tokens * (sum(router.holder.top_k for router in self.found) / len(self.found))
+            named["experts"] = tokens * (sum(router.taken for router in self.found) / len(self.found))
         return LossReport(total, named)
 
     def _over_positions(self, hidden: Tensor, taught: Tensor, batch: Batch, expected: Estimates | None) -> Compared:

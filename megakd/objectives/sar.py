@@ -19,16 +19,8 @@ from megakd.losses.per_token import kl_each
 from megakd.losses.router import anchor, load_balance, routing_entropy
 from megakd.losses.signals import Dense
 from megakd.losses.spans import span_feature_loss, span_likelihood_loss, span_means
-from megakd.models.routing import (
-    Choice,
-    Router,
-    choices,
-    copies,
-    find_routers,
-    in_place_of,
-    learns_nothing,
-    scheduled,
-)
+from megakd.models.routers import Router, find_routers
+from megakd.models.routing import Choice, choices, copies, in_place_of, learns_nothing, scheduled
 from megakd.objectives.across import per_token, span_scores
 from megakd.objectives.base import LossReport, Objective, check_spans, last_hidden, projection
 from megakd.objectives.cached import fused_head
@@ -221,15 +213,20 @@ class SarDistillation(Objective):
 
 
 def check_schedule(routers: list[Router], sar: SarConfig) -> None:
-    """UserError where routers can learn nothing: one expert a token, with normalised weights."""
+    """UserError where routers can learn nothing, as with one expert a token and normalised weights."""
     for router in routers:
         counts = {scheduled(router, sar.routing, sar.initial_top_k, sar.final_top_k, share) for share in (0.0, 1.0)}
-        if min(counts) > 1 or router.module.weight.device.type == "meta":
+        if router.module.weight.device.type == "meta":
             continue
-        before = router.holder.top_k
-        router.take(1)
+        before = router.taken
+        router.take(min(counts))
         nothing = learns_nothing(router)
         router.take(before)
+        if nothing and min(counts) > 1:
+            raise UserError(
+                f"{router.name} learns nothing: outside training its family's routing weights do not depend on its "
+                "logits; to learn from a frozen teacher, make a new run with objective.kind=online"
+            )
         if nothing:
             raise UserError(
                 f"objective.routing: {sar.routing} gives {router.name} one expert a token, and this family normalises "

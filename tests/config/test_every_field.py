@@ -86,7 +86,7 @@ def _trained(objective: str, source: str) -> dict[str, Any]:
         report = made(batch if not live else batch._replace(targets=None))
         found[f"total {number}"] = report.total.item()
         found |= {f"{name} {number}": value.item() for name, value in report.terms.items()}
-        found[f"experts {number}"] = [(r.name, r.holder.top_k) for r in getattr(made, "found", [])]
+        found[f"experts {number}"] = [(r.name, r.taken) for r in getattr(made, "found", [])]
         for parameter in made.parameters():  # what holds parameters where they began shows only behind a step
             parameter.data.mul_(1.1)
         made.observe({"kl_t1": 5.0, **{name: value.item() for name, value in report.terms.items()}}, 60)

@@ -9,7 +9,8 @@ from megakd.data.batches import collate
 from megakd.data.records import IGNORED
 from megakd.evals.routers import RouterStatistics
 from megakd.models.loading import load_model
-from megakd.models.routing import choices, find_routers
+from megakd.models.routers import find_routers
+from megakd.models.routing import choices
 
 
 def test_they_are_what_a_count_by_hand_says(teacher, dataset):

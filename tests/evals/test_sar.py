@@ -22,7 +22,7 @@ from megakd.evals.attention import attention_overlap
 from megakd.evals.holdout import evaluate_model
 from megakd.evals.measure import Meter, Unusable, set_routers
 from megakd.models.loading import load_model
-from megakd.models.routing import find_routers
+from megakd.models.routers import find_routers
 from megakd.models.tiny import train_tokenizer
 from megakd.run import Run
 from tests.conftest import VOCABULARY, files, in_process, make_teacher

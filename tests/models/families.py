@@ -19,7 +19,8 @@ from megakd.errors import UserError
 from megakd.models.hub import model_of
 from megakd.models.isolation import ALONE, FLOAT32, measure
 from megakd.models.loading import load_model
-from megakd.models.routing import find_routers
+from megakd.models.routers import Router, find_routers
+from megakd.models.routing import choices, learns_nothing
 from megakd.models.sources import Sources, as_stored
 from megakd.models.spec import MoESpec, find_experts
 
@@ -46,11 +47,12 @@ MORE: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
-    "longcat_flash": {"head_dim": 16},
     "zaya": {"num_experts_per_tok": 1, "num_experts": 8},
     "bailing_hybrid": {"num_hidden_layers": 8, "head_dim": 16},
     "kimi_linear": {"num_hidden_layers": 8},
     "hunyuan_v1_moe": {"head_dim": 16},
+    "deepseek_v4": {"head_dim": 128, "index_head_dim": 16},
+    "longcat_flash": {"head_dim": 8},
     "gemma4_text": {"layer_types": ["sliding_attention", "full_attention"] * 2},
 }
 WORKS = [
@@ -72,6 +74,7 @@ REFUSED = {
     "longcat_flash": "no interface that transformers describes",
     "llama4_text": "no interface that transformers describes",
 }
+TOKENS = torch.randint(3, 120, (2, 12), generator=torch.Generator().manual_seed(1))
 
 
 def small_model(family: str, **changes: Any) -> Any:
@@ -111,12 +114,57 @@ def row(family: str) -> list[str]:
 
 
 def routers(model: Any) -> str:
-    """Whether its routers are found by role and shape."""
+    """Whether its routers are found, one for each block with experts, and are what SAR trains and listens to."""
     try:
-        find_routers(model, "here")
-    except UserError:
-        return "not found"
+        found = find_routers(model, "here")
+    except UserError as error:
+        why = re.search(r"here: the router .* cannot be trained alone: (.*)", str(error))
+        assert why, error
+        return f"refused: {why[1]}"
+    blocks = {name.rpartition(".")[0] for name, _ in model.named_modules() if name.endswith(".experts")}
+    assert {router.name.removesuffix(f".{router.path}") for router in found} == blocks and len(found) == len(blocks)
+    if all(map(learns_nothing, found)):
+        return "refused: outside training its weights do not depend on its logits"
+    check_routers(model, found, 3)
+    check_one_expert(model, found)
     return "found"
+
+
+def check_routers(model: Any, found: list[Router], active: int) -> None:
+    """Logits are the matrix times what goes into it, and `active` experts are taken; the output depends on both."""
+    inputs: dict[str, Tensor] = {}
+    for router in found:
+        router.take(active)
+        router.module.weight.grad = None
+    handles = [
+        router.module.register_forward_pre_hook(lambda _, args, name=router.name: inputs.update({name: args[0]}))
+        for router in found
+    ]
+    with choices(found) as chosen:
+        out = model(TOKENS, use_cache=False).logits
+    out.square().sum().backward()
+    for handle, router, choice in zip(handles, found, chosen, strict=True):
+        handle.remove()
+        linear = router.module
+        expected = inputs[router.name].double().flatten(0, -2) @ linear.weight.double().T
+        if getattr(linear, "bias", None) is not None:
+            expected += linear.bias.double()
+        assert float((choice.logits - expected).norm() / expected.norm()) <= 1e-5, router.name
+        assert choice.experts.shape == (TOKENS.numel(), active) and int(choice.experts.max()) < router.experts
+        assert linear.weight.grad is not None and linear.weight.grad.any(), router.name
+
+
+def check_one_expert(model: Any, found: list[Router]) -> None:
+    """Whether one expert a token leaves a router without a gradient is what the whole model shows."""
+    for router in found:
+        router.take(1)
+        router.module.weight.grad = None
+    out = model(TOKENS, use_cache=False).logits.square().sum()
+    last = found[-1]  # no later layer chooses by what it changed
+    (gradient,) = torch.autograd.grad(out, last.module.weight)
+    assert learns_nothing(last) == (float(gradient.abs().max()) <= 1e-6 * float(out.detach())), last.name
+    for router in found:
+        router.take(router.active)
 
 
 def documents(model: Any) -> str:

@@ -3,18 +3,8 @@ import torch
 from torch import nn
 
 from megakd.errors import UserError
-from megakd.models.routing import (
-    Counts,
-    choices,
-    copies,
-    describe,
-    experts_for,
-    find_routers,
-    in_place_of,
-    learns_nothing,
-    scheduled,
-    weighed,
-)
+from megakd.models.routers import describe, find_routers
+from megakd.models.routing import Counts, choices, copies, experts_for, in_place_of, learns_nothing, scheduled, weighed
 from tests.models.students import EXPERTS, FAMILIES, HIDDEN, make_model
 
 TOKENS = torch.randint(1, 61, (2, 9), generator=torch.Generator().manual_seed(1))
@@ -61,7 +51,7 @@ def test_every_family_has_one_router_a_layer_of_experts(model):
     assert [router.name for router in found] == [f"{block}.gate" for block in blocks] and len(found) == 2
     for router in found:
         assert router.module.weight.shape == (router.experts, HIDDEN) and router.experts == EXPERTS
-        assert router.active == 2 and getattr(router.block, router.child) is router.module
+        assert router.active == 2 and router.block.get_submodule(router.path) is router.module
     assert describe(found) == f"2 routers, 2 of 4 experts: {blocks[0]}.gate … {blocks[1]}.gate"
     # neither gate_proj nor the gate of a shared expert
     assert [r.name for r in find_routers(model, "teacher", ["gate", "router"])] == [r.name for r in found]
@@ -137,7 +127,7 @@ def test_the_model_as_it_was_can_be_asked_again(model):
         with in_place_of(found, kept):
             assert torch.equal(model(TOKENS).logits, before)
         assert torch.equal(model(TOKENS).logits, changed) and not torch.equal(changed, before)
-    assert [router.holder.top_k for router in found] == [1, 1]
+    assert [router.taken for router in found] == [1, 1]
 
 
 @torch.no_grad()
@@ -149,7 +139,7 @@ def test_every_token_takes_its_own_number_of_experts(model):
     router.take(EXPERTS)
     with weighed([router], None, Counts(counts, 1)) as routed:
         out = router.block(hidden)
-    assert router.holder.top_k == EXPERTS
+    assert router.taken == EXPERTS
     (found,) = routed
     for n, count in enumerate(counts.clamp(max=EXPERTS).tolist()):
         router.take(count)

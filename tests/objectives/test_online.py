@@ -170,12 +170,12 @@ def test_experts_count_by_their_share_of_the_gap(made, batch):
 
 def test_top_k_follows_the_capacity(made, batch):
     objective = made(routing="capacity", initial_top_k=1, final_top_k=4)
-    assert {router.holder.top_k for router in objective.found} == {1}
+    assert {router.taken for router in objective.found} == {1}
     for _ in range(60):
         objective.observe({"kl_t1": 0.2}, 1)
     assert objective.memory["capacity"][0] == pytest.approx(0.8187, abs=2e-3)
     objective.at(0.0, 60)
-    assert {router.holder.top_k for router in objective.found} == {4}
+    assert {router.taken for router in objective.found} == {4}
     counted = (batch.labels != IGNORED).sum().item()
     terms = objective(batch).terms
     assert terms["capacity"].item() / counted == pytest.approx(objective.memory["capacity"][0])

@@ -216,7 +216,7 @@ def test_experts_a_token_follow_the_rule(made, routing, counts):
     objective, found = made(**routing), []
     for share in (0.0, 0.5, 1.0):
         objective.at(share)
-        found.append({router.holder.top_k for router in objective.found})
+        found.append({router.taken for router in objective.found})
     assert found == [{count} for count in counts]
 
 

@@ -55,7 +55,7 @@ from megakd.config.objective import SarConfig
 from megakd.config.parsing import parse
 from megakd.errors import UserError
 from megakd.models.hub import empty_model, load_config
-from megakd.models.routing import describe, find_routers
+from megakd.models.routers import describe, find_routers
 from megakd.names import expand, resolve
 from megakd.system.logging import say
 from megakd.system.terminal import accept_any_encoding

@@ -69,7 +69,7 @@ from megakd.config.run import RunConfig
 from megakd.data.documents import SUFFIXES, find_files, iter_documents
 from megakd.errors import UserError
 from megakd.models.hub import empty_model
-from megakd.models.routing import describe, find_routers
+from megakd.models.routers import describe, find_routers
 from megakd.names import expand, resolve
 from megakd.run import Run
 from megakd.system.files import digest, publishing, read_json, write_json
