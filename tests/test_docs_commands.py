@@ -145,6 +145,9 @@ def write_chats(documents: list[str]) -> None:
     chats = [[("user", " ".join(words[:3])), ("assistant", " ".join(words[3:]))] for words in pairs]
     rows = [{"messages": [{"role": role, "content": text} for role, text in chat]} for chat in chats]
     Path("chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    senders = {"user": "human", "assistant": "gpt"}
+    rows = [{"conversations": [{"from": senders[role], "value": text} for role, text in chat]} for chat in chats]
+    Path("sharegpt.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def give(page: str, prepared: Path, trained: Path) -> None:

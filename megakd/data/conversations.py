@@ -2,7 +2,8 @@
 
 A conversation is {"messages": [...], "tools": [...] or null, "counted_from": n}: the assistant's messages before the
 n-th are context, as those of a prompt are. As a string it is a document like any other: the validation set, the hash of
-what is packed and the worker processes treat it as text.
+what is packed and the worker processes treat it as text. Messages of ShareGPT's form ({"from": …, "value": …}) become
+{"role": …, "content": …}.
 """
 
 import json
@@ -15,6 +16,10 @@ from megakd.data.hub import hub_rows
 from megakd.data.lines import OnBad, json_lines, refuse
 from megakd.data.tables import open_table
 from megakd.errors import UserError, foreign, listed
+
+# what `from` says in ShareGPT's form → the role of a chat template
+SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+SHAREGPT |= {"tool": "tool"}
 
 
 class Columns(NamedTuple):
@@ -93,22 +98,29 @@ def _messages(value: Any, role: str | None, place: str) -> list[dict[str, Any]]:
         return []
     if not isinstance(messages, list):
         raise UserError(f"{place}: {type(messages).__name__}, expected a list of messages")
-    for number, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise UserError(f'{place}: message {number} is no {{"role": …, "content": …}}{_other_keys(message)}')
-    return messages
+    return [_message(message, f"{place}: message {number}") for number, message in enumerate(messages)]
 
 
-def _other_keys(message: Any) -> str:
-    """What a message has instead, and what to do about it where it is of ShareGPT's form."""
-    if not isinstance(message, dict):
-        return ""
-    if {"from", "value"} <= message.keys():
-        return (
-            "; it has ShareGPT's from and value: rename them to role and content, and their human to user, gpt to "
-            "assistant"
-        )
-    return f"; it has {listed(message)}"
+def _message(message: Any, place: str) -> dict[str, Any]:
+    """A message with role and content, as chat templates take it."""
+    if isinstance(message, dict) and {"from", "value"} <= message.keys() and "role" not in message:
+        message = _of_sharegpt(message, place)
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        keys = f"; it has {listed(message)}" if isinstance(message, dict) else ""
+        raise UserError(f'{place} is no {{"role": …, "content": …}}{keys}')
+    if message["role"] == "assistant" and message.get("weight") not in (None, 1):
+        raise UserError(f"{place} has the weight {message['weight']!r}; every answer counts once: remove the weight")
+    return message
+
+
+def _of_sharegpt(message: dict[str, Any], place: str) -> dict[str, Any]:
+    sender, text = message["from"], message["value"]
+    if not isinstance(sender, str) or sender not in SHAREGPT:
+        raise UserError(f"{place}: unknown role {sender!r} in from; known are {', '.join(SHAREGPT)}")
+    if not isinstance(text, str):
+        raise UserError(f"{place}: value holds {type(text).__name__}, not text")
+    others = {key: value for key, value in message.items() if key not in ("from", "value")}
+    return {"role": SHAREGPT[sender], "content": text, **others}
 
 
 def _parsed(value: Any, place: str) -> Any:

@@ -57,6 +57,26 @@ def test_an_answer_without_text_keeps_its_content(tmp_path):
     assert json.loads(read(tmp_path / "some.parquet")[0])["messages"] == [*said("Hi"), call]
 
 
+@pytest.mark.parametrize("name", ["some.jsonl", "some.parquet"])
+def test_messages_of_sharegpt_are_those_of_roles(tmp_path, name):
+    """The same conversations as with role and content, in a column of another name."""
+    senders = {"user": "human", "assistant": "gpt", "system": "system", "tool": "tool"}
+    chats = [[*said("Hi", "Hello", "More", "No"), {"role": "tool", "content": "3"}], said("Hi", "Hello")]
+    chats[1].insert(0, {"role": "system", "content": "Be kind"})
+    rows = [
+        {"conversations": [{"from": senders[m["role"]], "value": m["content"]} for m in chat], "id": "7"}
+        for chat in chats
+    ]
+    rows[0]["conversations"][0]["weight"] = 0  # of a question, which never counts
+    rows[0]["conversations"][1]["weight"] = 1
+    if name.endswith(".parquet"):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / name)
+    else:
+        lines(tmp_path, *rows)
+    chats[0][0]["weight"], chats[0][1]["weight"] = 0, 1
+    assert read(tmp_path / name, MESSAGES._replace(messages="conversations")) == [document(chat) for chat in chats]
+
+
 def test_columns_that_store_json_as_text(tmp_path):
     path = lines(tmp_path, {"messages": json.dumps(WITH_TOOLS), "tools": json.dumps([TOOL])})
     assert read(path) == [document(WITH_TOOLS, [TOOL])]
@@ -87,7 +107,12 @@ def test_columns_have_the_names_that_are_given(tmp_path):
         ({"text": "Hi"}, "no column 'messages'; data.messages_field of data.format=messages may be text"),
         ({"messages": 3}, "messages: int, expected a list of messages"),
         ({"messages": ["Hi"]}, "message 0 is no {"),
-        ({"messages": [{"from": "human", "value": "Hi"}]}, "rename them to role and content, and their human to user"),
+        ({"messages": [{"from": "narrator", "value": "Hi"}]}, "message 0: unknown role 'narrator' in from; known are"),
+        ({"messages": [{"from": ["gpt"], "value": "Hi"}]}, "message 0: unknown role ['gpt'] in from"),
+        ({"messages": [{"from": "gpt", "value": None}]}, "message 0: value holds NoneType, not text"),
+        ({"messages": [{"from": "gpt"}]}, "message 0 is no {"),
+        ({"messages": [*said("Hi"), {"from": "gpt", "value": "", "weight": 0}]}, "message 1 has the weight 0; every"),
+        ({"messages": [{"role": "assistant", "content": "", "weight": 0.5}]}, "message 0 has the weight 0.5"),
         ({"messages": [{"speaker": "human", "text": "Hi"}]}, "it has speaker, text"),
         ({"messages": "no JSON"}, "text that is no JSON"),
         ({"messages": said("Hi"), "tools": {"name": "f"}}, "expected a list of JSON schemas"),
