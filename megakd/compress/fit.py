@@ -1,8 +1,9 @@
-"""Fit one projection's experts in the form a student stores: a shared core and low-rank wrappers, or a shared basis.
+"""Fit one projection's experts in the form a student stores: a shared core and low-rank wrappers, or shared bases.
 
 In the frame of the fit every projection is E matrices W_e [F, D] (F expert hidden, D hidden; down is transposed):
     wrappers  W_e ~ L_e C + Q_e V_e^T,  L_e = I + U_e S_e^T;  U, S [F, core rank], Q [F, free rank], V [D, free rank]
     basis     W_e ~ A_e Z_g(e),  A_e [F, k], Z [G, k, D]
+    mixture   W_e ~ A_e sum_g m_eg Z_g
 and the objective is J = sum_e p_e ||M_e (W_e - fit_e) N||^2 (metric.py). Solvers see
 whitened matrices M_e W_e N alone.
 """
@@ -18,6 +19,7 @@ from megakd.compress.adam import fit_seed_form, fused
 from megakd.compress.als import Wrappers, fit_wrappers
 from megakd.compress.basis import Basis, balance_basis, fit_basis, projected
 from megakd.compress.metric import Metric, Statistics, make_metric, unwhiten_left, unwhiten_right, whiten
+from megakd.compress.mixture import Mixture, balance_mixture, fit_mixture
 from megakd.compress.threads import Threads, threads_over
 from megakd.errors import UserError
 from megakd.models.shared_core import Form, free_and_core_rank, make_form
@@ -72,7 +74,7 @@ def fit_projection(
         for damping in candidates[1:]:
             # the better of two at once: factors of all candidates would not fit
             found = min(found, _attempt(task, damping), key=lambda attempt: attempt.total)
-    if isinstance(found.factors, Basis):
+    if not isinstance(found.factors, Wrappers):
         return _basis_tensors(found.factors, projection, form), found.fit
     return _wrapper_tensors(found.factors, projection), found.fit
 
@@ -139,7 +141,7 @@ class _Attempt(NamedTuple):
     """total: squared error in the held-out metric by share, without statistics the squared error of all."""
 
     total: float
-    factors: Wrappers | Basis
+    factors: Wrappers | Basis | Mixture
     fit: Fit
 
 
@@ -148,18 +150,15 @@ def _attempt(task: _Task, damping: float) -> _Attempt:
     frame, threads = task.frame, task.threads
     metric = make_metric(task.statistics, task.projection, damping, task.exempt, frame, threads)
     whitened = whiten(frame, metric, threads)
-    if task.form.shape == "basis":
-        factors, sweeps = _fit_basis(task, metric, whitened)
-    else:
-        factors, sweeps = _fit_wrappers(task, metric, whitened)
+    fits = {"basis": _fit_basis, "mixture": _fit_mixture}
+    factors, sweeps = fits.get(task.form.shape, _fit_wrappers)(task, metric, whitened)
     del whitened, metric
     errors, weighted, total = _errors(task, factors)
     return _Attempt(total, factors, Fit(errors, weighted, sweeps, damping if task.statistics else None))
 
 
 def _fit_basis(task: _Task, metric: Metric, whitened: Tensor) -> tuple[Basis, int]:
-    if task.settings.solver == "adam":
-        raise UserError("compress.solver=adam fits wrappers alone; a basis needs compress.solver=als")
+    _check_solver(task)
     threads, size = task.threads, free_and_core_rank(task.form, task.projection)[1]
     z, group = fit_basis(whitened, metric, size, task.form.groups, threads)
     task.progress()
@@ -167,6 +166,28 @@ def _fit_basis(task: _Task, metric: Metric, whitened: Tensor) -> tuple[Basis, in
     a = unwhiten_left(projected(whitened, z, group, threads), metric, threads)
     a = a * (metric.importance > 0).to(a)[:, None, None]
     return balance_basis(Basis(unwhiten_right(z, metric), a, group)), 0
+
+
+def _fit_mixture(task: _Task, metric: Metric, whitened: Tensor) -> tuple[Mixture, int]:
+    _check_solver(task)
+    settings, size = task.settings, free_and_core_rank(task.form, task.projection)[1]
+    found, sweeps, _ = fit_mixture(
+        whitened,
+        metric,
+        size,
+        task.form.groups,
+        task.threads,
+        sweeps=settings.sweeps,
+        tolerance=settings.tolerance,
+        progress=task.progress,
+    )
+    a = unwhiten_left(found.a, metric, task.threads)
+    return balance_mixture(Mixture(unwhiten_right(found.z, metric), a, found.mix)), sweeps
+
+
+def _check_solver(task: _Task) -> None:
+    if task.settings.solver == "adam":
+        raise UserError("compress.solver=adam fits wrappers alone; shared bases need compress.solver=als")
 
 
 def _fit_wrappers(task: _Task, metric: Metric, whitened: Tensor) -> tuple[Wrappers, int]:
@@ -228,19 +249,21 @@ def _wrapper_tensors(factors: Wrappers, projection: str) -> dict[str, Tensor]:
     return tensors
 
 
-def _basis_tensors(factors: Basis, projection: str, form: Form) -> dict[str, Tensor]:
+def _basis_tensors(factors: Basis | Mixture, projection: str, form: Form) -> dict[str, Tensor]:
     stacked = factors.z.flatten(0, 1)
     if projection == "down":
         core, name, own = stacked.T, "input_wrapper_down_right", factors.a
     else:
         core, name, own = stacked, f"output_wrapper_{projection}_left", factors.a.mT
     tensors = {f"shared_core.{projection}_proj.weight": core.contiguous(), f"experts.{name}": own.contiguous()}
-    if form.groups > 1:
+    if isinstance(factors, Mixture):
+        tensors[f"experts.basis_mix_{projection}"] = factors.mix[:, :, None].contiguous()
+    elif form.groups > 1:
         tensors[f"experts.basis_group_{projection}"] = factors.group
     return tensors
 
 
-def _errors(task: _Task, factors: Wrappers | Basis) -> tuple[Tensor, Tensor | None, float]:
+def _errors(task: _Task, factors: Wrappers | Basis | Mixture) -> tuple[Tensor, Tensor | None, float]:
     """(relative errors, relative errors in the held-out metric, total of the latter by share) of expanded matrices."""
     dtype, statistics, frame = factors[0].dtype, task.statistics, task.frame
 

@@ -6,12 +6,13 @@ E experts, A active experts per token, D hidden, F expert hidden.
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from megakd.models.shared_core import SHAPES, Form, make_form, stored_parameters
+from megakd.models.shared_core import Form, make_form, stored_parameters
 
 LEAST, MOST = 0.03, 0.95  # shares of the dense parameters between which forms are considered
 RANK_STEP = 8  # grouped matrix products want rows of 16 bytes, 8 numbers of bfloat16
 TINY = 128  # expert hidden sizes below it may have any rank
 GROUPS = 8  # of experts, each with a basis of its own, at most
+USUAL = ("wrappers", "additive", "basis")  # shapes that are considered unless others are named
 FINENESS = 6  # wrappers: steps of either rank are its 6th part
 
 
@@ -50,11 +51,11 @@ def dense_flops(active: int, hidden: int, expert_hidden: int) -> float:
     return 2.0 * active * hidden * expert_hidden
 
 
-def candidates(projection: str, sizes: Sizes, shapes: Sequence[str] = SHAPES, groups: int = GROUPS) -> list[Form]:
+def candidates(projection: str, sizes: Sizes, shapes: Sequence[str] = USUAL, groups: int = GROUPS) -> list[Form]:
     """Forms of between 3 and 95 % of the dense parameters; ranks are multiples of 8, of 1 in tiny layers.
 
-    groups: a basis is considered in 1, 2, 4 … groups up to this many. All of them run for every token: more than one
-    only where that takes no more FLOPs than the teacher.
+    groups: a basis is considered in 1, 2, 4 … groups up to this many, mixtures of up to twice as many. All of them run
+    for every token: more than one only where that takes no more FLOPs than the teacher.
     """
     experts, active, d, f = sizes
     step = RANK_STEP if min(f, d) >= TINY else 1
@@ -68,6 +69,10 @@ def candidates(projection: str, sizes: Sizes, shapes: Sequence[str] = SHAPES, gr
             most = min(d, experts // count * f)
             forms += [make_form("basis", projection, 0, k, count) for k in range(step, most + 1, step)]
     dense = experts * f * d
+
+    if "mixture" in shapes:
+        for count in _powers(min(2 * groups, experts // 2))[1:]:
+            forms += [make_form("mixture", projection, 0, k, count) for k in range(step, min(d, f) + 1, step)]
 
     def fits(form: Form) -> bool:
         if form.groups > 1 and form_flops(form, projection, active, d, f) > dense_flops(active, d, f):

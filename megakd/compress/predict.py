@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megakd.compress.forms import GROUPS, Candidate, Sizes, candidate, candidates
+from megakd.compress.forms import GROUPS, USUAL, Candidate, Sizes, candidate, candidates
 from megakd.compress.groups import find_groups, sketch
 from megakd.compress.metric import Metric, Statistics, make_metric, times, times_transposed, whiten
 from megakd.compress.threads import Threads, threads_over
-from megakd.compress.trials import ALL, Trials, WrapperErrors, learn, sample
-from megakd.models.shared_core import SHAPES, Form, free_and_core_rank, stored_parameters
+from megakd.compress.trials import ALL, Trials, WrapperErrors, learn, learn_mixtures, sample
+from megakd.models.shared_core import Form, free_and_core_rank, stored_parameters
 
 CURVES = 16  # experts whose singular values are computed, of a projection that is not fitted whole
 FIRST = 0.2  # of the work, which comes before the fits
@@ -26,7 +26,7 @@ def measure(
     projection: str,
     active: int,
     *,
-    shapes: Sequence[str] = SHAPES,
+    shapes: Sequence[str] = USUAL,
     groups: int = GROUPS,
     forms: Sequence[Form] | None = None,
     statistics: Statistics | None = None,
@@ -41,7 +41,7 @@ def measure(
     basis: exact, the eigenvalues of sum_e W_e^T W_e behind the k-th, with the groups of the fit. additive: singular
     values of W_e - core behind the r-th, times what a few fits gain over the best core alone. wrappers: a rank of the
     one on the core is worth so many ranks of the free one; how many, a few fits say. Beyond 4 million numbers, these
-    are of a sample of experts (trials.py).
+    are of a sample of experts (trials.py). mixture: what a basis in as many groups loses, times what a few fits gain.
     forms: instead of all candidates. progress: called with the share of the work that is done.
     """
     frame = weights.mT if projection == "down" else weights
@@ -58,19 +58,29 @@ def measure(
         energy = float(norms.sum())
         if energy == 0:  # a projection of zeros loses nothing
             return [candidate(form, projection, sizes, 0.0) for form in forms]
-        counts = {form.groups for form in forms if form.shape == "basis"}
+        counts = {form.groups for form in forms if form.based}
         bases = {count: lost / energy for count, lost in basis_curves(frame, counts, threads).items()}
-        ranks = {free_and_core_rank(form, projection): form for form in forms if form.shape != "basis"}
+        ranks = {free_and_core_rank(form, projection): form for form in forms if not form.based}
         if ranks:
             chosen = sample(norms, experts if frame.numel() <= ALL else CURVES)
             curve = _additive_curve(frame, left, core, norms, chosen)
     progress(FIRST)
-    shares = {pair: stored_parameters(form, projection, experts, d, f) / frame.numel() for pair, form in ranks.items()}
+
+    def share(form: Form) -> float:
+        return stored_parameters(form, projection, experts, d, f) / frame.numel()
+
+    mixtures = {
+        (form.groups, free_and_core_rank(form, projection)[1]): share(form) for form in forms if form.shape == "mixture"
+    }
+    mixed = learn_mixtures(frame, bases, mixtures, energy)
+    shares = {pair: share(form) for pair, form in ranks.items()}
     wrappers = WrapperErrors(curve)
     learn(wrappers, Trials(frame, norms, left), shares, lambda share: progress(FIRST + (1 - FIRST) * share))
 
     def error(form: Form) -> float:
         free, inner = free_and_core_rank(form, projection)
+        if form.shape == "mixture":
+            return mixed[form.groups].error(inner)
         return float(bases[form.groups][inner]) if form.shape == "basis" else wrappers.error(free, inner)
 
     return [candidate(form, projection, sizes, error(form)) for form in forms]

@@ -1,5 +1,7 @@
 """What wrappers of any two ranks would lose of a projection's energy, from fits of some ranks and some experts.
 
+And what mixtures of bases would, of which all experts are fitted.
+
 Matrices are M_e W_e, [E, F, D], in the frame of the fit; free wrappers alone are the shape `additive`. Predictions
 start from the exact curve of free wrappers around the best core alone. Trial fits say what a fitted core gains over
 that, and how many free ranks one rank on the core is worth; both are smooth over the ranks.
@@ -15,6 +17,7 @@ from torch import Tensor
 from megakd.compress.als import fit_wrappers
 from megakd.compress.forms import MOST
 from megakd.compress.metric import Metric, times
+from megakd.compress.mixture import fit_mixture
 from megakd.compress.threads import threads_over
 
 # where fits are tried: shares of the numbers; for wrappers, also of the largest core rank that is considered there
@@ -23,6 +26,8 @@ WRAPPERS = ((0.08, 0.35), (0.08, 1.0), (0.3, 0.35), (0.3, 1.0), (0.75, 0.35), (0
 # the same where experts are sampled; those in the middle are compared with fits to the end
 FEW_ADDITIVE, FEW_WRAPPERS = (0.15, 0.35, 0.7), ((0.08, 0.35), (0.08, 1.0), (0.3, 0.7), (0.75, 0.35), (0.75, 1.0))
 CHECKED, CHECKS = (0.15, 0.35, 0.6), 2  # shares of the numbers at which the best forms are fitted, how often
+MIXTURES, FEW_MIXTURES = (0.12, 0.25, 0.4, 0.65), (0.2, 0.5)  # shares of the numbers at which mixtures are fitted
+FEW_MIXED, MIXED_TOLERANCE = 6, 1e-4  # sweeps where experts are many; relative gain, as in a fit
 ALL = 2**22  # numbers of a projection up to which all of its experts are fitted to the end
 SAMPLED = 3 * 2**22  # numbers of the experts that are fitted beyond that
 FEWEST = 6  # of them
@@ -81,6 +86,51 @@ class WrapperErrors:
 
     def _place(self, free: int, core: int) -> np.ndarray:
         return np.array([math.sqrt((free + core) / (len(self.curve) - 1)), core / (free + core)])
+
+
+class MixtureErrors:
+    """Lost energy of mixtures of so many bases, for any size k, from that of a basis in as many groups and some fits.
+
+    curve: [D + 1], lost with bases of k and the groups of the fit. A fit gives the logarithm of its ratio to the curve,
+    0 at k = 0, linear in k between fits and constant beyond them.
+    """
+
+    def __init__(self, curve: np.ndarray):
+        self.curve = curve
+        self.ratios = {0: 0.0}
+
+    def learn(self, size: int, lost: float) -> None:
+        if self.curve[size] > 0:
+            self.ratios[size] = min(math.log(max(lost, 1e-30) / self.curve[size]), 0.0)
+
+    def error(self, size: int) -> float:
+        sizes = sorted(self.ratios)
+        return float(self.curve[size]) * math.exp(np.interp(size, sizes, [self.ratios[at] for at in sizes]))
+
+
+def learn_mixtures(
+    frame: Tensor, curves: Mapping[int, np.ndarray], shares: Mapping[tuple[int, int], float], energy: float
+) -> dict[int, MixtureErrors]:
+    """Fit mixtures at some shares of the numbers, by their number of bases.
+
+    frame: M_e W_e, [E, F, D], of that energy. curves: of bases in groups, by count. shares: of the candidates (count,
+    k), what they store. Projections beyond ALL are fitted at two shares with few sweeps, which flatters no mixture.
+    """
+    whole = frame.numel() <= ALL
+    even = torch.full((len(frame),), 1.0, dtype=torch.float64, device=frame.device)
+    found = {}
+    with threads_over(frame) as threads:
+        for count in sorted({count for count, _ in shares}):
+            found[count] = MixtureErrors(curves[count])
+            own = {size: stored for (number, size), stored in shares.items() if number == count}
+            at = {min(own, key=lambda size: abs(own[size] - share)) for share in (MIXTURES if whole else FEW_MIXTURES)}
+            for size in sorted(at):
+                sweeps = FULL_SWEEPS if whole else FEW_MIXED
+                exact = frame.to(torch.promote_types(frame.dtype, torch.float32))
+                metric = Metric(even, None, None)
+                *_, lost = fit_mixture(exact, metric, size, count, threads, sweeps=sweeps, tolerance=MIXED_TOLERANCE)
+                found[count].learn(size, lost / energy)
+    return found
 
 
 class Trials:

@@ -56,7 +56,7 @@ class CompressConfig(Section):
     flops: float | None = Field(
         None, gt=0, le=1, description="with budget: at most this share of the experts' FLOPs per token"
     )
-    shapes: tuple[Literal["wrappers", "additive", "basis"], ...] = Field(
+    shapes: tuple[Literal["wrappers", "additive", "basis", "mixture"], ...] = Field(
         ("wrappers", "additive", "basis"), min_length=1, description="with budget: the shapes the planner chooses from"
     )
     solver: Literal["als", "adam"] = Field(

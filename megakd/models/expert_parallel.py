@@ -142,26 +142,34 @@ class LocalExperts(SharedCoreExperts):
         """Numbers per token that the core of gate or up gives, or that of down takes, all groups together."""
         form = self.forms[projection]
         rank = free_and_core_rank(form, projection)[1]
-        return form.groups * rank if form.shape == "basis" else self.expert_hidden
+        return form.groups * rank if form.based else self.expert_hidden
 
     def _free(self, projection: str) -> bool:
         form = self.forms[projection]
-        return form.shape != "basis" and free_and_core_rank(form, projection)[0] > 0
+        return not form.based and free_and_core_rank(form, projection)[0] > 0
 
     def _aligned(self) -> bool:
-        sizes = {n for p in PROJECTIONS for shape in self._packed(p).packed.shapes.values() for n in shape}
+        shapes = [pair for p in PROJECTIONS for pair in self._packed(p).packed.shapes.items()]
+        sizes = {n for name, shape in shapes if not name.startswith("basis_mix") for n in shape}
         return hasattr(nn.functional, "grouped_mm") and all(size % 8 == 0 for size in sizes)
 
     def _width(self) -> int:
-        return self.core_width("down") // self.forms["down"].groups
+        return self.core_width("down") // self._slots("down")
 
     def _packed(self, projection: str) -> Any:
         return getattr(self, PACKED[projection])
 
-    def _stacked(self, projection: str) -> tuple[Tensor | None, ...]:
+    def _factors(self, projection: str) -> dict[str, Tensor]:
         packed = self._packed(projection)
         tensor = packed.detach() if _frozen(packed) else packed
-        found = dict(zip(packed.packed.shapes, packed.packed.split(tensor), strict=True))
+        return dict(zip(packed.packed.shapes, packed.packed.split(tensor), strict=True))
+
+    def _mix(self, projection: str) -> Tensor | None:
+        found = self._factors(projection).get(f"basis_mix_{projection}")
+        return None if found is None else found.squeeze(2)
+
+    def _stacked(self, projection: str) -> tuple[Tensor | None, ...]:
+        found = self._factors(projection)
         near, far = ("input", "output") if projection == "down" else ("output", "input")
         names = [f"{wrapper}_wrapper_{projection}_{side}" for wrapper in (near, far) for side in ("left", "right")]
         return tuple(found.get(name) for name in names)

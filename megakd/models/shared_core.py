@@ -1,14 +1,15 @@
 """The factored expert layer: one dense core a projection, small factors an expert.
 
-A projection of a layer is stored in one of three shapes (docs/compression.md), for gate and up
+A projection of a layer is stored in one of four shapes (docs/compression.md), for gate and up
     wrappers   W_e = (I + U_e S_e^T) C + Q_e V_e^T
     additive   W_e = C + Q_e V_e^T, wrappers without the one that acts on the core
     basis      W_e = A_e Z_g, a basis Z_g of the inputs that the experts of group g share
-and for down the mirror: C (I + U_e V_e^T) + U'_e P_e^T, C + U'_e P_e^T, and Z_g^T B_e^T. What is shared, C or all Z_g,
-is a Linear outside the experts: it runs once a token, not once a routed row.
+    mixture    W_e = A_e sum_g m_eg Z_g, bases that all experts share, mixed with coefficients of each
+and for down the mirror: C (I + U_e V_e^T) + U'_e P_e^T, C + U'_e P_e^T, Z_g^T B_e^T and (sum_g m_eg Z_g)^T B_e^T. What
+is shared, C or all Z_g, is a Linear outside the experts: it runs once a token, not once a routed row.
 
 This file and student.py need torch and transformers alone: they are copied into every model folder.
-N tokens, D hidden, F expert hidden, E experts, A active experts, P = N*A routed rows, R rank, G groups.
+N tokens, D hidden, F expert hidden, E experts, A active experts, P = N*A routed rows, R rank, G groups or bases.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 PROJECTIONS = ("gate", "up", "down")
-SHAPES = ("wrappers", "additive", "basis")
+SHAPES = ("wrappers", "additive", "basis", "mixture")
 
 
 class Form(NamedTuple):
@@ -27,12 +28,18 @@ class Form(NamedTuple):
 
     gate, up: the input wrapper is Q V^T, the output wrapper U S^T acts on the core; a basis of k has output_rank k.
     down: the output wrapper is U' P^T, the input wrapper U V^T acts on the core; a basis of k has input_rank k.
+    groups: of experts with a basis each; of a mixture, the number of bases.
     """
 
     shape: str
     input_rank: int
     output_rank: int
     groups: int = 1
+
+    @property
+    def based(self) -> bool:
+        """Whether bases are shared instead of a core."""
+        return self.shape in ("basis", "mixture")
 
 
 def free_and_core_rank(form: Form, projection: str) -> tuple[int, int]:
@@ -49,7 +56,7 @@ def make_form(shape: str, projection: str, free: int, core: int, groups: int = 1
 
 def core_shape(form: Form, projection: str, hidden: int, expert_hidden: int) -> tuple[int, int]:
     """(d_out, d_in) of what the experts share."""
-    rows = form.groups * free_and_core_rank(form, projection)[1] if form.shape == "basis" else expert_hidden
+    rows = form.groups * free_and_core_rank(form, projection)[1] if form.based else expert_hidden
     return (hidden, rows) if projection == "down" else (rows, hidden)
 
 
@@ -63,10 +70,11 @@ def factor_shapes(
     free, core = free_and_core_rank(form, projection)
     f, d = expert_hidden, hidden
     far, near = ("output", "input") if projection == "down" else ("input", "output")
-    if form.shape == "basis":
+    if form.based:
+        mix = {f"basis_mix_{projection}": (experts, form.groups, 1)} if form.shape == "mixture" else {}
         if projection == "down":
-            return {f"{near}_wrapper_{projection}_right": (experts, f, core)}
-        return {f"{near}_wrapper_{projection}_left": (experts, core, f)}
+            return {**mix, f"{near}_wrapper_{projection}_right": (experts, f, core)}
+        return {**mix, f"{near}_wrapper_{projection}_left": (experts, core, f)}
     # the free wrapper reaches from D to F (gate, up) or from F to D (down); that on the core stays in F
     left, right = (d, f) if projection == "down" else (f, d)
     shapes = {}
@@ -132,7 +140,7 @@ class SharedCoreExperts(nn.Module):
         for projection, form in self.forms.items():
             for name, shape in factor_shapes(form, projection, experts, hidden, expert_hidden).items():
                 # zero left factors: a new layer starts as its core, and gradients reach the left factors at once
-                zero = name.endswith("_left") and form.shape != "basis"
+                zero = name.endswith("_left") and not form.based
                 factor = torch.zeros(shape) if zero else torch.randn(shape) * shape[1] ** -0.5
                 self.register_parameter(name, nn.Parameter(factor))
             if form.shape == "basis" and form.groups > 1:
@@ -171,30 +179,32 @@ class SharedCoreExperts(nn.Module):
         tokens = (order_P // expert_NA.shape[1]).split(counts)
         weights = weight_NA.flatten()[order_P, None].split(counts)
         pick = {p: self._unbound(p) for p in PROJECTIONS}
+        mixes = {p: (None,) * self.num_experts if (m := self._mix(p)) is None else m.unbind() for p in PROJECTIONS}
         groups = {p: self._groups(p).tolist() for p in PROJECTIONS}
-        inner_N = gate_N.new_zeros(len(x_ND) * self.forms["down"].groups, self._width())
+        inner_N = gate_N.new_zeros(len(x_ND) * self._slots("down"), self._width())
         outer_ND = torch.zeros_like(x_ND)
         gate_N, up_N = self._by_group("gate", gate_N), self._by_group("up", up_N)
 
         def slots(projection: str, token: Tensor, expert: int) -> Tensor:
             """Rows of [N*G, ..] that belong to the tokens and the expert's group."""
-            count = self.forms[projection].groups
+            count = self._slots(projection)
             return token if count == 1 else token * count + groups[projection][expert]
 
         # rows are gathered and added up expert by expert, while they are in the cache: [P, D] is never written
         for expert, (token, weight) in enumerate(zip(tokens, weights, strict=True)):
             if len(token) > 0:
                 x = x_ND.index_select(0, token)  # several times as fast as x_ND[token], and so is its gradient
-                gate = gate_N.index_select(0, slots("gate", token, expert))
-                up = up_N.index_select(0, slots("up", token, expert))
+                gate = _mixed(gate_N.index_select(0, slots("gate", token, expert)), mixes["gate"][expert])
+                up = _mixed(up_N.index_select(0, slots("up", token, expert)), mixes["up"][expert])
                 gate, up = _gate_or_up(x, gate, *pick["gate"][expert]), _gate_or_up(x, up, *pick["up"][expert])
                 h = (self.act_fn(gate) * up * weight).to(gate.dtype)  # some routers weigh in float32
                 inner, outer = _down(h, *pick["down"][expert])
+                inner = _unmixed(inner, mixes["down"][expert])
                 # under autocast the products are of another type than the sums
                 inner_N.index_add_(0, slots("down", token, expert), inner.to(inner_N.dtype))
                 if outer is not None:
                     outer_ND.index_add_(0, token, outer.to(outer_ND.dtype))
-        return inner_N.view(len(x_ND), inner_N.shape[1] * self.forms["down"].groups), outer_ND
+        return inner_N.view(len(x_ND), inner_N.shape[1] * self._slots("down")), outer_ND
 
     def grouped(
         self, x_ND: Tensor, gate_N: Tensor, up_N: Tensor, expert_NA: Tensor, weight_NA: Tensor
@@ -214,15 +224,16 @@ class SharedCoreExperts(nn.Module):
             return functional.grouped_mm(rows.to(dtype), matrices_E.to(dtype), offs=ends_E)
 
         def slots(projection: str) -> Tensor:
-            count = self.forms[projection].groups
+            count = self._slots(projection)
             return token_P if count == 1 else token_P * count + self._groups(projection)[expert_P]
 
         x_PD = x_ND[token_P].to(dtype)
         rows = {}
         for projection, core_N in (("gate", gate_N), ("up", up_N)):
-            y = self._by_group(projection, core_N)[slots(projection)]
+            mix = self._mix(projection)
+            y = _mixed(self._by_group(projection, core_N)[slots(projection)], None if mix is None else mix[expert_P])
             left, right, free_left, free_right = self._stacked(projection)
-            if self.forms[projection].shape == "basis":
+            if self.forms[projection].based:
                 y = product(y, left)  # type: ignore[union-attr]
             elif left is not None and right is not None:
                 y = y + product(product(y, right), left)
@@ -232,32 +243,47 @@ class SharedCoreExperts(nn.Module):
         h_PF = self.act_fn(rows["gate"]) * rows["up"] * weight_NA.flatten()[order_P, None].to(dtype)
         left, right, free_left, free_right = self._stacked("down")
         form, inner_P = self.forms["down"], h_PF
-        if form.shape == "basis":
+        if form.based:
+            mix = self._mix("down")
             inner_P = product(h_PF, right)  # type: ignore[arg-type]
+            inner_P = _unmixed(inner_P, None if mix is None else mix[expert_P])
         elif left is not None and right is not None:
             inner_P = h_PF + product(product(h_PF, right), left)
         wide = torch.promote_types(dtype, torch.float32)
-        inner_N = torch.zeros(len(x_ND) * form.groups, self._width(), dtype=wide, device=x_ND.device)
+        inner_N = torch.zeros(len(x_ND) * self._slots("down"), self._width(), dtype=wide, device=x_ND.device)
         inner_N.index_add_(0, slots("down"), inner_P.to(wide))
         outer_ND = torch.zeros(x_ND.shape, dtype=wide, device=x_ND.device)
         if free_left is not None and free_right is not None:
             outer_ND.index_add_(0, token_P, product(product(h_PF, free_right), free_left).to(wide))
-        return inner_N.view(len(x_ND), inner_N.shape[1] * form.groups).to(dtype), outer_ND.to(dtype)
+        return inner_N.view(len(x_ND), inner_N.shape[1] * self._slots("down")).to(dtype), outer_ND.to(dtype)
 
     def _aligned(self) -> bool:
         """Whether grouped_mm takes all factors: rows of whole 16 bytes, 8 numbers of bfloat16."""
-        sizes = {size for p in self.parameters() for size in getattr(p, "ds_shape", p.shape)[1:]}
+        factors = (p for name, p in self.named_parameters() if not name.startswith("basis_mix"))
+        sizes = {size for p in factors for size in getattr(p, "ds_shape", p.shape)[1:]}
         return hasattr(functional, "grouped_mm") and all(size % 8 == 0 for size in sizes)
 
     def _by_group(self, projection: str, core_N: Tensor) -> Tensor:
         """[N, G*k] as [N*G, k]; sizes are spelled out, for no tokens leave nothing to infer them from."""
-        groups = self.forms[projection].groups
+        groups = self._slots(projection)
         return core_N.view(len(core_N) * groups, core_N.shape[1] // groups)
 
+    def _slots(self, projection: str) -> int:
+        """Parts of a core's numbers of which an expert has one of its own: groups of a basis."""
+        form = self.forms[projection]
+        return 1 if form.shape == "mixture" else form.groups
+
     def _width(self) -> int:
-        """Columns that one group's core of down takes: F, or the rank of its basis."""
+        """Columns that one group's core of down takes: F, the rank of its basis, or that of all bases of a mixture."""
         form = self.forms["down"]
-        return self.input_wrapper_down_right.shape[2] if form.shape == "basis" else self.expert_hidden  # type: ignore
+        if not form.based:
+            return self.expert_hidden
+        return self.input_wrapper_down_right.shape[2] * form.groups // self._slots("down")  # type: ignore
+
+    def _mix(self, projection: str) -> Tensor | None:
+        """The coefficients of a mixture's bases, [E, G]; None for other shapes."""
+        found = getattr(self, f"basis_mix_{projection}", None)
+        return None if found is None else found.squeeze(2)
 
     def _groups(self, projection: str) -> Tensor:
         found = getattr(self, f"basis_group_{projection}", None)
@@ -273,6 +299,21 @@ class SharedCoreExperts(nn.Module):
         """`_stacked` of every expert; unbound at once, the gradient of a `left[e]` would be a whole `left`."""
         stacks = [(None,) * self.num_experts if s is None else s.unbind() for s in self._stacked(projection)]
         return list(zip(*stacks, strict=True))
+
+
+def _mixed(rows: Tensor, mix: Tensor | None) -> Tensor:
+    """sum_g m_g z_g of rows (z_1, …, z_G) [P, G*k], [P, k]; mix: [G], or [P, G]; None: the rows."""
+    if mix is None:
+        return rows
+    parts = rows.view(len(rows), mix.shape[-1], rows.shape[1] // mix.shape[-1])
+    return (mix.to(rows.dtype).expand(len(rows), -1)[:, None] @ parts)[:, 0]
+
+
+def _unmixed(rows: Tensor, mix: Tensor | None) -> Tensor:
+    """The transpose of `_mixed`: (m_1 y, …, m_G y) of rows y, [P, G*k]."""
+    if mix is None:
+        return rows
+    return (mix.to(rows.dtype).expand(len(rows), -1)[:, :, None] * rows[:, None]).flatten(1)
 
 
 def _gate_or_up(
@@ -313,8 +354,11 @@ def dense_weight(tensors: Mapping[str, Tensor], projection: str, expert: int) ->
 
     near, far = ("input", "output") if projection == "down" else ("output", "input")
     left, right, free_left, free_right = (factor(w, s) for w in (near, far) for s in ("left", "right"))
-    group = tensors.get(f"experts.basis_group_{projection}")
+    group, mix = (tensors.get(f"experts.basis_{kind}_{projection}") for kind in ("group", "mix"))
     g = 0 if group is None else int(group[expert])
+    if mix is not None:
+        axis = 1 if projection == "down" else 0
+        core = sum(m.to(core) * part for m, part in zip(mix[expert, :, 0], core.chunk(mix.shape[1], axis), strict=True))
     if projection == "down":
         if left is None and right is not None:
             return core[:, g * right.shape[1] : (g + 1) * right.shape[1]] @ right.T

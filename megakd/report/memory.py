@@ -195,7 +195,7 @@ def rows_per_token(experts: int, active: int, spread: int) -> float:
 def row_widths(experts: SharedCoreExperts) -> tuple[int, int]:
     """Numbers of a row that is sent to a rank, and of the one that comes back (models/expert_parallel.py)."""
     core: dict[str, Any] = {projection: experts.held[0][f"{projection}_proj"] for projection in PROJECTIONS}
-    free = {p: form.shape != "basis" and free_and_core_rank(form, p)[0] > 0 for p, form in experts.forms.items()}
+    free = {p: not form.based and free_and_core_rank(form, p)[0] > 0 for p, form in experts.forms.items()}
     hidden = core["gate"].in_features
     sent = hidden * (free["gate"] or free["up"]) + core["gate"].out_features + core["up"].out_features
     return sent, core["down"].in_features + hidden * free["down"]

@@ -29,16 +29,23 @@ FORMS = {
     "additive gate": Form("additive", 2, 0),
     "basis of 4": Form("basis", 0, 4),
     "two bases of 3": Form("basis", 0, 3, 2),
+    "mixture of two": Form("mixture", 0, 3, 2),
 }
 # gate and up have the rank of a basis, or of what is added, on the other side than down
 MIRRORED = {
     "additive gate": Form("additive", 0, 2),
     "basis of 4": Form("basis", 4, 0),
     "two bases of 3": Form("basis", 3, 0, 2),
+    "mixture of two": Form("mixture", 3, 0, 2),
 }
 SETS = {name: {"gate": form, "up": form, "down": MIRRORED.get(name, form)} for name, form in FORMS.items()}
 SETS["mixed"] = {"gate": FORMS["wrappers"], "up": FORMS["two bases of 3"], "down": MIRRORED["additive gate"]}
 SETS["mixed down"] = {"gate": FORMS["additive gate"], "up": FORMS["unequal"], "down": MIRRORED["two bases of 3"]}
+SETS["mixed mixtures"] = {
+    "gate": FORMS["mixture of two"],
+    "up": FORMS["wrappers"],
+    "down": Form("mixture", 4, 0, 3),
+}
 
 
 class Block(nn.Module):
@@ -98,6 +105,11 @@ def reference_weight(block: Block, projection: str, expert: int) -> Tensor:
     def product(wrapper: str, rank: int) -> Tensor | float:
         return factor(wrapper, "left").T @ factor(wrapper, "right").T if rank else 0.0
 
+    if form.shape == "mixture":
+        coefficients = getattr(block.experts, f"basis_mix_{projection}")[expert, :, 0]
+        parts = core.chunk(form.groups, dim=1 if projection == "down" else 0)
+        mixed = torch.stack([m * part for m, part in zip(coefficients, parts, strict=True)]).sum(0)
+        return mixed @ factor("input", "right").T if projection == "down" else factor("output", "left").T @ mixed
     if form.shape == "basis":
         group = int(getattr(block.experts, f"basis_group_{projection}")[expert]) if form.groups > 1 else 0
         if projection == "down":
@@ -326,7 +338,7 @@ def test_stated_shapes_and_counts_are_those_of_the_module(name):
         stated |= {f"experts.{name}": shape for name, shape in shapes.items()}
         core = f"shared_core.{projection}_proj.weight"
         stated[core] = core_shape(form, projection, HIDDEN, EXPERT_HIDDEN)
-        own = [shape for name, shape in named.items() if f"_{projection}_" in name or name == core]
+        own = [shape for name, shape in named.items() if f"_{projection}_" in f"{name}_" or name == core]
         assert stored_parameters(*sizes) == sum(torch.Size(shape).numel() for shape in own)
         assert make_form(form.shape, projection, *free_and_core_rank(form, projection), form.groups) == form
     assert stated == named

@@ -88,9 +88,9 @@ def to_seed(source: Path, out: Path, dtype: str) -> None:
     spec = spec_for(config, str(source))
     layers = [layer for layer in spec.layers if config.forms(layer) is not None]
     for layer in layers:
-        bases = [p for p, form in config.forms(layer).items() if form.shape == "basis"]
+        bases = [p for p, form in config.forms(layer).items() if form.based]
         if bases:
-            raise UserError(f"{source}: layer {layer} stores {', '.join(bases)} as a basis, which has no unfused form")
+            raise UserError(f"{source}: layer {layer} stores {', '.join(bases)} in bases, which have no unfused form")
         if config.dense_experts(layer):
             raise UserError(f"{source}: layer {layer} keeps experts {config.dense_experts(layer)} dense")
     errors: list[float] = []
