@@ -3,7 +3,7 @@
   store    the teacher-target store against HDF5 + gzip, tar of npy, parquet: bytes, fidelity, speed on one core
   fit      the solvers of megakd compress: ALS against Adam, forms at equal numbers stored, a sweep at real size
   planner  what compress.budget predicts for every shape against fits, on proxies of experts
-  mixture  a shape that is not offered, mixtures of bases, against those that are, at equal numbers stored
+  mixture  mixtures of bases against the other shapes, at equal numbers stored
   experts  a layer of shared-core experts against the naive form and the dense experts, Qwen3-30B-A3B's sizes, one core
   loss     the loss behind the student's head against three matrix products, dense forms, TRL and Liger; V 151,936
   live     a step next to a live teacher, against the loop one writes by hand

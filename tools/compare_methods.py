@@ -7,7 +7,8 @@
 RECIPE is a recipe, or the name of a shipped one. Methods:
   wrappers  a shared core for each projection and low-rank wrappers for each expert, ranks by the planner
   basis     a basis that experts share, in groups
-  planner   whichever of both is predicted to lose least, for each layer and projection
+  mixture   bases that all experts share, mixed with coefficients of each
+  planner   wrappers or basis, whichever is predicted to lose least, for each layer and projection
   prune     experts with the least activation weighted by the router (REAP) are dropped
   merge     alike experts become one (HC-SMoE)
   prune+core  half of the experts are pruned, then the others share cores within the same budget
@@ -50,6 +51,7 @@ CORES = "compress.method=shared_core"
 METHODS: dict[str, tuple[str, ...]] = {
     "wrappers": (CORES, 'compress.shapes=["wrappers","additive"]'),
     "basis": (CORES, 'compress.shapes=["basis"]'),
+    "mixture": (CORES, 'compress.shapes=["mixture"]'),
     "planner": (CORES,),
     "prune": ("compress.method=prune",),
     "merge": ("compress.method=merge",),

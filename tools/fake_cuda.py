@@ -50,6 +50,7 @@ FORMS = {
     "wrappers": {p: make_form("wrappers", p, 8, 8) for p in PROJECTIONS},
     "additive": {p: make_form("additive", p, 8, 0) for p in PROJECTIONS},
     "two bases": {p: make_form("basis", p, 0, 16, 2) for p in PROJECTIONS},
+    "mixture of two": {p: make_form("mixture", p, 0, 16, 2) for p in PROJECTIONS},
 }
 FACTS = {
     "vocab_size": VOCABULARY, "tails": True, "temperatures": [1.0, 2.0], "top_k": TOP_K, "draws": DRAWS,

@@ -22,7 +22,7 @@ from megakd.compress.metric import Metric, Statistics, make_metric, unwhiten_lef
 from megakd.compress.mixture import Mixture, balance_mixture, fit_mixture
 from megakd.compress.threads import Threads, threads_over
 from megakd.errors import UserError
-from megakd.models.shared_core import Form, free_and_core_rank, make_form
+from megakd.models.shared_core import Form, free_and_core_rank, make_form, mix_name
 
 SPLIT_SWEEPS = 10  # to tell a better split of ranks from a worse one; core ranks take more of them than free ones
 
@@ -257,7 +257,7 @@ def _basis_tensors(factors: Basis | Mixture, projection: str, form: Form) -> dic
         core, name, own = stacked, f"output_wrapper_{projection}_left", factors.a.mT
     tensors = {f"shared_core.{projection}_proj.weight": core.contiguous(), f"experts.{name}": own.contiguous()}
     if isinstance(factors, Mixture):
-        tensors[f"experts.basis_mix_{projection}"] = factors.mix[:, :, None].contiguous()
+        tensors[f"experts.{mix_name(projection)}"] = factors.mix[:, :, None].contiguous()
     elif form.groups > 1:
         tensors[f"experts.basis_group_{projection}"] = factors.group
     return tensors

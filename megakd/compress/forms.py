@@ -6,7 +6,7 @@ E experts, A active experts per token, D hidden, F expert hidden.
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from megakd.models.shared_core import Form, make_form, stored_parameters
+from megakd.models.shared_core import Form, free_and_core_rank, make_form, stored_parameters
 
 LEAST, MOST = 0.03, 0.95  # shares of the dense parameters between which forms are considered
 RANK_STEP = 8  # grouped matrix products want rows of 16 bytes, 8 numbers of bfloat16
@@ -42,8 +42,14 @@ def candidate(form: Form, projection: str, sizes: Sizes, error: float) -> Candid
 
 
 def form_flops(form: Form, projection: str, active: int, hidden: int, expert_hidden: int) -> float:
-    """FLOPs of one projection a token: what is shared runs once, the factors of A active experts once each."""
-    return 2.0 * stored_parameters(form, projection, active, hidden, expert_hidden)
+    """FLOPs of one projection a token: what is shared runs once, the factors of A active experts once each.
+
+    A coefficient of a mixture is multiplied with the k numbers of its basis.
+    """
+    found = 2.0 * stored_parameters(form, projection, active, hidden, expert_hidden)
+    if form.shape == "mixture":
+        found += 2.0 * active * form.groups * (free_and_core_rank(form, projection)[1] - 1)
+    return found
 
 
 def dense_flops(active: int, hidden: int, expert_hidden: int) -> float:

@@ -16,7 +16,7 @@ from megakd.compress.metric import Metric
 from megakd.compress.threads import Threads
 
 OVER_RELAXATION = 1.9  # of the bases' step, as of a core's in als.py
-NOISE = 0.1  # of the coefficients at the start: those that are 0 would hardly leave it
+NOISE = 0.3  # of the coefficients at the start: those that are 0 would hardly leave it
 RIDGE = 1e-6  # of the mean of a Gram matrix's diagonal
 GROWTH = 1e-6  # of the squared norm: a smaller growth of the objective is rounding
 

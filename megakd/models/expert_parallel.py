@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from megakd.errors import UserError
-from megakd.models.shared_core import PROJECTIONS, SharedCoreExperts, factor_shapes, free_and_core_rank
+from megakd.models.shared_core import PROJECTIONS, SharedCoreExperts, factor_shapes, free_and_core_rank, mix_name
 from megakd.system.deepspeed_internals import (
     AutoEPMoELayer,
     all_to_all,
@@ -150,7 +150,7 @@ class LocalExperts(SharedCoreExperts):
 
     def _aligned(self) -> bool:
         shapes = [pair for p in PROJECTIONS for pair in self._packed(p).packed.shapes.items()]
-        sizes = {n for name, shape in shapes if not name.startswith("basis_mix") for n in shape}
+        sizes = {n for name, shape in shapes if not name.endswith("_mix") for n in shape}
         return hasattr(nn.functional, "grouped_mm") and all(size % 8 == 0 for size in sizes)
 
     def _width(self) -> int:
@@ -165,7 +165,7 @@ class LocalExperts(SharedCoreExperts):
         return dict(zip(packed.packed.shapes, packed.packed.split(tensor), strict=True))
 
     def _mix(self, projection: str) -> Tensor | None:
-        found = self._factors(projection).get(f"basis_mix_{projection}")
+        found = self._factors(projection).get(mix_name(projection))
         return None if found is None else found.squeeze(2)
 
     def _stacked(self, projection: str) -> tuple[Tensor | None, ...]:

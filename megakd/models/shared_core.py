@@ -71,7 +71,7 @@ def factor_shapes(
     f, d = expert_hidden, hidden
     far, near = ("output", "input") if projection == "down" else ("input", "output")
     if form.based:
-        mix = {f"basis_mix_{projection}": (experts, form.groups, 1)} if form.shape == "mixture" else {}
+        mix = {mix_name(projection): (experts, form.groups, 1)} if form.shape == "mixture" else {}
         if projection == "down":
             return {**mix, f"{near}_wrapper_{projection}_right": (experts, f, core)}
         return {**mix, f"{near}_wrapper_{projection}_left": (experts, core, f)}
@@ -85,6 +85,11 @@ def factor_shapes(
         shapes |= {f"{near}_wrapper_{projection}_left": (experts, core, f)}
         shapes |= {f"{near}_wrapper_{projection}_right": (experts, f, core)}
     return dict(sorted(shapes.items()))
+
+
+def mix_name(projection: str) -> str:
+    """Of the parameter with a mixture's coefficients, next to the expert's other factor."""
+    return f"{'input' if projection == 'down' else 'output'}_wrapper_{projection}_mix"
 
 
 def stored_parameters(form: Form, projection: str, experts: int, hidden: int, expert_hidden: int) -> int:
@@ -259,7 +264,7 @@ class SharedCoreExperts(nn.Module):
 
     def _aligned(self) -> bool:
         """Whether grouped_mm takes all factors: rows of whole 16 bytes, 8 numbers of bfloat16."""
-        factors = (p for name, p in self.named_parameters() if not name.startswith("basis_mix"))
+        factors = (p for name, p in self.named_parameters() if not name.endswith("_mix"))
         sizes = {size for p in factors for size in getattr(p, "ds_shape", p.shape)[1:]}
         return hasattr(functional, "grouped_mm") and all(size % 8 == 0 for size in sizes)
 
@@ -282,7 +287,7 @@ class SharedCoreExperts(nn.Module):
 
     def _mix(self, projection: str) -> Tensor | None:
         """The coefficients of a mixture's bases, [E, G]; None for other shapes."""
-        found = getattr(self, f"basis_mix_{projection}", None)
+        found = getattr(self, mix_name(projection), None)
         return None if found is None else found.squeeze(2)
 
     def _groups(self, projection: str) -> Tensor:
@@ -354,11 +359,11 @@ def dense_weight(tensors: Mapping[str, Tensor], projection: str, expert: int) ->
 
     near, far = ("input", "output") if projection == "down" else ("output", "input")
     left, right, free_left, free_right = (factor(w, s) for w in (near, far) for s in ("left", "right"))
-    group, mix = (tensors.get(f"experts.basis_{kind}_{projection}") for kind in ("group", "mix"))
+    group, mix = (tensors.get(f"experts.{n}") for n in (f"basis_group_{projection}", mix_name(projection)))
     g = 0 if group is None else int(group[expert])
     if mix is not None:
         axis = 1 if projection == "down" else 0
-        core = sum(m.to(core) * part for m, part in zip(mix[expert, :, 0], core.chunk(mix.shape[1], axis), strict=True))
+        core = torch.einsum("g,g...->...", mix[expert, :, 0].to(core), torch.stack(core.chunk(mix.shape[1], axis)))
     if projection == "down":
         if left is None and right is not None:
             return core[:, g * right.shape[1] : (g + 1) * right.shape[1]] @ right.T

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from megakd.compress.fewer import METHODS, fewer_experts_error
-from megakd.compress.forms import Candidate
+from megakd.compress.forms import USUAL, Candidate
 from megakd.compress.permute import likeness
 from megakd.compress.predict import measure
 from megakd.errors import UserError
 from megakd.models.hub import is_student, load_config, model_of
-from megakd.models.shared_core import PROJECTIONS, SHAPES
+from megakd.models.shared_core import PROJECTIONS
 from megakd.models.sources import Sources
 from megakd.models.spec import MoESpec, active_experts, spec_for
 from megakd.names import holds_model
@@ -108,7 +108,7 @@ def measure_projection(
     energy = float(norms.square().mean())
     dense, candidates = weights.numel(), measure(weights, projection, active, progress=progress)
     errors = []
-    for shape in SHAPES:
+    for shape in USUAL:
         for label, share in shares.items():
             fitting = [c for c in candidates if c.form.shape == shape and c.parameters <= share * dense]
             best_of = min(fitting, key=lambda c: (c.error, c.parameters), default=None)
@@ -134,7 +134,7 @@ def measure_projection(
             **_spectrum(singular_values(mean)[None]),
         },
         "errors": errors,
-        "curves": {shape: _envelope([c for c in candidates if c.form.shape == shape], dense) for shape in SHAPES},
+        "curves": {shape: _envelope([c for c in candidates if c.form.shape == shape], dense) for shape in USUAL},
     }
 
 
@@ -200,7 +200,7 @@ def experts_text(result: dict[str, Any]) -> str:
     head = f"{result['model']}: {result['model_type']}, {result['moe_layers']} layers of {result['experts']} experts, "
     head += f"{result['active']} active, hidden {result['hidden']} → {result['expert_hidden']}"
     alike, spectra, errors = [], [], []
-    labels = [e["share"] for e in result["layers"][0][PROJECTIONS[0]]["errors"] if e["shape"] == SHAPES[0]]
+    labels = [e["share"] for e in result["layers"][0][PROJECTIONS[0]]["errors"] if e["shape"] == USUAL[0]]
     for found in result["layers"]:
         for projection in PROJECTIONS:
             place, p = f"layer {found['layer']} {projection}", found[projection]
@@ -216,7 +216,7 @@ def experts_text(result: dict[str, Any]) -> str:
                 row += [f"{one['stable_rank']:.1f}", *(f"{share:.1%}" for share in one["top"].values())]
             spectra.append([*row, f"{p['mean_expert']['energy']:.1%}"])
             by = {(e["shape"], e["share"]): e for e in p["errors"]}
-            shown = (*SHAPES, *METHODS)
+            shown = (*USUAL, *METHODS)
             errors += [[place, label, *(_error_cell(by[shape, label]) for shape in shown)] for label in labels]
     top = [f"top 1/{part}" for part in TOP]
     parts = [
@@ -226,7 +226,7 @@ def experts_text(result: dict[str, Any]) -> str:
         "\nspectra: stable rank, and energy in the largest singular values, of single experts and of their mean",
         table(["", "stable rank", *top, "mean: stable rank", *top, "its energy"], spectra),
         "\nrelative error of the weights at shares of the parameters, predicted, at the best ranks (input + output)",
-        table(["", "share", *SHAPES, *METHODS], errors),
+        table(["", "share", *USUAL, *METHODS], errors),
         "prune: the experts of the largest norms stay, dropped ones count whole; merge: means of experts that are "
         "close as stored\ncompress chooses by tokens instead, and tells the error of each layer's output",
     ]
@@ -269,7 +269,7 @@ def plot_experts(result: dict[str, Any], file: Path) -> None:
                 sigma = np.maximum(found[projection][key]["singular_values"], 1e-9)  # experts may be zeros
                 name = f"layer {found['layer']}{', mean of all' if line == '--' else ''}"
                 above.plot(np.arange(1, len(sigma) + 1), sigma, line, color=colour, label=name, linewidth=1.2)
-            for shape, line in zip(SHAPES, ("-", "--", ":"), strict=True):
+            for shape, line in zip(USUAL, ("-", "--", ":"), strict=True):
                 curve = np.array(found[projection]["curves"][shape]).reshape(-1, 2)
                 below.plot(*curve.T, line, color=colour, label=f"layer {found['layer']} {shape}", linewidth=1.2)
         above.set_title(f"{projection}_proj", fontsize=11)

@@ -20,10 +20,11 @@ from transformers import (
 
 from megakd import cli
 from megakd.compress.fewer import METHODS
+from megakd.compress.forms import USUAL
 from megakd.compress.predict import measure
 from megakd.errors import UserError
 from megakd.models.hub import INDEX, WEIGHTS, Checkpoint, model_of, write_config, write_weights
-from megakd.models.shared_core import PROJECTIONS, SHAPES
+from megakd.models.shared_core import PROJECTIONS
 from megakd.models.sources import as_stored
 from megakd.models.spec import spec_for
 from megakd.models.tiny import tiny_moe_config
@@ -133,7 +134,7 @@ def test_experts_are_measured_from_either_layout(family, layout, tmp_path, capsy
                 c.error for c in candidates if c.form.shape == error["shape"] and c.parameters <= share * stack.numel()
             ]
             assert error.get("relative_error") == (pytest.approx(min(fitting) ** 0.5) if fitting else None)
-        assert len(mine["errors"]) == 2 * len((*SHAPES, *METHODS))
+        assert len(mine["errors"]) == 2 * len((*USUAL, *METHODS))
 
 
 def test_layouts_say_the_same(tmp_path, capsys):

@@ -17,9 +17,10 @@ from transformers import (
 )
 
 from megakd.compress.calibrate import LayerRunner, Measured, find_super_experts, held_out
+from megakd.compress.forms import USUAL
 from megakd.errors import UserError
 from megakd.models.hub import WEIGHTS, load_config
-from megakd.models.shared_core import PROJECTIONS, SHAPES, make_form
+from megakd.models.shared_core import PROJECTIONS, make_form
 from megakd.models.spec import spec_for
 from megakd.models.student import student_class, student_config
 from tests.models.students import make_model, sources_of
@@ -229,7 +230,7 @@ def test_other_experts_are_those_of_the_student(folder, family):
     tokens, positions = windows()
     config = load_config(folder(family))
     spec = spec_for(config, "here")
-    forms = {p: make_form(s, p, 2, 3) for p, s in zip(PROJECTIONS, SHAPES, strict=True)}
+    forms = {p: make_form(s, p, 2, 3) for p, s in zip(PROJECTIONS, USUAL, strict=True)}
     layers = dict.fromkeys(spec.layers, forms)
     torch.manual_seed(3)
     student = student_class(family)(student_config(config, layers, {min(layers): (1, 4)})).eval()

@@ -67,7 +67,7 @@ def test_reported_errors_are_those_of_the_expanded_matrices(flip, projection, ra
 
 @pytest.mark.parametrize(
     "shape, free, core, groups",
-    [("wrappers", 3, 2, 1), ("wrappers", 0, 2, 1), ("additive", 3, 0, 1), ("basis", 0, 4, 1)],
+    [("wrappers", 3, 2, 1), ("wrappers", 0, 2, 1), ("additive", 3, 0, 1), ("basis", 0, 4, 1), ("mixture", 0, 3, 2)],
 )
 @pytest.mark.parametrize("projection", PROJECTIONS)
 def test_tensors_are_the_parameters_of_the_form(projection, shape, free, core, groups):
@@ -197,12 +197,15 @@ def weighted_errors(weights: Tensor, tensors: dict[str, Tensor], projection: str
     return torch.stack(found)
 
 
-@pytest.mark.parametrize("shape, free, core", [("wrappers", 3, 2), ("additive", 2, 0), ("basis", 0, 6)])
+@pytest.mark.parametrize(
+    "shape, free, core", [("wrappers", 3, 2), ("additive", 2, 0), ("basis", 0, 6), ("mixture", 0, 5)]
+)
 @pytest.mark.parametrize("projection", PROJECTIONS)
 def test_measured_inputs_lower_the_error_in_their_metric(projection, shape, free, core):
     weights = randn(*SHAPES[projection]) + randn(*SHAPES[projection][1:], seed=1)
     statistics = measured(weights, projection)
-    form, settings = make_form(shape, projection, free, core), Settings(sweeps=10, tolerance=0, damping=(0.02,))
+    form = make_form(shape, projection, free, core, 2 if shape == "mixture" else 1)
+    settings = Settings(sweeps=10, tolerance=0, damping=(0.02,))
     plain, _ = fit_projection(weights, projection, form, settings)
     tensors, fit = fit_projection(weights, projection, form, settings, statistics)
     assert fit.weighted_errors is not None and fit.damping == 0.02
@@ -232,10 +235,13 @@ def test_of_several_dampings_the_best_on_held_out_inputs_is_kept(projection):
     assert all(torch.equal(alone[name], tensors[name]) for name in alone)
 
 
-@pytest.mark.parametrize("shape, free, core", [("wrappers", 2, 2), ("additive", 2, 0), ("basis", 0, 4)])
+@pytest.mark.parametrize(
+    "shape, free, core", [("wrappers", 2, 2), ("additive", 2, 0), ("basis", 0, 4), ("mixture", 0, 3)]
+)
 @pytest.mark.parametrize("projection", PROJECTIONS)
 def test_exempt_experts_have_no_part_and_no_factors(projection, shape, free, core):
-    weights, form = randn(*SHAPES[projection]), make_form(shape, projection, free, core)
+    form = make_form(shape, projection, free, core, 2 if shape == "mixture" else 1)
+    weights = randn(*SHAPES[projection])
     other = weights.clone()
     other[1] *= 1000
     first, fit = fit_projection(weights, projection, form, Settings(sweeps=3), exempt=(1,))
@@ -249,7 +255,8 @@ def test_exempt_experts_have_no_part_and_no_factors(projection, shape, free, cor
 
 
 @pytest.mark.parametrize(
-    "solver, shape, free, core", [("als", "wrappers", 2, 2), ("als", "basis", 0, 4), ("adam", "wrappers", 2, 2)]
+    "solver, shape, free, core",
+    [("als", "wrappers", 2, 2), ("als", "basis", 0, 4), ("als", "mixture", 0, 3), ("adam", "wrappers", 2, 2)],
 )
 @pytest.mark.parametrize("projection", PROJECTIONS)
 def test_experts_of_zeros_and_without_tokens_stay_finite(projection, solver, shape, free, core):
@@ -263,7 +270,7 @@ def test_experts_of_zeros_and_without_tokens_stay_finite(projection, solver, sha
     starved = statistics._replace(share=share, counts=counts, covariance=covariance)
     settings = Settings(solver=solver, sweeps=3, steps=5)
     for given in (None, starved):
-        form = make_form(shape, projection, free, core)
+        form = make_form(shape, projection, free, core, 2 if shape == "mixture" else 1)
         tensors, fit = fit_projection(weights, projection, form, settings, given)
         assert all(t.isfinite().all() for t in tensors.values())
         assert fit.errors.isfinite().all() and (fit.errors[[0, 2]] < 1.2).all()
@@ -272,11 +279,11 @@ def test_experts_of_zeros_and_without_tokens_stay_finite(projection, solver, sha
     assert all(t.isfinite().all() for t in nothing.values()) and not fit.errors.any()
 
 
-@pytest.mark.parametrize("shape, free, core", [("wrappers", 5, 3), ("basis", 0, 12)])
+@pytest.mark.parametrize("shape, free, core", [("wrappers", 5, 3), ("basis", 0, 12), ("mixture", 0, 6)])
 @pytest.mark.parametrize("projection", ["gate", "down"])
 def test_bytes_do_not_depend_on_the_number_of_threads(projection, shape, free, core):
     weights = randn(19, *((96, 130) if projection == "gate" else (130, 96))).bfloat16()
-    form = make_form(shape, projection, free, core, 2 if shape == "basis" else 1)
+    form = make_form(shape, projection, free, core, 1 if shape == "wrappers" else 2)
     given, before = measured(weights.float(), projection), torch.get_num_threads()
     try:
         found = []

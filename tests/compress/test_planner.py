@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from megakd.compress.fit import Settings, fit_projection
-from megakd.compress.forms import Candidate, Sizes, candidates, dense_flops, form_flops
+from megakd.compress.forms import USUAL, Candidate, Sizes, candidates, dense_flops, form_flops
 from megakd.compress.groups import find_groups, sketch
 from megakd.compress.planner import allocate
 from megakd.compress.predict import basis_curves, measure
 from megakd.compress.threads import threads_over
 from megakd.errors import UserError
-from megakd.models.shared_core import PROJECTIONS, SHAPES, Form, make_form, stored_parameters
+from megakd.models.shared_core import PROJECTIONS, Form, make_form, stored_parameters
 from megakd.names import resolve
 from tests.conftest import for_each
 from tests.models.students import experts_in
@@ -124,10 +124,10 @@ def test_candidates_span_the_shares(sizes, projection):
     experts, hidden, expert_hidden = sizes
     active = max(2, experts // 16)
     found = candidates(projection, Sizes(experts, active, hidden, expert_hidden), groups=4)
-    assert len(found) == len(set(found)) and {form.shape for form in found} == set(SHAPES)
+    assert len(found) == len(set(found)) and {form.shape for form in found} == set(USUAL)
     shares = [stored_parameters(form, projection, *sizes) / (experts * hidden * expert_hidden) for form in found]
     assert min(shares) >= 0.03 and max(shares) <= 0.95
-    for shape in SHAPES:
+    for shape in USUAL:
         mine = sorted(share for share, form in zip(shares, found, strict=True) if form.shape == shape)
         step = (8 if expert_hidden >= 128 else 1) * (3 * expert_hidden + hidden) / (expert_hidden * hidden)
         assert mine[0] < 0.03 + 1 / experts + step and mine[-1] > 0.75, shape
@@ -139,6 +139,17 @@ def test_candidates_span_the_shares(sizes, projection):
         assert form.groups == 1 or affordable <= dense_flops(active, hidden, expert_hidden)
     assert any(form.input_rank != form.output_rank for form in found if form.shape == "wrappers")
     assert {1, 2} <= {form.groups for form in found if form.shape == "basis"} <= {1, 2, 4}
+
+
+def test_mixtures_are_considered_where_they_are_named():
+    """Up to twice as many bases as groups, no more than half of the experts, and no more FLOPs than the teacher's."""
+    found = candidates("gate", Sizes(128, 8, 2048, 768), ["mixture"], groups=4)
+    assert {form.shape for form in found} == {"mixture"} and {form.groups for form in found} == {2, 4, 8}
+    assert all(form_flops(form, "gate", 8, 2048, 768) <= dense_flops(8, 2048, 768) for form in found)
+    few = candidates("gate", Sizes(8, 2, 192, 192), ["mixture"], groups=8)
+    assert {form.groups for form in few} == {2, 4}
+    # 2 bases of 10: both run for every token, then 8 sums of both and 8 matrices [768, 10]
+    assert form_flops(Form("mixture", 0, 10, 2), "up", 8, 2048, 768) == 2 * (2 * 10 * 2048 + 8 * 2 * 10 + 8 * 768 * 10)
 
 
 def test_flops_are_those_of_the_factored_forward():

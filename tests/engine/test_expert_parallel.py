@@ -32,10 +32,10 @@ STEPS, HALF = 8, 4
 SHORT = 3  # steps before what one job tries
 VOCABULARY, LENGTH, WINDOWS = 97, 16, 4
 RATE = 3e-3  # at 1e-2 one layout differs from step 13 on, by 6e-4: a tie of the router fell to another expert
-# one layer of unequal ranks with an expert kept dense; one with a grouped basis, and no free factors in up
+# one layer of unequal ranks with an expert kept dense; one with a grouped basis, a mixture, and no free factors in up
 FORMS = {
     0: {"gate": Form("wrappers", 4, 3), "up": Form("wrappers", 3, 4), "down": Form("wrappers", 4, 2)},
-    1: {"gate": Form("basis", 0, 6, 2), "up": Form("wrappers", 0, 4), "down": Form("basis", 5, 0, 2)},
+    1: {"gate": Form("basis", 0, 6, 2), "up": Form("wrappers", 0, 4), "down": Form("mixture", 5, 0, 2)},
 }
 # experts and the rest share a multiplier: they are one group of the optimizer, or two where experts are spread
 RULES = ({"pattern": "embed", "lr_multiplier": 0.1},)

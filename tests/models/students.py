@@ -62,6 +62,7 @@ FULL = {
     "additive": {p: make_form("additive", p, EXPERT_HIDDEN, 0) for p in PROJECTIONS},
     "wrappers": {p: make_form("wrappers", p, EXPERT_HIDDEN, 3) for p in PROJECTIONS},
     "two bases": {p: make_form("basis", p, 0, HIDDEN, 2) for p in PROJECTIONS},
+    "mixture of two": {p: make_form("mixture", p, 0, HIDDEN, 2) for p in PROJECTIONS},
     "mixed": {
         "gate": make_form("wrappers", "gate", EXPERT_HIDDEN, 1),
         "up": make_form("basis", "up", 0, HIDDEN),
@@ -99,6 +100,11 @@ def factors(weights: Tensor, projection: str, form: Form) -> dict[str, Tensor]:
         found["output_left"] = torch.stack([w[e] @ bases[int(group[e])].T for e in range(experts)])
         if form.groups > 1:
             found["group"] = group
+    elif form.shape == "mixture":
+        bases = torch.randn(form.groups, rank, d, generator=generator).double()
+        found["output_mix"] = torch.randn(experts, form.groups, 1, generator=generator).double()
+        mixed = (found["output_mix"][:, :, 0] @ bases.flatten(1)).unflatten(1, (rank, d))
+        core, found["output_left"] = bases.flatten(0, 1), w @ torch.linalg.pinv(mixed)
     else:
         core = w.mean(0)
         residual = w - core
@@ -109,7 +115,7 @@ def factors(weights: Tensor, projection: str, form: Form) -> dict[str, Tensor]:
             left, sigma, right = torch.linalg.svd(residual, full_matrices=False)
             found["input_left"], found["input_right"] = left[..., :free] * sigma[:, None, :free], right[:, :free].mT
     if projection == "down":  # (L C + Q V^T)^T = C^T (I + S U^T) + V Q^T: wrappers change places, and their sides
-        swapped = {"output_left": "input_right", "output_right": "input_left"}
+        swapped = {"output_left": "input_right", "output_right": "input_left", "output_mix": "input_mix"}
         swapped |= {new: old for old, new in swapped.items()}
         found = {swapped.get(name, name): tensor for name, tensor in found.items()}
         core = core.T

@@ -20,6 +20,7 @@ SHAPES: dict[str, dict[str, Form]] = {
     "additive": {"gate": Form("additive", 2, 0), "up": Form("additive", 3, 0), "down": Form("additive", 0, 2)},
     "basis": {"gate": Form("basis", 0, 3), "up": Form("basis", 0, 4), "down": Form("basis", 2, 0)},
     "groups": {"gate": Form("basis", 0, 3, 2), "up": Form("additive", 3, 0), "down": Form("basis", 2, 0, 3)},
+    "mixture": {"gate": Form("mixture", 0, 3, 2), "up": Form("additive", 3, 0), "down": Form("mixture", 2, 0, 3)},
 }
 
 

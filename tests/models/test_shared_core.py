@@ -15,6 +15,7 @@ from megakd.models.shared_core import (
     factor_shapes,
     free_and_core_rank,
     make_form,
+    mix_name,
     naive_experts,
     stored_parameters,
 )
@@ -106,7 +107,7 @@ def reference_weight(block: Block, projection: str, expert: int) -> Tensor:
         return factor(wrapper, "left").T @ factor(wrapper, "right").T if rank else 0.0
 
     if form.shape == "mixture":
-        coefficients = getattr(block.experts, f"basis_mix_{projection}")[expert, :, 0]
+        coefficients = getattr(block.experts, mix_name(projection))[expert, :, 0]
         parts = core.chunk(form.groups, dim=1 if projection == "down" else 0)
         mixed = torch.stack([m * part for m, part in zip(coefficients, parts, strict=True)]).sum(0)
         return mixed @ factor("input", "right").T if projection == "down" else factor("output", "left").T @ mixed
