@@ -6,7 +6,9 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from megakd.commands import tokenize
@@ -27,7 +29,7 @@ from megakd.train.build import build_objective
 from tests.commands.test_tokenize import interrupted
 from tests.conftest import files, in_process, metrics
 from tests.data.chats import document, said
-from tests.tools.examples import refused, tool
+from tests.tools.examples import converted, refused, tool
 
 # the tiny tokenizer has one special token: it closes every message
 TEMPLATE = """{%- for m in messages -%}
@@ -269,10 +271,33 @@ def test_plan_counts_the_labels_that_the_cache_holds(captured, chat_recipe, tmp_
 
 
 @pytest.mark.parametrize("name", ["hdf5", "parquet"])
-def test_converters_refuse_a_label_mask(captured, tmp_path, capsys, name):
-    module = tool(f"convert/convert_{name}")
-    error = refused(module, capsys, "to", captured[0].path("data", "logits", "train"), tmp_path / "out")
-    assert "its labels have a mask" in error and not (tmp_path / "out").exists()
+def test_converters_keep_the_label_mask(captured, tmp_path, name):
+    """Tokens, documents and masks as they are; the targets of labels that count within a step of the codec."""
+    module, shards = tool(f"convert/convert_{name}"), ShardSet(captured[0].path("data", "logits", "train"))
+    module.main(["to", str(shards.folder), str(tmp_path / "out")])
+    found = converted(module, tmp_path / "out", tmp_path / "again")
+    assert found.facts["codec"] == shards.facts["codec"] and found_in(found) == found_in(shards)
+    for index in range(len(shards)):
+        sample, before = found[index], shards[index]
+        assert np.array_equal(sample.mask, before.mask) and not sample.mask.all()
+        new, old = (np.sort(each.targets.logprobs, axis=1) for each in (sample, before))
+        assert np.array_equal(new > -np.inf, old > -np.inf) and not (new[~sample.mask] > -np.inf).any()
+        there = old > -np.inf
+        assert np.abs(np.exp(new[there] / 2) - np.exp(old[there] / 2)).max() <= 1 / shards.facts["levels"]
+
+
+@pytest.mark.parametrize("name", ["hdf5", "parquet"])
+def test_a_mask_and_facts_that_do_not_fit_are_refused(captured, tmp_path, capsys, name):
+    module, source = tool(f"convert/convert_{name}"), captured[0].path("data", "logits", "train")
+    module.main(["to", str(source), str(tmp_path / "out")])
+    if name == "hdf5":
+        with h5py.File(tmp_path / "out", "a") as file:
+            del file["label_mask"]
+    else:
+        table = pq.read_table(tmp_path / "out")
+        pq.write_table(table.drop_columns(["label_mask"]), tmp_path / "out")
+    error = refused(module, capsys, "from", tmp_path / "out", tmp_path / "again")
+    assert "label_mask is missing: its facts are those of conversations" in error
 
 
 def test_reshard_keeps_the_mask(captured, tmp_path):

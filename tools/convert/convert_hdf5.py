@@ -16,6 +16,8 @@ and what `to` adds, `from` reads if it is there
           starts        int32   [N] lists  offsets at which documents begin
           log_tails     float32 [N, T, M]  log of the sum over all other tokens of p^(1/T_m)
           label_nll     float32 [N, T]     -log p(input_ids[t + 1])
+          label_mask    uint8   [N, T]     of conversations: 1 where the label input_ids[t + 1] counts; the values of a
+                                           row whose label does not are -inf
           and an attribute `facts` (JSON): whose targets these are and of which temperatures
 
 logprobs are log-probabilities over the whole vocabulary. For raw logits nothing is known of the tail: train then needs
@@ -90,6 +92,7 @@ def write_hdf5(shards: ShardSet, out: Path, level: int) -> None:
         values, indices = dataset("topk_values", "f2", length, top_k), dataset("topk_indices", "i4", length, top_k)
         label_nll = dataset("label_nll", "f4", length)
         log_tails = dataset("log_tails", "f4", length, columns) if columns else None
+        label_mask = dataset("label_mask", "u1", length) if shards.masked else None
         starts = file.create_dataset("starts", (count,), h5py.vlen_dtype(np.int32))
         for index in range(count):
             sample = shards[index]
@@ -104,6 +107,8 @@ def write_hdf5(shards: ShardSet, out: Path, level: int) -> None:
             label_nll[index] = _padded(targets.label_nll, length, 0)
             if log_tails is not None:
                 log_tails[index] = _padded(targets.log_tails, length, -np.inf)
+            if label_mask is not None:
+                label_mask[index] = _padded(sample.mask, length, 0)
             progress.update(1)
     progress.close(f"{out}: {out.stat().st_size / shards.tokens:.1f} bytes per token")
 
@@ -132,8 +137,8 @@ class Hdf5Source:
         needed = {name: self._found(name) for name in (names.tokens, names.ids, names.values)}
         self._check_present([name for name, found in needed.items() if found is None], unsaid)
         self.tokens, self.ids, self.values = (found for found in needed.values() if found is not None)
-        self.starts, self.log_tails, self.label_nll, self.lengths = (
-            self._found(name) for name in (names.starts, names.log_tails, names.label_nll, "lengths")
+        self.starts, self.log_tails, self.label_nll, self.label_mask, self.lengths = (
+            self._found(name) for name in (names.starts, names.log_tails, names.label_nll, names.label_mask, "lengths")
         )
         self._check()
         self.count, self.longest = self.tokens.shape
@@ -150,7 +155,7 @@ class Hdf5Source:
         return sha256(self.path)
 
     def rows(self, first: int) -> Iterator[Row]:
-        optional = (self.starts, self.log_tails, self.label_nll)
+        optional = (self.starts, self.log_tails, self.label_nll, self.label_mask)
         for index in range(first, self.count):
             length = self.longest if self.lengths is None else int(self._read(self.lengths, index))
             if not 0 <= length <= self.longest:
@@ -158,8 +163,8 @@ class Hdf5Source:
             tokens, ids, values = (
                 self._read(dataset, index)[:length] for dataset in (self.tokens, self.ids, self.values)
             )
-            starts, log_tails, label_nll = (None if d is None else self._read(d, index) for d in optional)
-            yield Row(index, tokens, ids, values, starts, log_tails, label_nll)
+            starts, log_tails, label_nll, mask = (None if d is None else self._read(d, index) for d in optional)
+            yield Row(index, tokens, ids, values, starts, log_tails, label_nll, mask)
 
     def _read(self, dataset: h5py.Dataset, index: int) -> Any:
         try:
@@ -194,6 +199,7 @@ class Hdf5Source:
             (self.ids, "iu", self.values.shape),
             (self.log_tails, "f", (count, rows, *(self.log_tails.shape[2:3] if self.log_tails is not None else ()))),
             (self.label_nll, "f", (count, rows)),
+            (self.label_mask, "iub", (count, rows)),
             (self.lengths, "iu", (count,)),
         ]
         faults = []

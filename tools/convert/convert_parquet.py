@@ -17,6 +17,8 @@ and what `to` adds, `from` reads if it is there
          log_tails      list<list<float>>  where the shards have tails at more temperatures than 1: at each of them the
                                            log of the sum over all other tokens of p^(1/T)
          label_nll      list<float>        -log p(input_ids[t + 1])
+         label_mask     list<bool>         of conversations: whether the label input_ids[t + 1] counts; a row whose
+                                           label does not is empty
          and `facts` (JSON) in the metadata: whose targets these are and of which temperatures
 
 The lists of a row are as long as input_ids, or one shorter. IN is a file, or a folder of files in the order of their
@@ -41,7 +43,7 @@ from foreign_rows import Names, Row
 
 from megakd.data.folders import data_files
 from megakd.data.records import Sample
-from megakd.data.shards import ShardSet
+from megakd.data.shards import ShardSet, label_masked
 from megakd.errors import UserError, listed, reason
 from megakd.outputs import check_file
 from megakd.system.files import digest, publishing, sha256
@@ -90,6 +92,8 @@ def _schema(facts: dict[str, Any]) -> pa.Schema:
     ids, numbers = pa.list_(pa.int32()), pa.list_(pa.float32())
     fields: dict[str, pa.DataType] = {"input_ids": ids, "starts": ids, "label_nll": numbers}
     fields |= {"topk_ids": pa.list_(ids), "topk_logprobs": pa.list_(numbers)}
+    if label_masked(facts):
+        fields["label_mask"] = pa.list_(pa.bool_())
     if facts["tails"]:
         fields["tail_logprob"] = numbers
         if len(facts["temperatures"]) > 1:
@@ -108,6 +112,7 @@ def _columns(sample: Sample, schema: pa.Schema) -> dict[str, pa.Array]:
         "input_ids": _list(pa.array(sample.tokens)),
         "starts": _list(pa.array(sample.starts)),
         "label_nll": _list(pa.array(targets.label_nll)),
+        "label_mask": _list(pa.array([] if sample.mask is None else sample.mask, pa.bool_())),
         "topk_ids": _list(_lists(ids[there], counts)),
         "topk_logprobs": _list(_lists(logprobs[there], counts)),
         "tail_logprob": _list(pa.array(tails[:, 0])),
@@ -198,7 +203,9 @@ class ParquetSource:
             tails, widths = nested("log_tails", 0)
             if len(set(widths)) > 1:
                 raise UserError(f"{place}: log_tails has lists of different lengths")
-        return Row(number, tokens, ids, values, flat(NAMES.starts), tails, flat(NAMES.label_nll))
+        return Row(
+            number, tokens, ids, values, flat(NAMES.starts), tails, flat(NAMES.label_nll), flat(NAMES.label_mask)
+        )
 
     def _batches(self, first: int, columns: list[str]) -> Iterator[tuple[int, _Part, pa.RecordBatch]]:
         """(number of its first row among all, file, batch), from the row group that holds row `first` on."""
@@ -264,6 +271,7 @@ def _check_columns(path: Path, schema: pa.Schema) -> None:
     whole, real = (pa.types.is_integer, "integers"), (pa.types.is_floating, "floating-point numbers")
     depth = {NAMES.tokens: (1, whole), NAMES.ids: (2, whole), NAMES.values: (2, real), NAMES.starts: (1, whole)}
     depth |= {NAMES.log_tails: (1, real), "log_tails": (2, real), NAMES.label_nll: (1, real)}
+    depth[NAMES.label_mask] = (1, (pa.types.is_boolean, "true and false"))
     for name, (lists, (fits, what)) in depth.items():
         if name not in schema.names:
             if name in (NAMES.tokens, NAMES.ids, NAMES.values):

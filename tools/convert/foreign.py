@@ -21,7 +21,7 @@ from megakd.data import codec
 from megakd.data.codebook import build_book
 from megakd.data.records import Sample, TeacherTargets
 from megakd.data.shard_writer import write_shard
-from megakd.data.shards import ShardSet, layout_of
+from megakd.data.shards import ShardSet, label_masked, layout_of
 from megakd.data.tokenizers import bos_of, identify_tokenizer, load_tokenizer
 from megakd.errors import UserError
 from megakd.identity import TeacherIdentity, TokenizerIdentity
@@ -113,6 +113,10 @@ def convert(source: Source, args: argparse.Namespace, title: str) -> None:
     if args.split_at_end and first.starts is not None:
         raise UserError(f"--split-at-end: {source.path} says itself where documents begin ({source.names.starts})")
     facts = _facts(source, first, args) if source.facts is None else _restated(source, source.facts, args)
+    masked = label_masked(facts)
+    if masked != (first.label_mask is not None):
+        problem = "is missing: its facts are those of conversations" if masked else "needs the facts of conversations"
+        raise UserError(f"{source.path}: {source.names.label_mask} {problem}")
     _check_limits(source, facts)
     length = facts["tokens"]["sequence_length"]
     reading = Reading(
@@ -125,7 +129,7 @@ def convert(source: Source, args: argparse.Namespace, title: str) -> None:
     _describe(source, reading, rows, samples)
     named = [s.targets.ids[s.targets.logprobs > -np.inf] for s in samples if s.targets is not None]
     book = build_book(np.concatenate(named), facts["vocab_size"])
-    facts |= {"codec": codec.NAME, "book": book.digest}
+    facts |= {"codec": codec.MASKED_NAME if masked else codec.NAME, "book": book.digest}
     facts["converted"] = {
         "from": source.path.name,
         "sha256": source.sha256(),
@@ -166,8 +170,6 @@ def exported(shards: ShardSet) -> dict[str, Any]:
     facts = shards.facts
     if shards.layout is None:
         raise UserError(f"{shards.folder}: holds tokens alone; name a folder that generate-logits made")
-    if shards.layout.masked:
-        raise UserError(f"{shards.folder}: its labels have a mask (data.format), which has no place there")
     if not facts["top_k"]:
         raise UserError(f"{shards.folder}: holds draws alone (profile {facts['profile']}), which have no place there")
     if not facts["draws"]:
@@ -266,7 +268,7 @@ def _check_limits(source: Source, facts: dict[str, Any]) -> None:
 
 def _describe(source: Source, reading: Reading, rows: list[Row], samples: list[Sample]) -> None:
     """Say what was found in the first windows, and what looks as if it was meant otherwise."""
-    positions = sum(len(sample.tokens) - 1 for sample in samples)
+    positions = sum(len(s.tokens) - 1 if s.mask is None else int(s.mask.sum()) for s in samples)
     given = [row.values[: len(sample.tokens) - 1] for row, sample in zip(rows, samples, strict=True)]
     entries = sum(int((values > NONE).sum()) for values in given)
     kept = sum(int((s.targets.logprobs > -np.inf).sum()) for s in samples if s.targets)

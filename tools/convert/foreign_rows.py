@@ -4,7 +4,7 @@ A foreign file holds windows of tokens and, for each position t, K ids with numb
   logprobs   log p over the whole vocabulary; what is outside the K has mass 1 - sum p, so there is a tail at T = 1
   logits     raw, without their normaliser: nothing is known of the tail, rows are normalised over the K
 A row for the last token of a window is skipped: what comes after it is not in the window. An entry of -inf, or below
-NONE, is none.
+NONE, is none. With a label mask, a row whose label does not count is not read.
 """
 
 import math
@@ -30,12 +30,13 @@ class Names(NamedTuple):
     starts: str
     log_tails: str
     label_nll: str
+    label_mask: str = "label_mask"
 
 
 class Row(NamedTuple):
     """Window `number` of a file: tokens [L]; ids, values [P, K], log_tails [P, M], label_nll [P] with P = L or L - 1.
 
-    starts, log_tails, label_nll: None where the file has none.
+    starts, log_tails, label_nll, label_mask [P]: None where the file has none.
     """
 
     number: int
@@ -45,6 +46,7 @@ class Row(NamedTuple):
     starts: np.ndarray | None
     log_tails: np.ndarray | None
     label_nll: np.ndarray | None
+    label_mask: np.ndarray | None = None
 
 
 class Reading(NamedTuple):
@@ -67,6 +69,9 @@ def sample_of(row: Row, reading: Reading) -> Sample:
     """A window with its targets; UserError naming file, part, sample, position and entry at the first fault."""
     tokens = _tokens(row, reading)
     starts = _starts(row, tokens, reading)
+    mask = _mask(row, len(tokens) - 1, reading)
+    if mask is not None:
+        row = _certain(row, ~mask)
     ids, values = _entries(row, len(tokens) - 1, reading)
     if reading.values == "logits":
         logprobs = values - _log_sum(values)[:, None]
@@ -75,6 +80,8 @@ def sample_of(row: Row, reading: Reading) -> Sample:
         logprobs, log_tails = values, _tails(row, values, reading)
     nll = _label_nll(row, tokens, starts, ids, logprobs, reading)
     logprobs, log_tails = _drop_below(reading.pmin, logprobs, log_tails, reading)
+    if mask is not None:
+        logprobs[~mask] = -np.inf  # a label that does not count has no entry
     best = np.take_along_axis(ids, logprobs.argmax(1)[:, None], 1)
     ids = np.where(logprobs > -np.inf, ids, best)
     none = np.zeros((len(ids), 0))
@@ -84,7 +91,32 @@ def sample_of(row: Row, reading: Reading) -> Sample:
         log_tails.astype(np.float32),
         none.astype(np.int32), none.astype(np.float32), np.zeros(len(ids), np.float32), nll.astype(np.float32),
     )  # fmt: skip
-    return Sample(f"{row.number:09d}", tokens, starts, targets)
+    return Sample(f"{row.number:09d}", tokens, starts, targets, mask)
+
+
+def _mask(row: Row, positions: int, reading: Reading) -> np.ndarray | None:
+    if row.label_mask is None:
+        return None
+    mask = row.label_mask[:positions].astype(bool)
+    if len(mask) < positions:
+        _refuse(reading, row, reading.names.label_mask, f"{len(mask)} values, expected at least {positions}")
+    return mask
+
+
+def _certain(row: Row, rows: np.ndarray) -> Row:
+    """The window with one entry of probability 1 at `rows`, so that all else is checked where it stands."""
+    at = rows.nonzero()[0]
+    at = at[at < len(row.values)]
+    width = max(row.values.shape[1], 1)
+    ids, values = _wide(row.ids, width, 0), _wide(row.values, width, -np.inf)
+    ids[at], values[at] = 0, -np.inf
+    values[at, 0] = 0.0
+    log_tails, label_nll = (None if each is None else each.copy() for each in (row.log_tails, row.label_nll))
+    if log_tails is not None:
+        log_tails[at] = -np.inf
+    if label_nll is not None:
+        label_nll[at] = 0.0
+    return row._replace(ids=ids, values=values, log_tails=log_tails, label_nll=label_nll)
 
 
 def _tokens(row: Row, reading: Reading) -> np.ndarray:
