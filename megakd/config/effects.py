@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from megakd.config.base import Section
 from megakd.config.data import SourceFields
 from megakd.config.run import RunConfig
+from megakd.config.source_effects import SOURCE_RULES, SourceRule, names_files
 
 
 class Rule(NamedTuple):
@@ -58,8 +59,10 @@ def _is_folder(model: str) -> bool:
     return model == "demo" or (Path(model) / "config.json").exists()
 
 
-def _names_files(source: SourceFields) -> bool:
-    return source.source == "python-docs" or Path(source.source).expanduser().exists()
+def _of_source(rule: SourceRule) -> Rule:
+    """The rule for the one source of `data`."""
+    fields = tuple(f"data.{field}" for field in rule.fields)
+    return Rule(fields, lambda c: not c.data.sources and rule.when(c.data), f"data.{rule.reason}", rule.replaced)
 
 
 RULES: tuple[Rule, ...] = (
@@ -221,38 +224,9 @@ RULES: tuple[Rule, ...] = (
         replaced=True,
     ),
     Rule(
-        ("data.subset",),
-        lambda c: _names_files(c.data),
-        "data.source names files; data sets of the hub alone have it",
-        replaced=True,
-    ),
-    Rule(
-        ("data.split",),
-        lambda c: _names_files(c.data) and not (Path(c.data.source).expanduser() / "dataset_dict.json").exists(),
-        "data.source names files; data sets of the hub, and those saved by `datasets`, alone have it",
-        replaced=True,
-    ),
-    Rule(
         ("data.streaming",),
-        lambda c: all(_names_files(origin) for origin in c.data.origins),
+        lambda c: all(names_files(origin) for origin in c.data.origins),
         "data.source names files; data sets of the hub alone are streamed",
-        replaced=True,
-    ),
-    Rule(
-        ("data.revision",),
-        lambda c: not c.data.sources and _names_files(c.data),
-        "data.source names files; data sets of the hub alone have revisions",
-    ),
-    Rule(
-        ("data.text_field",),
-        lambda c: c.data.source == "python-docs" or c.data.source.endswith(".txt"),
-        "data.source is plain text, without fields",
-        replaced=True,
-    ),
-    Rule(
-        ("data.text_field",),
-        lambda c: c.data.format != "text",
-        "data.format reads conversations",
         replaced=True,
     ),
     Rule(
@@ -262,21 +236,7 @@ RULES: tuple[Rule, ...] = (
         replaced=True,
     ),
     Rule(("data.chat_template",), lambda c: not c.data.has_chats, "data.format=text has no conversations"),
-    Rule(
-        ("data.messages_field",),
-        lambda c: not c.data.sources and c.data.format != "messages",
-        "data.format is not messages",
-    ),
-    Rule(
-        ("data.prompt_field", "data.completion_field"),
-        lambda c: not c.data.sources and c.data.format != "prompt_completion",
-        "data.format is not prompt_completion",
-    ),
-    Rule(
-        ("data.tools_field",),
-        lambda c: not c.data.sources and c.data.format == "text",
-        "data.format=text has no tools",
-    ),
+    *map(_of_source, SOURCE_RULES),
     Rule(
         ("model.revision",),
         lambda c: _is_folder(c.model.teacher),
@@ -299,7 +259,19 @@ def idle_fields(config: RunConfig) -> list[Idle]:
     for rule in RULES:
         for idle in _broken(rule, config):
             found.setdefault(idle.path, idle)
+    for index, source in enumerate(config.data.sources):
+        for idle in _broken_of(source, f"data.sources.{index}"):
+            found.setdefault(idle.path, idle)
     return list(found.values())
+
+
+def _broken_of(source: SourceFields, place: str) -> Iterator[Idle]:
+    """What has no effect in one of data.sources."""
+    for rule in SOURCE_RULES:
+        if rule.when(source):
+            for field in rule.fields:
+                own = Rule((f"{place}.{field}",), lambda c: True, f"{place}.{rule.reason}")
+                yield from _differs(source, field, f"{place}.{field}", own)
 
 
 def _broken(rule: Rule, config: RunConfig) -> Iterator[Idle]:

@@ -44,6 +44,27 @@ def test_a_field_without_effect_is_refused_by_name(sections, said):
         check(config_of(**sections), "recipe")
 
 
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        ({"subset": "a"}, 'subset="a" has no effect: data.sources.1.source names files'),
+        ({"split": "test"}, 'split="test" has no effect: data.sources.1.source names files'),
+        ({"revision": "main"}, 'revision="main" has no effect: data.sources.1.source names files'),
+        ({"text_field": "body"}, 'text_field="body" has no effect: data.sources.1.source is plain text'),
+        ({"source": "a/b", "format": "messages", "text_field": "body"}, 'text_field="body" has no effect: .*format'),
+        ({"messages_field": "chat"}, 'messages_field="chat" has no effect: data.sources.1.format is not messages'),
+        ({"completion_field": "a"}, 'completion_field="a" has no effect: .*format is not prompt_completion'),
+        ({"tools_field": "a"}, 'tools_field="a" has no effect: data.sources.1.format=text has no tools'),
+    ],
+)
+def test_a_field_without_effect_of_one_source_is_refused_by_name(fields, said):
+    other = {"source": "a/b", "subset": "x", "split": "test", "revision": "main", "text_field": "body"}
+    fine = config_of(data={"sources": [other, {"source": "python-docs"}]})
+    check(fine, "recipe")
+    with pytest.raises(UserError, match=f"^recipe: data.sources.1.{said}"):
+        check(config_of(data={"sources": [other, {"source": "python-docs", **fields}]}), "recipe")
+
+
 def test_ranks_of_a_recipe_for_deepspeed_go_with_its_kind(tmp_path, capsys):
     """One rank must not train in silence where two were asked for."""
     file = tmp_path / "recipe.json"

@@ -107,7 +107,7 @@ def write_hdf5(shards: ShardSet, out: Path, level: int) -> None:
             label_nll[index] = _padded(targets.label_nll, length, 0)
             if log_tails is not None:
                 log_tails[index] = _padded(targets.log_tails, length, -np.inf)
-            if label_mask is not None:
+            if label_mask is not None and sample.mask is not None:
                 label_mask[index] = _padded(sample.mask, length, 0)
             progress.update(1)
     progress.close(f"{out}: {out.stat().st_size / shards.tokens:.1f} bytes per token")
