@@ -101,7 +101,7 @@ def tokenize_part(
         wanted=limit,
         megakd=made_with(),
         **({"bad_lines": bad} if (bad := state.bad_lines + state.refused) else {}),
-        **({"shares": {each["source"]: each["share"] for each in shares}} if shares else {}),
+        **({"shares": [each["share"] for each in shares]} if shares else {}),  # in the order of data.sources
     )
 
 

@@ -133,7 +133,10 @@ class Border(NamedTuple):
 
 
 class Recorded(NamedTuple):
-    """What a run's folder holds for the page; name: as charts call it."""
+    """What a run's folder holds for the page; name: as charts call it.
+
+    shares: of the tokens that each of several sources gave, in the order of data.sources.
+    """
 
     name: str
     folder: Path
@@ -143,6 +146,7 @@ class Recorded(NamedTuple):
     history: list[dict[str, Any]]
     compress: dict[str, Any] | None = None
     sizes: tuple[int, int] | None = None  # hidden size, and that of an expert
+    shares: tuple[float, ...] = ()
 
     @classmethod
     def of(cls, run: Run) -> "Recorded":
@@ -160,7 +164,12 @@ class Recorded(NamedTuple):
             read_json_lines(run.path("history.jsonl"), "event"),
             read_json(compressed) if compressed.exists() else None,
             sizes,
+            _shares(run.path("data", "tokens", "train", "manifest.json")),
         )
+
+
+def _shares(manifest: Path) -> tuple[float, ...]:
+    return tuple(each["share"] for each in read_json(manifest).get("sources", [])) if manifest.exists() else ()
 
 
 def with_names(runs: Sequence[Recorded]) -> list[Recorded]:

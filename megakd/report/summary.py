@@ -140,9 +140,7 @@ def facts(run: Recorded) -> list[tuple[str, str]]:
     objective = config["objective"]
     named = [f"{key} {objective[key]}" for key in ("alpha", "temperature", "divergence") if key in objective]
     found.append(("objective", ", ".join([objective["kind"], *named])))
-    sources = config["data"].get("sources") or [config["data"]]
-    names = [" / ".join(part for part in (each["source"], each.get("subset")) if part) for each in sources]
-    found.append(("data", ", ".join(names)))
+    found.append(("data", ", ".join(_sources(run))))
     trainings = [event for event in run.history if event["event"] == "train"]
     hardware = [_machine(event) for event in trainings if isinstance(event.get("machine"), dict)]
     found += [("hardware", text) for text in dict.fromkeys(hardware)]
@@ -156,6 +154,23 @@ def facts(run: Recorded) -> list[tuple[str, str]]:
     if times:
         found.append(("first to last event", f"{_time_text(times[0])} to {_time_text(times[-1])}"))
     return found
+
+
+def _sources(run: Recorded) -> list[str]:
+    """What the text is; of several sources also the share that was asked for, and the one that tokenize reached."""
+    data = run.config["data"]
+    sources = data.get("sources") or [data]
+    names = [" / ".join(part for part in (each["source"], each.get("subset")) if part) for each in sources]
+    if len(sources) == 1:
+        return names
+    whole = sum(each["weight"] for each in sources)
+    asked = [f"{each['weight'] / whole:.2%}" for each in sources]
+    if len(run.shares) != len(sources):
+        return [f"{name} (share asked for: {share})" for name, share in zip(names, asked, strict=True)]
+    return [
+        f"{name} ({share:.2%} of the tokens, asked for: {wanted})"
+        for name, share, wanted in zip(names, run.shares, asked, strict=True)
+    ]
 
 
 def _model(name: str, revision: str | None) -> str:

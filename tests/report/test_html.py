@@ -214,6 +214,14 @@ def test_summary_says_what_came_out_and_of_what_the_run_was_made():
     assert "machine shared" not in facts
 
 
+def test_several_sources_are_listed_with_the_shares_that_were_asked_for_and_got():
+    sources = [{"source": "a.jsonl", "weight": 3}, {"source": "b", "subset": "x", "weight": 1}]
+    mixed = config(data={"sources": sources})
+    assert "a.jsonl (share asked for: 75.00%), b / x (share asked for: 25.00%)" in Page(render(config=mixed)).text["dd"]
+    shown = Page(render(config=mixed, shares=(0.7512, 0.2488))).text["dd"]
+    assert "a.jsonl (75.12% of the tokens, asked for: 75.00%), b / x (24.88% of the tokens, asked for: 25.00%)" in shown
+
+
 def test_speed_is_marked_where_the_machine_was_shared():
     busy = {"load": 120.0, "cpus": 96}
     history = [{**event, **({"machine_load": busy} if event["event"] == "checkpoint" else {})} for event in HISTORY]
