@@ -21,6 +21,7 @@ from torch.nn import functional
 
 PROJECTIONS = ("gate", "up", "down")
 SHAPES = ("wrappers", "additive", "basis", "mixture")
+FEW_ROWS = 32  # routed rows up to which copies of their factors are multiplied at once, in 16 bits
 
 
 class Form(NamedTuple):
@@ -171,6 +172,9 @@ class SharedCoreExperts(nn.Module):
 
         Both are summed over a token's experts, weighted.
         """
+        few = expert_NA.numel() <= FEW_ROWS and not torch.is_grad_enabled()
+        if few and gate_N.dtype in (torch.bfloat16, torch.float16):  # copies of wider factors take longer than products
+            return self.gathered(x_ND, gate_N, up_N, expert_NA, weight_NA)
         if x_ND.device.type == "cuda" and gate_N.dtype != torch.float64 and self._aligned():  # which it does not know
             return self.grouped(x_ND, gate_N, up_N, expert_NA, weight_NA)
         return self.loop(x_ND, gate_N, up_N, expert_NA, weight_NA)
@@ -179,12 +183,12 @@ class SharedCoreExperts(nn.Module):
         self, x_ND: Tensor, gate_N: Tensor, up_N: Tensor, expert_NA: Tensor, weight_NA: Tensor
     ) -> tuple[Tensor, Tensor]:
         """`factors`, expert by expert: best on CPUs, where an expert's rows stay in the cache."""
-        order_P = torch.argsort(expert_NA.flatten(), stable=True)
-        counts = torch.bincount(expert_NA.flatten(), minlength=self.num_experts).tolist()
+        expert_P, order_P = expert_NA.flatten().sort(stable=True)
+        experts, rows = torch.unique_consecutive(expert_P, return_counts=True)
+        counts = rows.tolist()
         tokens = (order_P // expert_NA.shape[1]).split(counts)
         weights = weight_NA.flatten()[order_P, None].split(counts)
-        pick = {p: self._unbound(p) for p in PROJECTIONS}
-        mixes = {p: (None,) * self.num_experts if (m := self._mix(p)) is None else m.unbind() for p in PROJECTIONS}
+        pick = {p: _each((*self._stacked(p), self._mix(p)), self.num_experts) for p in PROJECTIONS}
         groups = {p: self._groups(p).tolist() for p in PROJECTIONS}
         inner_N = gate_N.new_zeros(len(x_ND) * self._slots("down"), self._width())
         outer_ND = torch.zeros_like(x_ND)
@@ -196,19 +200,16 @@ class SharedCoreExperts(nn.Module):
             return token if count == 1 else token * count + groups[projection][expert]
 
         # rows are gathered and added up expert by expert, while they are in the cache: [P, D] is never written
-        for expert, (token, weight) in enumerate(zip(tokens, weights, strict=True)):
-            if len(token) > 0:
-                x = x_ND.index_select(0, token)  # several times as fast as x_ND[token], and so is its gradient
-                gate = _mixed(gate_N.index_select(0, slots("gate", token, expert)), mixes["gate"][expert])
-                up = _mixed(up_N.index_select(0, slots("up", token, expert)), mixes["up"][expert])
-                gate, up = _gate_or_up(x, gate, *pick["gate"][expert]), _gate_or_up(x, up, *pick["up"][expert])
-                h = (self.act_fn(gate) * up * weight).to(gate.dtype)  # some routers weigh in float32
-                inner, outer = _down(h, *pick["down"][expert])
-                inner = _unmixed(inner, mixes["down"][expert])
-                # under autocast the products are of another type than the sums
-                inner_N.index_add_(0, slots("down", token, expert), inner.to(inner_N.dtype))
-                if outer is not None:
-                    outer_ND.index_add_(0, token, outer.to(outer_ND.dtype))
+        for expert, token, weight in zip(experts.tolist(), tokens, weights, strict=True):
+            x = x_ND.index_select(0, token)  # several times as fast as x_ND[token], and so is its gradient
+            gate = _gate_or_up(x, gate_N.index_select(0, slots("gate", token, expert)), *pick["gate"](expert))
+            up = _gate_or_up(x, up_N.index_select(0, slots("up", token, expert)), *pick["up"](expert))
+            h = (self.act_fn(gate) * up * weight).to(gate.dtype)  # some routers weigh in float32
+            inner, outer = _down(h, *pick["down"](expert))
+            # under autocast the products are of another type than the sums
+            inner_N.index_add_(0, slots("down", token, expert), inner.to(inner_N.dtype))
+            if outer is not None:
+                outer_ND.index_add_(0, token, outer.to(outer_ND.dtype))
         return inner_N.view(len(x_ND), inner_N.shape[1] * self._slots("down")), outer_ND
 
     def grouped(
@@ -221,12 +222,42 @@ class SharedCoreExperts(nn.Module):
         """
         dtype = gate_N.dtype  # that of autocast, where it is on
         expert_P, order_P = expert_NA.flatten().sort(stable=True)
-        token_P = order_P // expert_NA.shape[1]
         experts = torch.arange(self.num_experts, device=expert_P.device)
         ends_E = torch.searchsorted(expert_P, experts, right=True).to(torch.int32)
 
         def product(rows: Tensor, matrices_E: Tensor) -> Tensor:
             return functional.grouped_mm(rows.to(dtype), matrices_E.to(dtype), offs=ends_E)
+
+        token_P, weight_P = order_P // expert_NA.shape[1], weight_NA.flatten()[order_P]
+        return self._by_row(x_ND, gate_N, up_N, token_P, expert_P, weight_P, product)
+
+    def gathered(
+        self, x_ND: Tensor, gate_N: Tensor, up_N: Tensor, expert_NA: Tensor, weight_NA: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`factors` for few rows: a copy of its expert's factors for each, multiplied as a batch.
+
+        No size depends on the data. Not for gradients: that of `left[expert_P]` is a whole `left` each time.
+        """
+        expert_P = expert_NA.flatten()
+        token_P = torch.arange(len(x_ND), device=x_ND.device).repeat_interleave(expert_NA.shape[1])
+
+        def product(rows: Tensor, matrices_E: Tensor) -> Tensor:
+            return torch.bmm(rows.to(gate_N.dtype)[:, None], matrices_E[expert_P].to(gate_N.dtype))[:, 0]
+
+        return self._by_row(x_ND, gate_N, up_N, token_P, expert_P, weight_NA.flatten(), product)
+
+    def _by_row(
+        self,
+        x_ND: Tensor,
+        gate_N: Tensor,
+        up_N: Tensor,
+        token_P: Tensor,
+        expert_P: Tensor,
+        weight_P: Tensor,
+        product: Callable[[Tensor, Tensor], Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """`factors` of routed rows; product: of rows [P, n] with their experts' matrices out of [E, n, m]."""
+        dtype = gate_N.dtype
 
         def slots(projection: str) -> Tensor:
             count = self._slots(projection)
@@ -245,7 +276,7 @@ class SharedCoreExperts(nn.Module):
             if free_left is not None and free_right is not None:
                 y = y + product(product(x_PD, free_right), free_left)
             rows[projection] = y
-        h_PF = self.act_fn(rows["gate"]) * rows["up"] * weight_NA.flatten()[order_P, None].to(dtype)
+        h_PF = self.act_fn(rows["gate"]) * rows["up"] * weight_P[:, None].to(dtype)
         left, right, free_left, free_right = self._stacked("down")
         form, inner_P = self.forms["down"], h_PF
         if form.based:
@@ -300,10 +331,12 @@ class SharedCoreExperts(nn.Module):
         names = [f"{wrapper}_wrapper_{projection}_{side}" for wrapper in (near, far) for side in ("left", "right")]
         return tuple(getattr(self, name, None) for name in names)
 
-    def _unbound(self, projection: str) -> list[tuple[Tensor | None, ...]]:
-        """`_stacked` of every expert; unbound at once, the gradient of a `left[e]` would be a whole `left`."""
-        stacks = [(None,) * self.num_experts if s is None else s.unbind() for s in self._stacked(projection)]
-        return list(zip(*stacks, strict=True))
+
+def _each(stacks: Sequence[Tensor | None], experts: int) -> Callable[[int], tuple[Tensor | None, ...]]:
+    """What an expert has of each [E, ..]; for gradients all is unbound: that of a `left[e]` is a whole `left`."""
+    if torch.is_grad_enabled():
+        return list(zip(*[(None,) * experts if s is None else s.unbind() for s in stacks], strict=True)).__getitem__
+    return lambda expert: tuple(None if s is None else s[expert] for s in stacks)
 
 
 def _mixed(rows: Tensor, mix: Tensor | None) -> Tensor:
@@ -322,9 +355,16 @@ def _unmixed(rows: Tensor, mix: Tensor | None) -> Tensor:
 
 
 def _gate_or_up(
-    x: Tensor, y: Tensor, left: Tensor | None, right: Tensor | None, free_left: Tensor | None, free_right: Tensor | None
+    x: Tensor,
+    y: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    free_left: Tensor | None,
+    free_right: Tensor | None,
+    mix: Tensor | None,
 ) -> Tensor:
-    """L C x + Q V^T x from y = C x, or A y from y = Z x, for one expert's rows."""
+    """L C x + Q V^T x from y = C x, or A y from y = Z x, mixed where there is a mix, for one expert's rows."""
+    y = _mixed(y, mix)
     if left is not None:
         y = y @ left if right is None else torch.addmm(y, y @ right, left)
     if free_left is not None and free_right is not None:
@@ -334,13 +374,18 @@ def _gate_or_up(
 
 
 def _down(
-    h: Tensor, left: Tensor | None, right: Tensor | None, free_left: Tensor | None, free_right: Tensor | None
+    h: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    free_left: Tensor | None,
+    free_right: Tensor | None,
+    mix: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """((I + U V^T) h, U' P^T h), or (B^T h, None), for one expert's rows."""
+    """((I + U V^T) h, U' P^T h), or (B^T h, None), mixed, for one expert's rows."""
     inner = h
     if right is not None:
         inner = h @ right if left is None else torch.addmm(h, h @ right, left)
-    return inner, None if free_left is None or free_right is None else (h @ free_right) @ free_left
+    return _unmixed(inner, mix), None if free_left is None or free_right is None else (h @ free_right) @ free_left
 
 
 def dense_weight(tensors: Mapping[str, Tensor], projection: str, expert: int) -> Tensor:

@@ -178,17 +178,40 @@ def test_a_router_may_weigh_in_float32(name):
 
 
 @every_set
-@pytest.mark.parametrize("path", ["loop", "grouped"])
+@pytest.mark.parametrize("path", ["loop", "grouped", "gathered"])
 @torch.no_grad()
 def test_autocast_computes_in_bfloat16(name, path, monkeypatch):
     sizes = (EXPERTS, 16, 8)
     block, given = make_block(name, (1,), torch.float32, sizes, scale=8), rows(9, torch.float32, 16)
     expected = block(*given)
-    if path == "grouped":
-        monkeypatch.setattr(block.experts, "factors", block.experts.grouped)
+    monkeypatch.setattr(block.experts, "factors", getattr(block.experts, path))
     with torch.autocast("cpu", torch.bfloat16):
         found = block(*given)
     assert 1e-6 < relative(found, expected) <= 3e-2
+
+
+@every_set
+@for_each("tokens", [1, 3])
+@torch.no_grad()
+def test_few_rows_may_copy_their_factors(name, tokens, monkeypatch):
+    block, given = make_block(name, (1,)), rows(tokens)
+    expected = reference(block, *given)
+    assert relative(block(*given), expected) <= 1e-12
+    monkeypatch.setattr(block.experts, "factors", block.experts.gathered)
+    assert relative(block(*given), expected) <= 1e-12
+
+
+@for_each("dtype, tokens, path", [(torch.bfloat16, 1, "gathered"), (torch.bfloat16, 40, "loop"), (None, 1, "loop")])
+def test_the_path_of_few_rows_is_chosen_by_type_and_number(dtype, tokens, path, monkeypatch):
+    block, given = make_block("wrappers", dtype=dtype or torch.float32), rows(tokens, dtype or torch.float32)
+    taken = []
+    for name in ("gathered", "grouped", "loop"):
+        function = getattr(block.experts, name)
+        monkeypatch.setattr(block.experts, name, lambda *a, f=function, n=name: (taken.append(n), f(*a))[1])
+    with torch.no_grad():
+        block(*given)
+    block(*given)
+    assert taken == [path, "loop"]  # copies would have whole stacks as gradients
 
 
 @every_set
