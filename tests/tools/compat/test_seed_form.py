@@ -108,7 +108,7 @@ def qwen(tmp_path_factory):
 @pytest.mark.parametrize(
     "forms, exempt, said",
     [
-        (FORMS["equal"] | {"up": FULL["two bases"]["up"]}, None, "layer 0 stores up as a basis"),
+        (FORMS["equal"] | {"up": FULL["two bases"]["up"]}, None, "layer 0 stores up in bases"),
         (FORMS["equal"], {1: (2,)}, "layer 1 keeps experts (2,) dense"),
     ],
 )
