@@ -82,12 +82,23 @@ def source_commits(run: Run) -> list[str | None]:
 
     Says which files or which commits they are.
     """
-    recorded = [recorded_facts(run.path("data", "tokens", part)) or {} for part in ("holdout", "train")]
-    known = {each["source"]: each["commit"] for facts in recorded for each in sources_of(facts) if "commit" in each}
-    return [_commit(origin, known) for origin in run.config.data.origins]
+    recorded = [recorded_facts(run.path("data", "tokens", part)) or {} for part in ("train", "holdout")]
+    return [
+        _commit(origin, _known_commit(recorded, number, origin.source))
+        for number, origin in enumerate(run.config.data.origins)
+    ]
 
 
-def _commit(origin: SourceConfig, known: dict[str, str]) -> str | None:
+def _known_commit(recorded: Sequence[dict[str, Any]], number: int, source: str) -> str | None:
+    """The commit at which existing shards have the source of this number: one name may stand there twice."""
+    for facts in recorded:
+        each = sources_of(facts)[number : number + 1]
+        if each and each[0].get("source") == source and "commit" in each[0]:
+            return each[0]["commit"]
+    return None
+
+
+def _commit(origin: SourceConfig, known: str | None) -> str | None:
     try:
         found = find_files(origin.source, origin.split)
     except UserError:  # a finished part needs its source no more; one that is not says what is missing
@@ -99,7 +110,7 @@ def _commit(origin: SourceConfig, known: dict[str, str]) -> str | None:
         say(f"data.source {origin.source}: {what}")
     if found.taken or origin.source == "python-docs":
         return None
-    commit = known.get(origin.source) or hub_commit(origin.source, origin.revision)
+    commit = known or hub_commit(origin.source, origin.revision)
     at = f"read at commit {commit}" if commit else "its commit is unknown, for the hub cannot be asked"
     say(f"data.source {origin.source}: {at}")
     return commit

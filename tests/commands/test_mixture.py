@@ -5,12 +5,14 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 from megakd.commands import tokenize
+from megakd.data import facts
 from megakd.data.records import Sample
 from megakd.data.shards import ShardSet
 from megakd.data.tokenizers import load_tokenizer
@@ -153,3 +155,31 @@ def test_text_among_conversations_counts_every_label(mixed, recipe_of_sources, f
         kinds.add(chat)
         assert (sample.label_count < len(sample.tokens) - len(sample.starts)) == chat
     assert kinds == {True, False}
+
+
+def test_sets_of_the_hub_are_read_at_the_revision_of_each(recipe_of_sources, tmp_path, monkeypatch):
+    """Also where one set stands there twice: a run that went on after the validation set read both at one commit."""
+    commits = {"v1": "a" * 40, "v2": "b" * 40, None: "c" * 40}
+    asked: list[tuple[Any, ...]] = []
+
+    def load_dataset(source: str, subset: Any, split: str, revision: Any, streaming: bool) -> Any:
+        asked.append((source, subset, split, revision, streaming))
+        rows = [{"text": f"{revision[0]}{i} " + f"{revision[0]} " * 30} for i in range(400)]
+        return datasets.Dataset.from_list(rows).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(facts, "hub_commit", lambda source, revision: commits[revision])
+    each = [{"source": "some/set", "revision": "v1"}, {"source": "some/set", "revision": "v2", "split": "test"}]
+    each.append({"source": "other/set", "subset": "x"})
+    settings = [f"data.sources={json.dumps(each)}", "data.tokens=4096", "data.holdout_tokens=300"]
+    whole = Run.create(recipe_of_sources, settings, tmp_path / "whole")
+    tokenize.main(whole, Namespace())
+    expected = {("some/set", None, "train", "a" * 40, True), ("some/set", None, "test", "b" * 40, True)}
+    assert set(asked) == expected | {("other/set", "x", "train", "c" * 40, True)}
+    recorded = ShardSet(whole.path("data", "tokens", "train")).facts["sources"]
+    assert [source["commit"] for source in recorded] == ["a" * 40, "b" * 40, "c" * 40]
+    run = Run.create(recipe_of_sources, settings, tmp_path / "run")
+    interrupted(monkeypatch, run, "shard-00000")
+    monkeypatch.setattr(facts, "hub_commit", lambda source, revision: "d" * 40)  # all branches have moved on
+    tokenize.main(run, Namespace())
+    assert files(run.path("data", "tokens")) == files(whole.path("data", "tokens"))
