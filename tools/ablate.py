@@ -34,7 +34,6 @@ import math
 import os
 import re
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,7 +57,7 @@ from megakd.outputs import check_file
 from megakd.run import Run
 from megakd.system.files import publishing, read_json_lines, write_json
 from megakd.system.logging import say
-from megakd.system.terminal import accept_any_encoding
+from megakd.system.terminal import accept_any_encoding, one_line_errors
 from megakd.system.text import clock, finite, table
 
 SETS, BASE = ("sar", "online", "cached"), "base"
@@ -112,19 +111,13 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments(parser)
-    try:
+    with one_line_errors("ablate", "interrupted; the same command goes on"):
         args = parser.parse_intermixed_args(argv)
         # overrides behind --set and --only are none of their names
         for names in (args.set, args.only):
             args.overrides += [word for word in names if "=" in word]
             names[:] = [word for word in names if "=" not in word]
         ablate(args)
-    except UserError as error:
-        sys.stderr.write(f"ablate: {error}\n")
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.stderr.write("ablate: interrupted; the same command goes on\n")
-        sys.exit(130)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

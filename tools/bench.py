@@ -30,7 +30,6 @@ examples:
 
 import argparse
 import os
-import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # speeds are those of one core
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -57,7 +56,7 @@ from megakd.errors import UserError
 from megakd.names import expand
 from megakd.outputs import check_file
 from megakd.system.files import write_json
-from megakd.system.terminal import accept_any_encoding
+from megakd.system.terminal import accept_any_encoding, one_line_errors
 
 
 def main() -> None:
@@ -90,7 +89,7 @@ def main() -> None:
     )
     parser.add_argument("--json", type=expand, metavar="FILE", help="write the rows there too")
     args = parser.parse_args()
-    try:
+    with one_line_errors("bench"):
         if args.real and args.bench not in ("offline", "store", "temperatures"):
             raise UserError("--real is for offline, store and temperatures: the other benchmarks need no model")
         if args.device != "cpu" and args.bench not in ("evaluate", "experts", "live", "loss", "step"):
@@ -112,9 +111,6 @@ def main() -> None:
         benches["offline"] = lambda quick: bench_offline(quick, args.real)
         benches["step"] = lambda quick: bench_step(quick, args.device, args.measured)
         rows = benches[args.bench](args.quick)
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(2)
     print(show(rows))
     if rows_file:
         write_json(rows_file, [row._asdict() for row in rows])

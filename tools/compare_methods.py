@@ -25,7 +25,6 @@ Stages train alike whatever the student is: give rules that match parameters of 
 import argparse
 import os
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,7 +41,7 @@ from megakd.outputs import check_file
 from megakd.run import Run
 from megakd.system.files import publishing, read_json_lines, write_json
 from megakd.system.logging import say
-from megakd.system.terminal import accept_any_encoding
+from megakd.system.terminal import accept_any_encoding, one_line_errors
 from megakd.system.text import clock, table
 
 MARK = "made by tools/compare_methods.py"
@@ -92,15 +91,9 @@ def main(argv: list[str] | None = None) -> None:
     add("--plot", type=expand, metavar="FILE", help="draw KL against bytes there (PNG)")
     add("--list", action="store_true", help="print the runs and what they change, and end")
     add("overrides", nargs="*", metavar="section.key=value", help="of the recipe")
-    try:
+    with one_line_errors("compare_methods", "interrupted; the same command goes on"):
         args = parser.parse_intermixed_args(argv)
         compare(args)
-    except UserError as error:
-        sys.stderr.write(f"compare_methods: {error}\n")
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.stderr.write("compare_methods: interrupted; the same command goes on\n")
-        sys.exit(130)
 
 
 def compare(args: argparse.Namespace) -> None:

@@ -1,10 +1,14 @@
-"""Standard output and error of any encoding: what it lacks is written in ASCII instead of ending the program."""
+"""Standard output and error: of any encoding, what it lacks written in ASCII; a tool's errors as one line."""
 
 import codecs
 import os
 import select
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+from megakd.errors import UserError
 
 CLOSED_PIPE = 141  # exit code of a program that SIGPIPE (13) ends: 128 + 13
 ASCII = {"→": "->", "←": "<-", "↔": "<->", "–": "-", "—": "-", "−": "-", "×": "x", "·": "|", "…": "...", "≤": "<="}
@@ -24,6 +28,19 @@ def _in_ascii(error: UnicodeError) -> tuple[str, int]:
     assert isinstance(error, UnicodeEncodeError), error
     text = error.object[error.start : error.end]
     return "".join(ASCII.get(c) or c.encode("ascii", "backslashreplace").decode() for c in text), error.end
+
+
+@contextmanager
+def one_line_errors(tool: str, interrupted: str = "interrupted") -> Iterator[None]:
+    """End a script of tools/ with one line on standard error: exit code 2 for a UserError, 130 for Ctrl-C."""
+    try:
+        yield
+    except UserError as error:
+        sys.stderr.write(f"{tool}: {error}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{tool}: {interrupted}\n")
+        sys.exit(130)
 
 
 def leave_closed_pipe() -> None:

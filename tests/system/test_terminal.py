@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from megakd import cli
-from megakd.system.terminal import accept_any_encoding
+from megakd.errors import UserError
+from megakd.system.terminal import accept_any_encoding, one_line_errors
 from tests.conftest import ROOT
 
 
@@ -56,3 +57,19 @@ def test_every_tool_accepts_any_encoding():
         text = path.read_text(encoding="utf-8")
         if "    main()\n" in text:
             assert "\n    accept_any_encoding()\n" in text, path
+
+
+@pytest.mark.parametrize(
+    "error, code, line", [(UserError("no file"), 2, "no file"), (KeyboardInterrupt(), 130, "later")]
+)
+def test_a_tool_ends_with_one_line(capsys, error, code, line):
+    with pytest.raises(SystemExit) as ended, one_line_errors("some_tool", "later"):
+        raise error
+    assert (ended.value.code, capsys.readouterr().err) == (code, f"some_tool: {line}\n")
+    with pytest.raises(ValueError, match="a fault"), one_line_errors("some_tool"):
+        raise ValueError("a fault")  # of the tool itself: a traceback
+
+
+def test_no_tool_writes_this_ending_again():
+    for path in (ROOT / "tools").rglob("*.py"):
+        assert "except UserError as error:\n        sys." not in path.read_text(encoding="utf-8"), path

@@ -12,7 +12,6 @@ tool says how much. A token takes as many experts as config.json says, whatever 
 
 import argparse
 import shutil
-import sys
 from pathlib import Path
 
 import installed  # noqa: F401
@@ -26,7 +25,7 @@ from megakd.models.router_update import FACTS, UPDATE, TeacherRouters, read_fact
 from megakd.names import expand, resolve
 from megakd.outputs import check_folder
 from megakd.system.files import publishing
-from megakd.system.terminal import accept_any_encoding
+from megakd.system.terminal import accept_any_encoding, one_line_errors
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
@@ -39,16 +38,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("out", type=expand, help="the folder to make")
     parser.add_argument("--revision", help="of a hub id (default: the one that router_update.json names)")
     args = parser.parse_args(argv)
-    try:
+    with one_line_errors("apply_router_update"):
         args.out = check_folder(args.out)
         update = args.update
         if update.is_dir():
             inside = update / UPDATE if (update / UPDATE).is_dir() else update  # an export's folder, or its own
             update = inside / f"{UPDATE}.safetensors"
         apply(args.teacher, args.revision, update, args.out)
-    except UserError as error:
-        sys.stderr.write(f"apply_router_update: {error}\n")
-        sys.exit(2)
 
 
 def apply(name: str, revision: str | None, update: Path, out: Path) -> None:

@@ -35,6 +35,7 @@ from megakd.run import Run
 from megakd.serve.export import MARK as EXPORTED
 from megakd.system.files import publishing, read_json, remove, write_json
 from megakd.system.logging import say
+from megakd.system.terminal import one_line_errors
 from megakd.system.verbs import VerbFailed, to_go_on
 
 RECIPE, STUDENT = "recipe.json", "student"
@@ -71,14 +72,8 @@ OVERRIDE = re.compile(r"[a-z_]+(\.\w+)*=")
 def one_line(tool: str) -> Iterator[None]:
     """A user's mistake ends the process with one line and exit code 2."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    try:
+    with one_line_errors(tool):
         yield
-    except UserError as error:
-        sys.stderr.write(f"{tool}: {error}\n")
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.stderr.write(f"{tool}: interrupted\n")
-        sys.exit(130)
 
 
 def _number(kind: Callable[[str], Any], holds: Callable[[Any], bool], what: str) -> Callable[[str], Any]:

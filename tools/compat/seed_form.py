@@ -22,7 +22,6 @@ The shape `basis` and experts that were kept dense have no unfused form.
 """
 
 import argparse
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -51,7 +50,7 @@ from megakd.models.student import stock_config, student_config
 from megakd.names import expand
 from megakd.outputs import check_folder
 from megakd.system.files import publishing
-from megakd.system.terminal import accept_any_encoding
+from megakd.system.terminal import accept_any_encoding, one_line_errors
 
 WORST = 1e-3
 SIDES = ("output", "input")
@@ -72,12 +71,9 @@ def main(argv: list[str] | None = None) -> None:
             help=f"of what is written (default: {dtype or 'what the core is stored in'})",
         )
     args = parser.parse_args(argv)
-    try:
+    with one_line_errors("seed_form"):
         args.out = check_folder(args.out)
         (to_seed if args.command == "to-seed" else from_seed)(args.source, args.out, args.dtype)
-    except UserError as error:
-        sys.stderr.write(f"seed_form: {error}\n")
-        sys.exit(2)
 
 
 def to_seed(source: Path, out: Path, dtype: str) -> None:

@@ -38,7 +38,7 @@ from typing import Any
 
 import installed  # noqa: F401
 import numpy as np
-from foreign import convert, exported, needs, one_line_errors, sorted_head, two_ways, unsaid
+from foreign import convert, exported, needs, sorted_head, two_ways, unsaid
 from foreign_rows import Names, Row
 
 from megakd.data.shards import ShardSet
@@ -46,7 +46,7 @@ from megakd.errors import UserError, listed
 from megakd.outputs import check_file
 from megakd.system.files import publishing, sha256
 from megakd.system.logging import Progress
-from megakd.system.terminal import accept_any_encoding
+from megakd.system.terminal import accept_any_encoding, one_line_errors
 
 try:
     import h5py

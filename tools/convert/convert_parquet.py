@@ -38,7 +38,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from foreign import check_stated, convert, exported, one_line_errors, sorted_head, two_ways
+from foreign import check_stated, convert, exported, sorted_head, two_ways
 from foreign_rows import Names, Row
 
 from megakd.data.folders import data_files
@@ -48,7 +48,7 @@ from megakd.errors import UserError, listed, reason
 from megakd.outputs import check_file
 from megakd.system.files import digest, publishing, sha256
 from megakd.system.logging import Progress, say
-from megakd.system.terminal import accept_any_encoding
+from megakd.system.terminal import accept_any_encoding, one_line_errors
 
 NAMES = Names("input_ids", "topk_ids", "topk_logprobs", "starts", "tail_logprob", "label_nll")
 GROUP_ENTRIES = 1 << 22  # of a row group: 32 MB before compression

@@ -5,9 +5,7 @@ else needs to be said about it.
 """
 
 import argparse
-import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -60,16 +58,6 @@ def two_ways(doc: str | None, kind: str, out: str, source: str) -> tuple[argpars
     back.add_argument("source", type=expand, metavar=source)
     _from_arguments(back)
     return parser, to, back
-
-
-@contextmanager
-def one_line_errors(tool: str) -> Iterator[None]:
-    """A user's mistake ends the tool with one line and exit code 2."""
-    try:
-        yield
-    except UserError as error:
-        sys.stderr.write(f"{tool}: {error}\n")
-        sys.exit(2)
 
 
 def _from_arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,7 +14,6 @@ byte. Killed and started again, it goes on after the last finished shard.
 
 import argparse
 import hashlib
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from megakd.errors import UserError
 from megakd.names import expand
 from megakd.system.files import digest
 from megakd.system.logging import Progress
-from megakd.system.terminal import accept_any_encoding
+from megakd.system.terminal import accept_any_encoding, one_line_errors
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -47,15 +46,12 @@ def main(argv: list[str] | None = None) -> None:
     add("--split", type=float, metavar="FRACTION", help="share of the windows that go to --split-to instead")
     add("--split-to", type=expand, metavar="DST2")
     args = parser.parse_args(argv)
-    try:
+    with one_line_errors("reshard"):
         if (args.split is None) != (args.split_to is None):
             raise UserError("--split and --split-to: one needs the other")
         if args.split_to is not None and args.out.resolve() == args.split_to.resolve():
             raise UserError(f"{args.out}: named twice; --split-to needs a folder of its own")
         reshard(args)
-    except UserError as error:
-        sys.stderr.write(f"reshard: {error}\n")
-        sys.exit(2)
 
 
 def reshard(args: argparse.Namespace) -> None:

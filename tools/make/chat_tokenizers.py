@@ -12,7 +12,6 @@ import argparse
 import json
 import shutil
 import subprocess
-import sys
 import tarfile
 import tempfile
 from pathlib import Path
@@ -22,7 +21,7 @@ import installed  # noqa: F401
 from megakd.errors import UserError, foreign, reason
 from megakd.names import expand
 from megakd.system.files import publishing
-from megakd.system.terminal import accept_any_encoding
+from megakd.system.terminal import accept_any_encoding, one_line_errors
 
 VERSION = "3.7.2"
 NAMES = ("qwen3", "llama3_1", "deepseek_v3", "gemma3", "qwen2_5", "llama3_2", "mistral_nemo")
@@ -78,7 +77,5 @@ def _check(models: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors("chat_tokenizers"):
         main()
-    except UserError as error:
-        sys.exit(str(error))

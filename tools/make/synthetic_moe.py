@@ -16,7 +16,6 @@ too: experts read and write partly the same directions. So two experts' cosine i
 import argparse
 import hashlib
 import math
-import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -33,7 +32,7 @@ from megakd.models.spec import MoESpec, spec_for
 from megakd.names import expand
 from megakd.outputs import check_folder
 from megakd.system.files import publishing
-from megakd.system.terminal import accept_any_encoding
+from megakd.system.terminal import accept_any_encoding, one_line_errors
 
 SHARD_BYTES = 256 * 2**20
 # what a family's config calls the number of experts and their inner size
@@ -77,12 +76,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--shard-megabytes", type=float, default=SHARD_BYTES / 2**20, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     args = parser.parse_args(argv)
-    try:
+    with one_line_errors("synthetic_moe"):
         args.folder = check_folder(args.folder)
         write(args)
-    except UserError as error:
-        sys.stderr.write(f"synthetic_moe: {error}\n")
-        sys.exit(2)
     size = sum(path.stat().st_size for path in args.folder.glob("*.safetensors"))
     print(f"{args.folder}: {args.family}, {args.layers} layers of {args.experts} experts, {size / 1e9:.2f} GB")
 

@@ -16,7 +16,6 @@ import importlib.util
 import json
 import math
 import platform
-import sys
 import time
 from pathlib import Path
 
@@ -31,12 +30,11 @@ from megakd.data.documents import held_out, python_documents
 from megakd.data.packing import pack
 from megakd.data.records import IGNORED, Sample
 from megakd.data.tokenizers import vocabulary_size
-from megakd.errors import UserError
 from megakd.models.tiny import END_OF_DOCUMENT, tiny_moe_config, train_tokenizer
 from megakd.names import expand
 from megakd.outputs import check_folder, producing
 from megakd.system.files import publishing
-from megakd.system.terminal import accept_any_encoding
+from megakd.system.terminal import accept_any_encoding, one_line_errors
 
 PACKAGES = ("torch", "transformers", "numpy", "sympy", "networkx", "scipy", "sklearn", "pandas", "matplotlib")
 MARK = "tools/make/train_demo_teacher.py"
@@ -51,11 +49,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=4500)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    try:
+    with one_line_errors("train_demo_teacher"):
         out = check_folder(args.out, MARK)
-    except UserError as error:
-        sys.stderr.write(f"train_demo_teacher: {error}\n")
-        sys.exit(2)
     torch.manual_seed(args.seed)
 
     own = list(python_documents())

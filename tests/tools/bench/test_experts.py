@@ -86,4 +86,4 @@ def test_rows(small, monkeypatch):
     ],
 )
 def test_what_cannot_be_measured_is_refused(arguments, message):
-    assert run_to_end(1, ROOT / "tools" / "bench.py", *arguments, code=2) == f"error: {message}\n"
+    assert run_to_end(1, ROOT / "tools" / "bench.py", *arguments, code=2) == f"bench: {message}\n"
