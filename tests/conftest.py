@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from functools import cache, wraps
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -53,6 +54,7 @@ THINGS = {
     "gpu": "on_card",
     "cluster": "slurm",
     "hosts": "two_hosts",
+    "vllm": "vllm_python",
 }  # mark → the fixture that skips where the thing is not there
 
 
@@ -134,6 +136,17 @@ def on_card() -> dict[str, str]:
         pytest.skip("no NVIDIA GPU on this machine, or CUDA_VISIBLE_DEVICES hides it")
     environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
     return environment if CARDS is None else {**environment, "CUDA_VISIBLE_DEVICES": CARDS}
+
+
+@pytest.fixture(scope="session")
+def vllm_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The Python of an environment with vLLM (tools/make/vllm_env.sh); skips where none is named."""
+    python = os.environ.get("MEGAKD_VLLM_PYTHON") or (find_spec("vllm") and sys.executable)
+    if not python:
+        pytest.skip("MEGAKD_VLLM_PYTHON is not set: tools/make/vllm_env.sh DIR makes an environment with vLLM")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CACHE_ROOT", str(tmp_path_factory.mktemp("vllm-cache")))
+        yield Path(python)
 
 
 @pytest.fixture(scope="session")

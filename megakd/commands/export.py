@@ -2,7 +2,8 @@
 
 Its model card, README.md, holds what compress and evaluate measured.
 
-compact  the shared-core model; transformers loads it after `import megakd`, or without it with trust_remote_code=True
+compact  the shared-core model; transformers loads it after `import megakd`, or without it with trust_remote_code=True;
+         vLLM serves it where MegaKD is installed, for some families (docs/serving.md)
 dense    expanded to the family's stock architecture in the hub's own layout; needs no MegaKD
 
 With objective.kind=sar the teacher's routers, which learned too, lie in router_update/ below it, under their names in

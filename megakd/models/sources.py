@@ -183,6 +183,14 @@ def as_stored(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in stored.items()}
 
 
+def by_layer(names: Iterable[str]) -> list[list[str]]:
+    """Names of a model's tensors, those of a layer together."""
+    parts: dict[str, list[str]] = {}
+    for name in names:
+        parts.setdefault(".".join(name.split(".")[:3]), []).append(name)
+    return list(parts.values())
+
+
 class _Recipe(NamedTuple):
     """What makes one tensor of the model, or several: stored tensors by pattern of a converter; None: one, as it is."""
 

@@ -19,6 +19,7 @@ from .shared_core import PROJECTIONS, DenseExperts, Form, SharedCoreExperts, cor
 
 PREFIX = "SharedCore"
 SUFFIX = "_shared_core"
+VLLM_BACKEND = ("vllm", "vllm_mla")  # attention that vLLM sets before it makes a model of transformers its own
 
 
 class SharedCoreConfig:
@@ -45,6 +46,11 @@ class SharedCoreModel:
     """Puts the shared-core experts of the config into the family's blocks."""
 
     def __init__(self, config: Any):
+        if getattr(config, "_attn_implementation", None) in VLLM_BACKEND:
+            raise ValueError(
+                "vLLM's backend for transformers models would take the factors of shared-core experts for dense "
+                "experts; install MegaKD in vLLM's environment and serve without --model-impl transformers"
+            )
         super().__init__(config)
         model: Any = self
         for index, layer in enumerate(model.model.layers):

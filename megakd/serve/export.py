@@ -25,7 +25,7 @@ from megakd.models.hub import (
 )
 from megakd.models.router_update import UPDATE, TeacherRouters, read_update, write_update
 from megakd.models.shared_core import PROJECTIONS, dense_weight
-from megakd.models.sources import as_stored
+from megakd.models.sources import as_stored, by_layer
 from megakd.models.spec import MoESpec, spec_for
 from megakd.models.student import stock_config
 from megakd.names import expand, model_folder, resolve
@@ -171,7 +171,7 @@ def own_tensors(checkpoint: Checkpoint, model: Any, dtype: torch.dtype) -> Itera
     if is_student(model.config) or any(name not in known for name in checkpoint.files):
         yield from ((name, read(name)) for name in checkpoint.files)
         return
-    for names in _by_layer(checkpoint.files):
+    for names in by_layer(checkpoint.files):
         yield from as_stored(model, {name: read(name) for name in names}).items()
 
 
@@ -185,7 +185,7 @@ def dense_tensors(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> It
     exact = exact_names(model)
     blocks = {layer: f"{spec.place(layer)}." for layer in spec.layers if config.forms(layer)}
     inside = ("experts.", "shared_core.", "dense_experts.")
-    for names in _by_layer(checkpoint.files):
+    for names in by_layer(checkpoint.files):
         whole = {}
         for name in names:
             block = next((each for each in blocks.values() if name.startswith(each)), None)
@@ -197,14 +197,6 @@ def dense_tensors(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> It
             factors = {n.removeprefix(block): checkpoint.tensor(n) for n in names if n.startswith(block)}
             whole |= _dense_experts(factors, spec, layer, config.dense_experts(layer), dtype)
         yield from as_stored(model, whole).items()
-
-
-def _by_layer(names: Iterable[str]) -> list[list[str]]:
-    """Names of a model's tensors, those of a layer together."""
-    parts: dict[str, list[str]] = {}
-    for name in names:
-        parts.setdefault(".".join(name.split(".")[:3]), []).append(name)
-    return list(parts.values())
 
 
 def _dense_experts(

@@ -1,0 +1,145 @@
+"""Exports in vLLM: the tokens and log-probabilities of transformers, and no answers where they would be wrong.
+
+vLLM has an environment of its own (tools/make/vllm_env.sh DIR); MEGAKD_VLLM_PYTHON=DIR/bin/python names it.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import time
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from megakd.system.files import read_json, write_json
+from tests.conftest import in_process
+from tests.serve.serving import (
+    SETTINGS,
+    TOKENS,
+    answers,
+    ask,
+    assert_same,
+    expected,
+    prompts,
+    student_of_all_forms,
+)
+
+pytestmark = pytest.mark.vllm
+
+
+@pytest.fixture(scope="module")
+def demo_export(tmp_path_factory):
+    run = tmp_path_factory.mktemp("demo") / "run"
+    in_process("new", run, "--from", "demo", "compress.calibration_tokens=0")
+    in_process("compress", run)
+    in_process("export", run)
+    return run / "export"
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "mixtral", "olmoe"])
+def test_all_forms_answer_as_in_transformers(vllm_python, tmp_path, family):
+    """Wrappers, additive, two bases, experts kept dense, and a stock layer in one model."""
+    folder, asked = student_of_all_forms(family, tmp_path / "student"), prompts(128)
+    assert_same(answers(vllm_python, folder, asked, tmp_path), expected(folder, asked))
+
+
+def test_all_forms_answer_alike_under_torch_compile(vllm_python, tmp_path):
+    folder, asked = student_of_all_forms("qwen3_moe", tmp_path / "student"), prompts(128)
+    assert_same(answers(vllm_python, folder, asked, tmp_path, enforce_eager=False), expected(folder, asked))
+
+
+def test_all_forms_answer_alike_with_experts_on_two_ranks(vllm_python, tmp_path):
+    folder, asked = student_of_all_forms("qwen3_moe", tmp_path / "student"), prompts(128)
+    ranks = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
+    assert_same(answers(vllm_python, folder, asked, tmp_path, **ranks), expected(folder, asked))
+
+
+def test_exported_student_of_the_demo_answers_as_in_transformers(vllm_python, demo_export, tmp_path):
+    asked = prompts(2048)
+    assert_same(answers(vllm_python, demo_export, asked, tmp_path), expected(demo_export, asked))
+
+
+def test_exported_pruned_student_answers_as_in_transformers(vllm_python, tmp_path):
+    run = tmp_path / "run"
+    settings = ["compress.method=prune", "compress.budget=0.7", "compress.calibration_tokens=2048"]
+    in_process("new", run, "--from", "demo", *settings)
+    in_process("compress", run)
+    in_process("export", run)
+    asked = prompts(2048)
+    assert_same(answers(vllm_python, run / "export", asked, tmp_path), expected(run / "export", asked))
+
+
+def test_tensor_parallelism_without_expert_parallelism_is_refused_in_one_line(vllm_python, tmp_path):
+    done = ask(
+        vllm_python, student_of_all_forms("qwen3_moe", tmp_path / "student"), [], tmp_path, tensor_parallel_size=2
+    )
+    assert done.returncode and last_error(done).endswith("which gives each rank whole experts"), done.stderr
+
+
+def test_family_that_is_not_served_is_refused_in_one_line(vllm_python, tmp_path):
+    folder = student_of_all_forms("ernie4_5_moe", tmp_path / "student")
+    done = ask(vllm_python, folder, [], tmp_path)
+    assert done.returncode and "MegaKD does not serve students of ernie4_5_moe" in last_error(done), done.stderr
+
+
+def test_backend_that_would_replace_the_experts_refuses_students(vllm_python, tmp_path):
+    """vLLM's backend for transformers models takes factors for dense experts' matrices: wrong tokens, no error."""
+    folder = student_of_all_forms("qwen3_moe", tmp_path / "student")
+    config = read_json(folder / "config.json")
+    assert sorted(config["auto_map"]) == ["AutoConfig", "AutoModelForCausalLM"]
+    config["auto_map"]["AutoModel"] = config["auto_map"]["AutoModelForCausalLM"]
+    write_json(folder / "config.json", config)
+    done = ask(vllm_python, folder, prompts(128), tmp_path, model_impl="transformers", trust_remote_code=True)
+    assert done.returncode and "vLLM's backend for transformers models" in last_error(done), done.stderr
+
+
+def test_vllm_serve_answers_text_as_transformers(vllm_python, demo_export, tmp_path):
+    ids = AutoTokenizer.from_pretrained(demo_export)("Return the")["input_ids"]
+    body = {"model": str(demo_export), "prompt": "Return the", "max_tokens": TOKENS, "temperature": 0}
+    body |= {"ignore_eos": True, "return_token_ids": True}
+    with server(vllm_python, demo_export, tmp_path) as url:
+        request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode())
+        request.add_header("Content-Type", "application/json")
+        with urllib.request.urlopen(request, timeout=100) as response:
+            choice = json.load(response)["choices"][0]
+    assert choice["token_ids"] == expected(demo_export, [ids])[0]["tokens"]
+
+
+@contextmanager
+def server(python: Path, folder: Path, work: Path):
+    """The URL of `vllm serve FOLDER` on a free port of this machine, ended afterwards."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [python.parent / "vllm", "serve", folder, "--host", "127.0.0.1", "--port", port, "--enforce-eager"]
+    command += ["--dtype", "float32", "--max-model-len", 64, "--gpu-memory-utilization", 0.15]
+    log = work / "server.log"
+    with log.open("w") as out:
+        process = subprocess.Popen([*map(str, command)], stdout=out, stderr=out, env={**os.environ, **SETTINGS})
+    try:
+        end = time.monotonic() + 400
+        while not answers_health(f"http://127.0.0.1:{port}"):
+            assert process.poll() is None and time.monotonic() < end, log.read_text()
+            time.sleep(1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def answers_health(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=5) as response:
+            return response.status == 200
+    except OSError:
+        return False
+
+
+def last_error(done: subprocess.CompletedProcess[str]) -> str:
+    """The last line that names an exception."""
+    lines = (done.stdout + done.stderr).splitlines()
+    return next((line for line in reversed(lines) if "Error: " in line), "")
