@@ -20,14 +20,14 @@ CHECKOUT = Path(__file__).parents[2]
 HEADS_OF_32 = {"hidden_size": 128, "num_hidden_layers": 5}  # vLLM's attention for CPUs has no heads of 16 numbers
 TOKENS = 12  # generated for each prompt
 TOLERANCE = 2e-5  # of log-probabilities in float32
-# a layer each; two forms in one layer, two groups, and a layer left stock
+# a layer each; several forms in one layer, two groups, and a layer left stock
 FORMS: list[dict[str, Form] | None] = [
     {p: make_form("wrappers", p, 4, 3) for p in PROJECTIONS},
-    {p: make_form("additive", p, 5, 0) for p in PROJECTIONS},
+    {**{p: make_form("additive", p, 5, 0) for p in PROJECTIONS}, "down": make_form("mixture", "down", 0, 20, 2)},
     None,
     {
         "gate": make_form("basis", "gate", 0, 24, 2),
-        "up": make_form("wrappers", "up", 3, 2),
+        "up": make_form("mixture", "up", 0, 24, 3),
         "down": make_form("basis", "down", 0, 16, 2),
     },
 ]

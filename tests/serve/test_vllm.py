@@ -42,7 +42,7 @@ def demo_export(tmp_path_factory):
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "mixtral", "olmoe"])
 def test_all_forms_answer_as_in_transformers(vllm_python, tmp_path, family):
-    """Wrappers, additive, two bases, experts kept dense, and a stock layer in one model."""
+    """Wrappers, additive, two bases, mixtures, experts kept dense, and a stock layer in one model."""
     folder, asked = student_of_all_forms(family, tmp_path / "student"), prompts(128)
     assert_same(answers(vllm_python, folder, asked, tmp_path), expected(folder, asked))
 
