@@ -4,9 +4,8 @@
 vLLM builds a layer's experts from RoutedExperts, which holds the weights, and a FusedMoEMethodBase, which computes with
 them from (x, topk_weights, topk_ids). Both are replaced here, and nothing else. The mathematics is SharedCoreExperts'.
 
-With expert parallelism a rank keeps some of the experts and has all tokens. It computes what its own experts give,
-through a core of its own, which is a copy; vLLM sums that over ranks.
-N tokens, D hidden, E experts, A active experts, P rows of this rank's experts.
+With expert parallelism a rank keeps some of the experts (own_experts.py), and vLLM sums over ranks.
+N tokens, D hidden, A active experts.
 """
 
 from typing import Any
@@ -23,25 +22,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 from megakd.errors import UserError
 from megakd.models.shared_core import DenseExperts, SharedCoreExperts, core_shape
-
-
-class OwnExperts(SharedCoreExperts):
-    """The experts that this rank keeps. Rows of others, whose id is -1, are skipped."""
-
-    def factors(
-        self, x_ND: Tensor, gate_N: Tensor, up_N: Tensor, expert_NA: Tensor, weight_NA: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        own_NA = expert_NA >= 0
-        if x_ND.device.type == "cuda":  # as many rows in each step, for CUDA graphs
-            return super().factors(x_ND, gate_N, up_N, expert_NA.clamp(min=0), weight_NA * own_NA)
-        token_P, place_P = torch.where(own_NA)
-        expert_P, weight_P = expert_NA[token_P, place_P], weight_NA[token_P, place_P]
-        made = super().factors(x_ND[token_P], gate_N[token_P], up_N[token_P], expert_P[:, None], weight_P[:, None])
-        wide = torch.promote_types(x_ND.dtype, torch.float32)
-        inner_N, outer_ND = (
-            y.new_zeros(len(x_ND), y.shape[1], dtype=wide).index_add_(0, token_P, y.to(wide)).to(y.dtype) for y in made
-        )
-        return inner_N, outer_ND
+from megakd.serve.own_experts import OwnExperts, share_of
 
 
 class SharedCoreLayer(RoutedExperts):
@@ -58,10 +39,8 @@ class SharedCoreLayer(RoutedExperts):
         forms, exempt = config.forms(index), config.dense_experts(index)
         hidden, inner = self.moe_config.hidden_dim, self.moe_config.intermediate_size
         act_fn = ACT2FN[config.hidden_act].forward
-        place = [*range(self.global_num_experts)] if self.expert_map is None else self.expert_map.tolist()
-        # ids in the checkpoint of what this rank keeps, in its own order
-        self.own = torch.tensor(sorted((e for e, at in enumerate(place) if at >= 0), key=place.__getitem__))
-        self.kept = torch.tensor([slot for slot, e in enumerate(exempt) if place[e] >= 0], dtype=torch.int64)
+        places = [*range(self.global_num_experts)] if self.expert_map is None else self.expert_map.tolist()
+        self.share = share_of(places, exempt)
         self.shared_core = nn.ModuleDict()
         for projection, form in forms.items():
             rows, columns = core_shape(form, projection, hidden, inner)
@@ -69,10 +48,11 @@ class SharedCoreLayer(RoutedExperts):
                 columns, rows, bias=False, prefix=f"{self.layer_name}.{projection}_proj", return_bias=False
             )
         self.dense_experts = None
-        if len(self.kept):
-            self.dense_experts = DenseExperts([place[exempt[slot]] for slot in self.kept], hidden, inner, act_fn)
+        if self.share.dense_ids:
+            self.dense_experts = DenseExperts(self.share.dense_ids, hidden, inner, act_fn)
         kind = SharedCoreExperts if self.expert_map is None else OwnExperts
-        self.experts = kind(len(self.own), hidden, inner, forms, act_fn, self.shared_core, self.dense_experts)
+        count = len(self.share.experts)
+        self.experts = kind(count, hidden, inner, forms, act_fn, self.shared_core, self.dense_experts)
         self.requires_grad_(False)
         parts = {"shared_core": self.shared_core, "experts": self.experts, "dense_experts": self.dense_experts}
         self.stored = {f"{part}.{name}" for part, module in parts.items() if module for name in module.state_dict()}
@@ -92,17 +72,18 @@ class SharedCoreLayer(RoutedExperts):
 
     def load(self, name: str, tensor: Tensor) -> None:
         """Copy a stored tensor: `shared_core.gate_proj.weight`, `experts.basis_group_up`, `dense_experts.down_proj`."""
-        kind = name.partition(".")[0]
-        if kind == "dense_experts" and self.dense_experts is None:
+        if name.startswith("dense_experts.") and self.dense_experts is None:
             return  # all of them are other ranks'
         if name not in self.missing:
             raise UserError(f"{self.layer_name}: no place for the tensor {name} in the forms that config.json gives")
-        rows = {"experts": self.own, "dense_experts": self.kept}.get(kind)
-        stored = tensor if rows is None else tensor[rows.to(tensor.device)]
+        stored = self.share.of(name, tensor)
         module, _, last = name.rpartition(".")
         target = getattr(self.get_submodule(module), last)
         if stored.shape != target.shape:
-            raise UserError(f"{self.layer_name}: {name} has shape {tuple(tensor.shape)}, which config.json does not")
+            raise UserError(
+                f"{self.layer_name}: {name} has shape {tuple(stored.shape)}, the forms of config.json give "
+                f"{tuple(target.shape)}"
+            )
         target.data.copy_(stored)
         self.missing.remove(name)
 

@@ -4,6 +4,7 @@
 
 REQUEST: {"prompts": [[id, …], …], "tokens": how many to generate, "options": of vllm.LLM}.
 ANSWERS: for each prompt {"tokens", "logprobs": of these, "prompt_logprobs": of the prompt's but the first}.
+A REQUEST {"refused": [options, …]} asks for the exceptions instead: [class, message] for each options; null for none.
 """
 
 import json
@@ -15,6 +16,9 @@ def main(request: str, answers: str) -> None:
     from vllm import LLM, SamplingParams
 
     asked = json.loads(Path(request).read_text())
+    if "refused" in asked:
+        Path(answers).write_text(json.dumps([refusal(LLM, options) for options in asked["refused"]]))
+        return
     model = LLM(**asked["options"])
     sampling = SamplingParams(
         temperature=0.0, max_tokens=asked["tokens"], logprobs=0, prompt_logprobs=0, ignore_eos=True
@@ -32,6 +36,14 @@ def main(request: str, answers: str) -> None:
             }
         )
     Path(answers).write_text(json.dumps(rows))
+
+
+def refusal(make, options: dict) -> list[str] | None:
+    try:
+        make(**options)
+    except Exception as error:
+        return [type(error).__name__, str(error)]
+    return None
 
 
 if __name__ == "__main__":

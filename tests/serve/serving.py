@@ -88,29 +88,36 @@ def expected(folder: Path, asked: list[list[int]]) -> list[dict[str, Any]]:
 
 def answers(python: Path, folder: Path, asked: list[list[int]], work: Path, **options: Any) -> list[dict[str, Any]]:
     """What vLLM answers (tests/serve/answers.py); options: of vllm.LLM."""
-    done = ask(python, folder, asked, work, **options)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads((work / "answers.json").read_text())
-
-
-def ask(
-    python: Path, folder: Path, asked: list[list[int]], work: Path, **options: Any
-) -> subprocess.CompletedProcess[str]:
-    """The finished process of the same."""
     ranks = options.get("tensor_parallel_size", 1)
-    options = {
+    return ask(python, {"prompts": asked, "tokens": TOKENS, "options": options_of(folder, **options)}, work, ranks)
+
+
+def refusals(python: Path, models: list[dict[str, Any]], work: Path) -> list[list[str] | None]:
+    """The exception, (class, message), that each vllm.LLM(**options) raises."""
+    return ask(python, {"refused": models}, work, 1)
+
+
+def options_of(folder: Path, **options: Any) -> dict[str, Any]:
+    """Options of vllm.LLM for a student on this machine's CPUs."""
+    return {
         "model": str(folder),
         "skip_tokenizer_init": True,
         "dtype": "float32",
         "enforce_eager": True,
         "gpu_memory_utilization": 0.15,
         "max_model_len": 64,
-        "distributed_executor_backend": "uni" if ranks == 1 else "mp",
+        "distributed_executor_backend": "uni" if options.get("tensor_parallel_size", 1) == 1 else "mp",
     } | options
-    (work / "request.json").write_text(json.dumps({"prompts": asked, "tokens": TOKENS, "options": options}))
+
+
+def ask(python: Path, request: dict[str, Any], work: Path, ranks: int) -> Any:
+    """What tests/serve/answers.py writes; several ranks need processes of their own."""
+    (work / "request.json").write_text(json.dumps(request))
     script = [python, CHECKOUT / "tests/serve/answers.py", work / "request.json", work / "answers.json"]
     env = {**os.environ, **SETTINGS, "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(ranks > 1))}
-    return subprocess.run([*map(str, script)], capture_output=True, text=True, cwd=work, env=env, timeout=600)
+    done = subprocess.run([*map(str, script)], capture_output=True, text=True, cwd=work, env=env, timeout=1500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((work / "answers.json").read_text())
 
 
 def assert_same(served: list[dict[str, Any]], reference: list[dict[str, Any]]) -> None:

@@ -21,10 +21,11 @@ from tests.serve.serving import (
     SETTINGS,
     TOKENS,
     answers,
-    ask,
     assert_same,
     expected,
+    options_of,
     prompts,
+    refusals,
     student_of_all_forms,
 )
 
@@ -73,28 +74,28 @@ def test_exported_pruned_student_answers_as_in_transformers(vllm_python, tmp_pat
     assert_same(answers(vllm_python, run / "export", asked, tmp_path), expected(run / "export", asked))
 
 
-def test_tensor_parallelism_without_expert_parallelism_is_refused_in_one_line(vllm_python, tmp_path):
-    done = ask(
-        vllm_python, student_of_all_forms("qwen3_moe", tmp_path / "student"), [], tmp_path, tensor_parallel_size=2
-    )
-    assert done.returncode and last_error(done).endswith("which gives each rank whole experts"), done.stderr
-
-
-def test_family_that_is_not_served_is_refused_in_one_line(vllm_python, tmp_path):
-    folder = student_of_all_forms("ernie4_5_moe", tmp_path / "student")
-    done = ask(vllm_python, folder, [], tmp_path)
-    assert done.returncode and "MegaKD does not serve students of ernie4_5_moe" in last_error(done), done.stderr
-
-
-def test_backend_that_would_replace_the_experts_refuses_students(vllm_python, tmp_path):
+def test_what_cannot_be_served_is_refused_in_one_line(vllm_python, tmp_path):
     """vLLM's backend for transformers models takes factors for dense experts' matrices: wrong tokens, no error."""
-    folder = student_of_all_forms("qwen3_moe", tmp_path / "student")
-    config = read_json(folder / "config.json")
+    student = student_of_all_forms("qwen3_moe", tmp_path / "student")
+    other = student_of_all_forms("ernie4_5_moe", tmp_path / "other")
+    mapped = student_of_all_forms("qwen3_moe", tmp_path / "mapped")
+    config = read_json(mapped / "config.json")
     assert sorted(config["auto_map"]) == ["AutoConfig", "AutoModelForCausalLM"]
     config["auto_map"]["AutoModel"] = config["auto_map"]["AutoModelForCausalLM"]
-    write_json(folder / "config.json", config)
-    done = ask(vllm_python, folder, prompts(128), tmp_path, model_impl="transformers", trust_remote_code=True)
-    assert done.returncode and "vLLM's backend for transformers models" in last_error(done), done.stderr
+    write_json(mapped / "config.json", config)
+    models = [
+        options_of(student, tensor_parallel_size=2),
+        options_of(other),
+        options_of(mapped, model_impl="transformers", trust_remote_code=True),
+    ]
+    expected_words = [
+        ("UserError", f"{student}: --tensor-parallel-size 2 would cut the factors"),
+        ("UserError", "ernie4_5_moe_shared_core: MegaKD does not serve students of ernie4_5_moe"),
+        ("ValueError", "vLLM's backend for transformers models would take the factors"),
+    ]
+    for raised, (kind, words) in zip(refusals(vllm_python, models, tmp_path), expected_words, strict=True):
+        assert raised is not None and raised[0] == kind and raised[1].startswith(words), raised
+        assert len(raised[1].splitlines()) == 1
 
 
 def test_vllm_serve_answers_text_as_transformers(vllm_python, demo_export, tmp_path):
@@ -137,9 +138,3 @@ def answers_health(url: str) -> bool:
             return response.status == 200
     except OSError:
         return False
-
-
-def last_error(done: subprocess.CompletedProcess[str]) -> str:
-    """The last line that names an exception."""
-    lines = (done.stdout + done.stderr).splitlines()
-    return next((line for line in reversed(lines) if "Error: " in line), "")
