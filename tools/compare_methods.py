@@ -5,7 +5,8 @@
     python tools/compare_methods.py demo --only prune merge --list
 
 RECIPE is a recipe, or the name of a shipped one. Methods:
-  wrappers  a shared core for each projection and low-rank wrappers for each expert, ranks by the planner
+  rank      a shared core for each projection and wrappers of one rank everywhere, the largest within the budget
+  wrappers  the same with ranks by the planner, which takes long where experts are large
   basis     a basis that experts share, in groups
   mixture   bases that all experts share, mixed with coefficients of each
   planner   wrappers or basis, whichever is predicted to lose least, for each layer and projection
@@ -48,6 +49,7 @@ MARK = "made by tools/compare_methods.py"
 QUIET = ("log.wandb=disabled", "log.tensorboard=false", "eval.tasks=[]")
 CORES = "compress.method=shared_core"
 METHODS: dict[str, tuple[str, ...]] = {
+    "rank": (CORES,),
     "wrappers": (CORES, 'compress.shapes=["wrappers","additive"]'),
     "basis": (CORES, 'compress.shapes=["basis"]'),
     "mixture": (CORES, 'compress.shapes=["mixture"]'),
@@ -107,10 +109,10 @@ def compare(args: argparse.Namespace) -> None:
     written, drawn = (file and check_file(file, MARK) for file in (args.json, args.plot))
     pairs = [(method, budget) for budget in args.budgets for method in args.only]
     if args.list:
-        experts = experts_of(config)
+        sizes = sizes_of(config)
         print(
             table(
-                ["run", "changes"], [[run_name(*pair), "  ".join(changes(*pair, experts))] for pair in pairs], left=True
+                ["run", "changes"], [[run_name(*pair), "  ".join(changes(*pair, sizes))] for pair in pairs], left=True
             )
         )
         return
@@ -136,23 +138,41 @@ def run_name(method: str, budget: float) -> str:
     return f"{method}-{budget:g}"
 
 
-def changes(method: str, budget: float, experts: int) -> list[str]:
-    """The overrides that make a method at a budget of a teacher with so many experts a layer."""
+def changes(method: str, budget: float, sizes: tuple[int, int, int]) -> list[str]:
+    """The overrides that make a method at a budget; sizes: those of the teacher's experts."""
+    if method == "rank":
+        return [*METHODS[method], "compress.budget=null", f"compress.rank={largest_rank(budget, *sizes)}"]
     found = [*METHODS[method], f"compress.budget={budget:g}"]
-    return [*found, f"compress.experts={experts // 2}"] if method == "prune+core" else found
+    return [*found, f"compress.experts={sizes[0] // 2}"] if method == "prune+core" else found
 
 
-def experts_of(config: Any) -> int:
-    """Experts a layer of the teacher."""
+def largest_rank(budget: float, experts: int, hidden: int, expert_hidden: int) -> int:
+    """Of wrappers whose numbers are at most this share of the experts'."""
+    from megakd.models.shared_core import Form, stored_parameters
+
+    def share(rank: int) -> float:
+        stored = stored_parameters(Form("wrappers", rank, rank), "gate", experts, hidden, expert_hidden)
+        return stored / (experts * hidden * expert_hidden)
+
+    found = max((rank for rank in range(1, min(hidden, expert_hidden) + 1) if share(rank) <= budget), default=0)
+    if not found:
+        least = f"a shared core and wrappers of rank 1 take {share(1):.1%} of the experts"
+        raise UserError(f"--budgets {budget:g}: {least}; name larger ones, or other methods with --only")
+    return found
+
+
+def sizes_of(config: Any) -> tuple[int, int, int]:
+    """(experts a layer, hidden, expert hidden) of the teacher."""
     from megakd.models.hub import load_config
     from megakd.models.spec import spec_for
 
     folder = resolve(config.model.teacher, config.model.revision, weights=False)
-    return spec_for(load_config(folder), str(folder)).experts
+    spec = spec_for(load_config(folder), str(folder))
+    return spec.experts, spec.hidden, spec.expert_hidden
 
 
 def row_of(folder: Path, data: Run, method: str, budget: float, seeds: Sequence[int]) -> Row:
-    run = opened(folder / run_name(method, budget), data.folder, changes(method, budget, experts_of(data.config)))
+    run = opened(folder / run_name(method, budget), data.folder, changes(method, budget, sizes_of(data.config)))
     if lacks(run, "compress") is not None:
         run_verb(["compress", str(run.folder)])
     trained = []

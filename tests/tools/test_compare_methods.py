@@ -3,6 +3,9 @@
 import json
 from pathlib import Path
 
+import pytest
+
+from megakd.errors import UserError
 from megakd.models.hub import load_config
 from tests.conftest import metrics
 from tests.tools.examples import refused, tool
@@ -36,10 +39,22 @@ def test_methods_are_compressed_trained_and_measured_once(recipe: Path, tmp_path
     assert json.loads(file.read_text())["rows"] == rows
 
 
+def test_the_largest_rank_within_a_budget():
+    """Numbers by hand: F D + E (2 F R + (F + D) R) of E F D."""
+    experts, hidden, inner = 8, 576, 1536
+    rank = module.largest_rank(0.25, experts, hidden, inner)
+    stored = [inner * hidden + experts * (3 * inner + hidden) * r for r in (rank, rank + 1)]
+    assert stored[0] <= 0.25 * experts * inner * hidden < stored[1] and rank == 21
+    with pytest.raises(
+        UserError, match=r"--budgets 0.1: a shared core and wrappers of rank 1 take 13\.1% of the experts"
+    ):
+        module.largest_rank(0.1, experts, hidden, inner)
+
+
 def test_what_cannot_be_compared_is_refused(recipe: Path, tmp_path, capsys):
     folder = ["--folder", str(tmp_path / "runs")]
     assert "add engine.kind=local" in refused(module, capsys, recipe, *folder, "engine.kind=deepspeed")
     assert "leaves nothing to compress" in refused(module, capsys, recipe, *folder, "model.student=demo")
-    module.main([str(recipe), *folder, "--list"])
+    module.main([str(recipe), *folder, "--budgets", "0.5", "--list"])
     listed = capsys.readouterr().out
-    assert "prune+core-0.25" in listed and "compress.experts=" in listed and not (tmp_path / "runs").exists()
+    assert "prune+core-0.5" in listed and "compress.experts=" in listed and not (tmp_path / "runs").exists()
