@@ -65,10 +65,11 @@ class Measured(NamedTuple):
 
     kl: float
     perplexity: float
+    parameters: int
 
 
 class Row(NamedTuple):
-    """A method at a budget. share: of the teacher's file bytes. trained: by seed."""
+    """A method at a budget. megabytes: of its files. share: of the teacher's parameters. trained: by seed."""
 
     method: str
     budget: float
@@ -175,18 +176,15 @@ def row_of(folder: Path, data: Run, method: str, budget: float, seeds: Sequence[
     run = opened(folder / run_name(method, budget), data.folder, changes(method, budget, sizes_of(data.config)))
     if lacks(run, "compress") is not None:
         run_verb(["compress", str(run.folder)])
-    trained = []
+    compressed, trained = measured(run, "student-0"), []
     for seed in seeds:
         sibling = opened(run.folder / f"seed-{seed}", run.folder, [f"seed={seed}"])
         if lacks(sibling, "train") is not None:
             run_verb(["train", str(sibling.folder)])
         trained.append(measured(sibling, "last"))
-    own, all_of_it = (weight_bytes(place) for place in (run.student_folder, resolve(data.config.model.teacher)))
-    return Row(method, budget, own / 1e6, own / all_of_it, measured(run, "student-0"), list(seeds), trained)
-
-
-def weight_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    share = compressed.parameters / measured(data, "teacher").parameters
+    stored = sum(file.stat().st_size for file in run.student_folder.glob("*.safetensors"))
+    return Row(method, budget, stored / 1e6, share, compressed, list(seeds), trained)
 
 
 def measured(run: Run, model: str) -> Measured:
@@ -196,7 +194,7 @@ def measured(run: Run, model: str) -> Measured:
     if not rows:
         run_verb(["evaluate", str(run.folder), "--model", model])
         rows = read_json_lines(run.path("evals.jsonl"), "model")
-    return Measured(rows[-1]["kl"], rows[-1]["perplexity"])
+    return Measured(rows[-1]["kl"], rows[-1]["perplexity"], rows[-1]["parameters"])
 
 
 def opened(folder: Path, source: Path, overrides: Sequence[str]) -> Run:
@@ -217,7 +215,7 @@ def shown(rows: Sequence[Row], teacher: Measured) -> str:
             spread.append(f"{statistics.fmean(values):.4f} ({min(values):.4f} … {max(values):.4f})")
         before = [f"{row.compressed.kl:.4f}", f"{row.compressed.perplexity:.2f}"]
         lines.append([run_name(row.method, row.budget), f"{row.megabytes:.2f}", f"{row.share:.1%}", *before, *spread])
-    head = ["", "MB", "of the teacher", "KL compressed", "perplexity", "KL trained", "perplexity trained"]
+    head = ["", "MB", "of the parameters", "KL compressed", "perplexity", "KL trained", "perplexity trained"]
     below = f"the teacher: perplexity {teacher.perplexity:.2f}; trained: mean (lowest … highest) over "
     return f"{table(head, lines)}\n\n{below}{len(rows[0].seeds)} seeds"
 
@@ -228,7 +226,7 @@ def plain(row: Row) -> dict[str, Any]:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """KL against the share of the teacher's bytes, right after compression (dashed) and after training."""
+    """KL against the share of the teacher's parameters, right after compression (dashed) and after training."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -247,7 +245,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         axis.plot(shares, [row.compressed.kl for row in own], "--", marker=".", color=color, alpha=0.5)
         axis.errorbar(shares, means, yerr=reach, marker="o", capsize=3, color=color, label=method)
     axis.set_yscale("log")
-    axis.set_xlabel("share of the teacher's bytes on disk")
+    axis.set_xlabel("share of the teacher's parameters")
     axis.set_ylabel("held-out KL to the teacher, nats")
     axis.set_title("dashed: compressed; solid: after distillation, with the range over seeds", fontsize=10)
     axis.legend()
