@@ -92,9 +92,9 @@ def answers(python: Path, folder: Path, asked: list[list[int]], work: Path, **op
     return ask(python, {"prompts": asked, "tokens": TOKENS, "options": options_of(folder, **options)}, work, ranks)
 
 
-def refusals(python: Path, models: list[dict[str, Any]], work: Path) -> list[list[str] | None]:
-    """The exception, (class, message), that each vllm.LLM(**options) raises."""
-    return ask(python, {"refused": models}, work, 1)
+def refusals(python: Path, models: list[dict[str, Any]], work: Path, **settings: str) -> list[list[str] | None]:
+    """The exception, (class, message), that each vllm.LLM(**options) raises; settings: of the environment."""
+    return ask(python, {"refused": models}, work, 1, **settings)
 
 
 def options_of(folder: Path, **options: Any) -> dict[str, Any]:
@@ -110,11 +110,11 @@ def options_of(folder: Path, **options: Any) -> dict[str, Any]:
     } | options
 
 
-def ask(python: Path, request: dict[str, Any], work: Path, ranks: int) -> Any:
+def ask(python: Path, request: dict[str, Any], work: Path, ranks: int, **settings: str) -> Any:
     """What tests/serve/answers.py writes; several ranks need processes of their own."""
     (work / "request.json").write_text(json.dumps(request))
     script = [python, CHECKOUT / "tests/serve/answers.py", work / "request.json", work / "answers.json"]
-    env = {**os.environ, **SETTINGS, "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(ranks > 1))}
+    env = {**os.environ, **SETTINGS, "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(ranks > 1)), **settings}
     done = subprocess.run([*map(str, script)], capture_output=True, text=True, cwd=work, env=env, timeout=1500)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads((work / "answers.json").read_text())
