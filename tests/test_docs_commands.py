@@ -29,6 +29,7 @@ NOT_RUN = {  # regular expression → why it cannot run here
     r"^make ": "makes an environment and runs everything; tests/test_demo.py runs the demo",
     r"pip install|requirements.txt|-m venv|\.venv/bin/megakd": "installs packages; tests/test_packaging.py checks them",
     r"tools/bench/gpu_smoke.sh": "packs wheels, takes minutes; tests/tools/bench/test_gpu_smoke.py runs its parts",
+    r"vllm_env\.sh|vllm-env/bin|localhost:8000": "needs vLLM in an environment of its own; tests/serve runs it",
     r"tools/bench.py": "measures for a minute; tests/tools/bench runs each benchmark with tiny sizes",
 }
 # a Python example with this text → why it is only compiled
@@ -68,6 +69,7 @@ GIVEN = {  # what a page begins with: run → the last verb that was run on it
     "docs/hugging-face.md": {"runs/qwen3": "train"},
     "docs/launching.md": {"runs/a": "generate-logits", "deepspeed": ""},
     "docs/scaling.md": {"runs/a": "generate-logits", "deepspeed": ""},
+    "docs/serving.md": {"runs/a": "train"},
     "docs/troubleshooting.md": {"runs/a": "train"},
 }
 AFTER = {  # what is removed from a prepared run so that this verb was the last one

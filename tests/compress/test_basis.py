@@ -96,5 +96,5 @@ def test_entries_of_basis_and_factors_are_of_one_size():
 
 
 def test_adam_refuses_a_basis_in_one_line():
-    with pytest.raises(UserError, match=r"needs compress.solver=als"):
+    with pytest.raises(UserError, match=r"need compress.solver=als"):
         fit_projection(randn(3, 6, 5), "up", make_form("basis", "up", 0, 2), Settings(solver="adam"))
