@@ -133,6 +133,12 @@ def open_job(run: Run, folder: Path, describe: Callable[[Path, dict[str, Any]], 
     settings, smallest = run.config.compress, min(spec.sizes)
     if settings.budget is None and settings.rank > smallest:
         raise UserError(f"{run.folder}: compress.rank={settings.rank} exceeds the experts' smaller side, {smallest}")
+    others = [shape for shape in settings.shapes if shape != "wrappers"]
+    if settings.method == "shared_core" and settings.solver == "adam" and settings.budget is not None and others:
+        raise UserError(
+            f"{run.folder}: compress.solver=adam fits wrappers alone, compress.shapes also names {', '.join(others)}; "
+            "make a new run with compress.shapes='[\"wrappers\"]' or compress.solver=als"
+        )
     count = kept_experts(settings, config, spec, run.folder)
     cut = None if count is None else cut_to(config, spec, count, str(folder))
     device, layers, parts = take_device(read_world()).device, list(spec.layers), run.path("compress")

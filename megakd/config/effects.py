@@ -161,11 +161,10 @@ RULES: tuple[Rule, ...] = (
     Rule(
         ("compress.steps", "compress.lr"), lambda c: c.compress.solver == "als", "compress.solver=adam alone reads it"
     ),
-    Rule(("compress.tolerance",), lambda c: c.compress.solver == "adam", "compress.solver=als alone reads it"),
     Rule(
-        ("compress.sweeps",),
-        lambda c: c.compress.solver == "adam" and not (c.compress.budget and "basis" in c.compress.shapes),
-        "compress.solver=als, and the shape basis under a budget, alone read it",
+        ("compress.sweeps", "compress.tolerance"),
+        lambda c: c.compress.solver == "adam",
+        "compress.solver=als alone reads it",
     ),
     Rule(
         ("compress.damping", "compress.sequential"),

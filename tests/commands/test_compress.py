@@ -264,6 +264,11 @@ def test_wrong_settings(recipe, teacher, prepared, tmp_path):
     )
     assert "run: megakd tokenize" in refused(recipe, tmp_path / "b", *CALIBRATED)
     assert "budget" in refused(recipe, tmp_path / "c", "compress.budget=0.001")
+    adam = "compress.solver=adam", "compress.budget=0.4", "compress.sweeps=20"
+    assert "adam fits wrappers alone, compress.shapes also names additive, basis" in refused(
+        recipe, tmp_path / "adam", *adam
+    )
+    assert "also names mixture" in refused(recipe, tmp_path / "mix", *adam, 'compress.shapes=["wrappers","mixture"]')
     for number, override in enumerate(["compress.super_experts=auto", "compress.flops=0.5", "compress.shapes=[]"]):
         with pytest.raises(UserError, match="compress"):
             Run.create(recipe, [override], tmp_path / f"d{number}")
