@@ -18,7 +18,7 @@ from megakd.compress.trials import ALL, Trials, WrapperErrors, learn, learn_mixt
 from megakd.models.shared_core import Form, free_and_core_rank, stored_parameters
 
 CURVES = 16  # experts whose singular values are computed, of a projection that is not fitted whole
-FIRST = 0.2  # of the work, which comes before the fits
+FIRST, MIXED = 0.2, 0.4  # of the work: what comes before the fits, fits of mixtures where there are any
 
 
 def measure(
@@ -72,10 +72,11 @@ def measure(
     mixtures = {
         (form.groups, free_and_core_rank(form, projection)[1]): share(form) for form in forms if form.shape == "mixture"
     }
-    mixed = learn_mixtures(frame, bases, mixtures, energy)
+    first = FIRST + (MIXED if mixtures else 0)
+    mixed = learn_mixtures(frame, bases, mixtures, energy, lambda share: progress(FIRST + (first - FIRST) * share))
     shares = {pair: share(form) for pair, form in ranks.items()}
     wrappers = WrapperErrors(curve)
-    learn(wrappers, Trials(frame, norms, left), shares, lambda share: progress(FIRST + (1 - FIRST) * share))
+    learn(wrappers, Trials(frame, norms, left), shares, lambda share: progress(first + (1 - first) * share))
 
     def error(form: Form) -> float:
         free, inner = free_and_core_rank(form, projection)

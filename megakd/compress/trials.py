@@ -109,18 +109,24 @@ class MixtureErrors:
 
 
 def learn_mixtures(
-    frame: Tensor, curves: Mapping[int, np.ndarray], shares: Mapping[tuple[int, int], float], energy: float
+    frame: Tensor,
+    curves: Mapping[int, np.ndarray],
+    shares: Mapping[tuple[int, int], float],
+    energy: float,
+    progress: Callable[[float], None],
 ) -> dict[int, MixtureErrors]:
     """Fit mixtures at some shares of the numbers, by their number of bases.
 
     frame: M_e W_e, [E, F, D], of that energy. curves: of bases in groups, by count. shares: of the candidates (count,
-    k), what they store. Projections beyond ALL are fitted at two shares with few sweeps, which flatters no mixture.
+    k), what they store. progress: called with the share that is done. Projections beyond ALL are fitted at two shares
+    with few sweeps, which flatters no mixture.
     """
     whole = frame.numel() <= ALL
     even = torch.full((len(frame),), 1.0, dtype=torch.float64, device=frame.device)
     found = {}
     with threads_over(frame) as threads:
-        for count in sorted({count for count, _ in shares}):
+        counts = sorted({count for count, _ in shares})
+        for number, count in enumerate(counts):
             found[count] = MixtureErrors(curves[count])
             own = {size: stored for (number, size), stored in shares.items() if number == count}
             at = {min(own, key=lambda size: abs(own[size] - share)) for share in (MIXTURES if whole else FEW_MIXTURES)}
@@ -130,6 +136,7 @@ def learn_mixtures(
                 metric = Metric(even, None, None)
                 *_, lost = fit_mixture(exact, metric, size, count, threads, sweeps=sweeps, tolerance=MIXED_TOLERANCE)
                 found[count].learn(size, lost / energy)
+            progress((1 + number) / len(counts))
     return found
 
 
