@@ -96,7 +96,7 @@ def student_class(family: str) -> type[Any]:
     return made
 
 
-class _Students(dict[str, Any]):
+class Students(dict[str, Any]):
     """What transformers knows besides its own configs: those of students, made when one is asked for."""
 
     def __missing__(self, model_type: str) -> Any:
@@ -110,7 +110,7 @@ class _Students(dict[str, Any]):
 
 
 if __package__ == "megakd.models":
-    CONFIG_MAPPING._extra_content = _Students(CONFIG_MAPPING._extra_content)
+    CONFIG_MAPPING._extra_content = Students(CONFIG_MAPPING._extra_content)
 
 
 def __getattr__(name: str) -> type[Any]:

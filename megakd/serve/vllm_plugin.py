@@ -13,7 +13,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from megakd.errors import UserError
-from megakd.models.student import PREFIX, SUFFIX, SharedCoreConfig, _Students
+from megakd.models.student import PREFIX, SUFFIX, SharedCoreConfig, Students
 
 # model types whose students tests serve, with tokens and log-probabilities equal to those of transformers
 FAMILIES = ("qwen3_moe", "qwen2_moe", "mixtral", "olmoe")
@@ -55,7 +55,7 @@ def unsupported_version() -> str | None:
     return "unknown"
 
 
-class ServedStudents(_Students):
+class ServedStudents(Students):
     """What transformers knows besides its own configs: those of students, as vLLM reads them."""
 
     def __getitem__(self, model_type: str) -> Any:

@@ -137,7 +137,7 @@ def _clear(staging: Path, path: Path, lock: BinaryIO) -> None:
     for entry in (new, old):
         with suppress(OSError):  # `settle` deletes what cannot be deleted now
             remove(entry)
-    # before it is let go: a writer that waits for a moment between its folder and its lock must see that it came late
+    # before it is released: a writer that waits for a moment between its folder and its lock must see that it came late
     with suppress(OSError):
         (staging / LOCK).unlink()
     lock.close()  # on NFS a folder with an open file cannot be deleted

@@ -131,13 +131,18 @@ REFUSED = {
 }
 
 
+def changed(name: str, old: str, new: str) -> Any:
+    """A tokenizer whose template has something else in place of `old`."""
+    chosen = tokenizer(name)
+    assert old in chosen.chat_template
+    chosen.chat_template = chosen.chat_template.replace(old, new)
+    return chosen
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_template_that_is_no_prefix_is_refused(name):
     old, new, message = REFUSED[name]
-    chosen = tokenizer("chatml")
-    assert old in chosen.chat_template
-    chosen.chat_template = chosen.chat_template.replace(old, new)
-    refused = refusal(chosen, said("Hi", "e end of it", "So?", "Yes"))
+    refused = refusal(changed("chatml", old, new), said("Hi", "e end of it", "So?", "Yes"))
     assert message in refused and "begins with 'Hi'" in refused and "\n" not in refused
 
 
@@ -163,10 +168,7 @@ SKIPPED = {
 def test_a_template_that_skips_a_messages_text_is_refused(role):
     """Mistral's skips the system prompt where an answer comes last, Llama's the text beside a call."""
     old, new, number = SKIPPED[role]
-    chosen = tokenizer("calls")
-    assert old in chosen.chat_template
-    chosen.chat_template = chosen.chat_template.replace(old, new)
-    refused = refusal(chosen, [{"role": "system", "content": "Be brief."}, *WITH_TOOLS], [TOOL])
+    refused = refusal(changed("calls", old, new), [{"role": "system", "content": "Be brief."}, *WITH_TOOLS], [TOOL])
     assert f"no place for the text of message {number}, of the role {role}; give it one" in refused
 
 
