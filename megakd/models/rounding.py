@@ -2,8 +2,8 @@
 
 Numbers of a line of a matrix share a scale, in groups of 128 (64, 32 where that does not divide the line) for 3 and 4
 bits, over the whole line else. Integers are symmetric: code x scale, code from -2^(b-1) to 2^(b-1) - 1, as
-compressed-tensors has them. A group's scale is that of its largest number; for 3 and 4 bits a smaller one is taken where
-that loses less in squares: what it clips costs less than coarser steps do.
+compressed-tensors has them. A group's scale is that of its largest number; for 3 and 4 bits a smaller one is taken
+where that loses less in squares: what it clips costs less than coarser steps do.
 
 This file needs torch alone: it is copied into the folders of quantised students.
 """
