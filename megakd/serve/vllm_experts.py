@@ -3,6 +3,7 @@
 
 vLLM builds a layer's experts from RoutedExperts, which holds the weights, and a FusedMoEMethodBase, which computes with
 them from (x, topk_weights, topk_ids). Both are replaced here, and nothing else. The mathematics is SharedCoreExperts'.
+Layers without a shared core keep vLLM's own, but for the ids that its kernel for CPUs gets (StockMethod).
 
 With expert parallelism a rank keeps some of the experts (own_experts.py), and vLLM sums over ranks.
 N tokens, D hidden, A active experts.
@@ -17,6 +18,7 @@ from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.models.utils import extract_layer_index
 
@@ -111,6 +113,29 @@ class SharedCoreMethod(FusedMoEMethodBase):
 
     def apply(self, layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, *_: Any, **__: Any) -> Tensor:
         return torch.ops.megakd.shared_core_experts(x, topk_weights, topk_ids, layer.layer_name)
+
+
+class StockLayer(RoutedExperts):
+    """A student's layer that has no shared core."""
+
+    def _get_quant_method(self, prefix: str, quant_config: Any, moe_config: Any) -> FusedMoEMethodBase:
+        stock = super()._get_quant_method(prefix, quant_config, moe_config)
+        return StockMethod(moe_config) if type(stock) is UnquantizedFusedMoEMethod else stock
+
+
+class StockMethod(UnquantizedFusedMoEMethod):
+    """vLLM's own, with the ids of this rank's experts where the kernel does not map them.
+
+    With expert parallelism vLLM 0.32's kernel for CPUs gets the ids of all ranks' experts, ignores expert_map, and
+    reads and writes outside its arrays.
+    """
+
+    def apply(self, layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, *rest: Any, **named: Any) -> Tensor:
+        if layer.expert_map is not None and x.device.type == "cpu":
+            place_NA = layer.expert_map[topk_ids.long()]
+            topk_weights = topk_weights * (place_NA >= 0)
+            topk_ids = place_NA.clamp(min=0).to(topk_ids.dtype)
+        return super().apply(layer, x, topk_weights, topk_ids, *rest, **named)
 
 
 # torch.compile must not look inside: the loop over experts depends on data

@@ -19,7 +19,7 @@ from megakd.errors import UserError
 from megakd.models.hub import model_of
 from megakd.models.sources import as_stored, by_layer
 from megakd.models.student import stock_config
-from megakd.serve.vllm_experts import SharedCoreLayer
+from megakd.serve.vllm_experts import SharedCoreLayer, StockLayer
 from megakd.serve.vllm_plugin import FAMILIES, architecture_of
 
 # a tensor that takes the place of an expert's matrices
@@ -65,9 +65,8 @@ def shared_core_layers(module: ModuleType, config: Any) -> Iterator[None]:
         raise UserError(f"{module.__name__}: builds its experts in another way than MegaKD knows; export with --dense")
 
     def factory(*args: Any, prefix: str = "", **settings: Any) -> Any:
-        if config.forms(extract_layer_index(prefix)):
-            settings["routed_experts_cls"] = SharedCoreLayer
-        return stock(*args, prefix=prefix, **settings)
+        kind = SharedCoreLayer if config.forms(extract_layer_index(prefix)) else StockLayer
+        return stock(*args, prefix=prefix, routed_experts_cls=kind, **settings)
 
     module.FusedMoEFactory = factory  # type: ignore[attr-defined]
     try:

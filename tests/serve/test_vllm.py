@@ -5,11 +5,12 @@ vLLM has an environment of its own (tools/make/vllm_env.sh DIR); MEGAKD_VLLM_PYT
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import time
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from tests.serve.serving import (
     SETTINGS,
     TOKENS,
     answers,
+    ask,
     assert_same,
     expected,
     options_of,
@@ -64,14 +66,17 @@ def test_exported_student_of_the_demo_answers_as_in_transformers(vllm_python, de
     assert_same(answers(vllm_python, demo_export, asked, tmp_path), expected(demo_export, asked))
 
 
-def test_exported_pruned_student_answers_as_in_transformers(vllm_python, tmp_path):
+@pytest.mark.parametrize("method", ["prune", "merge"])
+def test_exported_student_of_stock_shape_answers_as_in_transformers(vllm_python, tmp_path, method):
+    """It needs no plugin."""
     run = tmp_path / "run"
-    settings = ["compress.method=prune", "compress.budget=0.7", "compress.calibration_tokens=2048"]
+    settings = [f"compress.method={method}", "compress.budget=0.7", "compress.calibration_tokens=2048"]
     in_process("new", run, "--from", "demo", *settings)
     in_process("compress", run)
     in_process("export", run)
-    asked = prompts(2048)
-    assert_same(answers(vllm_python, run / "export", asked, tmp_path), expected(run / "export", asked))
+    request = {"prompts": prompts(2048), "tokens": TOKENS, "options": options_of(run / "export")}
+    served = ask(vllm_python, request, tmp_path, 1, VLLM_PLUGINS="")
+    assert_same(served, expected(run / "export", request["prompts"]))
 
 
 def test_what_cannot_be_served_is_refused_in_one_line(vllm_python, tmp_path):
@@ -102,37 +107,44 @@ def test_backend_that_would_replace_the_experts_refuses_students(vllm_python, tm
     assert raised is not None and "vLLM's backend for transformers models would take the factors" in raised[1], raised
 
 
+TEXTS = ["Return the", "def", "for i in range(", "Once", "The list of", "x = 1\n", "import os", "if not path:\n    "]
+
+
 def test_vllm_serve_answers_text_as_transformers(vllm_python, demo_export, tmp_path):
-    ids = AutoTokenizer.from_pretrained(demo_export)("Return the")["input_ids"]
-    body = {"model": str(demo_export), "prompt": "Return the", "max_tokens": TOKENS, "temperature": 0}
+    tokenizer = AutoTokenizer.from_pretrained(demo_export)
+    body = {"model": str(demo_export), "prompt": TEXTS, "max_tokens": TOKENS, "temperature": 0}
     body |= {"ignore_eos": True, "return_token_ids": True}
     with server(vllm_python, demo_export, tmp_path) as url:
         request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode())
         request.add_header("Content-Type", "application/json")
-        with urllib.request.urlopen(request, timeout=100) as response:
-            choice = json.load(response)["choices"][0]
-    assert choice["token_ids"] == expected(demo_export, [ids])[0]["tokens"]
+        with urllib.request.urlopen(request, timeout=300) as response:
+            choices = sorted(json.load(response)["choices"], key=lambda choice: choice["index"])
+    reference = expected(demo_export, [tokenizer(text)["input_ids"] for text in TEXTS])
+    assert [choice["token_ids"] for choice in choices] == [row["tokens"] for row in reference]
 
 
 @contextmanager
 def server(python: Path, folder: Path, work: Path):
-    """The URL of `vllm serve FOLDER` on a free port of this machine, ended afterwards."""
+    """The URL of `vllm serve FOLDER` on a free port of this machine; it ends by SIGTERM and leaves no process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [python.parent / "vllm", "serve", folder, "--host", "127.0.0.1", "--port", port, "--enforce-eager"]
     command += ["--dtype", "float32", "--max-model-len", 64, "--gpu-memory-utilization", 0.15]
-    log = work / "server.log"
+    log, env = work / "server.log", {**os.environ, **SETTINGS}
     with log.open("w") as out:
-        process = subprocess.Popen([*map(str, command)], stdout=out, stderr=out, env={**os.environ, **SETTINGS})
+        process = subprocess.Popen([*map(str, command)], stdout=out, stderr=out, env=env, start_new_session=True)
     try:
         end = time.monotonic() + 400
         while not answers_health(f"http://127.0.0.1:{port}"):
             assert process.poll() is None and time.monotonic() < end, log.read_text()
             time.sleep(1)
         yield f"http://127.0.0.1:{port}"
-    finally:
         process.terminate()
+        process.wait(60)
+    finally:
+        with suppress(ProcessLookupError):  # what is left of it, after a failure
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait(60)
 
 
