@@ -10,6 +10,7 @@
   offline  a step with cached teacher logits, against the same step with a live teacher; 7B to 30B teachers predicted
   evaluate the validation set through the chunked head, against a plain forward pass and stored logits; V 151,936
   temperatures  tails between the declared temperatures against stored ones, on the demo's teacher or a real one
+  size     quality against bytes on disk: quantised, compressed, and both; has options of its own (bench.py size --help)
   step     an optimizer step against cross entropy alone, what a run waits for data, DeepSpeed on one rank and on two
 
 Prints a table; --json writes rows {"bench", "case", "metric", "value", "unit"}; --quick takes less than a minute.
@@ -30,6 +31,7 @@ examples:
 
 import argparse
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # speeds are those of one core
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -48,6 +50,7 @@ from bench.mixture import bench_mixture
 from bench.offline import bench_offline
 from bench.planner import bench_planner
 from bench.rows import show
+from bench.size import main as measure_sizes
 from bench.step import bench_step
 from bench.store import bench_store
 from bench.temperatures import bench_temperatures
@@ -60,6 +63,9 @@ from megakd.system.terminal import accept_any_encoding, one_line_errors
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["size"]:
+        measure_sizes(sys.argv[2:])
+        return
     accept_any_encoding()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
