@@ -100,7 +100,10 @@ class Sizes(NamedTuple):
 
 
 class Row(NamedTuple):
-    """share: of the bytes of the teacher in bf16. compressed: before training. trained: by seed."""
+    """share: of the bytes of the teacher in bf16. compressed: before training. trained: by seed.
+
+    speed: of prefill and of decode, in those of the teacher; rounded weights are computed with as if they were not.
+    """
 
     case: str
     method: str
@@ -110,6 +113,7 @@ class Row(NamedTuple):
     share: float
     compressed: dict[str, Any]
     trained: list[dict[str, Any]]
+    speed: dict[str, float] | None = None
 
 
 def main(argv: Sequence[str]) -> None:
@@ -121,16 +125,18 @@ def main(argv: Sequence[str]) -> None:
     add("recipe", metavar="RECIPE", help="a recipe, or the name of a shipped one")
     add("--folder", type=expand, default=Path("sizes"), metavar="DIR", help="of the runs (default: %(default)s)")
     add("--targets", type=float, nargs="+", default=list(TARGETS), metavar="SHARE", help="default: 0.1 to 0.5")
+    add("--budgets", type=float, nargs="+", metavar="SHARE", help="of expert parameters, instead of targets of bytes")
     add("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD", help=", ".join(METHODS))
     add("--precisions", nargs="+", default=list(PRECISIONS), choices=PRECISIONS, metavar="P", help="default: all")
     add("--seeds", type=int, default=3, metavar="N", help="of training; 0 trains nothing (default: %(default)s)")
     add("--tasks", metavar="A,B", help="lm-eval tasks, for the teacher and the first seed of each case")
     add("--shard", default="1/1", metavar="I/N", help="take every N-th case, from the I-th on")
+    add("--speed", action="store_true", help="measure prefill and decoding of each student against the teacher's")
     add("--json", type=expand, metavar="FILE", help="write the rows there too")
     add("--plot", type=expand, metavar="FILE", help="draw KL against bytes there (PNG)")
     add("--list", action="store_true", help="print the cases and their bytes, and end")
     add("overrides", nargs="*", metavar="section.key=value", help="of the recipe")
-    with one_line_errors("bench size", "interrupted; the same command goes on"):
+    with one_line_errors("bench.size", "interrupted; the same command goes on"):
         measure(parser.parse_intermixed_args(argv))
 
 
@@ -145,7 +151,7 @@ def measure(args: argparse.Namespace) -> None:
     written, drawn = (file and check_file(file, MARK) for file in (args.json, args.plot))
     teacher = resolve(config.model.teacher, config.model.revision)
     sizes = sizes_of(teacher)
-    cases = cases_of(sizes, args.methods, args.precisions, args.targets)
+    cases = cases_of(sizes, args.methods, args.precisions, args.targets, args.budgets)
     if args.list:
         shares = [[c.name, f"{sizes.bytes(1 if c.budget is None else c.budget, c.precision) / 1e6:.2f}"] for c in cases]
         print(table(["case", "MB, about"], shares, left=True))
@@ -167,6 +173,8 @@ def measure(args: argparse.Namespace) -> None:
         say(f"bench size: {number}/{len(work)} {case.name} | ETA {clock(left)}")
     seeds = range(config.seed, config.seed + args.seeds)
     rows = [row_of(args.folder, data, teacher, case, seeds, sizes) for case in own]
+    if args.speed:
+        rows = with_speeds(rows, teacher, {case.name: student_run(args.folder, data, teacher, case) for case in own})
     print(shown(rows, whole))
     if written:
         write_json(written, {"made_by": MARK, "teacher": whole, "rows": [row._asdict() for row in rows]})
@@ -200,23 +208,27 @@ def sizes_of(teacher: Path) -> Sizes:
     return Sizes(numbers, experts, rest, {name: size / numbers for name, size in each.items()})
 
 
-def cases_of(sizes: Sizes, names: Sequence[str], among: Sequence[str], targets: Sequence[float]) -> list[Case]:
+def cases_of(
+    sizes: Sizes, names: Sequence[str], among: Sequence[str], targets: Sequence[float], budgets: Sequence[float] | None
+) -> list[Case]:
     """What can be had: more than nothing of the experts and not all of them; cores take one expert's share alone."""
     cases, missed = [], 0
     for precision in among:
         if "teacher" in names and precision != "bf16":
             cases.append(Case("teacher", precision, None))
-        for target in targets:
-            left = target * sizes.whole - sizes.rest[precision]
-            budget = left / (sizes.expert_numbers * sizes.each[precision])
+        numbers = sizes.expert_numbers * sizes.each[precision]
+        wanted = budgets or [(target * sizes.whole - sizes.rest[precision]) / numbers for target in targets]
+        for budget in wanted:
             for method in names:
                 if method == "teacher":
                     continue
                 if method in ("prune", "merge"):
-                    found = math.floor(budget * sizes.experts + 1e-9) / sizes.experts
-                    least = 2 / sizes.experts
+                    found, least = math.floor(budget * sizes.experts + 1e-9) / sizes.experts, 2 / sizes.experts
                 else:
-                    found, least = math.floor(budget * 1000) / 1000, 1.8 / sizes.experts
+                    found, least = (
+                        math.floor(budget * 1000 + 1e-9) / 1000,
+                        (1.8 if method != "rank" else 1.1) / sizes.experts,
+                    )
                 if least <= found < 1:
                     cases.append(Case(method, precision, found))
                 else:
@@ -304,6 +316,40 @@ def bytes_of(run: Run, case: Case) -> int:
     )
 
 
+def with_speeds(rows: Sequence[Row], teacher: Path, runs: dict[str, Run]) -> list[Row]:
+    """Rows with the speeds of their students, one of each form, in turns with the teacher."""
+    stock, known = load_model(teacher, torch.float32), {}
+    for row in rows:
+        folder = runs[row.case].student_folder
+        if folder not in known:
+            known[folder] = speeds(load_model(folder, torch.float32), stock)
+            say(
+                f"bench size: {row.case}: " + ", ".join(f"{name} {ratio:.2f}x" for name, ratio in known[folder].items())
+            )
+    return [row._replace(speed=known[runs[row.case].student_folder]) for row in rows]
+
+
+@torch.inference_mode()
+def speeds(student: Any, teacher: Any, tokens: int = 256, decoded: int = 16, rounds: int = 5) -> dict[str, float]:
+    """Medians of ratios of tokens/s, student to teacher: of a prefill at batch 1, and of decoding behind it."""
+
+    def seconds(model: Any) -> tuple[float, float]:
+        ids = torch.arange(tokens)[None] % model.config.vocab_size
+        start = time.perf_counter()
+        made = model(ids, use_cache=True)
+        middle = time.perf_counter()
+        for _ in range(decoded):
+            made = model(ids[:, :1], use_cache=True, past_key_values=made.past_key_values)
+        return middle - start, time.perf_counter() - middle
+
+    seconds(teacher), seconds(student)
+    pairs = [(seconds(teacher), seconds(student)) for _ in range(rounds)]
+    return {
+        name: statistics.median(theirs[index] / own[index] for theirs, own in pairs)
+        for index, name in enumerate(("prefill", "decode"))
+    }
+
+
 def shown(rows: Sequence[Row], whole: dict[str, Any]) -> str:
     lines = []
     for row in sorted(rows, key=lambda row: row.share):
@@ -311,9 +357,11 @@ def shown(rows: Sequence[Row], whole: dict[str, Any]) -> str:
         after = [
             spread([found[name] for found in row.trained], digits) for name, digits in (("kl", 4), ("perplexity", 2))
         ]
-        lines.append([row.case, f"{row.megabytes:.2f}", f"{row.share:.1%}", *before, *after])
-    head = ["", "MB", "of the teacher", "KL", "perplexity", "KL trained", "perplexity trained"]
-    said = f"the teacher: perplexity {whole['perplexity']:.2f}; trained: mean (lowest … highest) over seeds"
+        fast = [f"{row.speed[name]:.2f}" for name in ("prefill", "decode")] if row.speed else ["-", "-"]
+        lines.append([row.case, f"{row.megabytes:.2f}", f"{row.share:.1%}", *before, *after, *fast])
+    head = ["", "MB", "of the teacher", "KL", "perplexity", "KL trained", "perplexity trained", "prefill", "decode"]
+    said = f"the teacher: perplexity {whole['perplexity']:.2f}; trained: mean (lowest … highest) over seeds; "
+    said += "prefill and decode: tokens/s, in those of the teacher"
     return f"{table(head, lines)}\n\n{said}"
 
 
