@@ -9,10 +9,14 @@ examples:
   megakd evaluate runs/a --model teacher
   megakd evaluate runs/a --model best --tasks hellaswag,piqa eval.limit=500
   megakd evaluate runs/a --model runs/a/export
+  megakd evaluate runs/a --model last --quantize int4               its weights rounded to 4 bits, in memory
+  megakd evaluate runs/a --model teacher --quantize linear=int8,experts=int4
 """
 
 import argparse
 
+from megakd.config.precisions import PARTS, parse_quantize
+from megakd.errors import UserError
 from megakd.evals.evaluate import measure
 from megakd.evals.measure import (
     raise_failures,
@@ -29,10 +33,18 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="teacher, student-0, last, best, STAGE/step-N, or a model folder; measured again even if it has a line",
     )
     parser.add_argument("--tasks", metavar="A,B", help="lm-eval tasks, instead of those of eval.tasks")
+    parser.add_argument(
+        "--quantize",
+        metavar="P",
+        help="round the weights of --model first: int8, fp8, int4, int3, or PART=P,PART=P of " + ", ".join(PARTS),
+    )
 
 
 def main(run: Run, args: argparse.Namespace) -> None:
-    rows, failed = measure(run, args.model, None if args.tasks is None else [t for t in args.tasks.split(",") if t])
+    if args.quantize and not args.model:
+        raise UserError("--quantize: says how to round one model; name it with --model")
+    tasks = None if args.tasks is None else [t for t in args.tasks.split(",") if t]
+    rows, failed = measure(run, args.model, tasks, args.quantize and parse_quantize(args.quantize))
     if rows:
         print(quality_table(rows))
     if rows and rows[0]["model"] == "teacher" and rows[1:]:

@@ -75,6 +75,16 @@ class RunConfig(Section):
                 raise ValueError("engine.teacher_parallel=zero3 and engine.offload_teacher exclude each other")
         return self
 
+    @model_validator(mode="after")
+    def _rounds_whole_factors(self) -> "RunConfig":
+        rounding = next((index for index, stage in enumerate(self.stages) if stage.quantize is not None), None)
+        if rounding is not None and self.engine.expert_parallel > 1:
+            raise ValueError(
+                f"stages.{rounding}.quantize rounds whole factors, which engine.expert_parallel packs into one tensor; "
+                "set engine.expert_parallel=1"
+            )
+        return self
+
     @property
     def windows_per_step(self) -> int:
         """Windows of one optimizer step over all ranks."""

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from megakd.config.base import Count, Section, mutable
+from megakd.config.precisions import QuantizeField
 
 
 class OptimConfig(Section):
@@ -63,6 +64,11 @@ class StageConfig(Section):
         default={}, description='fields of the run\'s objective that differ, {"alpha": 0.9}'
     )
     optim: dict[str, Any] = Field(default={}, description="fields of the run's optim that differ")
+    quantize: QuantizeField = Field(
+        None,
+        description="every forward pass rounds the student's weights to these precisions, gradients pass straight "
+        'through: int8, fp8, int4, int3, or {"core": "int4", "factors": "int8"} of parts; null: weights as they are',
+    )
     config: str | None = Field(None, description="a DeepSpeed file of its own")
     deepspeed: dict[str, Any] | None = Field(None, description="the content of that file, copied when a run is made")
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from megakd.config.precisions import Quantize, label
 from megakd.engine.checkpoint import Progress, best_weights, published
 from megakd.errors import UserError
 from megakd.evals.measure import (
@@ -21,21 +22,26 @@ from megakd.system.files import append_json, read_json_lines
 from megakd.system.logging import say
 
 
-def evaluate(run: Run, only: str | None = None, tasks: Sequence[str] | None = None) -> list[dict[str, Any]]:
+def evaluate(
+    run: Run, only: str | None = None, tasks: Sequence[str] | None = None, quantize: Quantize | None = None
+) -> list[dict[str, Any]]:
     """The lines of all models, or of `only`, those that are missing measured; UserError when a number could not be."""
-    rows, failed = measure(run, only, tasks)
+    rows, failed = measure(run, only, tasks, quantize)
     raise_failures(failed)
     return rows
 
 
 def measure(
-    run: Run, only: str | None = None, tasks: Sequence[str] | None = None
+    run: Run, only: str | None = None, tasks: Sequence[str] | None = None, quantize: Quantize | None = None
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Measure what has no line yet (or `only`), each model on its own, and append to evals.jsonl.
 
+    quantize: precisions to which the weights of `only` are rounded first; its line is named MODEL@PRECISION.
     The lines of all that were asked for and have one, and what could not be measured, with the reason.
     """
     chosen = None if only is None else named(run, only)
+    if chosen and quantize is not None:
+        chosen = chosen._replace(name=f"{chosen.name}@{label(quantize)}", stage=None, quantize=quantize)
     meter = Meter(run, tasks)
     lines = run.path("evals.jsonl")
     known = {row["model"]: row for row in read_json_lines(lines, "model")}

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from megakd.config.precisions import Quantize
 from megakd.config.train import HIGHER_IS_BETTER
 from megakd.data.records import Batch
 from megakd.data.shards import ShardSet, read_manifest
@@ -31,6 +32,7 @@ from megakd.measured import record_rate
 from megakd.models.flops import forward_flops
 from megakd.models.isolation import check_config, check_model
 from megakd.models.loading import load_model
+from megakd.models.quantizing import round_weights, stored_as
 from megakd.models.routers import Router, find_routers
 from megakd.models.routing import choices, copies, in_place_of
 from megakd.models.tables import check_tables
@@ -51,6 +53,7 @@ class Subject(NamedTuple):
     """A model to measure: how reports name it, its folder, and how far it was trained.
 
     auxiliary: the file of what its checkpoint trained besides, the teacher's routers.
+    quantize: the precisions to which its weights are rounded before it is measured.
     """
 
     name: str
@@ -58,6 +61,7 @@ class Subject(NamedTuple):
     progress: Progress
     stage: str | None = None
     auxiliary: Path | None = None
+    quantize: Quantize | None = None
 
 
 class Unusable(UserError):
@@ -77,11 +81,18 @@ def checkpoint_subject(run: Run, folder: Path, name: str | None = None) -> Subje
     try:
         fields = read_json(file)
         progress = Progress(**{name: fields[name] for name in ("stage", "stage_step", "step", "samples", "tokens")})
-        stage = run.config.stages[progress.stage].name
+        stage = run.config.stages[progress.stage]
     except (UserError, TypeError, KeyError, IndexError) as error:
         raise Unusable(f"{file}: does not say where training stood: {error}") from error
     auxiliary = auxiliary_file(folder) if run.config.objective.trains_routers else None
-    return Subject(name or f"{folder.parent.name}/{folder.name}", folder / "weights", progress, stage, auxiliary)
+    return Subject(
+        name or f"{folder.parent.name}/{folder.name}",
+        folder / "weights",
+        progress,
+        stage.name,
+        auxiliary,
+        stage.quantize,
+    )
 
 
 class Meter:
@@ -185,6 +196,8 @@ class Meter:
             raise Unusable(f"{subject.folder}: cannot be loaded: {_reason(error)}") from error
         model = model.eval().to(self.device)
         try:
+            if subject.quantize is not None:
+                round_weights(model, subject.quantize, str(subject.folder))
             self._check_isolation(model, str(subject.folder))
         except UserError as error:
             raise Unusable(str(error)) from error
@@ -198,7 +211,11 @@ class Meter:
 
     def _held_out(self, subject: Subject, model: Any) -> dict[str, Any]:
         """Its quality, and how busy the machine was: what else ran slows its tokens/s."""
-        return self._quality(subject, model) | {"machine_load": machine_load(self.device)}
+        found = self._quality(subject, model) | {"machine_load": machine_load(self.device)}
+        if subject.quantize is not None:
+            stored = stored_as(model, subject.quantize, str(subject.folder))
+            found |= {"quantized": stored.quantized, "bytes": stored.bytes}
+        return found
 
     def _quality(self, subject: Subject, model: Any) -> dict[str, Any]:
         place, config = str(subject.folder), self.config

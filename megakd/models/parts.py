@@ -10,45 +10,54 @@ Routers, norms, biases, the coefficients of mixtures, and other matrices of fewe
 type: they are small, and a router's choices are all or nothing.
 """
 
-from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from collections.abc import Collection, Mapping
+from typing import Any
 
 from torch import nn
 
+from megakd.config.precisions import MEASURED, WHOLE, Quantize, fault
 from megakd.errors import UserError
+from megakd.models.hub import model_of
 from megakd.models.rounding import PRECISIONS, Precision
 from megakd.models.routers import find_routers
 from megakd.models.shared_core import SharedCoreExperts
 
-Part = Literal["core", "factors", "experts", "linear", "embedding"]
-PARTS: tuple[str, ...] = get_args(Part)
+__all__ = ["WHOLE", "precisions", "precisions_for", "weight_parts"]
 LEAST = 16  # rows and columns, but of factors
-# `int4` and so on, for the whole model. Nothing that serves reads embeddings in few bits; factors are few and inner.
-WHOLE: dict[str, dict[str, str]] = {
-    "int8": dict.fromkeys(("core", "factors", "experts", "linear"), "int8"),
-    "fp8": dict.fromkeys(("core", "factors", "experts", "linear"), "fp8"),
-    "int4": dict.fromkeys(("core", "experts", "linear"), "int4") | {"factors": "int8"},
-}
 
 
 def precisions(said: Mapping[str, str]) -> dict[str, Precision]:
     """{part: precision} from {part: name}; UserError for names that are not known."""
-    for part, name in said.items():
-        if part not in PARTS:
-            raise UserError(f"{part}: no part of a model; there are {', '.join(PARTS)}")
-        if name not in PRECISIONS:
-            raise UserError(f"{part}={name}: unknown precision; there are {', '.join(PRECISIONS)}")
+    if said and (reason := fault(said)):
+        raise UserError(reason)
     return {part: PRECISIONS[name] for part, name in said.items()}
+
+
+def precisions_for(said: Quantize, there: Collection[str], place: str) -> dict[str, str]:
+    """{part: name of its precision} of a model with the parts `there`.
+
+    said: a precision of the whole model, of which parts that it lacks are left out, or {part: name}. UserError for
+    names that are not known, and for a part that the model lacks.
+    """
+    if reason := fault(said):
+        raise UserError(f"{place}: {reason}")
+    if isinstance(said, str):
+        return {part: name for part, name in MEASURED[said].items() if part in there}
+    if lacking := [part for part in said if part not in there]:
+        raise UserError(f"{place}: there is no {lacking[0]} to round; its parts are {', '.join(sorted(there))}")
+    return dict(said)
 
 
 def weight_parts(model: nn.Module, place: str) -> dict[str, str]:
     """{name of a parameter: part} of what may be stored in few bits; UserError naming `place` by find_routers."""
+    if any(hasattr(parameter, "ds_shape") for parameter in model.parameters()):  # ZeRO-3 has cut them: flat and empty
+        model = model_of(model.config, place)  # type: ignore[arg-type]
     routers = {f"{router.name}.weight" for router in find_routers(model, place)} if _has_experts(model) else set()
     found = {}
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(prefix, recurse=False):
             part = _part(prefix, module, name, parameter)
-            if part and name not in routers and (part == "factors" or min(_sizes(parameter)[-2:]) >= LEAST):
+            if part and name not in routers and (part == "factors" or min(parameter.shape[-2:]) >= LEAST):
                 found[name] = part
     # a tied head is the embedding; named_parameters has it once, under the embedding's name
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
@@ -67,11 +76,6 @@ def _part(prefix: str, module: nn.Module, name: str, parameter: nn.Parameter) ->
     if not isinstance(module, nn.Linear) or not name.endswith(".weight"):
         return None
     return "core" if ".shared_core." in f".{prefix}." else "linear"
-
-
-def _sizes(parameter: Any) -> tuple[int, ...]:
-    """Of a parameter, also where ZeRO-3 has cut it."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _has_experts(model: nn.Module) -> bool:

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from megakd.config.objective import LossConfig
+from megakd.config.precisions import Quantize
 from megakd.data.records import IGNORED, Batch, Side, labelled
 from megakd.errors import UserError
 from megakd.losses.divergence import Divergence
 from megakd.losses.head import Device
 from megakd.losses.per_token import label_logprobs
+from megakd.models.quantizing import fake_quantize, see_rounded
 from megakd.objectives.live_head import LiveHead
 
 
@@ -80,6 +82,12 @@ class Objective(nn.Module):
             value[0] + share * (value[1] - value[0]) if isinstance(value, tuple) else value
             for value in (self.config.alpha, self.config.temperature)
         )
+
+    def quantize(self, said: Quantize, place: str) -> None:
+        """Round the student's weights in every forward pass, those of its head for the loss too (`fake_quantize`)."""
+        rules, head = fake_quantize(self.student, said, place), self.head.head
+        if id(head.weight) in rules:
+            see_rounded(self.head, head, {"weight": rules[id(head.weight)]})
 
     def checkpoint_activations(self) -> None:
         """Activation checkpointing of the student: recompute each layer's activations in the backward pass."""

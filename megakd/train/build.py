@@ -139,6 +139,8 @@ def build_engine(
     if world.first and announce:
         rows = rule_rows(assign_rules(objective, stage.lr_multipliers), stage.lr_multipliers, config.optim)
         say(f"train: stage {stage.name}: parameter groups\n{table(RULE_HEADERS, rows)}")
+    if stage.quantize is not None:
+        objective.quantize(stage.quantize, f"stage {stage.name}: quantize")
     if config.engine.activation_checkpointing:
         objective.checkpoint_activations()
     elif config.engine.offload_teacher:

@@ -26,6 +26,7 @@ from megakd.models.checks import (
 )
 from megakd.models.hub import check_readable, empty_model, load_config
 from megakd.models.isolation import check_packing
+from megakd.models.quantizing import check_parts
 from megakd.models.tables import check_tables
 from megakd.names import expand, resolve
 from megakd.objectives.build import build
@@ -106,6 +107,8 @@ def _check_stages(run: Run, dataset: ShardSet, live: LiveTeacher | None, begins:
         try:
             objective = build(config.at(stage), skeleton, teacher, dataset.facts, other_size)
             assign_rules(objective, stage.lr_multipliers)
+            if stage.quantize is not None:
+                check_parts(skeleton, stage.quantize, "quantize")
             if config.engine.kind == "deepspeed":
                 deepspeed_config(config.at(stage), 1, 1)
         except UserError as error:

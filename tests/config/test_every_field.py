@@ -123,6 +123,9 @@ class Plain(nn.Module):
     def checkpoint_activations(self) -> None:
         self.told.append("activations")
 
+    def quantize(self, said: Any, place: str) -> None:
+        self.told.append(str(said))
+
     def checkpoint_teacher(self) -> None:
         self.told.append("teacher")
 
@@ -458,6 +461,7 @@ FIELDS: dict[str, Seen | Listed] = {
     "stages.0.lr_multipliers": Seen([{"pattern": "norm", "lr_multiplier": 0.5}], engine),
     "stages.0.objective": Seen({"alpha": 0.9}, stage),
     "stages.0.optim": Seen({"weight_decay": 0.7}, stage),
+    "stages.0.quantize": Seen({"linear": "int8"}, engine),
     "stages.0.config": Seen("zero2", engine),
     "stages.0.deepspeed": Seen({"zero_optimization": {"stage": 1}}, engine, {"stages.0.config": "zero2"}),
     "engine.kind": Listed("local", "walked itself"),

@@ -275,7 +275,9 @@ def measured(run: Run, model: str, rounding: dict[str, str], tasks: list[str]) -
     """A model's line of a run, rounded; measured once."""
     found = line_of(run, model, rounding, bool(tasks))
     if found is None:
-        said = ["--quantize", *(f"{part}={name}" for part, name in rounding.items())] if rounding else []
+        # a checkpoint of training that rounds is measured rounded
+        said = ["--quantize", ",".join(f"{part}={name}" for part, name in rounding.items())]
+        said = said if rounding and model != "last" else []
         run_verb(["evaluate", str(run.folder), "--model", model, *tasks, *said])
         found = line_of(run, model, rounding, bool(tasks))
         assert found is not None, (run.folder, model, rounding)
@@ -342,7 +344,8 @@ def speeds(student: Any, teacher: Any, tokens: int = 256, decoded: int = 16, rou
             made = model(ids[:, :1], use_cache=True, past_key_values=made.past_key_values)
         return middle - start, time.perf_counter() - middle
 
-    seconds(teacher), seconds(student)
+    for model in (teacher, student):
+        seconds(model)
     pairs = [(seconds(teacher), seconds(student)) for _ in range(rounds)]
     return {
         name: statistics.median(theirs[index] / own[index] for theirs, own in pairs)
