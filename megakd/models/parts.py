@@ -36,7 +36,7 @@ def precisions(said: Mapping[str, str]) -> dict[str, Precision]:
 def precisions_for(said: Quantize, there: Collection[str], place: str) -> dict[str, str]:
     """{part: name of its precision} of a model with the parts `there`.
 
-    said: a precision of the whole model, of which parts that it lacks are left out, or {part: name}. UserError for
+    said: a precision of the whole model, which skips parts that it lacks, or {part: name}. UserError for
     names that are not known, and for a part that the model lacks.
     """
     if reason := fault(said):
