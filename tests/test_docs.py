@@ -226,7 +226,7 @@ def flags_of(verb: str) -> set[str]:
 
 
 def test_stages_of_the_examples_are_valid():
-    first, rounding, second = (block.text for block in blocks(DOCS / "offline-distillation.md", "json"))
+    first, second, rounding = (block.text for block in blocks(DOCS / "offline-distillation.md", "json"))
     stages = json.loads("{" + first + "}")["stages"] + [json.loads(second)]
     assert [stage.name for stage in parse({"stages": stages}, "the page").stages] == ["experts", "all", "anneal"]
     assert [stage.quantize for stage in parse(json.loads(rounding), "the page").stages] == [None, "int4"]
