@@ -10,6 +10,7 @@ from megakd.compress.job import kept_experts
 from megakd.config.checks import check_evaluation
 from megakd.config.data import LogitsConfig
 from megakd.config.model import CompressConfig
+from megakd.config.precisions import NAMES
 from megakd.config.run import RunConfig
 from megakd.data.shards import ShardSet, read_manifest
 from megakd.data.tokenizers import bos_of, bos_words, load_tokenizer
@@ -17,6 +18,7 @@ from megakd.errors import UserError
 from megakd.models.checks import check_isolation, model_folders
 from megakd.models.cut import cut_to
 from megakd.models.hub import empty_model, load_config
+from megakd.models.quantizing import stored_as
 from megakd.models.shared_core import PROJECTIONS, Form, stored_parameters
 from megakd.models.spec import active_experts, spec_for
 from megakd.names import resolve
@@ -55,11 +57,37 @@ def sizes(run: Run) -> list[list[str]]:
         ],
         ["experts' FLOPs", f"{short(teachers)} a token and layer in the teacher, {answer} in the student"],
         ["student weights", f"{short(student * width)}B in {run.config.model.dtype}"],
+        *few_bits(empty_model(folder), str(folder), dense, compact),
         [
             "training state",
             f"{short(student * 16)}B over all ranks (fp32 master, two Adam moments, gradient), before activations",
         ],
     ]
+
+
+def few_bits(teacher: Any, place: str, dense: int, compact: int) -> list[list[str]]:
+    """Bytes of teacher and student in bfloat16 and in fewer bits, all matrices but embeddings.
+
+    teacher: without weights. dense, compact: parameters in the teacher's experts, and in the student's.
+    """
+    try:
+        whole = {name: stored_as(teacher, name, place).bytes for name in NAMES}
+        inside = {name: whole[name] - stored_as(teacher, {"linear": name}, place).bytes for name in NAMES}
+    except UserError as error:
+        return [["in few bits", f"unknown: {error}"]]
+    teachers = {"bfloat16": 2 * sum(p.numel() for p in teacher.parameters()), **whole}
+    inside = {name: 2 * dense + saved for name, saved in inside.items()} | {"bfloat16": 2 * dense}
+    students = {name: size - inside[name] * (1 - compact / dense) for name, size in teachers.items()}
+
+    def listed(sizes: dict[str, Any]) -> str:
+        return ", ".join(f"{short(size)}B {name}" for name, size in sizes.items())
+
+    rows = [["teacher in few bits", listed(teachers)], ["student in few bits", f"about {listed(students)}"]]
+    if students["bfloat16"] > teachers["int4"]:
+        said = "the teacher in int4 is smaller than this student in bfloat16, and lost less where both were measured;"
+        rows.append(["", said])
+        rows.append(["", "let the student train in few bits (stages[].quantize): docs/experiments/2026-12-01-size.md"])
+    return rows
 
 
 def tasks(run: Run) -> list[list[str]]:

@@ -23,6 +23,7 @@ from megakd.data.shards import read_manifest
 from megakd.models.hub import model_of
 from megakd.models.memory import Peak
 from megakd.models.offload import offload, offloaded
+from megakd.models.quantizing import stored_as
 from megakd.models.shared_core import PROJECTIONS, Form, SharedCoreExperts
 from megakd.models.student import student_config as shared_core_config
 from megakd.models.tiny import tiny_moe_config
@@ -423,3 +424,21 @@ def test_shards_of_the_plan_are_those_that_the_tokens_are_in(prepared):
     shards = read_manifest(run.path("data", "tokens", "train"))["shards"]
     tokens = short(sum(shard["samples"] for shard in shards) * 32)
     assert plan.lengths(run)[0] == ["tokens to cache", f"{tokens} in {len(shards)} shards of 2k, and 1k to validate"]
+
+
+def test_bytes_in_few_bits_are_those_of_whole_models(tmp_path):
+    """A student that keeps half of the experts, against the model that has half; a dense one is larger than int4."""
+    whole, half = tiny_moe_config(), tiny_moe_config(num_experts=4)
+    assert whole.num_experts == 8
+    models = [model_of(config, "m") for config in (whole, half)]
+    dense, compact = (sum(p.numel() for p in model.parameters() if p.ndim == 3) for model in models)
+    assert dense == 2 * compact
+    rows = dict(row for row in plan.few_bits(models[0], "m", dense, compact) if row[0])
+    for name in ("int8", "int4", "int3"):
+        first, second = (stored_as(model, name, "m").bytes for model in models)
+        assert f"{short(first)}B {name}" in rows["teacher in few bits"]
+        routers = 2 * whole.num_hidden_layers * 4 * whole.hidden_size  # half of their rows, which a plan keeps
+        assert f"{short(second + routers)}B {name}" in rows["student in few bits"]
+    advised = [row[1] for row in plan.few_bits(models[0], "m", dense, dense * 9 // 10) if not row[0]]
+    assert "smaller than this student in bfloat16" in advised[0]
+    assert not [row for row in plan.few_bits(models[0], "m", dense, dense // 100) if not row[0]]
