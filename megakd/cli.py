@@ -27,6 +27,7 @@ VERBS = {
     "evaluate": ("held-out perplexity, KL to the teacher, agreement, size, speed; lm-eval tasks", True),
     "watch": ("evaluate checkpoints while they appear, keep the best", True),
     "export": ("a Hugging Face folder: compact, or --dense for the stock architecture", True),
+    "serve": ("start vLLM, or transformers' own server, on an export", True),
     "inspect": ("explain a run, a folder of shards, a shard or a checkpoint", False),
     "report": ("one self-contained HTML page: RUN/report.html", True),
     "doctor": ("examine machine, libraries, folder, hosts and Slurm; a remedy for each fault", False),
@@ -101,7 +102,11 @@ def _run_verb(argv: list[str]) -> None:
         command.arguments(parser)
     if opens_run:
         parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes of mutable settings")
-    args = parser.parse_intermixed_args(argv[1:])
+    own, further = argv[1:], []
+    if "--" in own and getattr(command, "PASSES_ON", False):
+        own, further = own[: own.index("--")], own[own.index("--") + 1 :]
+    args = parser.parse_intermixed_args(own)
+    args.further = further
     if verb not in SHARED:
         _refuse_ranks(verb)
     if not opens_run:

@@ -51,8 +51,37 @@ def unsupported_version() -> str | None:
             found = version(distribution)
         except PackageNotFoundError:
             continue
-        return None if found.startswith(f"{VERSION}.") else found
+        return None if is_supported(found) else found
     return "unknown"
+
+
+def is_supported(installed: str) -> bool:
+    """Whether students are served by a version of vLLM."""
+    return installed.startswith(f"{VERSION}.")
+
+
+def check_student(model_type: str, unsupported: str | None) -> None:
+    """UserError where a student of this model_type is not served; unsupported: the version of vLLM that is not."""
+    family = model_type.removesuffix(SUFFIX)
+    if unsupported:
+        raise UserError(
+            f"vLLM {unsupported}: MegaKD serves students with vLLM {VERSION}; install vllm=={VERSION}.0, or export "
+            "with --dense and serve that"
+        )
+    if family not in FAMILIES:
+        raise UserError(
+            f"{model_type}: MegaKD does not serve students of {family} with vLLM, only of {', '.join(FAMILIES)}; "
+            "export with --dense and serve that"
+        )
+
+
+def check_olmoe(place: str, family: str, norm_topk_prob: bool) -> None:
+    """UserError for routing weights that vLLM's class computes in another way."""
+    if family == "olmoe" and norm_topk_prob:
+        raise UserError(
+            f"{place}: config.json says norm_topk_prob, which vLLM's OLMoE does not compute; export with --dense "
+            "and serve it with another program"
+        )
 
 
 class ServedStudents(Students):
@@ -62,16 +91,7 @@ class ServedStudents(Students):
         family = model_type.removesuffix(SUFFIX)
         if family == model_type:
             return super().__getitem__(model_type)
-        if found := unsupported_version():
-            raise UserError(
-                f"vLLM {found}: MegaKD serves students with vLLM {VERSION}; install vllm=={VERSION}.0, or export with "
-                "--dense and serve that"
-            )
-        if family not in FAMILIES:
-            raise UserError(
-                f"{model_type}: MegaKD does not serve students of {family} with vLLM, only of {', '.join(FAMILIES)}; "
-                "export with --dense and serve that"
-            )
+        check_student(model_type, unsupported_version())
         return config_class(family)
 
 
@@ -118,11 +138,8 @@ class Checks:
                 f"{place}: --tensor-parallel-size {size} would cut the factors of shared-core experts; add "
                 "--enable-expert-parallel, which gives each rank whole experts"
             )
-        if model.hf_text_config.model_type == "olmoe" and model.hf_text_config.norm_topk_prob:
-            raise UserError(
-                f"{place}: config.json says norm_topk_prob, which vLLM's OLMoE does not compute; export with --dense "
-                "and serve it with another program"
-            )
+        text = model.hf_text_config
+        check_olmoe(place, text.model_type, getattr(text, "norm_topk_prob", False))
         refused = {
             "--data-parallel-size": parallel.data_parallel_size > 1,
             "--pipeline-parallel-size": parallel.pipeline_parallel_size > 1,

@@ -8,6 +8,9 @@ from megakd.errors import UserError
 EXTRAS = {
     "deepspeed": ("deepspeed", "deepspeed"),
     "lm_eval": ("lm-eval", "eval"),
+    "fastapi": ("fastapi", "serve"),
+    "uvicorn": ("uvicorn", "serve"),
+    "openai": ("openai", "serve"),
     "h5py": ("h5py", "convert"),
     "tensorboard": ("tensorboard", "log"),
     "wandb": ("wandb", "log"),
