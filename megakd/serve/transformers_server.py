@@ -14,7 +14,7 @@ from megakd.models import student
 
 def main(folder: str) -> None:
     """Run transformers' command line, sys.argv, with the classes that the folder's config.json names."""
-    for name in AutoConfig.from_pretrained(folder).architectures:
+    for name in AutoConfig.from_pretrained(folder).architectures or ():
         setattr(transformers, name, getattr(student, name))
     app()
 
