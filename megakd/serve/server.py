@@ -101,7 +101,7 @@ def vllm_server(
             )
         allowed = os.environ.get("VLLM_PLUGINS")
         if allowed is not None and "megakd" not in allowed.split(","):
-            raise UserError(f"VLLM_PLUGINS={allowed}: leaves out megakd, which serves {folder}; add it, or unset it")
+            raise UserError(f"VLLM_PLUGINS={allowed}: does not name megakd, which serves {folder}; add it, or unset it")
     module = [python, "-m", "vllm.entrypoints.openai.api_server"]
     return Server(f"vLLM {version}", [*module, "--model", str(folder), *options])
 

@@ -1,4 +1,4 @@
-"""`transformers serve` that finds the classes of students: python -m megakd.serve.transformers_server serve FOLDER …
+"""Run `transformers serve` with the classes of students: python -m megakd.serve.transformers_server serve FOLDER.
 
 The server takes a model's class from the module `transformers` by the name in config.json.
 """

@@ -126,7 +126,7 @@ def test_students_that_vllm_would_refuse_are_refused_before_it_starts(
 
 def test_plugin_that_the_environment_leaves_out_is_said(run, python, monkeypatch):
     monkeypatch.setenv("VLLM_PLUGINS", "other")
-    assert "VLLM_PLUGINS=other: leaves out megakd" in printed(run, "--python", python(), code=2)
+    assert "VLLM_PLUGINS=other: does not name megakd" in printed(run, "--python", python(), code=2)
 
 
 @pytest.mark.parametrize("module", ["fastapi", "uvicorn", "openai"])
