@@ -30,6 +30,7 @@ NOT_RUN = {  # regular expression → why it cannot run here
     r"pip install|requirements.txt|-m venv|\.venv/bin/megakd": "installs packages; tests/test_packaging.py checks them",
     r"tools/bench/gpu_smoke.sh": "packs wheels, takes minutes; tests/tools/bench/test_gpu_smoke.py runs its parts",
     r"vllm_env\.sh|vllm-env/bin|localhost:8000": "needs vLLM in an environment of its own; tests/serve runs it",
+    r"--endpoint": "needs a server; tests/evals/test_endpoint.py measures one",
     r"^megakd serve (?!.*--print)": "serves until it is stopped; tests/serve/test_server.py starts it",
     r"tools/bench.py": "measures for a minute; tests/tools/bench runs each benchmark with tiny sizes",
 }

@@ -9,6 +9,7 @@ examples:
   megakd evaluate runs/a --model teacher
   megakd evaluate runs/a --model best --tasks hellaswag,piqa eval.limit=500
   megakd evaluate runs/a --model runs/a/export
+  megakd evaluate runs/a --endpoint http://localhost:8000           the model that a server answers for
   megakd evaluate runs/a --model last --quantize int4               its weights rounded to 4 bits, in memory
   megakd evaluate runs/a --model teacher --quantize linear=int8,experts=int4
 """
@@ -17,7 +18,7 @@ import argparse
 
 from megakd.config.precisions import PARTS, parse_quantize
 from megakd.errors import UserError
-from megakd.evals.evaluate import measure
+from megakd.evals.evaluate import measure, measure_endpoint
 from megakd.evals.measure import (
     raise_failures,
 )
@@ -32,6 +33,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         help="teacher, student-0, last, best, STAGE/step-N, or a model folder; measured again even if it has a line",
     )
+    parser.add_argument(
+        "--endpoint",
+        metavar="URL",
+        help="measure what a server with OpenAI's interface answers: perplexity and tasks, no KL (docs/evaluation.md)",
+    )
+    parser.add_argument("--endpoint-model", metavar="NAME", help="one of the server's models (default: its only one)")
     parser.add_argument("--tasks", metavar="A,B", help="lm-eval tasks, instead of those of eval.tasks")
     parser.add_argument(
         "--quantize",
@@ -44,7 +51,14 @@ def main(run: Run, args: argparse.Namespace) -> None:
     if args.quantize and not args.model:
         raise UserError("--quantize: says how to round one model; name it with --model")
     tasks = None if args.tasks is None else [t for t in args.tasks.split(",") if t]
-    rows, failed = measure(run, args.model, tasks, args.quantize and parse_quantize(args.quantize))
+    if args.endpoint_model and not args.endpoint:
+        raise UserError("--endpoint-model: names a model of a server; give its URL with --endpoint")
+    if args.endpoint and args.model:
+        raise UserError("--endpoint: measures the server's model, not --model; remove one of them")
+    if args.endpoint:
+        rows, failed = measure_endpoint(run, args.endpoint, args.endpoint_model, tasks)
+    else:
+        rows, failed = measure(run, args.model, tasks, args.quantize and parse_quantize(args.quantize))
     if rows:
         print(quality_table(rows))
     if rows and rows[0]["model"] == "teacher" and rows[1:]:

@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from megakd.config.precisions import Quantize, label
+from megakd.data.tokenizers import load_tokenizer
 from megakd.engine.checkpoint import Progress, best_weights, published
-from megakd.errors import UserError
+from megakd.errors import UserError, reason
+from megakd.evals.endpoint import check_tokens, connect, quality
 from megakd.evals.measure import (
     Meter,
     Subject,
@@ -15,7 +17,9 @@ from megakd.evals.measure import (
     failures,
     raise_failures,
 )
+from megakd.evals.tasks import served_model
 from megakd.evals.watcher import Follower
+from megakd.identity import text_facts
 from megakd.names import resolve
 from megakd.run import Run
 from megakd.system.files import append_json, read_json_lines
@@ -67,6 +71,42 @@ def measure(
             say(f"evaluate: {name} is being evaluated by another process")
     found = follower.lines()
     return rows + [found[name] for name in follower.published() if name in found], failed + follower.failures()
+
+
+def measure_endpoint(
+    run: Run, url: str, model: str | None, tasks: Sequence[str] | None = None
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Measure the model that a server answers for, and append its line; the line, and what could not be measured.
+
+    UserError where the server gives no log-probabilities of prompts, or has another tokenizer.
+    """
+    endpoint, meter = connect(url, model), Meter(run, tasks)
+    folder, holdout = run.student_folder, meter.holdout
+    size = text_facts(holdout.facts)["tokenizer"]["vocab_size"]
+    check_tokens(endpoint, load_tokenizer(folder), size, holdout[0].tokens.tolist())
+    say(f"evaluate: {endpoint.model} by {endpoint.engine}; no KL, top-1 and top-k, which need whole distributions")
+    name = f"{endpoint.model} ({endpoint.engine})"
+    facts = {"url": endpoint.url, "model": endpoint.model, "engine": endpoint.engine}
+    row: dict[str, Any] = {"model": name, "step": 0, "tokens": 0, "stage": None, "endpoint": facts}
+    row |= quality(endpoint, holdout, meter.tokens_per_byte, run.config.eval.batch_size)
+    batch_size, failed = run.config.eval.task_batch_size, {}
+
+    def served() -> Any:
+        return served_model(endpoint.url, endpoint.model, folder, batch_size, endpoint.context)
+
+    for task in meter.tasks:
+        assert meter.harness is not None
+        try:
+            row.setdefault("tasks", {}).update(meter.harness.measure_with(task, served))
+        except UserError:
+            raise
+        except Exception as error:  # code of tasks, their metrics and clients of servers fails in its own ways
+            row.setdefault("tasks", {})[task] = None
+            failed[task] = reason(error)
+            say(f"{task} on {name}: {failed[task]}; the other tasks go on")
+    row |= {"failed": failed} if failed else {}
+    append_json(run.path("evals.jsonl"), row)
+    return [row], failures(row)
 
 
 def unmeasured(run: Run) -> list[str]:

@@ -8,7 +8,7 @@ import math
 import os
 import random
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,15 +56,40 @@ class Harness:
 
         Next to them `samples`, and `higher_is_better` of each metric.
         """
+        return self.measure_with(name, lambda: _language_model(model, tokenizer, self.config.task_batch_size, title))
+
+    def measure_with(self, name: str, language_model: Callable[[], Any]) -> dict[str, dict[str, Any]]:
+        """The same of a model as lm-eval calls it."""
         from lm_eval.evaluator import evaluate
 
         _seed(self.tasks[name]["tasks"].values())
         with contextlib.redirect_stdout(sys.stderr), _no_bars():  # lm-eval prints; standard output is the verb's
-            lm = _language_model(model, tokenizer, self.config.task_batch_size, title)
+            lm = language_model()
             found: Any = evaluate(
                 lm, self.tasks[name], limit=self.config.limit, bootstrap_iters=BOOTSTRAP, log_samples=False
             )
         return {task: _numbers(metrics, found, task) for task, metrics in found["results"].items()}
+
+
+def served_model(url: str, model: str, tokenizer: Path, batch_size: int, context: int | None) -> Any:
+    """lm-eval's model of a server with OpenAI's interface; prompts are sent as token ids.
+
+    url: up to /v1. context: the most tokens that the server reads; None: lm-eval's own default.
+    """
+    require("tenacity", "tasks over an endpoint")
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    longest = {} if context is None else {"max_length": context}
+    with _only_errors():
+        return LocalCompletionsAPI(
+            base_url=f"{url}/completions",
+            model=model,
+            tokenizer=str(tokenizer),
+            tokenizer_backend="huggingface",
+            tokenized_requests=True,
+            batch_size=batch_size,
+            **longest,
+        )
 
 
 def metric_value(tasks: dict[str, dict[str, Any] | None], name: str) -> tuple[float | None, bool]:

@@ -8,6 +8,7 @@ from megakd.errors import UserError
 EXTRAS = {
     "deepspeed": ("deepspeed", "deepspeed"),
     "lm_eval": ("lm-eval", "eval"),
+    "tenacity": ("tenacity", "eval"),
     "fastapi": ("fastapi", "serve"),
     "uvicorn": ("uvicorn", "serve"),
     "openai": ("openai", "serve"),
