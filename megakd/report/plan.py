@@ -86,7 +86,7 @@ def few_bits(teacher: Any, place: str, dense: int, compact: int) -> list[list[st
     if students["bfloat16"] > teachers["int4"]:
         said = "the teacher in int4 is smaller than this student in bfloat16, and lost less where both were measured;"
         rows.append(["", said])
-        rows.append(["", "let the student train in few bits (stages[].quantize): docs/experiments/2026-12-01-size.md"])
+        rows.append(["", "let the student train in few bits (stages[].quantize): docs/offline-distillation.md"])
     return rows
 
 
