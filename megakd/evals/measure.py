@@ -63,6 +63,11 @@ class Subject(NamedTuple):
     auxiliary: Path | None = None
     quantize: Quantize | None = None
 
+    @property
+    def is_teacher(self) -> bool:
+        """Also where its weights are rounded: teacher@int4."""
+        return self.name.partition("@")[0] == "teacher"
+
 
 class Unusable(UserError):
     """A model that cannot be measured, today or any other day: it does not load."""
@@ -185,7 +190,7 @@ class Meter:
         try:
             model = load_model(subject.folder, getattr(torch, self.config.model.dtype))
             facts = text_facts(self.holdout.facts)
-            other = self.tokenizers if subject.name == "teacher" else None
+            other = self.tokenizers if subject.is_teacher else None
             size = vocabulary_size(other.model) if other else facts["tokenizer"]["vocab_size"]
             check_tables(model, subject.folder, size, facts["sequence_length"])
         except UserError as error:
@@ -219,7 +224,7 @@ class Meter:
 
     def _quality(self, subject: Subject, model: Any) -> dict[str, Any]:
         place, config = str(subject.folder), self.config
-        if subject.name != "teacher":
+        if not subject.is_teacher:
             return _finite(_given(self._measured(model, subject.name, None)), place)
         routers = find_routers(model, place, config.objective.patterns) if config.objective.trains_routers else []
         quality, chosen = self._with_choices(model, routers, subject.name)

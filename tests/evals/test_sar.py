@@ -411,6 +411,10 @@ def test_a_teacher_with_another_tokenizer_reads_the_same_text_in_its_own(trained
     change_routers(run / "checkpoints" / NAMES[2], lambda tensor: -20 * tensor if tensor.shape[0] == 4 else tensor)
     in_process("evaluate", run, "--model", "last")
     assert lines(run)[-1]["teacher_nll"] > found[NAMES[2]]["teacher_nll"]
+    in_process("evaluate", run, "--model", "teacher", "--quantize", "int8")
+    rounded = lines(run)[-1]
+    assert rounded["model"] == "teacher@int8" and rounded["positions"] == found["teacher"]["positions"]
+    assert rounded["teacher_routers"].keys() == found["teacher"]["teacher_routers"].keys()
 
 
 def test_pieces_without_targets_are_not_taken_for_whole(run, monkeypatch):
