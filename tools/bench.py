@@ -5,6 +5,7 @@
   planner  what compress.budget predicts for every shape against fits, on proxies of experts
   mixture  mixtures of bases against the other shapes, at equal numbers stored
   experts  a layer of shared-core experts against the naive form and the dense experts, Qwen3-30B-A3B's sizes, one core
+  generate transformers' generate of a compact student at batch 1, by each path of its experts, against the stock model
   loss     the loss behind the student's head against three matrix products, dense forms, TRL and Liger; V 151,936
   live     a step next to a live teacher, against the loop one writes by hand
   offline  a step with cached teacher logits, against the same step with a live teacher; 7B to 30B teachers predicted
@@ -21,6 +22,7 @@ examples:
   python tools/make/real_models.py smollm2 smollm2 && python tools/bench.py store --real smollm2
   python tools/bench.py experts --json experts.json
   python tools/bench.py experts --device cuda
+  python tools/bench.py generate
   OMP_NUM_THREADS=1 python tools/bench.py loss
   OMP_NUM_THREADS=1 python tools/bench.py step
   python tools/bench.py step --device cuda --measured .
@@ -44,6 +46,7 @@ import torch
 from bench.evaluate import bench_evaluate
 from bench.experts import bench_experts
 from bench.fit import bench_fit
+from bench.generate import bench_generate
 from bench.live import bench_live
 from bench.loss import bench_loss
 from bench.mixture import bench_mixture
@@ -71,8 +74,8 @@ def main() -> None:
     parser.add_argument(
         "bench",
         choices=[
-            *("store", "evaluate", "experts", "fit", "live", "loss", "mixture", "offline", "planner", "step"),
-            "temperatures",
+            *("store", "evaluate", "experts", "fit", "generate", "live", "loss", "mixture", "offline", "planner"),
+            *("step", "temperatures"),
         ],
     )
     parser.add_argument("--quick", action="store_true", help="less of everything: within a minute on 2 cores")
@@ -108,7 +111,7 @@ def main() -> None:
             raise UserError(f"--device {args.device}: torch sees no GPU here")
         rows_file = args.json and check_file(args.json, '"bench": ')
         benches = {"store": lambda quick: bench_store(quick, args.real), "fit": bench_fit}
-        benches |= {"planner": bench_planner, "mixture": bench_mixture}
+        benches |= {"planner": bench_planner, "mixture": bench_mixture, "generate": bench_generate}
         benches["experts"] = lambda quick: bench_experts(quick, args.device)
         benches["evaluate"] = lambda quick: bench_evaluate(quick, args.device)
         benches["live"] = lambda quick: bench_live(quick, args.device)

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 PROJECTIONS = ("gate", "up", "down")
 SHAPES = ("wrappers", "additive", "basis", "mixture")
-FEW_ROWS = 32  # routed rows up to which copies of their factors are multiplied at once, in 16 bits
+FEW_ROWS = 32  # routed rows up to which copies of their factors are multiplied at once
 
 
 class Form(NamedTuple):
@@ -172,8 +172,7 @@ class SharedCoreExperts(nn.Module):
 
         Both are summed over a token's experts, weighted.
         """
-        few = expert_NA.numel() <= FEW_ROWS and not torch.is_grad_enabled()
-        if few and gate_N.dtype in (torch.bfloat16, torch.float16):  # copies of wider factors take longer than products
+        if expert_NA.numel() <= FEW_ROWS and not torch.is_grad_enabled():
             return self.gathered(x_ND, gate_N, up_N, expert_NA, weight_NA)
         if x_ND.device.type == "cuda" and gate_N.dtype != torch.float64 and self._aligned():  # which it does not know
             return self.grouped(x_ND, gate_N, up_N, expert_NA, weight_NA)
@@ -225,73 +224,98 @@ class SharedCoreExperts(nn.Module):
         experts = torch.arange(self.num_experts, device=expert_P.device)
         ends_E = torch.searchsorted(expert_P, experts, right=True).to(torch.int32)
 
-        def product(rows: Tensor, matrices_E: Tensor) -> Tensor:
-            return functional.grouped_mm(rows.to(dtype), matrices_E.to(dtype), offs=ends_E)
+        def product(rows: Tensor, matrices_E: Tensor, added: Tensor | None = None) -> Tensor:
+            made = functional.grouped_mm(rows[:, 0].to(dtype), matrices_E.to(dtype), offs=ends_E)[:, None]
+            return made if added is None else added + made
 
-        token_P, weight_P = order_P // expert_NA.shape[1], weight_NA.flatten()[order_P]
-        return self._by_row(x_ND, gate_N, up_N, token_P, expert_P, weight_P, product)
+        return self._by_row(x_ND, gate_N, up_N, expert_NA, weight_NA, order_P, product)
 
     def gathered(
         self, x_ND: Tensor, gate_N: Tensor, up_N: Tensor, expert_NA: Tensor, weight_NA: Tensor
     ) -> tuple[Tensor, Tensor]:
         """`factors` for few rows: a copy of its expert's factors for each, multiplied as a batch.
 
-        No size depends on the data. Not for gradients: that of `left[expert_P]` is a whole `left` each time.
+        No size depends on the data. Not for gradients: that of a copied `left` is a whole `left` each time.
         """
-        expert_P = expert_NA.flatten()
-        token_P = torch.arange(len(x_ND), device=x_ND.device).repeat_interleave(expert_NA.shape[1])
+        given, expert_P = gate_N.dtype, expert_NA.flatten()
+        # small batches of 16 bits take up to twice as long on a CPU as those of float32
+        dtype = torch.promote_types(given, torch.float32) if x_ND.device.type == "cpu" else given
 
-        def product(rows: Tensor, matrices_E: Tensor) -> Tensor:
-            return torch.bmm(rows.to(gate_N.dtype)[:, None], matrices_E[expert_P].to(gate_N.dtype))[:, 0]
+        def product(rows: Tensor, matrices_E: Tensor, added: Tensor | None = None) -> Tensor:
+            # index_select takes a sixth of the time of matrices_E[expert_P]
+            matrices_P = matrices_E.index_select(0, expert_P).to(dtype)
+            return torch.bmm(rows, matrices_P) if added is None else torch.baddbmm(added, rows, matrices_P)
 
-        return self._by_row(x_ND, gate_N, up_N, token_P, expert_P, weight_NA.flatten(), product)
+        inner_N, outer_ND = self._by_row(x_ND, gate_N.to(dtype), up_N.to(dtype), expert_NA, weight_NA, None, product)
+        return inner_N.to(given), outer_ND.to(given)
 
     def _by_row(
         self,
         x_ND: Tensor,
         gate_N: Tensor,
         up_N: Tensor,
-        token_P: Tensor,
-        expert_P: Tensor,
-        weight_P: Tensor,
-        product: Callable[[Tensor, Tensor], Tensor],
+        expert_NA: Tensor,
+        weight_NA: Tensor,
+        order_P: Tensor | None,
+        product: Callable[..., Tensor],
     ) -> tuple[Tensor, Tensor]:
-        """`factors` of routed rows; product: of rows [P, n] with their experts' matrices out of [E, n, m]."""
-        dtype = gate_N.dtype
+        """`factors` of routed rows in an order, or token by token, in the type of gate_N and up_N.
 
-        def slots(projection: str) -> Tensor:
-            count = self._slots(projection)
-            return token_P if count == 1 else token_P * count + self._groups(projection)[expert_P]
+        product(rows [P, 1, n], matrices [E, n, m], added [P, 1, m] or None): rows times their experts' matrices, plus
+        what is added.
+        """
+        dtype, (tokens, active) = gate_N.dtype, expert_NA.shape
+        expert_P, weight_P = (y.flatten() if order_P is None else y.flatten()[order_P] for y in (expert_NA, weight_NA))
 
-        x_PD = x_ND[token_P].to(dtype)
+        def slots(count: int, projection: str) -> Tensor:
+            row_P = torch.arange(tokens * active, device=x_ND.device) if order_P is None else order_P
+            return row_P // active if count == 1 else row_P // active * count + self._groups(projection)[expert_P]
+
+        def spread(y_N: Tensor, count: int, projection: str) -> Tensor:
+            """Of tokens [N, count*n] what each row needs, [P, 1, n]."""
+            if order_P is None and count == 1:
+                return y_N[:, None].expand(-1, active, -1).reshape(tokens * active, 1, y_N.shape[1])
+            y_N = y_N.view(tokens * count, y_N.shape[1] // count)
+            index_P = slots(count, projection)
+            return (y_N.index_select(0, index_P) if order_P is None else y_N[index_P])[:, None]
+
+        def collect(y_P: Tensor, count: int) -> Tensor:
+            """The transpose: sums of rows [P, 1, n] for each token, [N, count*n]."""
+            wide = torch.promote_types(dtype, torch.float32)
+            if order_P is None and count == 1:
+                return y_P.view(tokens, active, y_P.shape[2]).sum(1, dtype=wide).to(dtype)
+            y_N = torch.zeros(tokens * count, y_P.shape[2], dtype=wide, device=x_ND.device)
+            y_N.index_add_(0, slots(count, "down"), y_P[:, 0].to(wide))
+            return y_N.view(tokens, count * y_P.shape[2]).to(dtype)
+
+        x_P = spread(x_ND, 1, "").to(dtype)
         rows = {}
         for projection, core_N in (("gate", gate_N), ("up", up_N)):
             mix = self._mix(projection)
-            y = _mixed(self._by_group(projection, core_N)[slots(projection)], None if mix is None else mix[expert_P])
+            y = spread(core_N, self._slots(projection), projection)
+            if mix is not None:
+                y = _mixed(y[:, 0], mix[expert_P])[:, None]
             left, right, free_left, free_right = self._stacked(projection)
             if self.forms[projection].based:
-                y = product(y, left)  # type: ignore[union-attr]
+                y = product(y, left)
             elif left is not None and right is not None:
-                y = y + product(product(y, right), left)
+                y = product(product(y, right), left, y)
             if free_left is not None and free_right is not None:
-                y = y + product(product(x_PD, free_right), free_left)
+                y = product(product(x_P, free_right), free_left, y)
             rows[projection] = y
-        h_PF = self.act_fn(rows["gate"]) * rows["up"] * weight_P[:, None].to(dtype)
+        h_P = self.act_fn(rows["gate"]) * rows["up"] * weight_P[:, None, None].to(dtype)
         left, right, free_left, free_right = self._stacked("down")
-        form, inner_P = self.forms["down"], h_PF
-        if form.based:
-            mix = self._mix("down")
-            inner_P = product(h_PF, right)  # type: ignore[arg-type]
-            inner_P = _unmixed(inner_P, None if mix is None else mix[expert_P])
+        inner_P, mix = h_P, self._mix("down")
+        if self.forms["down"].based:
+            inner_P = product(h_P, right)
         elif left is not None and right is not None:
-            inner_P = h_PF + product(product(h_PF, right), left)
-        wide = torch.promote_types(dtype, torch.float32)
-        inner_N = torch.zeros(len(x_ND) * self._slots("down"), self._width(), dtype=wide, device=x_ND.device)
-        inner_N.index_add_(0, slots("down"), inner_P.to(wide))
-        outer_ND = torch.zeros(x_ND.shape, dtype=wide, device=x_ND.device)
+            inner_P = product(product(h_P, right), left, h_P)
+        if mix is not None:
+            inner_P = _unmixed(inner_P[:, 0], mix[expert_P])[:, None]
+        outer_ND = torch.zeros_like(x_ND, dtype=dtype)
         if free_left is not None and free_right is not None:
-            outer_ND.index_add_(0, token_P, product(product(h_PF, free_right), free_left).to(wide))
-        return inner_N.view(len(x_ND), inner_N.shape[1] * self._slots("down")).to(dtype), outer_ND.to(dtype)
+            outer_ND = collect(product(product(h_P, free_right), free_left), 1)
+        return collect(inner_P, self._slots("down")), outer_ND
 
     def _aligned(self) -> bool:
         """Whether grouped_mm takes all factors: rows of whole 16 bytes, 8 numbers of bfloat16."""
@@ -302,7 +326,7 @@ class SharedCoreExperts(nn.Module):
     def _by_group(self, projection: str, core_N: Tensor) -> Tensor:
         """[N, G*k] as [N*G, k]; sizes are spelled out, for no tokens leave nothing to infer them from."""
         groups = self._slots(projection)
-        return core_N.view(len(core_N) * groups, core_N.shape[1] // groups)
+        return core_N if groups == 1 else core_N.view(core_N.shape[0] * groups, core_N.shape[1] // groups)
 
     def _slots(self, projection: str) -> int:
         """Parts of a core's numbers of which an expert has one of its own: groups of a basis."""
@@ -318,8 +342,7 @@ class SharedCoreExperts(nn.Module):
 
     def _mix(self, projection: str) -> Tensor | None:
         """The coefficients of a mixture's bases, [E, G]; None for other shapes."""
-        found = getattr(self, mix_name(projection), None)
-        return None if found is None else found.squeeze(2)
+        return getattr(self, mix_name(projection)).squeeze(2) if self.forms[projection].shape == "mixture" else None
 
     def _groups(self, projection: str) -> Tensor:
         found = getattr(self, f"basis_group_{projection}", None)
