@@ -5,6 +5,7 @@ vLLM has an environment of its own (tools/make/vllm_env.sh DIR); MEGAKD_VLLM_PYT
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -72,6 +73,7 @@ def test_exported_student_of_stock_shape_answers_as_in_transformers(vllm_python,
     run = tmp_path / "run"
     settings = [f"compress.method={method}", "compress.budget=0.7", "compress.calibration_tokens=2048"]
     in_process("new", run, "--from", "demo", *settings)
+    in_process("tokenize", run)
     in_process("compress", run)
     in_process("export", run)
     request = {"prompts": prompts(2048), "tokens": TOKENS, "options": options_of(run / "export")}
@@ -95,16 +97,32 @@ def test_what_cannot_be_served_is_refused_in_one_line(vllm_python, tmp_path):
 def test_backend_that_would_replace_the_experts_refuses_students(vllm_python, tmp_path):
     """vLLM's backend for transformers models takes factors for dense experts' matrices: wrong tokens, no error.
 
-    Without the plugin, and with a config.json that gives that backend what exports do not: a class for AutoModel.
+    Of an export, and of one whose config.json gives that backend what exports do not: a class for AutoModel. With the
+    plugin and without it. (Without trust_remote_code vLLM loads no class of an export.)
     """
-    folder = student_of_all_forms("qwen3_moe", tmp_path / "student")
-    config = read_json(folder / "config.json")
+    export, mapped = (student_of_all_forms("qwen3_moe", tmp_path / name) for name in ("export", "mapped"))
+    config = read_json(mapped / "config.json")
     assert sorted(config["auto_map"]) == ["AutoConfig", "AutoModelForCausalLM"]
     config["auto_map"]["AutoModel"] = config["auto_map"]["AutoModelForCausalLM"]
-    write_json(folder / "config.json", config)
-    options = options_of(folder, trust_remote_code=True)
-    (raised,) = refusals(vllm_python, [options], tmp_path, VLLM_PLUGINS="")
-    assert raised is not None and "vLLM's backend for transformers models would take the factors" in raised[1], raised
+    write_json(mapped / "config.json", config)
+    no_class = r"Unrecognized configuration class <class '.+'> for this kind of AutoModel"
+    our_words = "vLLM's backend for transformers models would take the factors"
+    cases = {
+        "megakd": [
+            (export, "transformers", no_class),
+            (mapped, "transformers", "`config_class`.+ not consistent"),
+        ],
+        "": [(export, "auto", no_class), (mapped, "auto", our_words), (mapped, "transformers", our_words)],
+    }
+    for plugins, rows in cases.items():
+        models = [options_of(folder, trust_remote_code=True, model_impl=choice) for folder, choice, _ in rows]
+        raised = refusals(vllm_python, models, tmp_path, VLLM_PLUGINS=plugins)
+        for found, (_, _, words) in zip(raised, rows, strict=True):
+            assert found is not None and found[0] == "ValueError" and re.search(words, found[1]), (
+                plugins,
+                words,
+                found,
+            )
 
 
 TEXTS = ["Return the", "def", "for i in range(", "Once", "The list of", "x = 1\n", "import os", "if not path:\n    "]
