@@ -180,7 +180,7 @@ def test_model_or_server_that_is_not_there_is_one_line(sibling, model):
 @pytest.mark.vllm
 def test_vllm_gives_the_perplexity_of_the_model_that_is_loaded(vllm_python, tmp_path):
     run = tmp_path / "run"
-    small = ["data.tokens=4096", "data.holdout_tokens=2000", "data.sequence_length=48"]
+    small = ["data.tokens=4096", "data.holdout_tokens=2000", "data.sequence_length=32"]
     in_process("new", run, "--from", "demo", "compress.calibration_tokens=0", "model.dtype=float32", *small)
     for verb in ("compress", "tokenize", "generate-logits", "export"):
         in_process(verb, run)
