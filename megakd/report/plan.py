@@ -84,9 +84,12 @@ def few_bits(teacher: Any, place: str, dense: int, compact: int) -> list[list[st
 
     rows = [["teacher in few bits", listed(teachers)], ["student in few bits", f"about {listed(students)}"]]
     if students["bfloat16"] > teachers["int4"]:
-        said = "the teacher in int4 is smaller than this student in bfloat16, and lost less where both were measured;"
-        rows.append(["", said])
-        rows.append(["", "let the student train in few bits (stages[].quantize): docs/offline-distillation.md"])
+        rows.append(
+            ["", "the teacher in int4 is smaller than this student in bfloat16: store the student in few bits too"]
+        )
+        rows.append(
+            ["", "(stages[].quantize), or quantise alone; which is better: docs/experiments/2026-12-01-size.md"]
+        )
     return rows
 
 
