@@ -25,7 +25,7 @@ MODEL_FILE = re.compile(
     r"model[\w.-]*\.safetensors(\.index\.json)?|(router_update/)?router_update\.(safetensors|pt|json)"
     r"|(generation_|preprocessor_)?config\.json|tokenizer[\w.-]*\.(json|model)|(spiece|sentencepiece[\w.]*)\.model"
     r"|(vocab|added_tokens|special_tokens_map|chat_template|compress|training|megakd)\.json|(merges|vocab)\.txt"
-    r"|chat_template\.jinja|compress\.png|README\.md|(student|shared_core)\.py"
+    r"|chat_template\.jinja|compress\.png|README\.md|(student|shared_core|codes|rounding)\.py"
 )
 
 

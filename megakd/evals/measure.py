@@ -27,11 +27,12 @@ from megakd.evals.attention import attention_overlap
 from megakd.evals.holdout import Quality, Tokenizers, evaluate_model
 from megakd.evals.routers import RouterStatistics
 from megakd.evals.tasks import Harness, flat, metric_value
-from megakd.identity import TokenizerIdentity, packing_of, text_facts
+from megakd.identity import TokenizerIdentity, packing_of, stored_tensors, text_facts
 from megakd.measured import record_rate
 from megakd.models.flops import forward_flops
 from megakd.models.isolation import check_config, check_model
 from megakd.models.loading import load_model
+from megakd.models.quantized import is_quantized
 from megakd.models.quantizing import round_weights, stored_as
 from megakd.models.routers import Router, find_routers
 from megakd.models.routing import choices, copies, in_place_of
@@ -215,8 +216,13 @@ class Meter:
         check_model(model, place, packing)
 
     def _held_out(self, subject: Subject, model: Any) -> dict[str, Any]:
-        """Its quality, and how busy the machine was: what else ran slows its tokens/s."""
+        """Its quality, and how busy the machine was: what else ran slows its tokens/s.
+
+        Bytes are those of its files where these hold codes, for such a model grows as it is loaded.
+        """
         found = self._quality(subject, model) | {"machine_load": machine_load(self.device)}
+        if is_quantized(read_json(subject.folder / "config.json")):
+            found["bytes"] = sum(tensor.stop - tensor.start for tensor in stored_tensors(subject.folder).values())
         if subject.quantize is not None:
             stored = stored_as(model, subject.quantize, str(subject.folder))
             found |= {"quantized": stored.quantized, "bytes": stored.bytes}

@@ -1,7 +1,8 @@
 """Codes and scales of a quantised weight → the weight: (code - zero point) x scale, piece by piece.
 
 The product is taken in float32 and rounded once, to bfloat16; to float16 where the scales are stored so. transformers
-and compressed-tensors give the same bits in those types.
+and compressed-tensors give the same bits in those types. Of a compact student it stays in float32, until a model of
+another type takes it.
 E matrices of R rows and C columns; one scale for each block of some rows and columns.
 """
 
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 
 from megakd.identity import StoredTensor
-from megakd.models.stored import read_stored
+from megakd.models.codes import unpack
+from megakd.models.stored import DTYPES, read_stored
 
 PIECE = 1 << 22  # numbers that are dequantised at a time: some 50 MB of temporary tensors
 FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])  # e2m1; with the sign bit, the negative ones
@@ -64,7 +66,7 @@ def read_weight(
     assert stacked or inner is None, (weight, inner)
     assert not weight.transposed or (stacked and inner is None), (weight, inner)
     first, last, _ = ((inner if stacked else rows) or slice(None)).indices(height)
-    dtype = torch.float16 if weight.dtype == "F16" else torch.bfloat16
+    dtype = DTYPES[weight.dtype]
     size = (width, last - first) if weight.transposed else (last - first, width)
     out = torch.empty(len(matrices), *size, dtype=dtype)
     columns_C = torch.arange(width) // weight.block[1]
@@ -103,7 +105,7 @@ def _grids(
         return scales, None
     zeros = grid(weight.zeros)
     if weight.kind == "packed":  # along rows, in contrast to codes
-        return scales, _unpack(zeros.T.contiguous(), weight.bits).T[: weight.matrix[0]]
+        return scales, unpack(zeros.T.contiguous(), weight.bits).T[: weight.matrix[0]].float()
     return scales, zeros.float()
 
 
@@ -120,14 +122,8 @@ def _number(scales: Tensor) -> Tensor:
 def _decode(weight: Quantized, codes: Tensor) -> Tensor:
     """The numbers that codes stand for, float32."""
     if weight.kind == "packed":
-        return _unpack(codes, weight.bits)
+        return unpack(codes, weight.bits).float()
     if weight.kind == "fp4":
         halves = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)
         return torch.cat([FP4, -FP4])[halves.int()]
     return codes.float()
-
-
-def _unpack(words: Tensor, bits: int) -> Tensor:
-    """Signed integers of so many bits, the first in the lowest bits of an int32, each stored plus 2^(bits - 1)."""
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
-    return ((words[..., None] >> shifts) & (2**bits - 1)).flatten(-2).float() - 2 ** (bits - 1)

@@ -25,7 +25,12 @@ from megakd.system.files import read_json, write_json
 from megakd.system.logging import say
 
 SHARD_BYTES = 2 * 2**30
-CODE = ("shared_core.py", "student.py")  # what a student's folder needs to be loaded without MegaKD
+CODE = (
+    "codes.py",
+    "rounding.py",
+    "shared_core.py",
+    "student.py",
+)  # what a student's folder needs to be loaded without MegaKD
 
 
 def check_complete(folder: Path, missing: list[str]) -> None:
@@ -37,7 +42,7 @@ def check_complete(folder: Path, missing: list[str]) -> None:
 def load_config(folder: Path) -> Any:
     """The Hugging Face config of a folder's causal LM: of the text part where transformers would load that alone.
 
-    Without quantization_config where weights are dequantised on read.
+    Without quantization_config, or the precision of a student's parts, where weights are dequantised on read.
     """
     from transformers import AutoConfig
 
@@ -52,6 +57,8 @@ def load_config(folder: Path) -> Any:
     vars(config).pop("quantization_config", None)
     if settings is not None and unknown(settings, whole.model_type):
         config.quantization_config = settings
+    if is_student(config):
+        config.shared_core = config.with_precision({})
     return config
 
 

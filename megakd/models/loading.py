@@ -24,7 +24,7 @@ from megakd.models.hub import (
     model_of,
     say_unused,
 )
-from megakd.models.quantized import settings_of
+from megakd.models.quantized import is_quantized
 from megakd.models.sources import Sources, module_names
 from megakd.system.files import read_json
 
@@ -52,7 +52,7 @@ def load_model(folder: Path, dtype: torch.dtype) -> Any:
 
     config = load_config(folder)
     check_folder(folder, config)
-    if settings_of(read_json(folder / "config.json")) and not hasattr(config, "quantization_config"):
+    if is_quantized(read_json(folder / "config.json")) and not hasattr(config, "quantization_config"):
         return _dequantized(folder, dtype)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()

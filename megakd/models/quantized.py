@@ -1,8 +1,8 @@
 """Which weights of a checkpoint are quantised, and how: from config.json and from the names and shapes in its files.
 
-Known are FP8 with blocks (`weight_scale_inv`), MXFP4 of gpt_oss (`_blocks`, `_scales`), and compressed-tensors with
-FP8, INT8, INT4, MXFP4 and NVFP4. Modules that a list in config.json exempts have no scales in the files, and are read
-as they are.
+Known are FP8 with blocks (`weight_scale_inv`), MXFP4 of gpt_oss (`_blocks`, `_scales`), compressed-tensors with FP8,
+INT8, INT4, MXFP4 and NVFP4, and the codes of compact students (`_codes`, `_scale`; codes.py). Modules that a list in
+config.json exempts have no scales in the files, and are read as they are.
 """
 
 import re
@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from megakd.errors import UserError
 from megakd.identity import StoredTensor
+from megakd.models.codes import CODES, SCALE, SWAPPED
 from megakd.models.dequantize import Quantized
 from megakd.models.stored import read_stored
 
@@ -35,6 +36,11 @@ PACKED_BITS = (2, 4, 8)
 def settings_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """What a config.json says about quantised weights, in it or in the part for text; None where it says nothing."""
     return config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
+
+
+def is_quantized(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json says that weights are stored as codes."""
+    return bool(settings_of(config) or (config.get("shared_core") or {}).get("precision"))
 
 
 def unknown(settings: Mapping[str, Any], model_type: str) -> str | None:
@@ -62,13 +68,38 @@ def unknown(settings: Mapping[str, Any], model_type: str) -> str | None:
 def quantized_weights(folder: Path, config: Mapping[str, Any], stored: Stored) -> dict[str, Quantized]:
     """The quantised weights of a folder by the names that they have where nothing is quantised.
 
-    Empty without a quantization_config. UserError, naming tensor and scheme, where one is stored in another way.
+    Empty where config.json says of none. UserError, naming tensor and scheme, where one is stored in another way.
     """
+    if (config.get("shared_core") or {}).get("precision"):
+        return dict(_student(folder, stored))
     settings, model_type = settings_of(config), str(config.get("model_type"))
     if settings is None or unknown(settings, model_type):
         return {}
     reader = {"fp8": _fp8, "mxfp4": _mxfp4, "compressed-tensors": _compressed}[_method(settings)]
     return dict(reader(folder, settings, stored))
+
+
+def _student(folder: Path, stored: Stored) -> Iterator[tuple[str, Quantized]]:
+    for codes, tensor in stored.items():
+        swapped = codes.endswith(SWAPPED)
+        name = codes.removesuffix(SWAPPED if swapped else CODES)
+        if name == codes:
+            continue
+        scales, said = f"{name}{SCALE}", "a compact student's codes"
+        if scales not in stored:
+            _refuse(folder, stored, codes, f"no {scales} next to it ({said})")
+        _check(folder, stored, codes, ("I8", "F8_E4M3", "I32"), said)
+        _check(folder, stored, scales, ("BF16",), said)
+        packed = tensor.dtype == "I32"
+        *lead, rows, columns = tensor.shape
+        columns *= 8 if packed else 1
+        groups = stored[scales].shape[-1]
+        if stored[scales].shape[:-1] != tensor.shape[:-1] or columns % groups:
+            _refuse(folder, stored, codes, f"shape {tensor.shape} with scales of {stored[scales].shape} ({said})")
+        shape = (*lead, columns, rows) if swapped else (*lead, rows, columns)
+        kind, bits = ("packed", 4) if packed else ("number", 8)
+        block = (1, columns // groups)
+        yield name, Quantized(codes, scales, None, None, kind, bits, (rows, columns), block, shape, "F32", swapped)
 
 
 def _fp8(folder: Path, settings: Mapping[str, Any], stored: Stored) -> Iterator[tuple[str, Quantized]]:

@@ -1,24 +1,27 @@
 """The compressed student as a Hugging Face model: the family's own, with shared-core experts in its MoE blocks.
 
 Router, auxiliary loss, shared experts, attention: all else is the family's. `from_pretrained`, `save_pretrained` and
-`generate` work as for any transformers model. This file and shared_core.py are in every model folder, so that
-`trust_remote_code=True` loads it where MegaKD is not installed: hence the relative import.
+`generate` work as for any transformers model. This file and those that it imports are in every model folder, so that
+`trust_remote_code=True` loads it where MegaKD is not installed: hence the relative imports.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.auto_mappings import CONFIG_MAPPING_NAMES
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from .codes import restored
 from .shared_core import PROJECTIONS, DenseExperts, Form, SharedCoreExperts, core_shape
 
 PREFIX = "SharedCore"
 SUFFIX = "_shared_core"
+PRECISION = "precision"
 VLLM_BACKEND = ("vllm", "vllm_mla")  # attention that vLLM sets before it makes a model of transformers its own
 
 
@@ -26,7 +29,9 @@ class SharedCoreConfig:
     """What a student's config adds to its family's.
 
     shared_core: {"layers": {"0": {"gate": {"shape", "input_rank", "output_rank", "groups"}, "up": …, "down": …}, …},
-    "dense_experts": {"0": [17, …], …}}; layers that are not named stay the family's.
+    "dense_experts": {"0": [17, …], …}}; layers that are not named stay the family's. Where weights are stored in few
+    bits (codes.py): "precision": {"core": "int4", "factors": "int8", …}, in each form too: code that knows of no codes
+    then refuses the form.
     """
 
     shared_core: dict[str, Any] | None = None
@@ -35,11 +40,28 @@ class SharedCoreConfig:
         """The form of each projection of a layer; None where the layer has no shared core."""
         layers = (self.shared_core or {}).get("layers", {})
         found = layers.get(str(layer))
-        return None if found is None else {p: Form(**found[p]) for p in PROJECTIONS}
+        if found is None:
+            return None
+        return {p: Form(**{name: value for name, value in found[p].items() if name != PRECISION}) for p in PROJECTIONS}
 
     def dense_experts(self, layer: int) -> tuple[int, ...]:
         """The experts of a layer that are kept as they are."""
         return tuple((self.shared_core or {}).get("dense_experts", {}).get(str(layer), ()))
+
+    def precision(self) -> dict[str, str]:
+        """Of the parts whose weights the folder stores in few bits: {part: name}."""
+        return dict((self.shared_core or {}).get(PRECISION, {}))
+
+    def with_precision(self, precision: Mapping[str, str]) -> dict[str, Any]:
+        """shared_core for a folder with these; with none, of one that stores every weight as it is."""
+
+        def said(values: Mapping[str, Any]) -> dict[str, Any]:
+            rest = {name: value for name, value in values.items() if name != PRECISION}
+            return rest | ({PRECISION: dict(precision)} if precision else {})
+
+        shared = said(self.shared_core or {})
+        layers = {i: {p: said(form) for p, form in forms.items()} for i, forms in shared.get("layers", {}).items()}
+        return shared | {"layers": layers}
 
 
 class SharedCoreModel:
@@ -58,6 +80,35 @@ class SharedCoreModel:
             if forms is not None:
                 share_core(expert_block(layer), forms, config.dense_experts(index))
         model.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **options: Any) -> Any:
+        """As of any model; weights that are stored in few bits are dequantised once, to the model's type."""
+        loaded = super().from_pretrained(*args, **options)  # type: ignore[misc]
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.config.precision():
+            if not vars(model).pop("_dequantized", False):
+                raise ValueError("this version of transformers loads weights in another way; transformers 5.22 does it")
+            model.config.shared_core = model.config.with_precision({})  # which save_pretrained writes
+        return loaded
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: Any, state_dict: Any, checkpoint_files: list[str] | None, *others: Any, **options: Any
+    ) -> Any:
+        """What transformers calls with the files that it found, on a disk or a hub."""
+        if model.config.precision() and state_dict is None and checkpoint_files:
+            state_dict, checkpoint_files = dict(restored(_tensors(checkpoint_files), model.dtype)), None
+            model._dequantized = True
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *others, **options)
+
+
+def _tensors(files: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of files of safetensors, by name."""
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                yield name, file.get_tensor(name)
 
 
 def expert_block(layer: nn.Module) -> Any:

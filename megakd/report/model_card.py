@@ -8,8 +8,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
+from megakd.models.hub import Checkpoint
+from megakd.models.quantized import is_quantized
 from megakd.system.files import read_json
 from megakd.system.text import cell
 from megakd.system.version import version_line
@@ -54,7 +54,7 @@ def model_card(
         "## Size",
         _sizes(folder, config, report),
         "## Quality",
-        _quality(evals, measured, expanded=_expanded(config, report)),
+        _quality(evals, measured, _measured_before(config, report)),
     ]
     if report is not None:
         parts += ["## Error of compressing", _errors(report)]
@@ -139,15 +139,14 @@ def _span(values: Any) -> str:
 
 def _sizes(folder: Path, config: dict[str, Any], report: dict[str, Any] | None) -> str:
     files = sorted(folder.glob("*.safetensors"))
-    parameters = 0
-    for path in files:
-        with safe_open(str(path), framework="np") as file:
-            parameters += sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    parameters = sum(prod(tensor.shape) for tensor in Checkpoint(folder).stored.values())
     rows = [
         ["parameters in the files", f"{parameters:,}"],
         ["bytes", f"{sum(path.stat().st_size for path in files):,}"],
         ["type", str(config.get("dtype") or config.get("torch_dtype"))],
     ]
+    if is_quantized(config):
+        rows.append(["stored in few bits", _precision(config)])
     if report is not None and "expert_parameters" in report and not _expanded(config, report):
         rows.append(["of the parameters, the compressed experts'", f"{report['expert_parameters']:,}"])
         if "expert_share" in report:
@@ -155,10 +154,23 @@ def _sizes(folder: Path, config: dict[str, Any], report: dict[str, Any] | None) 
     return _table(["", ""], rows)
 
 
+def _precision(config: dict[str, Any]) -> str:
+    """Which parts have which precision, or the method of a stock model."""
+    said = (config.get("shared_core") or {}).get("precision", {})
+    return ", ".join(f"{part} {name}" for part, name in said.items()) or config["quantization_config"]["quant_method"]
+
+
 COMPARED = {"kl": ".4f", "top1": ".1%", "topk": ".1%"}  # with the teacher; missing without its targets
 
 
-def _quality(evals: list[dict[str, Any]], measured: str | None, expanded: bool) -> str:
+def _measured_before(config: dict[str, Any], report: dict[str, Any] | None) -> str:
+    """What was done to the weights after they were evaluated, as a sentence; empty where nothing was."""
+    done = ["the experts were multiplied out"] if _expanded(config, report) else []
+    done += ["weights were rounded to few bits"] if is_quantized(config) else []
+    return f" Measured before {' and '.join(done)}." if done else ""
+
+
+def _quality(evals: list[dict[str, Any]], measured: str | None, before: str) -> str:
     last = {row["model"]: row for row in evals}
     if measured not in last:
         return "This model was not evaluated."
@@ -188,7 +200,7 @@ def _quality(evals: list[dict[str, Any]], measured: str | None, expanded: bool) 
             if any(last[name].get(key) is None for name in names for key in shown)
             else ""
         )
-    ) + (" Measured before the experts were multiplied out." if expanded else "")
+    ) + before
     return f"{_table(headers, rows)}\n\n{note}"
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megakd.config.objective import SarConfig
+from megakd.config.precisions import Quantize, label
 from megakd.engine.checkpoint import auxiliary_file, published
 from megakd.errors import UserError
 from megakd.identity import TeacherIdentity, changed_fingerprint, fingerprint
@@ -33,6 +34,7 @@ from megakd.objectives.sar import SEPARATOR
 from megakd.outputs import producing
 from megakd.report.model_card import write_card
 from megakd.run import Run
+from megakd.serve.quantize import Quantizer
 from megakd.system.files import read_json, read_json_lines
 from megakd.system.logging import say
 from megakd.system.text import short
@@ -41,26 +43,33 @@ from megakd.system.version import made_with
 MARK = "megakd export"
 
 
-def export(run: Run, source: Path, out: Path | None, dense: bool, force: bool) -> None:
+def export(
+    run: Run, source: Path, out: Path | None, dense: bool, force: bool, few_bits: Quantize | None = None
+) -> None:
     """Write the weights of `source` to `out`, or to RUN/export or RUN/export-dense, with config, tokenizer and card.
 
     dense: the stock architecture, for a shared-core student alone. force: as `megakd.outputs` says.
+    few_bits: the precisions of --quantize, which the folder's name in the run tells.
     """
-    own = run.path("export-dense" if dense else "export")
+    own = run.path("-".join(["export", *["dense"] * dense, *([label(few_bits)] if few_bits else [])]))
     target = out or own
     check_inputs(run, source, target)
-    config = load_config(source)
+    config, checkpoint = load_config(source), Checkpoint(source)
+    if dense and not is_student(config):
+        raise UserError(f"{source}: model type {config.model_type!r} is stock already; export without --dense")
     dtype = getattr(torch, run.config.model.dtype)
+    read = torch.float32 if few_bits else dtype
+    made = stock_config(config) if dense else config
+    model = model_of(made, str(source))
+    tensors = dense_tensors(checkpoint, config, read) if dense else own_tensors(checkpoint, model, read)
+    quantizer = Quantizer(few_bits, model, checkpoint, dtype) if few_bits else None
+    config = made
     with producing(target, MARK, force, own) as temporary:
-        if dense:
-            if not is_student(config):
-                raise UserError(f"{source}: model type {config.model_type!r} is stock already; export without --dense")
-            write_weights(temporary, finite(dense_tensors(Checkpoint(source), config, dtype), source))
-            config = stock_config(config)
-        else:
-            tensors = own_tensors(Checkpoint(source), model_of(config, str(source)), dtype)
-            write_weights(temporary, finite(tensors, source))
+        tensors = finite(tensors, source)
+        write_weights(temporary, finite(quantizer.tensors(tensors), source) if quantizer else tensors)
         config.dtype = dtype
+        if quantizer:
+            quantizer.mark(config)
         write_config(temporary, config)
         copy_side_files(source, temporary)
         describe(run, source, temporary)
@@ -68,6 +77,8 @@ def export(run: Run, source: Path, out: Path | None, dense: bool, force: bool) -
     size = sum(path.stat().st_size for path in target.glob("*.safetensors"))
     run.record("export", folder=str(target), source=str(source), megakd=made_with())
     say(f"{target}: {(config.architectures or ['?'])[0]}, {short(size)}B, from {source}")
+    if quantizer:
+        say(f"{target}: {quantizer.summary()}")
     if routers:
         say(f"{target / UPDATE}: {routers} routers that learned, for {run.config.model.teacher}")
 
@@ -81,8 +92,9 @@ def last_weights(run: Run) -> Path:
 def finite(tensors: Iterable[tuple[str, Tensor]], source: Path) -> Iterator[tuple[str, Tensor]]:
     """The same (name, tensor) pairs; UserError at the first tensor that holds NaN or infinity in its new dtype."""
     for name, tensor in tensors:
+        codes = tensor.element_size() == 1  # of finite weights
         # NaN if an entry is; a sum over isfinite takes 50 times as long
-        if tensor.is_floating_point() and not all(map(math.isfinite, torch.aminmax(tensor))):
+        if tensor.is_floating_point() and not codes and not all(map(math.isfinite, torch.aminmax(tensor))):
             kind = str(tensor.dtype).removeprefix("torch.")
             raise UserError(
                 f"{source}: {name} holds NaN or infinite values as {kind}; export another checkpoint (--checkpoint), "

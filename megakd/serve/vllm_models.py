@@ -16,6 +16,7 @@ from vllm import ModelRegistry
 from vllm.model_executor.models.utils import extract_layer_index
 
 from megakd.errors import UserError
+from megakd.models.codes import restored
 from megakd.models.hub import model_of
 from megakd.models.sources import as_stored, by_layer
 from megakd.models.student import stock_config
@@ -33,7 +34,7 @@ class ServedModel:
         config = vllm_config.model_config.hf_text_config
         with shared_core_layers(sys.modules[type(self).__mro__[2].__module__], config):
             super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
-        self.student_config = config
+        self.student_config, self.student_dtype = config, vllm_config.model_config.dtype
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load a student's tensors; the names of all parameters that were loaded."""
@@ -44,7 +45,7 @@ class ServedModel:
             if isinstance(module, SharedCoreLayer)
         }
         loaded, others = set(), {}
-        for name, tensor in weights:
+        for name, tensor in restored(weights, self.student_dtype):
             own = OWN.fullmatch(name)
             if own is not None and int(own[1]) in layers:
                 layers[int(own[1])][1].load(own[2], tensor)
