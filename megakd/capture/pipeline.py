@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megakd.capture.source import Capture, Work
+from megakd.capture.source import TRANSFORMERS, Capture, Work
 from megakd.config.data import LogitsConfig
 from megakd.data import codec
 from megakd.data.batches import prefetch
@@ -53,8 +53,13 @@ def part_of(run: Run, name: str, tokens: ShardSet) -> Part:
     return Part(name, tokens, run.path("data", "logits", name), config)
 
 
-def logits_facts(part: Part, teacher: TeacherIdentity, seed: int, book: str) -> dict[str, Any]:
-    """What a folder of logits says of itself: whose they are, of which tokens, and how they are stored."""
+def logits_facts(
+    part: Part, teacher: TeacherIdentity, seed: int, book: str, engine: str = TRANSFORMERS
+) -> dict[str, Any]:
+    """What a folder of logits says of itself: whose they are, of which tokens, and how they are stored.
+
+    engine: stated where it is not transformers.
+    """
     tokens, logits = part.tokens.facts, part.config
     draws: dict[str, Any] = {"draws": 0, "draw_temperature": None, "draw_seed": None}
     if logits.profile != "topk":
@@ -71,6 +76,7 @@ def logits_facts(part: Part, teacher: TeacherIdentity, seed: int, book: str) -> 
         "levels": logits.levels,
         **draws,
         **_shared_facts(logits),
+        **({} if engine == TRANSFORMERS else {"engine": engine}),
     }
 
 
@@ -97,7 +103,7 @@ def capture_part(
     limit: tokens to capture, in whole shards. reread: hash finished shards again and write damaged ones anew.
     stopwatch: counts this worker's tokens.
     """
-    facts = logits_facts(part, capture.teacher, capture.seed, book.digest)
+    facts = logits_facts(part, capture.teacher, capture.seed, book.digest, capture.engine)
     settle(part.folder)
     save_book(part.folder, book)
     before = known_manifest(part.folder, facts)

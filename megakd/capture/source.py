@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -11,6 +12,8 @@ import numpy as np
 import torch
 
 from megakd.capture.teacher import Teacher, batch_targets
+from megakd.capture.vllm_client import HiddenStates, Vllm
+from megakd.capture.vllm_teacher import VllmTeacher
 from megakd.config.data import LogitsConfig
 from megakd.data.batches import collate
 from megakd.data.lengths import longest_first
@@ -33,21 +36,31 @@ class Work(NamedTuple):
     indices: range
 
 
+TRANSFORMERS = "transformers"  # the engine of logits whose manifest names none
 SORTED_BATCHES = 16  # are sorted by length together; targets wait in memory for those of the samples before them
 
 
 class Capture:
     """The teacher, loaded when the first sample needs it, and the samples it answers."""
 
-    def __init__(self, run: Run, folder: Path, world: World, vocab_size: int):
-        """folder: of the teacher; vocab_size: real entries of its tokenizer."""
+    def __init__(self, run: Run, folder: Path, world: World, vocab_size: int, vllm: Vllm | None = None):
+        """folder: of the teacher; vocab_size: real entries of its tokenizer; vllm: of logits.engine=vllm."""
         self.folder, self.world, self.vocab_size = folder, world, vocab_size
         self.models = run.config.model
         self.logits, self.seed = run.path("data", "logits"), run.config.seed
         self.packing: Packing = run.config.data.packing
+        self.length = run.config.data.sequence_length
+        self.vllm, self.engine = vllm, vllm.name if vllm else TRANSFORMERS
+        check_engine(self.logits, self.engine)
+        self.worker: HiddenStates | None = None
         weights = teacher_fingerprint(self.logits, folder)
         self.teacher = TeacherIdentity(run.config.model.teacher, run.config.model.revision, weights)
         self.model: Any = None
+
+    def close(self) -> None:
+        """Ends the process of vLLM."""
+        if self.worker is not None:
+            self.worker.close()
 
     def sharded(self, config: LogitsConfig) -> bool:
         """Whether all ranks hold one teacher together; each of its forwards is then a collective."""
@@ -113,6 +126,11 @@ class Capture:
         module.kept = config  # one teacher for all parts
         return self.model
 
+    def _start(self, dtype: torch.dtype) -> HiddenStates:
+        assert self.vllm is not None
+        self.worker = HiddenStates(self.vllm, self.folder, dtype, self.length, self.world.device)
+        return self.worker
+
     def _load(self, config: LogitsConfig) -> Any:
         dtype = getattr(torch, config.dtype)
 
@@ -121,14 +139,34 @@ class Capture:
 
         if self.world.first:
             check_isolation(model_folders(self.models), self.packing)
-        if config.parallel == "replica":
-            loaded: Any = wrap(load_model(self.folder, dtype)).eval().to(self.world.device)
+        loaded: Any
+        if self.vllm:
+            loaded = VllmTeacher(
+                load_model(self.folder, dtype).eval(),
+                config,
+                self.vocab_size,
+                self.packing,
+                partial(self._start, dtype),
+            )
+        elif config.parallel == "replica":
+            loaded = wrap(load_model(self.folder, dtype)).eval().to(self.world.device)
         else:
             from megakd.capture.sharded import load_shared
 
             loaded = load_shared(self.folder, wrap, config.parallel, dtype, self.world)
         teacher_fingerprint(self.logits, self.folder, self.teacher.weights)  # it may have changed before it was loaded
         return loaded
+
+
+def check_engine(logits: Path, engine: str) -> None:
+    """UserError when the logits captured so far were made by another engine, or another version of it."""
+    for part in ("holdout", "train"):
+        facts = next(_facts(logits / part), None)
+        if facts is not None and (made_by := facts.get("engine", TRANSFORMERS)) != engine:
+            raise UserError(
+                f"{logits}: captured with {made_by}, this capture is with {engine}: go on with {made_by}, or capture "
+                "everything again with --force"
+            )
 
 
 def teacher_fingerprint(logits: Path, folder: Path, recorded: str | None = None) -> str:
@@ -149,14 +187,21 @@ def teacher_fingerprint(logits: Path, folder: Path, recorded: str | None = None)
 
 def _captured_from(part: Path) -> str | None:
     """The fingerprint that a part's manifest states, or where that is damaged, its first shard; None: nothing does."""
+    for facts in _facts(part):
+        with suppress(UserError):
+            weights = TeacherIdentity.of(facts["teacher"]).weights
+            return None if weights == "unknown" else weights  # converted from a file that names no teacher
+    return None
+
+
+def _facts(part: Path) -> Iterator[dict[str, Any]]:
+    """What a part's manifest states, then what each of its shards does; missing and damaged ones state nothing."""
     sidecars = ((path, SIDECAR) for path in sorted(part.glob("*.json")))
     for path, kind in [(part / "manifest.json", MANIFEST), *sidecars]:
         try:
-            weights = TeacherIdentity.of(read_sealed(path, kind, *VERSIONS)["facts"]["teacher"]).weights
-        except UserError:  # missing, or damaged: it is made again
+            yield read_sealed(path, kind, *VERSIONS)["facts"]
+        except UserError:  # it is made again
             continue
-        return None if weights == "unknown" else weights  # converted from a file that names no teacher
-    return None
 
 
 def _check_finite(targets: TeacherTargets, row: int, sample: Sample, folder: Path) -> None:

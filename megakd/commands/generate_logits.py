@@ -15,16 +15,19 @@ examples:
   megakd generate-logits runs/a --force               capture everything again; the old logits are set aside
   sbatch --array=0-15 launch/generate_logits.sbatch runs/a
   deepspeed --num_gpus 8 --module megakd generate-logits runs/a logits.parallel=zero3
+  megakd generate-logits runs/v --vllm-python ~/vllm-env/bin/python     of a run made with logits.engine=vllm
 """
 
 import argparse
 import re
 import time
+from contextlib import closing
 from pathlib import Path
 
 from megakd.capture.checks import check_teacher, check_tokens
 from megakd.capture.pipeline import Worker, capture_part, make_codebook, part_of
 from megakd.capture.source import Capture
+from megakd.capture.vllm_client import Vllm, find_vllm
 from megakd.data.shards import ShardSet
 from megakd.errors import UserError
 from megakd.measured import Stopwatch, record_rate
@@ -50,6 +53,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--part", default="0/1", metavar="I/N", help="take part I of N of the shards (0/1: all)")
     parser.add_argument("--reread", action="store_true", help="hash finished shards again and redo damaged ones")
     parser.add_argument("--force", action="store_true", help="set existing logits aside and capture them again")
+    parser.add_argument("--vllm-python", metavar="PATH", help="logits.engine=vllm: the Python of vLLM's environment")
+    parser.add_argument("--vllm-options", metavar="JSON", help="logits.engine=vllm: options of vllm.LLM")
 
 
 def main(run: Run, args: argparse.Namespace) -> None:
@@ -62,6 +67,7 @@ def main(run: Run, args: argparse.Namespace) -> None:
         )
     if args.max_tokens is not None and not args.max_tokens > 0:
         raise UserError(f"--max-tokens {args.max_tokens:g}: expected a number above 0, like 1e8")
+    vllm = _vllm(run, args)
     folder = resolve(run.config.model.teacher, run.config.model.revision)
     sets = {part: ShardSet(run.path("data", "tokens", part)) for part in ("holdout", "train")}
     live = run.config.objective.live  # training asks the teacher itself
@@ -72,23 +78,35 @@ def main(run: Run, args: argparse.Namespace) -> None:
         say(f"generate-logits: the validation set alone, for training has a live teacher{unused}")
     if args.force:
         _set_aside(run.path("data", "logits"))
-    capture = Capture(run, folder, world, tokenizer.vocab_size)
+    capture = Capture(run, folder, world, tokenizer.vocab_size, vllm)
     parts = [part_of(run, name, tokens) for name, tokens in sets.items()]
     stopwatch = Stopwatch()
-    book = make_codebook(capture, next(part for part in parts if part.name == "train"))
-    for part in parts:
-        if live and part.name == "train":
-            continue
-        limit = args.max_tokens if part.name == "train" else None
-        made = capture_part(capture, part, worker, book, limit=limit, reread=args.reread, stopwatch=stopwatch)
-        share = f"{worker.number}/{worker.workers}"
-        run.record("generate-logits", part=part.name, worker=share, shards=made, megakd=made_with())
+    with closing(capture):
+        book = make_codebook(capture, next(part for part in parts if part.name == "train"))
+        for part in parts:
+            if live and part.name == "train":
+                continue
+            limit = args.max_tokens if part.name == "train" else None
+            made = capture_part(capture, part, worker, book, limit=limit, reread=args.reread, stopwatch=stopwatch)
+            share = f"{worker.number}/{worker.workers}"
+            run.record("generate-logits", part=part.name, worker=share, shards=made, megakd=made_with())
     if stopwatch.tokens:
         device = describe_machine(world.device)["device"]
         flops = forward_flops(model.config, run.config.data.sequence_length, str(folder))
         tokens, seconds = stopwatch.tokens, stopwatch.seconds
         record_rate(run.folder, "generate-logits", device, tokens, seconds, ranks=1, flops_per_token=flops)
     close_world()
+
+
+def _vllm(run: Run, args: argparse.Namespace) -> Vllm | None:
+    if run.config.logits.engine == "vllm":
+        return find_vllm(args.vllm_python, args.vllm_options)
+    for option, value in (("--vllm-python", args.vllm_python), ("--vllm-options", args.vllm_options)):
+        if value is not None:
+            raise UserError(
+                f"{option}: has no effect with logits.engine=transformers; make a run with logits.engine=vllm"
+            )
+    return None
 
 
 def _set_aside(logits: Path) -> None:

@@ -120,6 +120,11 @@ class LogitsConfig(Section):
         description="a teacher on each rank (replica), or one over all ranks: zero3, or autoep with experts sharded "
         "too",
     )
+    engine: Literal["transformers", "vllm"] = Field(
+        "transformers",
+        description="what computes the teacher's hidden states; vllm: a process in vLLM's environment, compared with "
+        "transformers before anything is written",
+    )
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="of the teacher's weights and arithmetic")
     batch_size: int = mutable(8, ge=1, description="sequences per forward pass of the teacher")
 
@@ -127,6 +132,12 @@ class LogitsConfig(Section):
     def _tail_for_draws(self) -> "LogitsConfig":
         if self.profile == "hybrid" and self.draw_temperature not in self.declared_temperatures:
             raise ValueError("hybrid draws need a tail at draw_temperature: add it to temperatures")
+        return self
+
+    @model_validator(mode="after")
+    def _one_teacher_in_vllm(self) -> "LogitsConfig":
+        if self.engine == "vllm" and self.parallel != "replica":
+            raise ValueError(f"parallel={self.parallel} divides a teacher in transformers: set engine=transformers")
         return self
 
     @property

@@ -38,7 +38,7 @@ DEPENDS: tuple[Rule, ...] = (
     Rule(TOKENS, ("model.student", "model.student_revision"), _student_tokenizes),
     Rule(LOGITS, (TOKENS, "model.teacher", "model.revision")),
     Rule(LOGITS, ("logits.profile", "logits.top_k", "logits.pmin", "logits.levels", "logits.temperatures")),
-    Rule(LOGITS, ("logits.dtype",)),
+    Rule(LOGITS, ("logits.dtype", "logits.engine")),
     Rule(LOGITS, ("logits.draws", "logits.draw_temperature", "seed"), lambda config: config.logits.profile != "topk"),
     Rule(STUDENT, ("model.teacher", "model.revision", "model.dtype", "compress")),
     Rule(STUDENT, (TOKENS,), lambda config: config.compress.calibration_tokens > 0),

@@ -51,7 +51,9 @@ def worker(run: Run, part: str) -> int:
         return pid
     try:
         torch.set_num_threads(1)
-        args = argparse.Namespace(part=part, max_tokens=None, reread=False, force=False)
+        args = argparse.Namespace(
+            part=part, max_tokens=None, reread=False, force=False, vllm_python=None, vllm_options=None
+        )
         generate_logits.main(Run.open(run.folder, ["logits.batch_size=2"]), args)
         os._exit(0)
     except BaseException:

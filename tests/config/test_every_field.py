@@ -379,6 +379,9 @@ FIELDS: dict[str, Seen | Listed] = {
         "read by generate-logits alone",
         T + "capture/test_pipeline.py::test_teacher_spread_over_two_ranks_says_what_a_whole_one_says",
     ),
+    "logits.engine": Listed(
+        "vllm", "read by generate-logits alone", T + "capture/test_vllm.py::test_both_engines_give_equal_records"
+    ),
     "logits.dtype": Listed("float32", "the teacher's, in generate-logits"),
     "logits.batch_size": Listed(3, "memory of generate-logits"),
     "stream.lanes": Seen(1, order),
