@@ -67,6 +67,14 @@ def test_exported_student_of_the_demo_answers_as_in_transformers(vllm_python, de
     assert_same(answers(vllm_python, demo_export, asked, tmp_path), expected(demo_export, asked))
 
 
+def test_a_student_in_few_bits_answers_as_in_transformers(vllm_python, demo_export, tmp_path):
+    in_process("export", demo_export.parent, "--quantize", "core=int4,factors=int8,linear=fp8")
+    folder, asked = demo_export.parent / "export-core=int4,factors=int8,linear=fp8", prompts(2048)
+    found = expected(folder, asked)
+    assert found != expected(demo_export, asked)
+    assert_same(answers(vllm_python, folder, asked, tmp_path), found)
+
+
 @pytest.mark.parametrize("method", ["prune", "merge"])
 def test_exported_student_of_stock_shape_answers_as_in_transformers(vllm_python, tmp_path, method):
     """It needs no plugin."""
