@@ -54,7 +54,7 @@ def bench_generate(quick: bool) -> list[Row]:
     return rows
 
 
-def models(rank: int, fields: dict[str, int]) -> tuple[Any, Any]:
+def models(rank: int, fields: dict[str, Any]) -> tuple[Any, Any]:
     """A student with wrappers of a rank in each of 4 layers, and the stock model of the same sizes; random weights."""
     config: Any = Qwen3MoeConfig(vocab_size=2048, num_hidden_layers=4, norm_topk_prob=True, eos_token_id=None, **fields)
     config.architectures = ["Qwen3MoeForCausalLM"]

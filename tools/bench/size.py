@@ -51,7 +51,7 @@ from megakd.system.text import clock, table
 
 MARK = "made by tools/bench.py size"
 METHODS = ("teacher", "wrappers", "rank", "basis", "prune", "merge")
-MATRICES = ("core", "factors", "experts", "linear")
+MATRICES: tuple[str, ...] = ("core", "factors", "experts", "linear")
 PRECISIONS: dict[str, dict[str, str]] = {"bf16": {}} | {
     name: dict.fromkeys(MATRICES, name) for name in ("int8", "int4", "int3")
 }
