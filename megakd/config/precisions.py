@@ -36,7 +36,8 @@ def fault(said: Any) -> str | None:
 
 def parse_quantize(said: str) -> Quantize:
     """What --quantize says: int4, or core=int4,factors=int8. UserError for what is not known."""
-    parts = dict(word.strip().partition("=")[::2] for word in said.split(",") if word.strip())
+    words = [word.strip().partition("=") for word in said.split(",") if word.strip()]
+    parts = {part: name for part, _, name in words}
     found: Quantize = parts if "=" in said else said.strip()
     if reason := fault(found):
         raise UserError(f"--quantize {said}: {reason}")

@@ -52,9 +52,7 @@ from megakd.system.text import clock, table
 MARK = "made by tools/bench.py size"
 METHODS = ("teacher", "wrappers", "rank", "basis", "prune", "merge")
 MATRICES: tuple[str, ...] = ("core", "factors", "experts", "linear")
-PRECISIONS: dict[str, dict[str, str]] = {"bf16": {}} | {
-    name: dict.fromkeys(MATRICES, name) for name in ("int8", "int4", "int3")
-}
+PRECISIONS = {"bf16": {}, **{name: dict.fromkeys(MATRICES, name) for name in ("int8", "int4", "int3")}}
 TARGETS = (0.1, 0.15, 0.2, 0.25, 0.35, 0.5)
 
 
