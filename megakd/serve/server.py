@@ -130,6 +130,8 @@ def installed_in(python: str, named_by: str) -> tuple[str | None, list[str]]:
 
 def check_port(host: str, port: int) -> None:
     """UserError where nothing can listen there: both servers would say so after the model is loaded, or before."""
+    if not 0 < port < 2**16:  # getaddrinfo would take the lowest 16 bits
+        raise UserError(f"--port {port}: give one from 1 to 65535")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as listening:

@@ -331,7 +331,7 @@ def test_mutable_fields_are_these():
 def test_fingerprint_changes_with_every_frozen_field_and_with_no_live_one():
     tries = [True, False, 3, 7, 0.25, "truncated", "linear", "local", "online", "float32", [0.5, 0.75], ["basis"]]
     tries += [16, "sar", "all", "sampled", "zero3", "skip", "free", "adam", "off", "auto", "tvd", "documents", "always"]
-    tries += ["nll", "messages", "prune", "frequency", [{"source": "a.jsonl"}]]
+    tries += ["nll", "messages", "prune", "frequency", "vllm", [{"source": "a.jsonl"}]]
     tries += [[{"name": "b", "tokens": 3}], {"a": {"b": 1}}]
     others = [
         {"compress": {"budget": 0.3}},
