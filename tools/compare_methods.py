@@ -35,6 +35,7 @@ import installed  # noqa: F401
 
 from megakd.cli import run_verb
 from megakd.config.parsing import load_recipe
+from megakd.config.run import RunConfig
 from megakd.errors import UserError
 from megakd.finish import lacks
 from megakd.names import expand, find_recipe, resolve
@@ -101,12 +102,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def compare(args: argparse.Namespace) -> None:
     """Compress, train and measure what is missing, then show all of it."""
-    recipe, overrides = find_recipe(args.recipe), [*QUIET, *args.overrides]
-    config = load_recipe(recipe, overrides)
-    if config.engine.kind != "local":
-        raise UserError(f"engine.kind: {config.engine.kind} starts processes of its own; add engine.kind=local")
-    if config.model.student:
-        raise UserError(f"model.student: {config.model.student} leaves nothing to compress; leave it out")
+    recipe, overrides, config = chosen(args.recipe, args.overrides)
     written, drawn = (file and check_file(file, MARK) for file in (args.json, args.plot))
     pairs = [(method, budget) for budget in args.budgets for method in args.only]
     if args.list:
@@ -117,10 +113,7 @@ def compare(args: argparse.Namespace) -> None:
             )
         )
         return
-    data = opened(args.folder / "data", recipe, overrides)
-    for verb in ("tokenize", "generate-logits"):
-        if lacks(data, verb) is not None:
-            run_verb([verb, str(data.folder)])
+    data = with_data(args.folder / "data", recipe, overrides)
     teacher = measured(data, "teacher")
     seeds, start = list(range(config.seed, config.seed + args.seeds)), time.perf_counter()
     rows = []
@@ -133,6 +126,26 @@ def compare(args: argparse.Namespace) -> None:
         write_json(written, {"made_by": MARK, "teacher": teacher._asdict(), "rows": [plain(row) for row in rows]})
     if drawn:
         plot(rows, drawn)
+
+
+def chosen(name: str, changes: Sequence[str]) -> tuple[Path, list[str], RunConfig]:
+    """(recipe, overrides, configuration) to compare with; UserError for one that leaves nothing to compare."""
+    recipe, overrides = find_recipe(name), [*QUIET, *changes]
+    config = load_recipe(recipe, overrides)
+    if config.engine.kind != "local":
+        raise UserError(f"engine.kind: {config.engine.kind} starts processes of its own; add engine.kind=local")
+    if config.model.student:
+        raise UserError(f"model.student: {config.model.student} leaves nothing to compress; leave it out")
+    return recipe, overrides, config
+
+
+def with_data(folder: Path, recipe: Path, overrides: Sequence[str]) -> Run:
+    """The run in `folder` with tokens and the teacher's logits, made where they are missing."""
+    run = opened(folder, recipe, overrides)
+    for verb in ("tokenize", "generate-logits"):
+        if lacks(run, verb) is not None:
+            run_verb([verb, str(run.folder)])
+    return run
 
 
 def run_name(method: str, budget: float) -> str:

@@ -37,6 +37,16 @@ class Vllm(NamedTuple):
         return f"vllm {self.version}"
 
 
+def vllm_of(engine: str, python: str | None, options: str | None) -> Vllm | None:
+    """The vLLM that a run's logits.engine asks for; UserError for options of the command line without effect."""
+    if engine == "vllm":
+        return find_vllm(python, options)
+    for option, value in (("--vllm-python", python), ("--vllm-options", options)):
+        if value is not None:
+            raise UserError(f"{option}: has no effect with logits.engine={engine}; make a run with logits.engine=vllm")
+    return None
+
+
 def find_vllm(python: str | None, options: str | None) -> Vllm:
     """The vLLM of `python`, else of MEGAKD_VLLM_PYTHON, else of this interpreter; options: JSON of the command line."""
     chosen = python or os.environ.get(VARIABLE) or sys.executable

@@ -77,7 +77,7 @@ class VllmTeacher(Teacher):
         if not found <= bound:  # NaN too
             raise UserError(
                 f"{place}: log-probabilities of vLLM differ from those of transformers by {found:.2g} {what}, and "
-                f"{bound:g} is allowed; nothing was written; use logits.engine=transformers in a new run"
+                f"{bound:g} is allowed; no shard was written; use logits.engine=transformers in a new run"
             )
         say(f"generate-logits: vLLM and transformers agree: log-probabilities differ by {found:.2g} {what}")
         self.lm_head.to(device)

@@ -8,7 +8,7 @@ dense    expanded to the family's stock architecture in the hub's own layout; ne
 
 --quantize stores weights in few bits, in RUN/export-int8 and so on: of a compact model the parts core, factors,
 linear, experts and embedding, each at a precision of its own if you like. Files become small; memory does not, for
-whoever loads them has each weight as a number of the model's type again (docs/serving.md).
+loading turns each weight into a number of the model's type again (docs/serving.md).
 
 With objective.kind=sar the teacher's routers, which learned too, lie in router_update/ below it, under their names in
 the teacher: router_update.safetensors, .pt and what is to be known of them, .json (tools/compat/apply_router_update.py

@@ -27,7 +27,7 @@ from pathlib import Path
 from megakd.capture.checks import check_teacher, check_tokens
 from megakd.capture.pipeline import Worker, capture_part, make_codebook, part_of
 from megakd.capture.source import Capture
-from megakd.capture.vllm_client import Vllm, find_vllm
+from megakd.capture.vllm_client import vllm_of
 from megakd.data.shards import ShardSet
 from megakd.errors import UserError
 from megakd.measured import Stopwatch, record_rate
@@ -67,7 +67,7 @@ def main(run: Run, args: argparse.Namespace) -> None:
         )
     if args.max_tokens is not None and not args.max_tokens > 0:
         raise UserError(f"--max-tokens {args.max_tokens:g}: expected a number above 0, like 1e8")
-    vllm = _vllm(run, args)
+    vllm = vllm_of(run.config.logits.engine, args.vllm_python, args.vllm_options)
     folder = resolve(run.config.model.teacher, run.config.model.revision)
     sets = {part: ShardSet(run.path("data", "tokens", part)) for part in ("holdout", "train")}
     live = run.config.objective.live  # training asks the teacher itself
@@ -96,17 +96,6 @@ def main(run: Run, args: argparse.Namespace) -> None:
         tokens, seconds = stopwatch.tokens, stopwatch.seconds
         record_rate(run.folder, "generate-logits", device, tokens, seconds, ranks=1, flops_per_token=flops)
     close_world()
-
-
-def _vllm(run: Run, args: argparse.Namespace) -> Vllm | None:
-    if run.config.logits.engine == "vllm":
-        return find_vllm(args.vllm_python, args.vllm_options)
-    for option, value in (("--vllm-python", args.vllm_python), ("--vllm-options", args.vllm_options)):
-        if value is not None:
-            raise UserError(
-                f"{option}: has no effect with logits.engine=transformers; make a run with logits.engine=vllm"
-            )
-    return None
 
 
 def _set_aside(logits: Path) -> None:

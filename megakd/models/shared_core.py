@@ -441,20 +441,3 @@ def dense_weight(tensors: Mapping[str, Tensor], projection: str, expert: int) ->
             return left @ core[g * left.shape[1] : (g + 1) * left.shape[1]]
         weight = core if left is None or right is None else core + left @ (right.T @ core)
     return weight if free_left is None or free_right is None else weight + free_left @ free_right.T
-
-
-def naive_experts(experts: Any, x_ND: Tensor, expert_NA: Tensor, weight_NA: Tensor) -> Tensor:
-    """`SharedCoreExperts` through expanded matrices, one routed row at a time: the reference for tests."""
-    core, exempt = experts.held
-    tensors = {f"shared_core.{name}": p for name, p in core.named_parameters()}
-    tensors |= {f"experts.{name}": p for name, p in (*experts.named_parameters(), *experts.named_buffers())}
-    out = torch.zeros_like(x_ND)
-    for token, (weights, chosen) in enumerate(zip(weight_NA, expert_NA, strict=True)):
-        for weight, expert in zip(weights, chosen.tolist(), strict=True):
-            if exempt is not None and expert in exempt.ids:
-                slot = exempt.ids.index(expert)
-                (gate, up), down = exempt.gate_up_proj[slot].chunk(2), exempt.down_proj[slot]
-            else:
-                gate, up, down = (dense_weight(tensors, p, expert).to(x_ND.dtype) for p in PROJECTIONS)
-            out[token] += weight * (down @ (experts.act_fn(gate @ x_ND[token]) * (up @ x_ND[token])))
-    return out

@@ -79,8 +79,18 @@ def export(
     say(f"{target}: {(config.architectures or ['?'])[0]}, {short(size)}B, from {source}")
     if quantizer:
         say(f"{target}: {quantizer.summary()}")
+    elif rounding := rounding_of(run, source):
+        say(f"{target}: not rounded, as these weights learned to be served; for that add --quantize {label(rounding)}")
     if routers:
         say(f"{target / UPDATE}: {routers} routers that learned, for {run.config.model.teacher}")
+
+
+def rounding_of(run: Run, source: Path) -> Quantize | None:
+    """What the stage that made a checkpoint's weights rounded them to."""
+    progress = source.parent / "progress.json"
+    if source.name != "weights" or not progress.exists():
+        return None
+    return run.config.stages[read_json(progress)["stage"]].quantize
 
 
 def last_weights(run: Run) -> Path:

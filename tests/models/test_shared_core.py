@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from megakd.models.naive_experts import naive_experts
 from megakd.models.shared_core import (
     PROJECTIONS,
     DenseExperts,
@@ -16,7 +17,6 @@ from megakd.models.shared_core import (
     free_and_core_rank,
     make_form,
     mix_name,
-    naive_experts,
     stored_parameters,
 )
 from tests.conftest import for_each

@@ -2,11 +2,12 @@
 
 import json
 import os
+import signal
 import subprocess
 import time
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,27 @@ SMALL = ("--enforce-eager", "--max-model-len", "64", "--gpu-memory-utilization",
 def serving(work: Path, *argv: object, further: tuple[str, ...] = ()) -> Iterator[str]:
     """`megakd serve ARGV -- FURTHER`; its URL, once it answers /health."""
     port = free_port()
+    with started([*command("serve", *argv), "--port", str(port), "--", *further], port, work) as url:
+        yield url
+
+
+@contextmanager
+def started(line: Sequence[str], port: int, work: Path) -> Iterator[str]:
+    """The URL of a server that a command starts, once it answers /health; SIGTERM must end it, and nothing is left."""
     url, log = f"http://127.0.0.1:{port}", work / "server.log"
-    line = [*command("serve", *argv), "--port", str(port), "--", *further]
     with log.open("w") as out:
-        process = subprocess.Popen(line, stdout=out, stderr=out, env={**os.environ, **SETTINGS})
+        process = subprocess.Popen(line, stdout=out, stderr=out, env={**os.environ, **SETTINGS}, start_new_session=True)
     try:
         end = time.monotonic() + 400
         while not healthy(url):
             assert process.poll() is None and time.monotonic() < end, log.read_text()
             time.sleep(0.3)
         yield url
-    finally:
         process.terminate()
+        process.wait(60)
+    finally:
+        with suppress(ProcessLookupError):  # what is left of it, after a failure
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait(60)
 
 

@@ -3,7 +3,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from megakd.models.shared_core import DenseExperts, SharedCoreExperts, core_shape, naive_experts
+from megakd.models.naive_experts import naive_experts
+from megakd.models.shared_core import DenseExperts, SharedCoreExperts, core_shape
 from megakd.serve.own_experts import OwnExperts, share_of
 from tests.serve.serving import FORMS
 

@@ -1,4 +1,4 @@
-"""Exports in few bits: their numbers are those of `rounded`, whoever loads them."""
+"""Exports in few bits: their numbers are those of `rounded`, in every library that loads them."""
 
 import subprocess
 import sys

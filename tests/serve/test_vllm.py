@@ -3,24 +3,16 @@
 vLLM has an environment of its own (tools/make/vllm_env.sh DIR); MEGAKD_VLLM_PYTHON=DIR/bin/python names it.
 """
 
-import json
-import os
 import re
-import signal
-import socket
-import subprocess
-import time
-import urllib.request
-from contextlib import contextmanager, suppress
-from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
 
 from megakd.system.files import read_json, write_json
+from megakd.system.launcher import free_port
 from tests.conftest import in_process
+from tests.serve.servers import SMALL, post, started
 from tests.serve.serving import (
-    SETTINGS,
     TOKENS,
     answers,
     ask,
@@ -140,43 +132,9 @@ def test_vllm_serve_answers_text_as_transformers(vllm_python, demo_export, tmp_p
     tokenizer = AutoTokenizer.from_pretrained(demo_export)
     body = {"model": str(demo_export), "prompt": TEXTS, "max_tokens": TOKENS, "temperature": 0}
     body |= {"ignore_eos": True, "return_token_ids": True}
-    with server(vllm_python, demo_export, tmp_path) as url:
-        request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode())
-        request.add_header("Content-Type", "application/json")
-        with urllib.request.urlopen(request, timeout=300) as response:
-            choices = sorted(json.load(response)["choices"], key=lambda choice: choice["index"])
+    port = free_port()
+    line = [vllm_python.parent / "vllm", "serve", demo_export, "--host", "127.0.0.1", "--port", port]
+    with started([*map(str, [*line, "--dtype", "float32", *SMALL])], port, tmp_path) as url:
+        choices = sorted(post(url, **body)["choices"], key=lambda choice: choice["index"])
     reference = expected(demo_export, [tokenizer(text)["input_ids"] for text in TEXTS])
     assert [choice["token_ids"] for choice in choices] == [row["tokens"] for row in reference]
-
-
-@contextmanager
-def server(python: Path, folder: Path, work: Path):
-    """The URL of `vllm serve FOLDER` on a free port of this machine; it ends by SIGTERM and leaves no process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [python.parent / "vllm", "serve", folder, "--host", "127.0.0.1", "--port", port, "--enforce-eager"]
-    command += ["--dtype", "float32", "--max-model-len", 64, "--gpu-memory-utilization", 0.15]
-    log, env = work / "server.log", {**os.environ, **SETTINGS}
-    with log.open("w") as out:
-        process = subprocess.Popen([*map(str, command)], stdout=out, stderr=out, env=env, start_new_session=True)
-    try:
-        end = time.monotonic() + 400
-        while not answers_health(f"http://127.0.0.1:{port}"):
-            assert process.poll() is None and time.monotonic() < end, log.read_text()
-            time.sleep(1)
-        yield f"http://127.0.0.1:{port}"
-        process.terminate()
-        process.wait(60)
-    finally:
-        with suppress(ProcessLookupError):  # what is left of it, after a failure
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait(60)
-
-
-def answers_health(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=5) as response:
-            return response.status == 200
-    except OSError:
-        return False

@@ -47,6 +47,7 @@ def test_what_a_stage_rounds_is_measured_rounded(sibling):
     before, rounded = evaluate(run, "student-0")[0], evaluate(run, "student-0", quantize="int3")[0]
     assert rounded["model"] == "student-0@int3" and rounded["kl"] != before["kl"]
     assert rounded["bytes"] < before["bytes"] / 2
+    assert "--quantize core=int4,factors=int4,linear=int8" in in_process("export", run.folder)
     # lines of rounded models take nobody's place
     rows = {row["model"]: row for row in evaluate(run)}
     assert rows["student-0"]["kl"] == before["kl"] and "quantized" not in rows["student-0"]

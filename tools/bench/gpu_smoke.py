@@ -56,7 +56,7 @@ def experts(device: Any, folder: Path) -> dict[str, Any]:
     import torch
     from fake_cuda import FORMS, SHAPE, make_student
 
-    from megakd.models.shared_core import naive_experts
+    from megakd.models.naive_experts import naive_experts
 
     found = {}
     for form, dtype in product(FORMS, (torch.float64, torch.float32, torch.bfloat16, torch.float16)):

@@ -35,14 +35,14 @@ import compare_methods as methods
 import torch
 
 from megakd.cli import run_verb
-from megakd.config.parsing import load_recipe
 from megakd.errors import UserError
 from megakd.finish import lacks
 from megakd.models.loading import load_model
 from megakd.models.parts import precisions, weight_parts
 from megakd.models.rounding import line_axis, stored_bytes
-from megakd.names import expand, find_recipe, resolve
+from megakd.names import expand, resolve
 from megakd.outputs import check_file
+from megakd.report.tables import task_table
 from megakd.run import Run
 from megakd.system.files import publishing, read_json_lines, write_json
 from megakd.system.logging import say
@@ -140,12 +140,7 @@ def main(argv: Sequence[str]) -> None:
 
 def measure(args: argparse.Namespace) -> None:
     """Compress, train and measure what is missing, then show all of it."""
-    recipe, overrides = find_recipe(args.recipe), [*methods.QUIET, *args.overrides]
-    config = load_recipe(recipe, overrides)
-    if config.engine.kind != "local":
-        raise UserError(f"engine.kind: {config.engine.kind} starts processes of its own; add engine.kind=local")
-    if config.model.student:
-        raise UserError(f"model.student: {config.model.student} leaves nothing to compress; leave it out")
+    recipe, overrides, config = methods.chosen(args.recipe, args.overrides)
     written, drawn = (file and check_file(file, MARK) for file in (args.json, args.plot))
     teacher = resolve(config.model.teacher, config.model.revision)
     sizes = sizes_of(teacher)
@@ -155,10 +150,7 @@ def measure(args: argparse.Namespace) -> None:
         print(table(["case", "MB, about"], shares, left=True))
         return
     index, shards = shard_of(args.shard)
-    data = methods.opened(args.folder / "data", recipe, overrides)
-    for verb in ("tokenize", "generate-logits"):
-        if lacks(data, verb) is not None:
-            run_verb([verb, str(data.folder)])
+    data = methods.with_data(args.folder / "data", recipe, overrides)
     tasks = ["--tasks", args.tasks] if args.tasks else []
     whole = measured(data, "teacher", {}, tasks)
     own = cases[index - 1 :: shards]
@@ -174,6 +166,8 @@ def measure(args: argparse.Namespace) -> None:
     if args.speed:
         rows = with_speeds(rows, teacher, {case.name: student_run(args.folder, data, teacher, case) for case in own})
     print(shown(rows, whole))
+    if tasks:
+        print("\n" + task_table([{"model": "teacher", **whole}, *map(with_tasks, rows)]))
     if written:
         write_json(written, {"made_by": MARK, "teacher": whole, "rows": [row._asdict() for row in rows]})
     if drawn:
@@ -364,6 +358,11 @@ def shown(rows: Sequence[Row], whole: dict[str, Any]) -> str:
     said = f"the teacher: perplexity {whole['perplexity']:.2f}; trained: mean (lowest … highest) over seeds; "
     said += "prefill and decode: tokens/s, in those of the teacher"
     return f"{table(head, lines)}\n\n{said}"
+
+
+def with_tasks(row: Row) -> dict[str, Any]:
+    """A case's tasks: of its first trained student, or of the compressed one where none was trained."""
+    return {"model": row.case, "tasks": (row.trained or [row.compressed])[0].get("tasks", {})}
 
 
 def spread(values: Sequence[float], digits: int) -> str:
